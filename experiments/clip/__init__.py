@@ -1,0 +1,1 @@
+"""CLIP training steered by a reference model; ``run.py`` is the entry."""
