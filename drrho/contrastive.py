@@ -87,29 +87,29 @@ def contrastive_risk(
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
     if log_u is not None and not isinstance(divergence, KL):
         raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer")
-    risks = tuple(
+    by_image, by_text = (
         penalized_risk(losses, divergence, temperature) for losses in _excess_pair_losses(image, text, reference)
     )
     if not isinstance(divergence, KL):
-        return ContrastiveStep((risks[0].value.mean() + risks[1].value.mean()) / 2, None, risks)
-
-    before = log_u or (torch.full_like(risks[0].value, -torch.inf),) * 2
-    batch = [risk.value.detach() / temperature for risk in risks]  # log g_i
-    after = tuple(
-        _moving_average(old, new, gamma, name)
-        for old, new, name in zip(before, batch, ("log_u[0]", "log_u[1]"), strict=True)
-    )
-    directions = []
-    for risk, log_g, log_average in zip(risks, batch, after, strict=True):
-        smoothed = torch.logaddexp(log_average, torch.full_like(log_average, eps).log())
-        estimator = torch.exp(log_g - smoothed) * risk.value  # at most grad F_i / gamma, since u_i >= gamma g_i
-        directions.append((risk.value.detach() + (estimator - estimator.detach())).mean())
-    return ContrastiveStep((directions[0] + directions[1]) / 2, after, risks)
+        return ContrastiveStep((by_image.value.mean() + by_text.value.mean()) / 2, None, (by_image, by_text))
+    before = log_u or (torch.full_like(by_image.value, -torch.inf),) * 2
+    image_term, image_log_u = _running_term(by_image.value, before[0], temperature, gamma, eps, "log_u[0]")
+    text_term, text_log_u = _running_term(by_text.value, before[1], temperature, gamma, eps, "log_u[1]")
+    return ContrastiveStep((image_term + text_term) / 2, (image_log_u, text_log_u), (by_image, by_text))
 
 
-def _excess_pair_losses(
-    image: Tensor, text: Tensor, reference: tuple[Tensor, Tensor] | None
+def _running_term(
+    risk: Tensor, log_u: Tensor, temperature: float, gamma: float, eps: float, name: str
 ) -> tuple[Tensor, Tensor]:
+    """Return the mean of the anchors' risks ``[b]``, its gradient scaled by g / (eps + u), and log u after the step."""
+    log_g = risk.detach() / temperature
+    after = _moving_average(log_u, log_g, gamma, name)
+    smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
+    estimator = torch.exp(log_g - smoothed) * risk  # the scale is at most 1 / gamma, since u >= gamma g
+    return (risk.detach() + (estimator - estimator.detach())).mean(), after
+
+
+def _excess_pair_losses(image: Tensor, text: Tensor, reference: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
     similarity = _similarity(image, text, "image", "text")
     guide = None

@@ -152,7 +152,9 @@ def _solve(
     z, given = losses.reshape(-1, n), parameter.reshape(-1)
     with torch.no_grad():
         answer = _solve_rows(z.detach(), divergence, given.detach(), constrained)
-    weights, slope = _Optimum.apply(z, given, answer.weights, answer.slope, answer.reaction, answer.exponent, constrained)
+    weights, slope = _Optimum.apply(
+        z, given, answer.weights, answer.slope, answer.reaction, answer.exponent, constrained
+    )
     value, premium = _Value.apply(z, given, weights, slope, answer.value, answer.premium)
     strength = slope if constrained else given
 
@@ -280,7 +282,8 @@ class _Optimum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_weights, grad_slope):
+    def backward(ctx, *grad_outputs):
+        grad_weights, grad_slope = grad_outputs
         h, a = ctx.saved_tensors
         total = h.sum(-1, keepdim=True)
         safe_total = torch.where(total > 0, total, 1.0)
@@ -312,7 +315,8 @@ class _Value(torch.autograd.Function):
         ctx.save_for_backward(weights, slope)
 
     @staticmethod
-    def backward(ctx, grad_value, grad_premium):
+    def backward(ctx, *grad_outputs):
+        grad_value, grad_premium = grad_outputs
         weights, slope = ctx.saved_tensors
         both = grad_value + grad_premium
         by_losses = both[:, None] * weights - grad_premium[:, None] / weights.shape[-1]

@@ -61,7 +61,9 @@ class RunningEstimates:
         fresh = torch.stack(log_u).to(self._log_u)
         if not bool(torch.isfinite(fresh).all()):
             column = int((~torch.isfinite(fresh)).any(0).nonzero()[0])
-            raise ValueError(f"log_u must be finite after a step, got {fresh[:, column].tolist()} for sample {index[column]}")
+            raise ValueError(
+                f"log_u must be finite after a step, got {fresh[:, column].tolist()} for sample {index[column]}"
+            )
         self._log_u[:, index] = fresh
 
     def state_dict(self) -> dict[str, Tensor]:

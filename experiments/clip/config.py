@@ -1,0 +1,196 @@
+"""Options of the commands, and presets: named settings of ``train``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from experiments.clip.errors import UserError
+from experiments.clip.glyphs import Captions
+from experiments.clip.train import Optimization
+
+SHIPPED_REFERENCE = Path(__file__).parent / "reference"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The embedded glyph-name pairs."""
+
+    captions: Captions = "swapped"
+    """What the training split says of its images: the names, a random half of each name's words, or 40 % exchanged."""
+    size: Literal["full", "small"] = "full"
+    """All 16 faces, or 4 of them."""
+    cache: Path = Path("cache")
+    """Folder of shards and reference features; it can be moved."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The training method."""
+
+    name: Literal["openclip", "fastclip", "drrho"] = "drrho"
+    """InfoNCE with learnable temperature; the global contrastive risk; the same steered by a reference."""
+    temperature: float | Literal["auto"] = "auto"
+    """tau of fastclip and drrho, in units of similarity; auto (drrho): 0.3 of the spread of the reference's margins."""
+    final_gamma: float = 0.6
+    """Rate of the running estimates in the last epoch; it decays from 1 by a cosine over the epochs."""
+    eps: float = 1e-8
+    """Added to the running estimate where the gradient divides by it."""
+    reference: Path = SHIPPED_REFERENCE
+    """Folder of the reference model of drrho, in open_clip's local-dir layout."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one model; ``--preset NAME`` starts from a named setting, other options override it."""
+
+    model: str = "glyph-small"
+    """A registered open_clip model."""
+    split: Literal["train", "reference"] = "train"
+    """The pool of pairs to train on; the two are disjoint."""
+    data: Data = field(default_factory=Data)
+    loss: Loss = field(default_factory=Loss)
+    optimization: Optimization = field(default_factory=Optimization)
+    seed: int = 0
+    """Seed of the initial weights and of the order of the pairs."""
+    out: Path = Path("outputs/train")
+    """Folder for the checkpoint and the trained model; a run found there is continued."""
+    checkpoint_minutes: float = 1.0
+    """Minutes between checkpoints."""
+    validations: int = 5
+    """How many times to score the model on the validation split, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a steered model and its unsteered twin, evaluate both and the reference, write a report."""
+
+    quick: bool = False
+    """A small version for tests: 4 faces, few epochs; its numbers mean nothing."""
+    captions: Captions = "swapped"
+    """What the training captions say: the names, a random half of each name's words, or 40 % exchanged."""
+    cache: Path = Path("cache")
+    """Folder of shards and reference features; it can be moved."""
+    out: Path = Path("outputs/demo")
+    """Folder of checkpoints, models and report; what is there is reused."""
+    reference: Path = SHIPPED_REFERENCE
+    """Folder of the reference model, in open_clip's local-dir layout."""
+    seed: int = 0
+    """Seed of initial weights and order of the pairs, the same for both models."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Draw the glyph-name pairs and write them as webdataset shards."""
+
+    data: Data = field(default_factory=Data)
+
+
+@dataclass(frozen=True)
+class CacheReference:
+    """Compute the reference model's features of the training pairs."""
+
+    data: Data = field(default_factory=Data)
+    reference: Path = SHIPPED_REFERENCE
+    """Folder of the reference model, in open_clip's local-dir layout."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a trained model on held-out pairs."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of the model, in open_clip's local-dir layout."""
+    data: Data = field(default_factory=Data)
+    split: Literal["validation", "test"] = "test"
+    """Which held-out pairs."""
+
+
+PRESETS: dict[str, Train] = {
+    "glyph-reference": Train(
+        model="glyph-base",
+        split="reference",
+        data=Data(captions="clean"),
+        loss=Loss(name="openclip"),
+        optimization=Optimization(epochs=60),
+        out=Path("outputs/glyph-reference"),
+    ),
+    "glyph-steered": Train(out=Path("outputs/glyph-steered")),
+    "glyph-unsteered": Train(loss=Loss(name="fastclip", temperature=0.1), out=Path("outputs/glyph-unsteered")),
+}
+
+COMMANDS: dict[str, type] = {
+    "demo": Demo,
+    "prepare": Prepare,
+    "cache-reference": CacheReference,
+    "train": Train,
+    "evaluate": Evaluate,
+}
+
+
+def parse(arguments: Sequence[str]) -> Demo | Prepare | CacheReference | Train | Evaluate:
+    """Turn a command line into options; without a command it is the demo's.
+
+    Raises
+    ------
+    UserError
+        One line that names what is wrong. ``--help`` prints and exits.
+    """
+    rest = list(arguments)
+    if rest and rest[0] in ("-h", "--help"):
+        summaries = "\n".join(f"  {name:<17}{kind.__doc__}" for name, kind in COMMANDS.items())
+        print(f"usage: run.py [COMMAND] [OPTIONS]; COMMAND --help lists its options\n\n{summaries}")
+        raise SystemExit(0)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "demo"
+    if name not in COMMANDS:
+        raise UserError(f"no command is called {name!r}: choose one of {', '.join(COMMANDS)}")
+    default = _pop_preset(rest) if name == "train" else None
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(COMMANDS[name], args=rest, default=default, prog=f"run.py {name}")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_first_message(refusal.getvalue())}: see `run.py {name} --help`") from None
+
+
+def _pop_preset(arguments: list[str]) -> Train:
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--preset":
+            value = value if equals else "".join(arguments[position + 1 : position + 2])
+            del arguments[position : position + (1 if equals else 2)]
+            if value not in PRESETS:
+                raise UserError(f"no preset is called {value!r}: choose one of {', '.join(PRESETS)}")
+            return PRESETS[value]
+    return Train()
+
+
+def _first_message(boxed: str) -> str:
+    """Return the sentence in tyro's framed message: what stands between its first two rules."""
+    lines = [line.strip(" │╭╮╰╯─") for line in boxed.splitlines()]
+    rules = [
+        number
+        for number, line in enumerate(boxed.splitlines())
+        if re.fullmatch(r"[\s│├┤╭╮╰╯─-]*-{5,}[\s│┤-]*|[\s│├┤]*─{5,}[\s│┤─]*", line)
+    ]
+    first = rules[0] + 1 if rules else 0
+    last = rules[1] if len(rules) > 1 else len(lines)
+    return " ".join(" ".join(lines[first:last]).split()) or "the options are not understood"
+
+
+def as_settings(options: Any) -> dict[str, Any]:
+    """Return options as JSON's types."""
+    return {
+        key: str(value) if isinstance(value, Path) else as_settings(value) if dataclasses.is_dataclass(value) else value
+        for key, value in vars(options).items()
+    }

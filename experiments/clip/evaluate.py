@@ -1,0 +1,375 @@
+"""Zero-shot evaluation of a CLIP model on held-out pairs of a glyph image and its Unicode name.
+
+The metrics are pure functions of features and labels; ``evaluate`` is the thin collector that encodes the
+held-out pairs and calls them. A query is answered within the top k when fewer than k wrong items score at
+least as high as its best right item. Ties therefore count against the model, and a model whose features
+have collapsed to one point scores zero instead of one.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RECALL_AT = (1, 5, 10)
+
+SCRIPT_TEMPLATES = ("{} small letter", "{} capital letter", "{} letter")
+BASE_LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+BASE_LETTER_TEMPLATES = tuple(
+    f"latin {case} letter {{}}{mark}"
+    for case in ("small", "capital")
+    for mark in (
+        "",
+        " with acute",
+        " with grave",
+        " with circumflex",
+        " with diaeresis",
+        " with caron",
+        " with macron",
+        " with dot below",
+    )
+)
+
+# The script is what stands before "letter" up to the first of these words: "georgian mtavruli capital
+# letter an" is Georgian. A name that begins with one ("modifier letter small h", "fullwidth latin small
+# letter a") has no script, because its picture is a styled copy of a letter and its caption does not start
+# with the class name.
+_NOT_SCRIPT = frozenset(
+    "capital circled cluster-final cluster-initial combining crossed epigraphic final fullwidth "
+    "halfwidth love modifier mtavruli negative parenthesized regional shorthand small squared subjoined "
+    "subscript superfixed superscript tag thick tortoise turned vowel-carrier".split()
+)
+_ACCENTED_LATIN = re.compile(r"latin (?:small|capital) letter ([a-z]) with .+")
+
+# A matrix product may round equal rows differently at the edge of a block, so cosines this close are ties.
+_TIE = 1e-6
+
+
+class Naming(NamedTuple):
+    """Image-to-caption accuracy over the whole vocabulary of captions."""
+
+    top1: float
+    top5: float
+    chance: float
+    samples: int
+    classes: int
+
+
+class ZeroShot(NamedTuple):
+    """Accuracy of a prompt-template classifier; ``balanced`` is the mean recall over classes with samples."""
+
+    top1: float
+    balanced: float
+    chance: float
+    samples: int
+    classes: int
+
+
+class Retrieval(NamedTuple):
+    """Share of queries with at least one right item in the top k, for each k."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+
+class AttributeTask(NamedTuple):
+    """A zero-shot task: ``members`` are positions among the samples, ``labels`` index ``classes``."""
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    members: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+class Evaluation(NamedTuple):
+    """All three evaluations of one model."""
+
+    naming: Naming
+    attributes: dict[str, ZeroShot]
+    retrieval: Retrieval
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as nested dictionaries that survive a round trip through JSON."""
+        return {
+            "naming": self.naming._asdict(),
+            "attributes": {name: scores._asdict() for name, scores in self.attributes.items()},
+            "retrieval": {
+                direction: {str(k): recall for k, recall in recalls.items()}
+                for direction, recalls in self.retrieval._asdict().items()
+            },
+        }
+
+
+def naming(
+    image_features: Tensor,  # [n, d]
+    caption_features: Tensor,  # [c, d]
+    labels: Tensor,  # [n], positions among the captions
+    chunk: int = 1024,
+) -> Naming:
+    """Score every image against every caption of the vocabulary, ``chunk`` images at a time."""
+    ranks = _classification_ranks("caption_features", image_features, caption_features, labels, chunk)
+    classes = len(caption_features)
+    return Naming(_recall(ranks, 1), _recall(ranks, 5), 1 / classes, len(ranks), classes)
+
+
+def zero_shot_classifier(
+    encode_text: Callable[[list[str]], Tensor],  # b prompts -> [b, d]
+    classes: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int = 512,
+) -> Tensor:  # [c, d]
+    """Return one unit vector per class: the normalized mean of its prompts' normalized text features.
+
+    Parameters
+    ----------
+    encode_text
+        Maps a list of prompts to their text features.
+    classes
+        The class names.
+    templates
+        Prompts with ``{}`` where the class name goes.
+    batch_size
+        Number of prompts per call of ``encode_text``.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"templates has {template!r}; mark the place of the class name with {{}}")
+    if not classes or not templates:
+        raise ValueError(f"classes ({len(classes)}) and templates ({len(templates)}) must both be non-empty")
+    prompts = [template.format(name) for name in classes for template in templates]
+    features = encode_texts(encode_text, prompts, batch_size)
+    return F.normalize(features.unflatten(0, (len(classes), len(templates))).mean(dim=1), dim=-1)
+
+
+def zero_shot(
+    image_features: Tensor,  # [n, d]
+    classifier: Tensor,  # [c, d]
+    labels: Tensor,  # [n], positions among the classes
+    chunk: int = 1024,
+) -> ZeroShot:
+    """Score the images against the class vectors; classes without samples compete but have no recall."""
+    ranks = _classification_ranks("classifier", image_features, classifier, labels, chunk)
+    labels, classes = labels.cpu(), len(classifier)
+    samples = labels.bincount(minlength=classes)
+    correct = labels[ranks < 1].bincount(minlength=classes)
+    present = samples > 0
+    balanced = (correct[present].double() / samples[present]).mean().item()
+    return ZeroShot(_recall(ranks, 1), balanced, 1 / classes, len(labels), classes)
+
+
+def retrieval(
+    image_features: Tensor,  # [n, d]
+    text_features: Tensor,  # [m, d]
+    image_labels: Tensor,  # [n]
+    text_labels: Tensor,  # [m]
+    chunk: int = 1024,
+) -> Retrieval:
+    """Return R@k both ways, where an image and a text match when their labels are equal.
+
+    R@k is the share of queries with at least one right item in the top k, as in CLIP_benchmark.
+    """
+    images = _unit("image_features", image_features)
+    texts = _unit("text_features", text_features)
+    image_labels = _labels("image_labels", image_labels, images)
+    text_labels = _labels("text_labels", text_labels, texts)
+    for name, own, other in (
+        ("image_labels", image_labels, text_labels),
+        ("text_labels", text_labels, image_labels),
+    ):
+        alone = own[~torch.isin(own, other)]
+        if len(alone):
+            raise ValueError(f"{name} has {alone[0].item()}, which the other side lacks; drop it")
+    to_text = _ranks(images, texts, image_labels, text_labels, chunk)
+    to_image = _ranks(texts, images, text_labels, image_labels, chunk)
+    return Retrieval(*({k: _recall(ranks, k) for k in RECALL_AT} for ranks in (to_text, to_image)))
+
+
+def predictions(
+    image_features: Tensor,  # [n, d]
+    caption_features: Tensor,  # [c, d]
+    k: int,
+) -> tuple[Tensor, Tensor]:  # [n, k], [n, k]
+    """Return the k highest cosines of each image, best first, and the positions of their captions."""
+    images, captions = _unit("image_features", image_features), _unit("caption_features", caption_features)
+    if not 1 <= k <= len(captions):
+        raise ValueError(f"k is {k}; choose it from 1 to the number of captions, {len(captions)}")
+    scores, indices = (images @ captions.T).topk(k)
+    return scores, indices
+
+
+def glyph_attributes(captions: Sequence[str], minimum: int = 20) -> list[AttributeTask]:
+    """Read the zero-shot tasks off the captions; a task with samples of fewer than two classes is left out.
+
+    Parameters
+    ----------
+    captions
+        The held-out captions, one per sample.
+    minimum
+        Number of samples that a script needs to be a class.
+
+    Returns
+    -------
+    list of AttributeTask
+        ``script``: the script of a letter, by the words that its name starts with. ``base letter``: the
+        letter under the accent of a Latin letter, among all 26.
+    """
+    scripts = [_script(caption) for caption in captions]
+    counts = Counter(script for script in scripts if script)
+    letters = [match[1] if match else "" for match in map(_ACCENTED_LATIN.fullmatch, captions)]
+    common = tuple(sorted(script for script, count in counts.items() if count >= minimum))
+    tasks = (
+        _attribute_task("script", common, SCRIPT_TEMPLATES, scripts),
+        _attribute_task("base letter", BASE_LETTERS, BASE_LETTER_TEMPLATES, letters),
+    )
+    return [task for task in tasks if len(set(task.labels)) > 1]
+
+
+def evaluate(
+    encode_image: Callable[[Tensor], Tensor],  # [b, 3, h, w] -> [b, d]
+    encode_text: Callable[[list[str]], Tensor],  # b texts -> [b, d]
+    image_batches: Iterable[Tensor],  # each [b, 3, h, w]
+    captions: Sequence[str],
+    vocabulary: Sequence[str],
+    batch_size: int = 512,
+) -> Evaluation:
+    """Run the three evaluations on held-out pairs.
+
+    Parameters
+    ----------
+    encode_image, encode_text
+        The two encoders; their features need not be normalized.
+    image_batches
+        The held-out images in the order of ``captions``.
+    captions
+        The held-out captions, one per image.
+    vocabulary
+        The distinct captions of the whole data set.
+    batch_size
+        Number of texts per call of ``encode_text``.
+    """
+    positions = {caption: position for position, caption in enumerate(vocabulary)}
+    if len(positions) < len(vocabulary):
+        repeated, _ = Counter(vocabulary).most_common(1)[0]
+        raise ValueError(f"vocabulary has {repeated!r} more than once; pass distinct captions")
+    unknown = [caption for caption in captions if caption not in positions]
+    if unknown:
+        raise ValueError(f"captions has {unknown[0]!r}, which vocabulary lacks; add it to vocabulary")
+    images = encode_images(encode_image, image_batches)
+    if len(images) != len(captions):
+        raise ValueError(f"image_batches has {len(images)} images for {len(captions)} captions; pair them up")
+    texts = encode_texts(encode_text, vocabulary, batch_size)
+    labels = torch.tensor([positions[caption] for caption in captions])
+    distinct = labels.unique()
+    attributes = {}
+    for task in glyph_attributes(captions):
+        classifier = zero_shot_classifier(encode_text, task.classes, task.templates, batch_size)
+        attributes[task.name] = zero_shot(images[list(task.members)], classifier, torch.tensor(task.labels))
+    return Evaluation(
+        naming(images, texts, labels),
+        attributes,
+        retrieval(images, texts[distinct.to(texts.device)], labels, distinct),
+    )
+
+
+@torch.no_grad()
+def encode_images(
+    encode_image: Callable[[Tensor], Tensor],  # [b, 3, h, w] -> [b, d]
+    image_batches: Iterable[Tensor],  # each [b, 3, h, w]
+) -> Tensor:  # [n, d]
+    """Return the unit-length float32 features of all images."""
+    features = [_unit("image_features", encode_image(batch)) for batch in image_batches]
+    if not features:
+        raise ValueError("image_batches is empty; pass at least one batch")
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def encode_texts(
+    encode_text: Callable[[list[str]], Tensor],  # b texts -> [b, d]
+    texts: Sequence[str],
+    batch_size: int = 512,
+) -> Tensor:  # [n, d]
+    """Return the unit-length float32 features of all texts, ``batch_size`` texts per call."""
+    starts = range(0, len(texts), batch_size)
+    features = [_unit("text_features", encode_text(list(texts[i : i + batch_size]))) for i in starts]
+    if not features:
+        raise ValueError("texts is empty; pass at least one text")
+    return torch.cat(features)
+
+
+def _script(caption: str) -> str:
+    words = caption.split()
+    if "letter" not in words:
+        return ""
+    before = words[: words.index("letter")]
+    end = next((i for i, word in enumerate(before) if word in _NOT_SCRIPT), len(before))
+    return " ".join(before[:end])
+
+
+def _attribute_task(
+    name: str, classes: tuple[str, ...], templates: tuple[str, ...], values: Sequence[str]
+) -> AttributeTask:
+    index = {value: position for position, value in enumerate(classes)}
+    members = tuple(i for i, value in enumerate(values) if value in index)
+    return AttributeTask(name, classes, templates, members, tuple(index[values[i]] for i in members))
+
+
+def _unit(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"{name} has shape {tuple(features.shape)}; pass at least one feature as [n, d]")
+    features = features.detach().float()
+    bad = int((~features.isfinite()).any(dim=1).sum())
+    if bad:
+        raise ValueError(
+            f"{name} has non-finite values in {bad} of {len(features)} rows; "
+            "evaluate a checkpoint from before the model diverged"
+        )
+    return F.normalize(features, dim=-1)
+
+
+def _labels(name: str, labels: Tensor, features: Tensor) -> Tensor:  # [n], [n, d] -> [n]
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(labels.shape)} for {len(features)} features; pass one for each")
+    return labels.to(features.device)
+
+
+def _classification_ranks(
+    classifier_name: str,
+    image_features: Tensor,  # [n, d]
+    classifier: Tensor,  # [c, d]
+    labels: Tensor,  # [n]
+    chunk: int,
+) -> Tensor:  # [n]
+    images, classifier = _unit("image_features", image_features), _unit(classifier_name, classifier)
+    labels = _labels("labels", labels, images)
+    classes = torch.arange(len(classifier), device=images.device)
+    outside = labels[(labels < 0) | (labels >= len(classes))]
+    if len(outside):
+        raise ValueError(f"labels has {outside[0].item()}; keep labels from 0 to {len(classes) - 1}")
+    return _ranks(images, classifier, labels, classes, chunk)
+
+
+def _ranks(
+    queries: Tensor,  # [n, d]
+    items: Tensor,  # [m, d]
+    query_labels: Tensor,  # [n]
+    item_labels: Tensor,  # [m]
+    chunk: int,
+) -> Tensor:  # [n]
+    """Count, for each query, the wrong items that score at least as high as its best right item."""
+    ranks = []
+    for some, some_labels in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
+        scores = some @ items.T
+        right = some_labels[:, None] == item_labels
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append((~right & (scores >= best - _TIE)).sum(dim=1))
+    return torch.cat(ranks).cpu()
+
+
+def _recall(ranks: Tensor, k: int) -> float:  # [n]
+    return (ranks < k).double().mean().item()

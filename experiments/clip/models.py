@@ -1,0 +1,99 @@
+"""open_clip models with their own preprocessing and tokenizer, from a registered name or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from experiments.clip.errors import UserError
+from experiments.clip.files import write_atomically
+
+open_clip.add_model_config(Path(__file__).parent / "model_configs")
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model and what it needs to read images and captions.
+
+    ``preprocess`` maps a PIL image to the model's normalized input; ``tokenize`` a list of captions to ``[b, length]``.
+    ``name`` is the registered name or the folder; ``fingerprint`` identifies weights, preprocessing and tokenizer of
+    a model that was loaded, and is empty for a new one.
+    """
+
+    name: str
+    model: open_clip.CLIP
+    preprocess: Callable[[Any], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    fingerprint: str = ""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return unit features ``[b, d]`` of preprocessed images ``[b, 3, h, w]``."""
+        return self.model.encode_image(images, normalize=True)
+
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """Return unit features ``[b, d]`` of captions."""
+        return self.model.encode_text(self.tokenize(list(captions)), normalize=True)
+
+
+def new_model(name: str, seed: int) -> Clip:
+    """Build a registered open_clip model with weights drawn from ``seed``."""
+    if name not in open_clip.list_models():
+        raise UserError(f"no model is called {name!r}: open_clip.list_models() and the glyph models are known")
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        return Clip(name, model, preprocess, open_clip.get_tokenizer(name))
+
+
+def load_model(folder: Path) -> Clip:
+    """Load a folder in open_clip's ``local-dir:`` layout, in evaluation mode."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} has no {missing[0]}: name a folder written by `run.py train` or open_clip")
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update((folder / name).read_bytes())
+    try:
+        with _quiet():
+            model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    except Exception as error:  # open_clip lets through whatever JSON, safetensors and torch raise on damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} does not load as an open_clip model ({reason}): make or copy it again") from error
+    model.eval()
+    return Clip(str(folder), model, preprocess, tokenizer, digest.hexdigest())
+
+
+def export_model(clip: Clip, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``clip`` as a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads."""
+    config = {
+        "model_cfg": open_clip.get_model_config(clip.name),
+        "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip.model),
+    }
+    state = {key: value.detach().to(dtype).contiguous() for key, value in clip.model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, save(state, {"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
+
+
+class _quiet:
+    """open_clip warns on the root logger that a model to be trained has no pretrained weights."""
+
+    def __enter__(self) -> None:
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,304 @@
+"""Entry of the CLIP programs: ``python experiments/clip/run.py [COMMAND]``; without a command, the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.clip import report
+from experiments.clip.config import (
+    PRESETS,
+    CacheReference,
+    Data,
+    Demo,
+    Evaluate,
+    Loss,
+    Prepare,
+    Train,
+    as_settings,
+    parse,
+)
+from experiments.clip.errors import UserError
+from experiments.clip.evaluate import Evaluation, evaluate
+from experiments.clip.feature_cache import FeatureCache, cache_features, open_features
+from experiments.clip.files import write_json
+from experiments.clip.glyphs import faces, glyph_splits
+from experiments.clip.methods import DRRhoCLIP, FastCLIP, Method, OpenCLIP
+from experiments.clip.models import Clip, export_model, load_model, new_model
+from experiments.clip.shards import Manifest, open_dataset, write_dataset
+from experiments.clip.stream import Pairs
+from experiments.clip.train import Interrupted, Record, train
+
+console = Console(highlight=False, soft_wrap=True)
+
+PIXELS = 32
+SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
+QUICK_EPOCHS = 2
+SPREAD_SHARE = 0.3  # of the spread of the reference's margins: the temperature that "auto" stands for
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """Show a bar with the time left; yields a function of how much is done, of how much, and a note."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(title, total=None, note="")
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            bars.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def prepare(data: Data) -> Manifest:
+    """Return the shards of the glyph-name pairs, drawing and writing them if they are not there yet."""
+    folder = data.cache / f"glyphs-{data.captions}-{data.size}"
+    settings = {
+        "captions": data.captions,
+        "size": data.size,
+        "pixels": PIXELS,
+        "unicode": unicodedata.unidata_version,
+    }
+    if (manifest := open_dataset(folder, settings)) is not None:
+        console.print(f"data       reusing {folder}")
+        return manifest
+    chosen = faces() if data.size == "full" else SMALL_FACES
+    with console.status("drawing the glyphs"):
+        splits = glyph_splits(data.captions, PIXELS, chosen)
+    total = sum(len(records) for records in splits.values())
+    vocabulary = sorted({record.meta["name"] for records in splits.values() for record in records})
+    with progress_bar("writing shards") as advance:
+        manifest = write_dataset(
+            folder, splits, settings, vocabulary=vocabulary, progress=lambda done: advance(done, total)
+        )
+    sizes = ", ".join(f"{split.name} {split.samples}" for split in manifest.splits.values())
+    console.print(f"data       wrote {total} pairs to {folder} ({sizes})")
+    return manifest
+
+
+def load_pairs(manifest: Manifest, split: str, clip: Clip) -> Pairs:
+    """Decode a split into memory."""
+    total = manifest.splits[split].samples
+    with progress_bar(f"reading {split} pairs") as advance:
+        return Pairs(manifest, split, clip, lambda done: advance(done, total))
+
+
+def reference_features(reference: Clip, manifest: Manifest, data: Data) -> FeatureCache:
+    """Return the reference's features of the training pairs, computing what is not there yet."""
+    folder = data.cache / f"features-{manifest.fingerprint[:12]}-{reference.fingerprint[:12]}"
+    total = manifest.splits["train"].samples
+    with progress_bar("reference features") as advance:
+        computed = cache_features(reference, manifest, "train", folder, lambda done: advance(done, total))
+    console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
+    return open_features(reference, manifest, "train", folder)
+
+
+def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest) -> Evaluation:
+    """Score a model on held-out pairs: naming over all names, attributes, retrieval."""
+    clip.model.eval()
+    return evaluate(clip.encode_image, clip.encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
+
+
+def build_method(loss: Loss, epochs: int, pairs: Pairs, features: FeatureCache | None) -> tuple[Method, dict[str, Any]]:
+    """Return the method and the numbers it was resolved to."""
+    if loss.name == "openclip":
+        return OpenCLIP(), {"loss": "openclip"}
+    temperature = loss.temperature
+    chosen: dict[str, Any] = {"loss": loss.name, "final_gamma": loss.final_gamma, "eps": loss.eps}
+    if features is not None:
+        spread = features.spread()
+        console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
+        temperature = round(SPREAD_SHARE * spread, 3) if temperature == "auto" else temperature
+    if temperature == "auto":
+        raise UserError(f"--loss.temperature auto needs a reference, which {loss.name} has not: give a number like 0.1")
+    chosen["temperature"] = temperature
+    arguments = (len(pairs), epochs, temperature, loss.final_gamma, loss.eps)
+    method = FastCLIP(*arguments) if features is None else DRRhoCLIP(*arguments, features)
+    return method, chosen
+
+
+class Trained(NamedTuple):
+    """A trained model, one record per validation, and what identifies the run."""
+
+    clip: Clip
+    history: list[Record]
+    identity: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``run.json`` keeps of it."""
+        return {"settings": self.identity, "history": self.history}
+
+
+def run_training(options: Train, stop: Callable[[], bool]) -> Trained:
+    """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
+    manifest = prepare(options.data)
+    reference = load_model(options.loss.reference) if options.loss.name == "drrho" else None
+    if reference is not None and options.split != "train":
+        raise UserError(f"--split {options.split} has no cached reference features: drrho trains on --split train")
+    features = reference_features(reference, manifest, options.data) if reference is not None else None
+    clip = new_model(options.model, options.seed)
+    pairs = load_pairs(manifest, options.split, clip)
+    held_out = load_pairs(manifest, "validation", clip)
+    method, chosen = build_method(options.loss, options.optimization.epochs, pairs, features)
+    identity = {
+        "model": options.model,
+        "data": manifest.fingerprint,
+        "split": options.split,
+        "reference": reference.fingerprint if reference is not None else "",
+        "epochs": options.optimization.epochs,
+        "validations": options.validations,
+        **chosen,
+    }
+    checkpoint = options.out / "checkpoint.safetensors"
+    if checkpoint.is_file():
+        console.print(f"training   going on from {checkpoint}")
+
+    def validate() -> Record:
+        naming = evaluate_model(clip, held_out, manifest).naming
+        clip.model.train()
+        return {"naming_top1": naming.top1, "naming_top5": naming.top5}
+
+    with progress_bar(f"training {options.out.name}") as advance:
+        history = train(
+            clip,
+            method,
+            pairs,
+            options.optimization,
+            seed=options.seed,
+            checkpoint=checkpoint,
+            checkpoint_seconds=60 * options.checkpoint_minutes,
+            settings=identity,
+            validate=validate,
+            validations=options.validations,
+            on_step=lambda step, total, log: advance(step, total, f"loss {log['loss']:.4f}"),
+            stop=stop,
+        )
+    export_model(clip, options.out / "model")
+    console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
+    return Trained(clip, history, identity)
+
+
+def demo(options: Demo, stop: Callable[[], bool]) -> None:
+    """Train the steered target and its twin on equal budgets, evaluate them and the reference, report."""
+    started = time.monotonic()
+    data = Data(options.captions, "small" if options.quick else "full", options.cache)
+    reference = load_model(options.reference)
+    console.print(f"reference  {reference.name}: its README.md says how it was made")
+    trained = {
+        name: run_training(demo_run(options, PRESETS[f"glyph-{name}"], data, name), stop)
+        for name in ("unsteered", "steered")
+    }
+    manifest = prepare(data)
+    clips = {"reference": reference} | {name: run.clip for name, run in trained.items()}
+    held_out = {name: load_pairs(manifest, "test", clip) for name, clip in clips.items()}
+    scores = {name: evaluate_model(clip, held_out[name], manifest) for name, clip in clips.items()}
+    result = report.DemoResult(
+        options=as_settings(options),
+        scores={name: score.as_dict() for name, score in scores.items()},
+        runs={name: run.record() for name, run in trained.items()},
+        pairs=manifest.splits["train"].samples,
+        seconds=time.monotonic() - started,
+    )
+    write_json(options.out / "results.json", dataclasses.asdict(result))
+    report.write_demo(options.out, result, clips, held_out, manifest.vocabulary)
+    console.print(report.demo_table(result))
+    console.print(f"report     {options.out / 'report.md'} with curves.png and predictions.png")
+
+
+def demo_run(options: Demo, preset: Train, data: Data, name: str) -> Train:
+    """Return the training that the demo does under this preset."""
+    optimization = preset.optimization
+    if options.quick:
+        optimization = dataclasses.replace(optimization, epochs=QUICK_EPOCHS, warmup=5)
+    return dataclasses.replace(
+        preset,
+        data=data,
+        loss=dataclasses.replace(preset.loss, reference=options.reference),
+        optimization=optimization,
+        seed=options.seed,
+        out=options.out / name,
+        validations=2 if options.quick else preset.validations,
+    )
+
+
+def evaluate_command(options: Evaluate) -> None:
+    """Print the three evaluations of one model."""
+    clip = load_model(options.model)
+    manifest = prepare(options.data)
+    pairs = load_pairs(manifest, options.split, clip)
+    console.print(report.scores_table({clip.name: evaluate_model(clip, pairs, manifest).as_dict()}))
+
+
+def run(command: Any, stop: Callable[[], bool]) -> None:
+    """Carry out one command."""
+    match command:
+        case Demo():
+            demo(command, stop)
+        case Train():
+            trained = run_training(command, stop)
+            write_json(command.out / "run.json", {"options": as_settings(command), **trained.record()})
+        case Prepare():
+            prepare(command.data)
+        case CacheReference():
+            reference_features(load_model(command.reference), prepare(command.data), command.data)
+        case Evaluate():
+            evaluate_command(command)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; return its exit status: 2 for what the user can mend, 130 after Ctrl-C."""
+    asked_to_stop = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal asked_to_stop
+        if asked_to_stop:
+            raise KeyboardInterrupt
+        asked_to_stop = True
+
+    def stop() -> bool:
+        return asked_to_stop
+
+    again = "python experiments/clip/run.py " + " ".join(arguments)
+    try:
+        command = parse(arguments)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        run(command, stop)
+    except UserError as error:
+        print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        print(f"run.py: {interruption}; go on with: {again.strip()}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print(f"run.py: interrupted; what is finished is kept; go on with: {again.strip()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

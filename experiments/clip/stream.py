@@ -1,0 +1,91 @@
+"""Decoded pairs in memory, and the order in which an epoch visits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+from experiments.clip.errors import UserError
+from experiments.clip.models import Clip
+from experiments.clip.shards import Manifest, read_samples
+
+
+class Batch(NamedTuple):
+    """Preprocessed images ``[b, 3, h, w]``, tokens ``[b, length]``, sample indices ``[b]``."""
+
+    image: Tensor
+    text: Tensor
+    index: Tensor
+
+
+class Pairs:
+    """A split of the data in memory, resized for one model: bytes for the images, tokens for the captions.
+
+    The images are what the model's own open_clip preprocessing gives, kept as bytes before normalization.
+    Row i is the sample of index i.
+    """
+
+    def __init__(
+        self, manifest: Manifest, split: str, clip: Clip, progress: Callable[[int], None] | None = None
+    ) -> None:
+        config = open_clip.get_model_preprocess_cfg(clip.model)
+        resize = open_clip.image_transform(
+            config["size"],
+            is_train=False,
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+            resize_mode=config["resize_mode"],
+            interpolation=config["interpolation"],
+        )
+        images: list[Tensor] = []
+        self.captions: list[str] = []
+        self.names: list[str] = []
+        for sample in read_samples(manifest, split):
+            if sample.index != len(images):
+                raise UserError(
+                    f"{split} yields sample {sample.index} where {len(images)} is due: prepare the data again"
+                )
+            images.append((resize(sample.image) * 255).round().to(torch.uint8))
+            self.captions.append(sample.caption)
+            self.names.append(sample.meta.get("name", sample.caption))
+            if progress is not None and len(images) % 256 == 0:
+                progress(len(images))
+        self.pixels = torch.stack(images)
+        self._tokens = clip.tokenize(self.captions).to(torch.int32)
+        self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
+        self._std = torch.tensor(config["std"]).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, index: Tensor) -> Tensor:
+        """Return the normalized images ``[b, 3, h, w]`` of samples ``index`` ``[b]``."""
+        return (self.pixels[index].to(torch.float32) / 255 - self._mean) / self._std
+
+    def batch(self, index: Tensor) -> Batch:
+        """Return the samples ``index`` ``[b]``."""
+        return Batch(self.images(index), self._tokens[index].to(torch.int64), index)
+
+    def image_batches(self, size: int = 512) -> Iterator[Tensor]:
+        """Yield all images in order of their index."""
+        for index in torch.arange(len(self)).split(size):
+            yield self.images(index)
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Return the number of batches of at most ``batch_size`` that hold every sample once."""
+    return -(-samples // batch_size)
+
+
+def epoch_order(samples: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Return an epoch's batches as sample indices: every sample once, sizes equal up to one.
+
+    A pure function of its arguments, so that a run can go on anywhere.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(samples)
+    return [torch.from_numpy(part) for part in np.array_split(order, steps_per_epoch(samples, batch_size))]
