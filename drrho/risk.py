@@ -282,7 +282,7 @@ class _Optimum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_weights, grad_slope = grad_outputs
         h, a = ctx.saved_tensors
         total = h.sum(-1, keepdim=True)

@@ -67,6 +67,8 @@ class Train:
     """Minutes between checkpoints."""
     validations: int = 5
     """How many times to score the model on the validation split, evenly spaced."""
+    weights: Literal["float32", "float16"] = "float32"
+    """Precision of the exported weights."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,10 @@ PRESETS: dict[str, Train] = {
         split="reference",
         data=Data(captions="clean"),
         loss=Loss(name="openclip"),
-        optimization=Optimization(epochs=60),
+        optimization=Optimization(epochs=36),
         out=Path("outputs/glyph-reference"),
+        validations=6,
+        weights="float16",
     ),
     "glyph-steered": Train(out=Path("outputs/glyph-steered")),
     "glyph-unsteered": Train(loss=Loss(name="fastclip", temperature=0.1), out=Path("outputs/glyph-unsteered")),
@@ -175,17 +179,13 @@ def _pop_preset(arguments: list[str]) -> Train:
     return Train()
 
 
-def _first_message(boxed: str) -> str:
-    """Return the sentence in tyro's framed message: what stands between its first two rules."""
-    lines = [line.strip(" │╭╮╰╯─") for line in boxed.splitlines()]
-    rules = [
-        number
-        for number, line in enumerate(boxed.splitlines())
-        if re.fullmatch(r"[\s│├┤╭╮╰╯─-]*-{5,}[\s│┤-]*|[\s│├┤]*─{5,}[\s│┤─]*", line)
-    ]
-    first = rules[0] + 1 if rules else 0
-    last = rules[1] if len(rules) > 1 else len(lines)
-    return " ".join(" ".join(lines[first:last]).split()) or "the options are not understood"
+def _first_message(framed: str) -> str:
+    """Return the sentence in tyro's framed message: what stands between the title and the next rule."""
+    body = [line.strip(" │╭╮╰╯") for line in framed.splitlines()[1:]]
+    is_rule = [re.fullmatch("[─ -]*", line) is not None for line in body]
+    first = is_rule.index(False) if False in is_rule else 0
+    last = is_rule.index(True, first) if True in is_rule[first:] else len(body)
+    return " ".join(" ".join(body[first:last]).split()).rstrip(".")
 
 
 def as_settings(options: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -197,7 +198,7 @@ def run_training(options: Train, stop: Callable[[], bool]) -> Trained:
             on_step=lambda step, total, log: advance(step, total, f"loss {log['loss']:.4f}"),
             stop=stop,
         )
-    export_model(clip, options.out / "model")
+    export_model(clip, options.out / "model", getattr(torch, options.weights))
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
     return Trained(clip, history, identity)
 
