@@ -38,6 +38,10 @@ class Divergence(ABC):
     def curvature(self, t: Tensor) -> Tensor:
         """Return the second derivative of ``phi*`` where its gradient is ``t``: how fast ratios react to losses."""
 
+    def phi_of_tilt(self, e: Tensor) -> Tensor:
+        """Return ``phi(1 + e)``; override where ``1 + e`` would round digits of a small ``e`` away."""
+        return self.phi(1 + e)
+
     def perspective(self, s: Tensor, strength: Tensor) -> Tensor:
         """Return ``strength * phi*(s / strength)``; at strength 0 its limit, 0 for s <= 0 and infinity above."""
         positive = strength > 0
@@ -60,12 +64,15 @@ class KL(Divergence):
     """Kullback-Leibler: ``phi(t) = t log t - t + 1``, so ``D(p || q) = sum_i p_i log(p_i / q_i)``."""
 
     def phi(self, t: Tensor) -> Tensor:
-        """Return ``t log t - t + 1``, to full relative accuracy also near ``t = 1``."""
-        e = t - 1
+        """Return ``t log t - t + 1``."""
+        return self.phi_of_tilt(t - 1)
+
+    def phi_of_tilt(self, e: Tensor) -> Tensor:
+        """Return ``(1 + e) log(1 + e) - e``, to full relative accuracy also near ``e = 0``."""
         near = e.abs() < _SERIES_BELOW
         series = kl_of_log_ratio(torch.log1p(torch.where(near, e, 0.0)))
-        far = torch.special.xlogy(t, t.clamp(min=0)) - e
-        return torch.where(t < 0, torch.inf, torch.where(near, series, far))
+        t = (1 + e).clamp(min=0)
+        return torch.where(e < -1, torch.inf, torch.where(near, series, torch.special.xlogy(t, t) - e))
 
     def conjugate(self, s: Tensor) -> Tensor:
         """Return ``exp(s) - 1``."""
@@ -90,7 +97,11 @@ class ChiSquare(Divergence):
 
     def phi(self, t: Tensor) -> Tensor:
         """Return ``(t - 1)^2 / 2``."""
-        return torch.where(t < 0, torch.inf, (t - 1) ** 2 / 2)
+        return self.phi_of_tilt(t - 1)
+
+    def phi_of_tilt(self, e: Tensor) -> Tensor:
+        """Return ``e^2 / 2``."""
+        return torch.where(e < -1, torch.inf, e * e / 2)
 
     def conjugate(self, s: Tensor) -> Tensor:
         """Return ``((1 + s)_+^2 - 1) / 2``, written so that small ``s`` keeps its digits."""

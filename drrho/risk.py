@@ -215,7 +215,7 @@ def _solve_rows(z: Tensor, divergence: Divergence, parameter: Tensor, constraine
 
     # Both sides of the certificate in normalized units, from the definitions of primal and dual.
     weights = (1 + tilt) / n
-    distance = divergence.phi(1 + tilt).mean(-1)
+    distance = divergence.phi_of_tilt(tilt).mean(-1)
     gain = (tilt * (d - mean[:, None])).mean(-1)
     finite_strength = torch.where(flat, 1.0, strength)
     bound = divergence.perspective(d - threshold[:, None], finite_strength[:, None]).mean(-1) + threshold

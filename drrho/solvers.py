@@ -19,7 +19,9 @@ from torch import Tensor
 
 from drrho.divergences import KL, ChiSquare, CVaR, Divergence, expm1_minus, kl_of_log_ratio
 
+_NEWTON_ITERATIONS = 40  # then bisection; four to eight suffice away from plateaus
 _MAX_ITERATIONS = 400
+_LONGEST_STEP = 10.0  # in log b, while there is no upper bracket
 
 
 class Dual(NamedTuple):
@@ -81,7 +83,7 @@ def _kl_constrained(divergence: KL, d: Tensor, radius: Tensor) -> Dual:
     high = torch.full_like(x, torch.inf)
     ceiling = 0.97 * math.log(torch.finfo(d.dtype).max)
     tolerance = 450 * torch.finfo(d.dtype).eps
-    for _ in range(_MAX_ITERATIONS):
+    for iteration in range(_MAX_ITERATIONS):
         b = torch.exp(x)
         u, normalizer = _log_ratio(d, y, b)
         ratio = torch.exp(u)
@@ -97,8 +99,12 @@ def _kl_constrained(divergence: KL, d: Tensor, radius: Tensor) -> Dual:
         center = (ratio * y).mean(-1, keepdim=True)
         slope = b * b * (ratio * (y - center).square()).mean(-1) / divergence_at_b
         newton = x - residual / slope
-        bounded = torch.where(torch.isfinite(high), (low + high) / 2, x + math.log(4.0))
-        step = torch.where((newton > low) & (newton < high), newton, bounded).clamp(max=ceiling)
+        bounded = torch.where(torch.isfinite(high), (low + high) / 2, x + _LONGEST_STEP)
+        # KL has plateaus in b, between the gaps of close losses: a flat slope must not throw x out of reach, and
+        # rounding there can let Newton creep, while halving the bracket cannot.
+        within = (newton > low) & (newton < torch.minimum(high, x + _LONGEST_STEP))
+        trusted = within & (iteration < _NEWTON_ITERATIONS)
+        step = torch.where(trusted, newton, bounded).clamp(max=ceiling)
         x = torch.where(done, x, step)
     else:
         raise RuntimeError(f"the KL ball's multiplier did not converge in {_MAX_ITERATIONS} iterations")
@@ -180,9 +186,14 @@ def _cvar(divergence: CVaR, d: Tensor, parameter: Tensor) -> Dual:
     threshold = torch.kthvalue(d, n - position + 1, dim=-1).values
     above = d > threshold[:, None]
     tied = d == threshold[:, None]
-    share = (tail - above.sum(-1).to(d.dtype)) / (tied.sum(-1).to(d.dtype) * divergence.alpha)
+    higher, equal = above.sum(-1).to(d.dtype), tied.sum(-1).to(d.dtype)
+    if divergence.alpha > 0.5:  # the same number twice; near alpha = 1 the second form would cancel
+        left_over = (n - higher - equal) - (1 - divergence.alpha) * (n - equal)
+    else:
+        left_over = (tail - higher) - equal * divergence.alpha
+    boundary = left_over / (equal * divergence.alpha)
     full = (1 - divergence.alpha) / divergence.alpha
-    tilt = torch.where(above, full, torch.where(tied, (share - 1)[:, None], -1.0)).to(d.dtype)
+    tilt = torch.where(above, full, torch.where(tied, boundary[:, None], -1.0)).to(d.dtype)
     zero = torch.zeros_like(threshold)
     return Dual(tilt, threshold, zero, torch.zeros_like(threshold, dtype=torch.bool))
 

@@ -116,7 +116,7 @@ def draw_predictions(clips: Mapping[str, Clip], held_out: Mapping[str, Pairs], v
         image = encode_images(clip.encode_image, [held_out[name].images(chosen)])
         _, best = predictions(image, encode_texts(clip.encode_text, vocabulary), 1)
         called[name] = [vocabulary[int(k)] for k in best[:, 0]]
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, position, number in zip(
         figure.subplots(rows_, columns).flat, chosen.tolist(), range(len(chosen)), strict=True
     ):
