@@ -48,13 +48,13 @@ def _maximum(losses):
 
 
 def _root(increasing, start):
-    """The x > 0 where an increasing function changes sign: doubling, then bisection on log x to 30 digits."""
+    """The x > 0 where an increasing function changes sign: doubling, then bisection on log x to 22 digits."""
     low = high = mp.mpf(start)
     while increasing(low) > 0:
         low /= 16
     while increasing(high) < 0:
         high *= 16
-    while high - low > mp.mpf(10) ** -30 * high:
+    while high - low > mp.mpf(10) ** -22 * high:
         middle = mp.sqrt(low * high)
         if increasing(middle) > 0:
             high = middle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,8 @@ import tyro
 
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs import Captions
+from experiments.clip.models import SHIPPED_REFERENCE
 from experiments.clip.train import Optimization
-
-SHIPPED_REFERENCE = Path(__file__).parent / "reference"
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,35 @@ def parse(arguments: Sequence[str]) -> Demo | Prepare | CacheReference | Train |
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
-            return tyro.cli(COMMANDS[name], args=rest, default=default, prog=f"run.py {name}")
+            options = tyro.cli(COMMANDS[name], args=rest, default=default, prog=f"run.py {name}")
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(f"{_first_message(refusal.getvalue())}: see `run.py {name} --help`") from None
+    if isinstance(options, Train):
+        _check(options)
+    return options
+
+
+def _check(options: Train) -> None:
+    """Refuse numbers out of range, by the name of their option."""
+    optimization, loss = options.optimization, options.loss
+    tau = 1.0 if loss.temperature == "auto" else loss.temperature
+    for flag, value, is_right, meaning in (
+        ("optimization.epochs", optimization.epochs, optimization.epochs >= 1, "at least 1"),
+        ("optimization.batch-size", optimization.batch_size, optimization.batch_size >= 2, "at least 2: a negative"),
+        ("optimization.lr", optimization.lr, 0 < optimization.lr < math.inf, "positive"),
+        ("optimization.weight-decay", optimization.weight_decay, 0 <= optimization.weight_decay < math.inf, ">= 0"),
+        ("optimization.warmup", optimization.warmup, optimization.warmup >= 0, ">= 0"),
+        ("loss.temperature", loss.temperature, 0 < tau < math.inf, "positive, or auto"),
+        ("loss.final-gamma", loss.final_gamma, 0 < loss.final_gamma <= 1, "in (0, 1]"),
+        ("loss.eps", loss.eps, 0 <= loss.eps < math.inf, ">= 0"),
+        ("checkpoint-minutes", options.checkpoint_minutes, options.checkpoint_minutes > 0, "positive"),
+        ("validations", options.validations, options.validations >= 1, "at least 1"),
+        ("seed", options.seed, options.seed >= 0, ">= 0"),
+    ):
+        if not is_right:
+            raise UserError(f"--{flag} must be {meaning}, got {value}")
 
 
 def _pop_preset(arguments: list[str]) -> Train:

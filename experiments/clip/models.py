@@ -20,6 +20,7 @@ from experiments.clip.files import write_atomically
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
+SHIPPED_REFERENCE = Path(__file__).parent / "reference"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 

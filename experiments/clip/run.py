@@ -75,6 +75,28 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that training stops between two steps; a second one is at once.
+
+    Yields the function that tells whether to stop.
+    """
+    asked = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def prepare(data: Data) -> Manifest:
     """Return the shards of the glyph-name pairs, drawing and writing them if they are not there yet."""
     folder = data.cache / f"glyphs-{data.captions}-{data.size}"
@@ -154,7 +176,7 @@ class Trained(NamedTuple):
         return {"settings": self.identity, "history": self.history}
 
 
-def run_training(options: Train, stop: Callable[[], bool]) -> Trained:
+def run_training(options: Train) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     manifest = prepare(options.data)
     reference = load_model(options.loss.reference) if options.loss.name == "drrho" else None
@@ -183,7 +205,7 @@ def run_training(options: Train, stop: Callable[[], bool]) -> Trained:
         clip.model.train()
         return {"naming_top1": naming.top1, "naming_top5": naming.top5}
 
-    with progress_bar(f"training {options.out.name}") as advance:
+    with stop_on_signal() as stop, progress_bar(f"training {options.out.name}") as advance:
         history = train(
             clip,
             method,
@@ -203,15 +225,14 @@ def run_training(options: Train, stop: Callable[[], bool]) -> Trained:
     return Trained(clip, history, identity)
 
 
-def demo(options: Demo, stop: Callable[[], bool]) -> None:
+def demo(options: Demo) -> None:
     """Train the steered target and its twin on equal budgets, evaluate them and the reference, report."""
     started = time.monotonic()
     data = Data(options.captions, "small" if options.quick else "full", options.cache)
     reference = load_model(options.reference)
     console.print(f"reference  {reference.name}: its README.md says how it was made")
     trained = {
-        name: run_training(demo_run(options, PRESETS[f"glyph-{name}"], data, name), stop)
-        for name in ("unsteered", "steered")
+        name: run_training(demo_run(options, PRESETS[f"glyph-{name}"], data, name)) for name in ("unsteered", "steered")
     }
     manifest = prepare(data)
     clips = {"reference": reference} | {name: run.clip for name, run in trained.items()}
@@ -254,13 +275,13 @@ def evaluate_command(options: Evaluate) -> None:
     console.print(report.scores_table({clip.name: evaluate_model(clip, pairs, manifest).as_dict()}))
 
 
-def run(command: Any, stop: Callable[[], bool]) -> None:
+def run(command: Any) -> None:
     """Carry out one command."""
     match command:
         case Demo():
-            demo(command, stop)
+            demo(command)
         case Train():
-            trained = run_training(command, stop)
+            trained = run_training(command)
             write_json(command.out / "run.json", {"options": as_settings(command), **trained.record()})
         case Prepare():
             prepare(command.data)
@@ -272,31 +293,17 @@ def run(command: Any, stop: Callable[[], bool]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; return its exit status: 2 for what the user can mend, 130 after Ctrl-C."""
-    asked_to_stop = False
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal asked_to_stop
-        if asked_to_stop:
-            raise KeyboardInterrupt
-        asked_to_stop = True
-
-    def stop() -> bool:
-        return asked_to_stop
-
-    again = "python experiments/clip/run.py " + " ".join(arguments)
+    again = " ".join(["python experiments/clip/run.py", *arguments])
     try:
-        command = parse(arguments)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        run(command, stop)
+        run(parse(arguments))
     except UserError as error:
         print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
-        print(f"run.py: {interruption}; go on with: {again.strip()}", file=sys.stderr)
+        print(f"run.py: {interruption}; go on with: {again}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(f"run.py: interrupted; what is finished is kept; go on with: {again.strip()}", file=sys.stderr)
+        print(f"run.py: interrupted; what was finished is kept; go on with: {again}", file=sys.stderr)
         return 130
     return 0
 

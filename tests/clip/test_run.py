@@ -1,0 +1,123 @@
+"""The command line: the quick demo as a user runs it, and refusals in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments.clip.config import PRESETS, parse
+from experiments.clip.files import write_atomically
+from experiments.clip.run import main
+
+PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
+
+
+def start(*arguments):
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
+    arguments = ("--quick", "--cache", tmp_path / "cache", "--out", tmp_path / "out")
+    process = start(*arguments)
+    checkpoint = tmp_path / "out" / "unsteered" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cache" / "glyphs-swapped-small" / "manifest.json").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    while process.poll() is None and not checkpoint.is_file():
+        process.send_signal(signal.SIGINT)
+        process.wait(90)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert len(errors.strip().splitlines()) == 1
+    assert "go on with: python experiments/clip/run.py --quick" in errors
+
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "naming top-1" in output
+    assert "reusing" in output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["scores"]) == {"reference", "unsteered", "steered"}
+    assert results["scores"]["reference"]["naming"]["top1"] > 0.3
+    assert results["runs"]["steered"]["settings"]["temperature"] > 0
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) > 400
+            assert len(picture.convert("RGB").getcolors(2**24)) > 10
+    assert "| naming top-1 |" in (tmp_path / "out" / "report.md").read_text()
+
+    trained = (tmp_path / "out" / "steered" / "model" / "open_clip_model.safetensors").read_bytes()
+    began = time.monotonic()
+    assert start(*arguments).wait(300) == 0
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "out" / "steered" / "model" / "open_clip_model.safetensors").read_bytes() == trained
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bogus", "3"], "Unrecognized options: --bogus, 3"),
+        (["--captions", "foo"], "'foo'.*--captions.*vague"),
+        (["fly"], "no command is called 'fly': choose one of demo"),
+        (["train", "--preset", "foo"], "no preset is called 'foo': choose one of glyph-reference"),
+        (["train", "--optimization.epochs", "x"], "--optimization.epochs.*'x'"),
+        (["train", "--optimization.epochs", "0"], "--optimization.epochs.*0"),
+        (["train", "--optimization.batch-size", "1"], "--optimization.batch-size.*1"),
+        (["train", "--loss.temperature", "-1"], "--loss.temperature.*-1"),
+        (["train", "--loss.final-gamma", "2"], "--loss.final-gamma.*2"),
+        (["train", "--model", "nosuch", "--loss.name", "openclip"], "no model is called 'nosuch'"),
+        (["evaluate"], "Missing"),
+        (["evaluate", "nowhere"], "nowhere has no open_clip_config.json"),
+        (["--reference", "nowhere"], "nowhere has no open_clip_config.json"),
+    ],
+)
+def test_wrong_options_get_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run.py: error: ")
+    assert len(error.splitlines()) == 1
+    import re
+
+    assert re.search(message, error)
+
+
+def test_cache_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ["prepare", "--data.size", "small", "--data.cache", str(tmp_path / "file" / "cache")]
+    assert main(arguments) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A write past the file-size limit of a real process fails as on a full disk."""
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from experiments.clip.errors import UserError\n"
+        "from experiments.clip.files import write_atomically\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    write_atomically(Path(sys.argv[1]), bytes(5000))\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert "cannot write" in done.stdout
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_presets_are_overridden_by_options():
+    options = parse(["train", "--preset", "glyph-reference", "--seed", "3"])
+    assert options.seed == 3
+    assert options.loss == PRESETS["glyph-reference"].loss
+    assert options.split == "reference"

@@ -1,0 +1,138 @@
+"""The loop and its methods on real pairs: what a step computes, and stopping without loss."""
+
+import pytest
+import torch
+
+from drrho import KL, penalized_risk
+from experiments.clip.checkpoint import load_checkpoint
+from experiments.clip.errors import UserError
+from experiments.clip.feature_cache import cache_features, open_features
+from experiments.clip.methods import DRRhoCLIP, FastCLIP, OpenCLIP
+from experiments.clip.models import new_model
+from experiments.clip.shards import read_samples
+from experiments.clip.stream import Pairs, epoch_order
+from experiments.clip.train import Interrupted, Optimization, train
+
+SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
+
+
+@pytest.fixture(scope="module")
+def pairs(manifest):
+    return Pairs(manifest, "train", new_model("glyph-small", 0))
+
+
+@pytest.fixture(scope="module")
+def features(manifest, reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    cache_features(reference, manifest, "train", folder)
+    return open_features(reference, manifest, "train", folder)
+
+
+def run(pairs, method, checkpoint, stop=lambda: False, optimization=SHORT, seed=0):
+    clip = new_model("glyph-small", seed)
+    history = train(
+        clip,
+        method,
+        pairs,
+        optimization,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_seconds=1e9,
+        settings={"method": type(method).__name__},
+        validate=lambda: {},
+        validations=2,
+        on_step=lambda step, total, log: None,
+        stop=stop,
+    )
+    return clip, history
+
+
+@torch.no_grad()
+def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_samples(manifest, reference, features):
+    """The demo's loss, from model to reference to sample index, against the core: one anchor at a time, float64."""
+    clip = new_model("glyph-small", 0)
+    samples = list(read_samples(manifest, "train"))
+    index = torch.tensor([5, 64, 149, 0, 63])
+    images = torch.stack([clip.preprocess(samples[k].image) for k in index.tolist()])
+    captions = [samples[k].caption for k in index.tolist()]
+    image, text = clip.encode_image(images).double(), clip.encode_text(captions).double()
+    tau = 0.1
+    method = DRRhoCLIP(len(samples), 2, tau, 0.6, 1e-8, features)
+    loss = method.loss(image, text, index, torch.tensor(1.0), epoch=0)
+
+    rows = [features.rows(torch.tensor([k])) for k in index.tolist()]
+    ref_image, ref_text = (torch.cat(part).double() for part in zip(*rows, strict=True))
+    views = torch.stack([reference.preprocess(samples[k].image) for k in index.tolist()])
+    assert torch.allclose(ref_image, reference.encode_image(views).double(), rtol=0, atol=1e-3)
+    assert torch.allclose(ref_text, reference.encode_text(captions).double(), rtol=0, atol=1e-3)
+    risks = []
+    for a, b, ra, rb in ((image, text, ref_image, ref_text), (text, image, ref_text, ref_image)):
+        for i in range(len(index)):
+            others = [j for j in range(len(index)) if j != i]
+            target = a[i] @ b[others].T - a[i] @ b[i]
+            guide = ra[i] @ rb[others].T - ra[i] @ rb[i]
+            risks.append(penalized_risk(target - guide, KL(), tau).value)
+    assert abs(loss.value - torch.stack(risks).mean()) <= 1e-10
+
+
+def test_estimates_belong_to_the_samples_of_the_batch(features):
+    method = DRRhoCLIP(150, 2, 0.1, 0.6, 1e-8, features)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=-1)
+    method.loss(image, text, torch.tensor([7, 149, 20]), torch.tensor(1.0), epoch=0)
+    visited = torch.isfinite(method.state_dict()["log_u"]).all(0).nonzero().flatten()
+    assert visited.tolist() == [7, 20, 149]
+
+
+def test_every_sample_once_per_epoch_in_batches_of_even_size():
+    order = epoch_order(150, 32, seed=1, epoch=3)
+    assert sorted(torch.cat(order).tolist()) == list(range(150))
+    assert {len(batch) for batch in order} == {30}
+    assert {len(batch) for batch in epoch_order(151, 32, seed=1, epoch=3)} == {30, 31}
+    again, later = epoch_order(150, 32, seed=1, epoch=3), epoch_order(150, 32, seed=1, epoch=4)
+    assert all(torch.equal(a, b) for a, b in zip(order, again, strict=True))
+    assert not torch.equal(order[0], later[0])
+
+
+@pytest.mark.parametrize("kind", ["openclip", "fastclip", "drrho"])
+def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(kind, pairs, features, tmp_path):
+    def method():
+        if kind == "openclip":
+            return OpenCLIP()
+        if kind == "fastclip":
+            return FastCLIP(len(pairs), 2, 0.1, 0.6, 1e-8)
+        return DRRhoCLIP(len(pairs), 2, 0.1, 0.6, 1e-8, features)
+
+    whole, history = run(pairs, method(), tmp_path / "whole")
+    assert len(history) == 2
+    checkpoint = tmp_path / "parts"
+    for steps in (3, 4):
+        left = iter([False] * (steps - 1) + [True])
+        with pytest.raises(Interrupted, match="of 10"):
+            run(pairs, method(), checkpoint, stop=lambda left=left: next(left))
+    resumed, _ = run(pairs, method(), checkpoint)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_training_lowers_the_loss(pairs, tmp_path):
+    _, history = run(
+        pairs, FastCLIP(len(pairs), 12, 0.1, 0.6, 1e-8), tmp_path / "c", optimization=Optimization(12, 32, 2e-3, 0.2, 5)
+    )
+    assert history[-1]["loss"] < history[0]["loss"] - 0.01
+
+
+def test_checkpoint_of_other_settings_is_refused(pairs, tmp_path):
+    run(pairs, OpenCLIP(), tmp_path / "c")
+    with pytest.raises(UserError, match="method=OpenCLIP, now it is FastCLIP"):
+        run(pairs, FastCLIP(len(pairs), 2, 0.1, 0.6, 1e-8), tmp_path / "c")
+    with pytest.raises(UserError, match="seed=0, now it is 1"):
+        run(pairs, OpenCLIP(), tmp_path / "c", seed=1)
+
+
+def test_damaged_checkpoint_is_refused(pairs, tmp_path):
+    clip, _ = run(pairs, OpenCLIP(), tmp_path / "c")
+    data = (tmp_path / "c").read_bytes()
+    (tmp_path / "c").write_bytes(data[: len(data) // 2])
+    optimizer = torch.optim.AdamW(clip.model.parameters())
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(tmp_path / "c", clip.model, optimizer, OpenCLIP(), {})
