@@ -111,10 +111,10 @@ def _running_term(
 
 def _excess_pair_losses(image: Tensor, text: Tensor, reference: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
-    similarity = _similarity(image, text, "image", "text")
+    similarity = _similarity(image, text, torch.float32, "image", "text")
     guide = None
     if reference is not None:
-        guide = _similarity(*reference, "reference[0]", "reference[1]").detach().to(similarity.dtype)
+        guide = _similarity(*reference, similarity.dtype, "reference[0]", "reference[1]").detach().to(similarity.dtype)
         if guide.shape != similarity.shape:
             raise ValueError(f"reference must hold {len(similarity)} pairs like image and text, got {len(guide)}")
     directions = []
@@ -126,13 +126,13 @@ def _excess_pair_losses(image: Tensor, text: Tensor, reference: tuple[Tensor, Te
     return directions[0], directions[1]
 
 
-def _similarity(image: Tensor, text: Tensor, image_name: str, text_name: str) -> Tensor:
+def _similarity(image: Tensor, text: Tensor, narrowest: torch.dtype, image_name: str, text_name: str) -> Tensor:
     if image.ndim != 2 or image.shape != text.shape or len(image) < 2:
         raise ValueError(
             f"{image_name} and {text_name} must both have shape [b, d] with b >= 2 (an anchor needs a negative), "
             f"got {list(image.shape)} and {list(text.shape)}"
         )
-    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), narrowest)
     with torch.autocast(image.device.type, enabled=False):
         similarity = image.to(dtype) @ text.to(dtype).T
     if not bool(torch.isfinite(similarity).all()):

@@ -178,12 +178,12 @@ class Trained(NamedTuple):
 
 def run_training(options: Train) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
-    manifest = prepare(options.data)
+    clip = new_model(options.model, options.seed)
     reference = load_model(options.loss.reference) if options.loss.name == "drrho" else None
     if reference is not None and options.split != "train":
         raise UserError(f"--split {options.split} has no cached reference features: drrho trains on --split train")
+    manifest = prepare(options.data)
     features = reference_features(reference, manifest, options.data) if reference is not None else None
-    clip = new_model(options.model, options.seed)
     pairs = load_pairs(manifest, options.split, clip)
     held_out = load_pairs(manifest, "validation", clip)
     method, chosen = build_method(options.loss, options.optimization.epochs, pairs, features)
