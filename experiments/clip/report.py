@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -83,34 +84,50 @@ def write_demo(
     write_atomically(folder / "report.md", page(result).encode())
 
 
+def read_result(stored: Mapping[str, Any]) -> DemoResult:
+    """Return the result that ``results.json`` holds."""
+    return DemoResult(**stored)
+
+
 def draw_curves(result: DemoResult) -> Figure:
     """Draw naming accuracy on the validation pairs and training loss against pairs seen."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
+    draw_accuracy(accuracy, result)
     for name, run in result.runs.items():
-        seen = [record["step"] * result.pairs / _steps_per_epoch(run) / 1000 for record in run["history"]]
-        style = {"color": COLORS[name], "marker": "o", "markersize": 3, "label": name}
-        accuracy.plot(seen, [100 * record["naming_top1"] for record in run["history"]], **style)
-        loss.plot(seen, [record["loss"] for record in run["history"]], **style)
-    level = 100 * result.scores["reference"]["naming"]["top1"]
-    accuracy.axhline(level, color=COLORS["reference"], linestyle="--", label="reference (test pairs)")
-    accuracy.set(xlabel="pairs seen, thousands", ylabel="naming top-1, validation, %", ylim=(0, None))
+        values = [record["loss"] for record in run["history"]]
+        loss.plot(_seen(result, run), values, **_line(name))
     loss.set(xlabel="pairs seen, thousands", ylabel="contrastive risk (each its own)")
-    accuracy.legend(frameon=False, fontsize=8)
     loss.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _steps_per_epoch(run: Mapping[str, Any]) -> float:
-    return run["history"][-1]["step"] / run["settings"]["epochs"]
+def draw_accuracy(axes: Axes, result: DemoResult) -> None:
+    """Draw naming accuracy on the validation pairs against pairs seen, one line per trained model."""
+    for name, run in result.runs.items():
+        values = [100 * record["naming_top1"] for record in run["history"]]
+        axes.plot(_seen(result, run), values, **_line(name))
+    level = 100 * result.scores["reference"]["naming"]["top1"]
+    axes.axhline(level, color=COLORS["reference"], linestyle="--", label="reference (test pairs)")
+    axes.set(xlabel="pairs seen, thousands", ylabel="naming top-1, validation, %", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _seen(result: DemoResult, run: Mapping[str, Any]) -> list[float]:
+    total = run["history"][-1]["step"]
+    return [record["step"] / total * run["settings"]["epochs"] * result.pairs / 1000 for record in run["history"]]
+
+
+def _line(name: str) -> dict[str, Any]:
+    return {"color": COLORS[name], "marker": "o", "markersize": 3, "label": name}
 
 
 @torch.no_grad()
 def draw_predictions(clips: Mapping[str, Clip], held_out: Mapping[str, Pairs], vocabulary: Sequence[str]) -> Figure:
     """Draw held-out glyphs, evenly spaced in the test split, with their name and what each model calls them."""
-    rows_, columns = _SHEET
+    height, width = _SHEET
     some = next(iter(held_out.values()))
-    chosen = torch.linspace(0, len(some) - 1, rows_ * columns).round().long()
+    chosen = torch.linspace(0, len(some) - 1, height * width).round().long()
     called: dict[str, list[str]] = {}
     for name, clip in clips.items():
         image = encode_images(clip.encode_image, [held_out[name].images(chosen)])
@@ -118,7 +135,7 @@ def draw_predictions(clips: Mapping[str, Clip], held_out: Mapping[str, Pairs], v
         called[name] = [vocabulary[int(k)] for k in best[:, 0]]
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, position, number in zip(
-        figure.subplots(rows_, columns).flat, chosen.tolist(), range(len(chosen)), strict=True
+        figure.subplots(height, width).flat, chosen.tolist(), range(len(chosen)), strict=True
     ):
         pixels = some.pixels[position]
         axes.imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, 1, 0, 1))
