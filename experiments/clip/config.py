@@ -36,7 +36,7 @@ class Data:
 class Loss:
     """The training method."""
 
-    name: Literal["openclip", "fastclip", "drrho"] = "drrho"
+    method: Literal["openclip", "fastclip", "drrho"] = "drrho"
     """InfoNCE with learnable temperature; the global contrastive risk; the same steered by a reference."""
     temperature: float | Literal["auto"] = "auto"
     """tau of fastclip and drrho, in units of similarity; auto (drrho): 0.3 of the spread of the reference's margins."""
@@ -121,7 +121,7 @@ PRESETS: dict[str, Train] = {
         model="glyph-base",
         split="reference",
         data=Data(captions="clean"),
-        loss=Loss(name="openclip"),
+        loss=Loss(method="openclip"),
         optimization=Optimization(epochs=36),
         out=Path("outputs/glyph-reference"),
         validations=6,
@@ -130,7 +130,7 @@ PRESETS: dict[str, Train] = {
     # Both tuned alike on the validation split: README.md beside this file says what was tried.
     "glyph-steered": Train(optimization=Optimization(epochs=12), out=Path("outputs/glyph-steered")),
     "glyph-unsteered": Train(
-        loss=Loss(name="fastclip", temperature=0.2),
+        loss=Loss(method="fastclip", temperature=0.2),
         optimization=Optimization(epochs=12),
         out=Path("outputs/glyph-unsteered"),
     ),
@@ -165,7 +165,9 @@ def parse(arguments: Sequence[str]) -> Demo | Prepare | CacheReference | Train |
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
-            options = tyro.cli(COMMANDS[name], args=rest, default=default, prog=f"run.py {name}")
+            options = tyro.cli(
+                COMMANDS[name], args=rest, default=default, prog=f"run.py {name}", config=(tyro.conf.OmitArgPrefixes,)
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -180,14 +182,14 @@ def _check(options: Train) -> None:
     optimization, loss = options.optimization, options.loss
     tau = 1.0 if loss.temperature == "auto" else loss.temperature
     for flag, value, is_right, meaning in (
-        ("optimization.epochs", optimization.epochs, optimization.epochs >= 1, "at least 1"),
-        ("optimization.batch-size", optimization.batch_size, optimization.batch_size >= 2, "at least 2: a negative"),
-        ("optimization.lr", optimization.lr, 0 < optimization.lr < math.inf, "positive"),
-        ("optimization.weight-decay", optimization.weight_decay, 0 <= optimization.weight_decay < math.inf, ">= 0"),
-        ("optimization.warmup", optimization.warmup, optimization.warmup >= 0, ">= 0"),
-        ("loss.temperature", loss.temperature, 0 < tau < math.inf, "positive, or auto"),
-        ("loss.final-gamma", loss.final_gamma, 0 < loss.final_gamma <= 1, "in (0, 1]"),
-        ("loss.eps", loss.eps, 0 <= loss.eps < math.inf, ">= 0"),
+        ("epochs", optimization.epochs, optimization.epochs >= 1, "at least 1"),
+        ("batch-size", optimization.batch_size, optimization.batch_size >= 2, "at least 2: a negative"),
+        ("lr", optimization.lr, 0 < optimization.lr < math.inf, "positive"),
+        ("weight-decay", optimization.weight_decay, 0 <= optimization.weight_decay < math.inf, ">= 0"),
+        ("warmup", optimization.warmup, optimization.warmup >= 0, ">= 0"),
+        ("temperature", loss.temperature, 0 < tau < math.inf, "positive, or auto"),
+        ("final-gamma", loss.final_gamma, 0 < loss.final_gamma <= 1, "in (0, 1]"),
+        ("eps", loss.eps, 0 <= loss.eps < math.inf, ">= 0"),
         ("checkpoint-minutes", options.checkpoint_minutes, options.checkpoint_minutes > 0, "positive"),
         ("validations", options.validations, options.validations >= 1, "at least 1"),
         ("seed", options.seed, options.seed >= 0, ">= 0"),

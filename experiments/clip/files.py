@@ -25,6 +25,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
 
 
+def ensure_writable(folder: Path) -> None:
+    """Create ``folder`` and prove that a file can be written there, so that hours of work do not end in an error."""
+    probe = folder / ".writable"
+    write_atomically(probe, b"")
+    probe.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as JSON."""
     write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")

@@ -168,7 +168,8 @@ def page(result: DemoResult) -> str:
         "# A steered model beside its twin",
         "",
         f"Training captions: {result.options['captions']}; {result.pairs} training pairs; "
-        f"{result.seconds / 60:.1f} minutes. All numbers are measured on held-out test pairs with clean captions.",
+        f"this command took {result.seconds / 60:.1f} minutes. All numbers are measured on held-out test pairs with "
+        "clean captions.",
         "",
         "| % | " + " | ".join(shown) + " | chance |",
         "|---|" + "---:|" * (len(shown) + 1),

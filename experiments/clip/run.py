@@ -38,7 +38,7 @@ from experiments.clip.config import (
 from experiments.clip.errors import UserError
 from experiments.clip.evaluate import Evaluation, evaluate
 from experiments.clip.feature_cache import FeatureCache, cache_features, open_features
-from experiments.clip.files import write_json
+from experiments.clip.files import ensure_writable, write_json
 from experiments.clip.glyphs import faces, glyph_splits
 from experiments.clip.methods import DRRhoCLIP, FastCLIP, Method, OpenCLIP
 from experiments.clip.models import Clip, export_model, load_model, new_model
@@ -148,16 +148,16 @@ def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest) -> Evaluation:
 
 def build_method(loss: Loss, epochs: int, pairs: Pairs, features: FeatureCache | None) -> tuple[Method, dict[str, Any]]:
     """Return the method and the numbers it was resolved to."""
-    if loss.name == "openclip":
+    if loss.method == "openclip":
         return OpenCLIP(), {"loss": "openclip"}
     temperature = loss.temperature
-    chosen: dict[str, Any] = {"loss": loss.name, "final_gamma": loss.final_gamma, "eps": loss.eps}
+    chosen: dict[str, Any] = {"loss": loss.method, "final_gamma": loss.final_gamma, "eps": loss.eps}
     if features is not None:
         spread = features.spread()
         console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
         temperature = round(SPREAD_SHARE * spread, 3) if temperature == "auto" else temperature
     if temperature == "auto":
-        raise UserError(f"--loss.temperature auto needs a reference, which {loss.name} has not: give a number like 0.1")
+        raise UserError(f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1")
     chosen["temperature"] = temperature
     arguments = (len(pairs), epochs, temperature, loss.final_gamma, loss.eps)
     method = FastCLIP(*arguments) if features is None else DRRhoCLIP(*arguments, features)
@@ -179,9 +179,10 @@ class Trained(NamedTuple):
 def run_training(options: Train) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     clip = new_model(options.model, options.seed)
-    reference = load_model(options.loss.reference) if options.loss.name == "drrho" else None
+    reference = load_model(options.loss.reference) if options.loss.method == "drrho" else None
     if reference is not None and options.split != "train":
         raise UserError(f"--split {options.split} has no cached reference features: drrho trains on --split train")
+    ensure_writable(options.out)
     manifest = prepare(options.data)
     features = reference_features(reference, manifest, options.data) if reference is not None else None
     pairs = load_pairs(manifest, options.split, clip)

@@ -53,7 +53,7 @@ class Pairs:
             images.append((resize(sample.image) * 255).round().to(torch.uint8))
             self.captions.append(sample.caption)
             self.names.append(sample.meta.get("name", sample.caption))
-            if progress is not None and len(images) % 256 == 0:
+            if progress is not None and len(images) % 256 in (0, manifest.splits[split].samples % 256):
                 progress(len(images))
         self.pixels = torch.stack(images)
         self._tokens = clip.tokenize(self.captions).to(torch.int32)

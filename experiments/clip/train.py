@@ -93,7 +93,7 @@ def train(
             text = model.encode_text(batch.text, normalize=True)  # [b, d]
             loss = method.loss(image, text, index, model.logit_scale.exp(), epoch)
             if not bool(torch.isfinite(loss.value)):
-                raise UserError(f"the loss is {loss.value.item()} at step {step}: lower --optimization.lr")
+                raise UserError(f"the loss is {loss.value.item()} at step {step}: lower --lr")
             optimizer.zero_grad(set_to_none=True)
             loss.value.backward()
             lr = _learning_rate(step, total, optimization)

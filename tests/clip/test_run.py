@@ -70,12 +70,12 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
         (["--captions", "foo"], "'foo'.*--captions.*vague"),
         (["fly"], "no command is called 'fly': choose one of demo"),
         (["train", "--preset", "foo"], "no preset is called 'foo': choose one of glyph-reference"),
-        (["train", "--optimization.epochs", "x"], "--optimization.epochs.*'x'"),
-        (["train", "--optimization.epochs", "0"], "--optimization.epochs.*0"),
-        (["train", "--optimization.batch-size", "1"], "--optimization.batch-size.*1"),
-        (["train", "--loss.temperature", "-1"], "--loss.temperature.*-1"),
-        (["train", "--loss.final-gamma", "2"], "--loss.final-gamma.*2"),
-        (["train", "--model", "nosuch", "--loss.name", "openclip"], "no model is called 'nosuch'"),
+        (["train", "--epochs", "x"], "--epochs.*'x'"),
+        (["train", "--epochs", "0"], "--epochs.*0"),
+        (["train", "--batch-size", "1"], "--batch-size.*1"),
+        (["train", "--temperature", "-1"], "--temperature.*-1"),
+        (["train", "--final-gamma", "2"], "--final-gamma.*2"),
+        (["train", "--model", "nosuch", "--method", "openclip"], "no model is called 'nosuch'"),
         (["evaluate"], "Missing"),
         (["evaluate", "nowhere"], "nowhere has no open_clip_config.json"),
         (["--reference", "nowhere"], "nowhere has no open_clip_config.json"),
@@ -92,9 +92,16 @@ def test_wrong_options_get_one_line_and_status_2(arguments, message, capsys, tmp
 
 def test_cache_that_cannot_be_written_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    arguments = ["prepare", "--data.size", "small", "--data.cache", str(tmp_path / "file" / "cache")]
+    arguments = ["prepare", "--size", "small", "--cache", str(tmp_path / "file" / "cache")]
     assert main(arguments) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_output_folder_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["train", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
