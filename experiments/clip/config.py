@@ -131,7 +131,7 @@ PRESETS: dict[str, Train] = {
     "glyph-steered": Train(optimization=Optimization(epochs=12), out=Path("outputs/glyph-steered")),
     "glyph-unsteered": Train(
         loss=Loss(method="fastclip", temperature=0.2),
-        optimization=Optimization(epochs=12),
+        optimization=Optimization(epochs=12, lr=1e-3),
         out=Path("outputs/glyph-unsteered"),
     ),
 }
