@@ -19,6 +19,8 @@ from experiments.clip.glyphs import Captions
 from experiments.clip.models import SHIPPED_REFERENCE
 from experiments.clip.train import Optimization
 
+_CHECKOUT = Path(__file__).parents[2]
+
 
 @dataclass(frozen=True)
 class Data:
@@ -220,8 +222,11 @@ def _first_message(framed: str) -> str:
 
 
 def as_settings(options: Any) -> dict[str, Any]:
-    """Return options as JSON's types."""
-    return {
-        key: str(value) if isinstance(value, Path) else as_settings(value) if dataclasses.is_dataclass(value) else value
-        for key, value in vars(options).items()
-    }
+    """Return options as JSON's types; a path within the checkout as one relative to it."""
+    return {key: _as_setting(value) for key, value in vars(options).items()}
+
+
+def _as_setting(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.relative_to(_CHECKOUT) if value.is_relative_to(_CHECKOUT) else value)
+    return as_settings(value) if dataclasses.is_dataclass(value) else value
