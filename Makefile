@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up from nothing; both need only Python >= 3.10 with pip, and make.
+# `make demo` and `make test` set everything up from nothing; both need only Python 3.11 with pip, and make.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready

@@ -92,7 +92,7 @@ def contrastive_risk(
     )
     if not isinstance(divergence, KL):
         return ContrastiveStep((by_image.value.mean() + by_text.value.mean()) / 2, None, (by_image, by_text))
-    before = log_u or (torch.full_like(by_image.value, -torch.inf),) * 2
+    before = (torch.full_like(by_image.value, -torch.inf),) * 2 if log_u is None else log_u
     image_term, image_log_u = _running_term(by_image.value, before[0], temperature, gamma, eps, "log_u[0]")
     text_term, text_log_u = _running_term(by_text.value, before[1], temperature, gamma, eps, "log_u[1]")
     return ContrastiveStep((image_term + text_term) / 2, (image_log_u, text_log_u), (by_image, by_text))
