@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,10 @@ def as_losses(values: Any, name: str) -> Tensor:
             raise TypeError(f"{name} must have a floating dtype, got {values.dtype}: call .float() or .double()")
         losses = values
     else:
-        losses = torch.as_tensor(values, dtype=torch.float64)
+        try:
+            losses = torch.tensor(np.asarray(values, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be a tensor, an array or a sequence of numbers, got {values!r}") from error
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., n] with n >= 1, got {list(losses.shape)}")
     finite = torch.isfinite(losses)
