@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.clip.report import COLORS, draw_accuracy, read_result, rows
+from experiments.clip.report import COLORS, DemoResult, draw_accuracy, rows
 
 HERE = Path(__file__).parent
 MEASURES = ("naming top-1", "naming top-5", "script (balanced)", "base letter (balanced)", "image to text R@1")
@@ -16,7 +16,7 @@ MEASURES = ("naming top-1", "naming top-5", "script (balanced)", "base letter (b
 
 def draw() -> Figure:
     """Return the figure: learning curves on the left, test scores on the right."""
-    result = read_result(json.loads((HERE / "results" / "glyph_demo.json").read_text()))
+    result = DemoResult(**json.loads((HERE / "results" / "glyph_demo.json").read_text()))
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(2, 3))
     draw_accuracy(curves, result)

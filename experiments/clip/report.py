@@ -84,11 +84,6 @@ def write_demo(
     write_atomically(folder / "report.md", page(result).encode())
 
 
-def read_result(stored: Mapping[str, Any]) -> DemoResult:
-    """Return the result that ``results.json`` holds."""
-    return DemoResult(**stored)
-
-
 def draw_curves(result: DemoResult) -> Figure:
     """Draw naming accuracy on the validation pairs and training loss against pairs seen."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")

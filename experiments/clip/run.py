@@ -193,8 +193,9 @@ def run_training(options: Train) -> Trained:
         "data": manifest.fingerprint,
         "split": options.split,
         "reference": reference.fingerprint if reference is not None else "",
-        "epochs": options.optimization.epochs,
+        "seed": options.seed,
         "validations": options.validations,
+        **dataclasses.asdict(options.optimization),
         **chosen,
     }
     checkpoint = options.out / "checkpoint.safetensors"

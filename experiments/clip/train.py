@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def train(
 
     Parameters
     ----------
+    settings : dict
+        All that the weights depend on, in JSON's types; a checkpoint made with others is refused.
     validate : callable
         Scores the model as it stands; called ``validations`` times, evenly spaced, the last time at the end.
     on_step : callable
@@ -75,7 +77,6 @@ def train(
     per_epoch = steps_per_epoch(len(pairs), optimization.batch_size)
     total = per_epoch * optimization.epochs
     due = {round(total * (k + 1) / validations) for k in range(validations)}
-    settings = settings | asdict(optimization) | {"seed": seed}
     step: int = 0
     history: list[Record] = []
 

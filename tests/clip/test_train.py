@@ -38,7 +38,7 @@ def run(pairs, method, checkpoint, stop=lambda: False, optimization=SHORT, seed=
         seed=seed,
         checkpoint=checkpoint,
         checkpoint_seconds=1e9,
-        settings={"method": type(method).__name__},
+        settings={"method": type(method).__name__, "seed": seed},
         validate=lambda: {},
         validations=2,
         on_step=lambda step, total, log: None,
