@@ -1,17 +1,21 @@
 """Model steering: distributionally robust optimization of the excess loss over a reference model."""
 
-from drrho.divergences import KL, ChiSquare, CVaR, Divergence
+from drrho.divergences import KL, CappedKL, ChiSquare, CressieRead, CVaR, Divergence, TotalVariation
 from drrho.reference import excess_losses
-from drrho.risk import RobustRisk, constrained_risk, drrho_risk, penalized_risk
+from drrho.risk import RobustRisk, constrained_risk, drrho_risk, hybrid_risk, penalized_risk
 
 __all__ = [
     "KL",
     "CVaR",
+    "CappedKL",
     "ChiSquare",
+    "CressieRead",
     "Divergence",
     "RobustRisk",
+    "TotalVariation",
     "constrained_risk",
     "drrho_risk",
     "excess_losses",
+    "hybrid_risk",
     "penalized_risk",
 ]

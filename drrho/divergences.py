@@ -1,26 +1,54 @@
 """phi-divergences ``D(p || q) = sum_i q_i phi(p_i / q_i)``, one small frozen class each.
 
 A class states ``phi`` (convex, ``phi(1) = 0`` its minimum), its conjugate ``phi*(s) = sup_{t >= 0} t s - phi(t)``
-and the conjugate's gradient; everything else is derived unless a closed form is more accurate.
+and the conjugate's gradient; everything else is derived unless a closed form is more accurate or faster.
 Normalization is ``phi''(1) = 1`` for the smooth ones (Cressie & Read 1984; Yang, opt4ml.org, chapter 2.2).
+
+A divergence of your own needs just the three functions, elementwise on tensors:
+
+>>> import torch
+>>> from drrho import Divergence, constrained_risk
+>>> class JensenShannon(Divergence):
+...     def phi(self, t):
+...         return torch.special.xlogy(t, t) - (1 + t) * torch.log((1 + t) / 2)
+...     def conjugate(self, s):
+...         return torch.where(s < math.log(2), -torch.log(2 - torch.exp(s)), torch.inf)
+...     def conjugate_gradient(self, s):
+...         return torch.exp(s) / (2 - torch.exp(s))
+>>> round(constrained_risk([0.0, 1.0, 2.0, 3.0], JensenShannon(), 0.05).value.item(), 4)
+1.9854
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_SERIES_BELOW = 0.1  # |argument| under which a series replaces a difference that cancels
+SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
+
+# Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
+_NODES, _NODE_WEIGHTS = ((1 + x) / 2 if i == 0 else x / 2 for i, x in enumerate(np.polynomial.legendre.leggauss(7)))
 
 
 class Divergence(ABC):
-    """The protocol of a phi-divergence; all methods act elementwise on tensors."""
+    """The protocol of a phi-divergence; all methods act elementwise on tensors.
+
+    ``phi`` must be strictly convex where it is finite, for the weights to be a function of the dual variables
+    (`CVaR` and `TotalVariation`, which are not, have solvers of their own).
+    """
 
     #: Whether a finite positive radius means something; False where D takes only the values 0 and infinity.
     has_radius: bool = True
+    #: Cressie-Read order k, for which ``phi* (s) = (t - 1) + (k - 1) phi(t)`` at ``t = phi*'(s)``; None outside it.
+    order: float | None = None
+    #: The tail fraction whose inverse bounds the density ratio, where there is one: ``phi(t)`` is infinite beyond.
+    alpha: Any = None
 
     @abstractmethod
     def phi(self, t: Tensor) -> Tensor:
@@ -28,51 +56,151 @@ class Divergence(ABC):
 
     @abstractmethod
     def conjugate(self, s: Tensor) -> Tensor:
-        """Return ``phi*(s) = sup_{t >= 0} t s - phi(t)``."""
+        """Return ``phi*(s) = sup_{t >= 0} t s - phi(t)``; infinite outside its domain."""
 
     @abstractmethod
     def conjugate_gradient(self, s: Tensor) -> Tensor:
         """Return the maximizing ratio ``t`` of ``phi*(s)``."""
 
-    @abstractmethod
-    def curvature(self, t: Tensor) -> Tensor:
-        """Return the second derivative of ``phi*`` where its gradient is ``t``: how fast ratios react to losses."""
+    def curvature(self, s: Tensor) -> Tensor:
+        """Return the second derivative of ``phi*``: how fast ratios react to losses."""
+        return torch.func.jvp(self.conjugate_gradient, (s,), (torch.ones_like(s),))[1]
+
+    def tilt(self, s: Tensor) -> Tensor:
+        """Return ``phi*'(s) - 1``, to full relative accuracy also near ``s = 0``: the integral of the curvature."""
+        direct = self.conjugate_gradient(s) - 1
+        near = s.abs() < SERIES_BELOW
+        inside = torch.where(near, s, 0.0)
+        smooth = inside * sum(w * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True))
+        return torch.where(near & self._agree(smooth, direct), smooth, direct)
+
+    def cost(self, s: Tensor) -> Tensor:
+        """Return ``phi(phi*'(s))``, to full relative accuracy also near ``s = 0``: there ``d phi = s phi*''(s) ds``."""
+        direct = s * self.conjugate_gradient(s) - self.conjugate(s)
+        near = s.abs() < SERIES_BELOW
+        inside = torch.where(near, s, 0.0)
+        smooth = inside.square() * sum(
+            w * x * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
+        )
+        return torch.where(near & self._agree(smooth, direct), smooth, direct)
 
     def phi_of_tilt(self, e: Tensor) -> Tensor:
         """Return ``phi(1 + e)``; override where ``1 + e`` would round digits of a small ``e`` away."""
         return self.phi(1 + e)
 
-    def perspective(self, s: Tensor, strength: Tensor) -> Tensor:
-        """Return ``strength * phi*(s / strength)``; at strength 0 its limit, 0 for s <= 0 and infinity above."""
-        positive = strength > 0
-        scale = torch.where(positive, strength, 1.0)
-        limit = torch.where(s > 0, torch.inf, 0.0).to(s.dtype)
-        return torch.where(positive, scale * self.conjugate(s / scale), limit)
+    def maximal_radius(self, share: np.ndarray) -> np.ndarray:
+        """Return the least D of weights that sit on the maximal losses only, float64 ``[rows]``.
 
-    def maximal_radius(self, share: Tensor) -> Tensor:
-        """Return the least D of weights that sit on the maximal losses only.
-
-        ``share`` is the fraction of losses tied at the maximum: D of the uniform distribution on them,
-        ``share * phi(1 / share) + (1 - share) * phi(0)``. At that radius the risk has reached the maximum.
+        ``share`` is the base weight of the losses tied at the maximum: D of the base distribution restricted to
+        them, ``share * phi(1 / share) + (1 - share) * phi(0)``. At that radius the risk has reached the maximum.
         """
-        off = self.phi(torch.zeros_like(share))
-        return share * self.phi(1 / share) + torch.where(share < 1, (1 - share) * off, 0.0)
+        ties = torch.from_numpy(np.asarray(share, dtype=np.float64))
+        off = torch.where(ties < 1, (1 - ties) * self.phi(torch.zeros_like(ties)), 0.0)
+        return (ties * self.phi(1 / ties) + off).numpy()
+
+    def slope_at_cap(self) -> float | Tensor:
+        """Return ``phi'(1 / alpha)`` from the left; only asked of a divergence with an ``alpha``."""
+        return 0.0
+
+    @staticmethod
+    def _agree(smooth: Tensor, direct: Tensor) -> Tensor:
+        """Whether the quadrature is one of this function: a kink of phi* between 0 and s would show here."""
+        return (smooth - direct).abs() <= 64 * torch.finfo(direct.dtype).eps
+
+
+@dataclass(frozen=True)
+class CressieRead(Divergence):
+    """Power divergence of order k: ``phi(t) = (t^k - k t + k - 1) / (k (k - 1))``, with its limits at k = 0 and 1.
+
+    Order 2 is chi-square, 1 Kullback-Leibler, 1/2 (squared) Hellinger, 0 Burg's or reverse KL, -1 Neyman's.
+
+    Parameters
+    ----------
+    order : float
+        k, any finite number. For k <= 0 no weight can be zero and no finite radius reaches the maximum.
+
+    Notes
+    -----
+    With ``base = 1 + (k - 1) s``: ``t = base^(1 / (k - 1))``, ``phi*'' = t / base`` and ``k phi = s t - (t - 1)``.
+    Source: Cressie & Read (1984); Duchi & Namkoong, arXiv 1810.08750.
+    """
+
+    order: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.order):
+            raise ValueError(f"order must be a finite number, got {self.order}")
+        object.__setattr__(self, "order", float(self.order))
+
+    def phi(self, t: Tensor) -> Tensor:
+        """Return ``(t^k - k t + k - 1) / (k (k - 1))``, near t = 1 to full relative accuracy."""
+        k, e = self.order, t - 1
+        near = e.abs() < SERIES_BELOW
+        inside = torch.where(near, e, 0.0)
+        # phi(1 + e) = integral of (e - v) phi''(1 + v) over v from 0 to e, and phi''(t) = t^(k - 2)
+        series = inside.square() * sum(
+            w * (1 - x) * (1 + inside * x) ** (k - 2) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
+        )
+        positive = t.clamp(min=0)
+        if k == 0:
+            far = e - torch.log(positive)
+        elif k == 1:
+            far = torch.special.xlogy(positive, positive) - e
+        else:
+            far = (positive**k - k * e - 1) / (k * (k - 1))
+        return torch.where(t < 0, torch.inf, torch.where(near, series, far))
+
+    def conjugate(self, s: Tensor) -> Tensor:
+        """Return ``(base^(k / (k - 1)) - 1) / k``, for k < 1 infinite from ``s = 1 / (1 - k)`` (k > 0) or beyond it."""
+        k = self.order
+        if k == 0:
+            return torch.where(s < 1, -torch.log1p(-torch.where(s < 1, s, 0.0)), torch.inf)
+        value = torch.expm1(k * self._log_ratio(s)) / k
+        if k >= 1:
+            return value
+        base = 1 + (k - 1) * s
+        return torch.where((base < 0) | ((base == 0) & (k > 0)), torch.inf, value)
+
+    def conjugate_gradient(self, s: Tensor) -> Tensor:
+        """Return ``base_+^(1 / (k - 1))``."""
+        return torch.exp(self._log_ratio(s))
+
+    def tilt(self, s: Tensor) -> Tensor:
+        """Return ``base_+^(1 / (k - 1)) - 1``."""
+        return torch.expm1(self._log_ratio(s))
+
+    def curvature(self, s: Tensor) -> Tensor:
+        """Return ``base_+^(1 / (k - 1) - 1)``."""
+        return torch.exp((2 - self.order) * self._log_ratio(s))
+
+    def maximal_radius(self, share: np.ndarray) -> np.ndarray:
+        """Return ``(share^(1 - k) - 1) / (k (k - 1))``, infinite for k <= 0."""
+        k, log_ratio = self.order, -np.log(share)
+        if k <= 0:
+            return np.where(share < 1, np.inf, 0.0)
+        return log_ratio if k == 1 else np.expm1((k - 1) * log_ratio) / (k * (k - 1))
+
+    def _log_ratio(self, s: Tensor) -> Tensor:
+        if self.order == 1:
+            return s
+        return torch.log1p(((self.order - 1) * s).clamp(min=-1)) / (self.order - 1)
 
 
 @dataclass(frozen=True)
 class KL(Divergence):
     """Kullback-Leibler: ``phi(t) = t log t - t + 1``, so ``D(p || q) = sum_i p_i log(p_i / q_i)``."""
 
-    def phi(self, t: Tensor) -> Tensor:
-        """Return ``t log t - t + 1``."""
-        return self.phi_of_tilt(t - 1)
+    order = 1.0
 
-    def phi_of_tilt(self, e: Tensor) -> Tensor:
-        """Return ``(1 + e) log(1 + e) - e``, to full relative accuracy also near ``e = 0``."""
-        near = e.abs() < _SERIES_BELOW
-        series = kl_of_log_ratio(torch.log1p(torch.where(near, e, 0.0)))
-        t = (1 + e).clamp(min=0)
-        return torch.where(e < -1, torch.inf, torch.where(near, series, torch.special.xlogy(t, t) - e))
+    def phi(self, t: Tensor) -> Tensor:
+        """Return ``t log t - t + 1``, near t = 1 to full relative accuracy."""
+        e = t - 1
+        near = e.abs() < SERIES_BELOW
+        u = torch.log1p(torch.where(near, e, 0.0))
+        # phi(e^u) = sum_{k >= 0} u^(k + 2) (k + 1) / (k + 2)!
+        series = u.square() * _power_series(u, [(k + 1) / math.factorial(k + 2) for k in range(11)])
+        positive = t.clamp(min=0)
+        return torch.where(t < 0, torch.inf, torch.where(near, series, torch.special.xlogy(positive, positive) - e))
 
     def conjugate(self, s: Tensor) -> Tensor:
         """Return ``exp(s) - 1``."""
@@ -82,42 +210,98 @@ class KL(Divergence):
         """Return ``exp(s)``."""
         return torch.exp(s)
 
-    def curvature(self, t: Tensor) -> Tensor:
-        """Return ``t``."""
-        return t
+    def curvature(self, s: Tensor) -> Tensor:
+        """Return ``exp(s)``."""
+        return torch.exp(s)
 
-    def maximal_radius(self, share: Tensor) -> Tensor:
+    def tilt(self, s: Tensor) -> Tensor:
+        """Return ``exp(s) - 1``."""
+        return torch.expm1(s)
+
+    def maximal_radius(self, share: np.ndarray) -> np.ndarray:
         """Return ``log(1 / share)``."""
-        return -torch.log(share)
+        return -np.log(share)
 
 
 @dataclass(frozen=True)
 class ChiSquare(Divergence):
     """Chi-square: ``phi(t) = (t - 1)^2 / 2``; half of Pearson's statistic divided by n."""
 
+    order = 2.0
+
     def phi(self, t: Tensor) -> Tensor:
         """Return ``(t - 1)^2 / 2``."""
-        return self.phi_of_tilt(t - 1)
+        return torch.where(t < 0, torch.inf, self.phi_of_tilt(t - 1))
 
     def phi_of_tilt(self, e: Tensor) -> Tensor:
         """Return ``e^2 / 2``."""
-        return torch.where(e < -1, torch.inf, e * e / 2)
+        return e.square().div_(2)
 
     def conjugate(self, s: Tensor) -> Tensor:
         """Return ``((1 + s)_+^2 - 1) / 2``, written so that small ``s`` keeps its digits."""
-        return torch.where(s > -1, s + s * s / 2, -0.5)
+        e = self.tilt(s)
+        return e + e.square() / 2
 
     def conjugate_gradient(self, s: Tensor) -> Tensor:
         """Return ``(1 + s)_+``."""
         return (1 + s).clamp(min=0)
 
-    def curvature(self, t: Tensor) -> Tensor:
+    def curvature(self, s: Tensor) -> Tensor:
         """Return 1 on the support, 0 elsewhere."""
-        return (t > 0).to(t.dtype)
+        return (s > -1).to(s.dtype)
 
-    def maximal_radius(self, share: Tensor) -> Tensor:
+    def tilt(self, s: Tensor) -> Tensor:
+        """Return ``max(s, -1)``."""
+        return s.clamp(min=-1)
+
+    def cost(self, s: Tensor) -> Tensor:
+        """Return ``max(s, -1)^2 / 2``."""
+        return self.tilt(s).square() / 2
+
+    def maximal_radius(self, share: np.ndarray) -> np.ndarray:
         """Return ``(1 / share - 1) / 2``."""
         return (1 / share - 1) / 2
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """Total variation: ``phi(t) = |t - 1| / 2``, so D is half the L1 distance, at most 1.
+
+    The ball of radius r moves the mass of the r smallest losses to the largest:
+    ``r max + (1 - r) CVaR_{1 - r}``; the penalty replaces every loss by ``max(loss, max - strength)``.
+    """
+
+    def phi(self, t: Tensor) -> Tensor:
+        """Return ``|t - 1| / 2``."""
+        return torch.where(t < 0, torch.inf, self.phi_of_tilt(t - 1))
+
+    def phi_of_tilt(self, e: Tensor) -> Tensor:
+        """Return ``|e| / 2``."""
+        return e.abs() / 2
+
+    def conjugate(self, s: Tensor) -> Tensor:
+        """Return ``max(s, -1/2)``, infinite above 1/2 (to eight rounding errors, as dual variables carry some)."""
+        limit = 0.5 + 8 * torch.finfo(s.dtype).eps
+        return torch.where(s > limit, torch.inf, s.clamp(-0.5, 0.5))
+
+    def conjugate_gradient(self, s: Tensor) -> Tensor:
+        """Return 1 between -1/2 and 1/2, 0 below (set-valued at both ends: 1 is returned)."""
+        return (s >= -0.5).to(s.dtype)
+
+    def curvature(self, s: Tensor) -> Tensor:
+        """Return 0: the risk is piecewise linear."""
+        return torch.zeros_like(s)
+
+    def maximal_radius(self, share: np.ndarray) -> np.ndarray:
+        """Return ``1 - share``."""
+        return 1 - share
+
+
+def _check_tail_fraction(alpha: Any) -> None:
+    values = alpha.detach() if isinstance(alpha, Tensor) else torch.tensor(float(alpha))
+    if not bool(((values > 0) & (values <= 1)).all()):
+        wrong = values[~((values > 0) & (values <= 1))].flatten()[0].item() if values.ndim else alpha
+        raise ValueError(f"alpha must lie in (0, 1], got {wrong}: it is the fraction of losses in the tail")
 
 
 @dataclass(frozen=True)
@@ -126,18 +310,17 @@ class CVaR(Divergence):
 
     Parameters
     ----------
-    alpha : float
+    alpha : float or tensor broadcasting to the leading dimensions of the losses
         The tail fraction in (0, 1]: the risk is the mean of the worst ``alpha * n`` losses, the boundary
         loss counted by its fraction (Rockafellar & Uryasev 2000). ``alpha = k / n`` is the mean of the top k.
-        D is 0 or infinite, so a radius has no effect.
+        D is 0 or infinite, so a radius has no effect. The value is differentiable in a tensor ``alpha``.
     """
 
-    alpha: float
+    alpha: Any
     has_radius = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha must lie in (0, 1], got {self.alpha}: it is the fraction of losses in the tail")
+        _check_tail_fraction(self.alpha)
 
     def phi(self, t: Tensor) -> Tensor:
         """Return 0 where ``0 <= t <= 1 / alpha`` (to eight rounding errors, as weights carry some), else infinity."""
@@ -152,37 +335,66 @@ class CVaR(Divergence):
         """Return ``1 / alpha`` for positive ``s``, else 0."""
         return (s > 0).to(s.dtype) / self.alpha
 
-    def curvature(self, t: Tensor) -> Tensor:
+    def curvature(self, s: Tensor) -> Tensor:
         """Return 0: the risk is piecewise linear."""
-        return torch.zeros_like(t)
-
-    def perspective(self, s: Tensor, strength: Tensor) -> Tensor:
-        """Return ``s_+ / alpha`` whatever the strength: the conjugate is positively homogeneous."""
-        return self.conjugate(s)
+        return torch.zeros_like(s)
 
 
-def kl_of_log_ratio(u: Tensor) -> Tensor:
-    """Return ``phi_KL(exp(u)) = u exp(u) - exp(u) + 1`` without cancellation near ``u = 0``."""
-    near = u.abs() < 1.1 * _SERIES_BELOW
-    v = torch.where(near, u, 0.0)
-    # phi(e^u) = sum_{k >= 0} u^(k + 2) (k + 1) / (k + 2)!
-    series = torch.zeros_like(v)
-    coefficients = [0.5]
-    for k in range(1, 10):
-        coefficients.append(coefficients[-1] * (k + 1) / (k * (k + 2)))
-    for coefficient in reversed(coefficients):
-        series = series * v + coefficient
-    return torch.where(near, v * v * series, u * torch.exp(u) - torch.expm1(u))
+@dataclass(frozen=True)
+class CappedKL(Divergence):
+    """KL with the density ratio capped: ``phi(t) = t log t - t + 1`` for ``0 <= t <= 1 / alpha``, infinite beyond.
+
+    Its penalty is the KL-regularized CVaR of Levy et al. (2020), a smooth form of CVaR; its ball lies in both the
+    KL ball and CVaR's, and from the radius of CVaR's own weights on it is CVaR.
+
+    Parameters
+    ----------
+    alpha : float or tensor broadcasting to the leading dimensions of the losses
+        The tail fraction in (0, 1]. The value is differentiable in a tensor ``alpha``.
+    """
+
+    alpha: Any
+
+    def __post_init__(self) -> None:
+        _check_tail_fraction(self.alpha)
+
+    def phi(self, t: Tensor) -> Tensor:
+        """Return ``t log t - t + 1``, infinite beyond ``1 / alpha`` (to eight rounding errors)."""
+        allowed = (1 + 8 * torch.finfo(t.dtype).eps) / self.alpha
+        return torch.where(t > allowed, torch.inf, KL().phi(t))
+
+    def conjugate(self, s: Tensor) -> Tensor:
+        """Return ``exp(s) - 1`` up to ``s = log(1 / alpha)``, and its tangent from there on."""
+        limit = self.slope_at_cap()
+        return torch.expm1(torch.minimum(s, limit)) + (s - limit).clamp(min=0) / self.alpha
+
+    def conjugate_gradient(self, s: Tensor) -> Tensor:
+        """Return ``min(exp(s), 1 / alpha)``."""
+        return torch.exp(torch.minimum(s, self.slope_at_cap()))
+
+    def curvature(self, s: Tensor) -> Tensor:
+        """Return ``exp(s)`` below the cap, 0 above."""
+        return torch.where(s < self.slope_at_cap(), torch.exp(torch.minimum(s, self.slope_at_cap())), 0.0)
+
+    def tilt(self, s: Tensor) -> Tensor:
+        """Return ``min(exp(s), 1 / alpha) - 1``."""
+        return torch.expm1(torch.minimum(s, self.slope_at_cap()))
+
+    def slope_at_cap(self) -> Tensor:
+        """Return ``log(1 / alpha)``."""
+        return -torch.log(torch.as_tensor(self.alpha, dtype=torch.float64))
 
 
 def expm1_minus(x: Tensor) -> Tensor:
     """Return ``exp(x) - 1 - x`` without cancellation near ``x = 0``."""
-    near = x.abs() < _SERIES_BELOW
+    near = x.abs() < SERIES_BELOW
     v = torch.where(near, x, 0.0)
-    series = torch.zeros_like(v)
-    coefficients = [0.5]
-    for k in range(1, 10):
-        coefficients.append(coefficients[-1] / (k + 2))
-    for coefficient in reversed(coefficients):
-        series = series * v + coefficient
-    return torch.where(near, v * v * series, torch.expm1(x) - x)
+    series = v.square() * _power_series(v, [1 / math.factorial(k + 2) for k in range(10)])
+    return torch.where(near, series, torch.expm1(x) - x)
+
+
+def _power_series(x: Tensor, coefficients: list[float]) -> Tensor:
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total.mul_(x).add_(coefficient)
+    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,31 +33,72 @@ def as_losses(values: Any, name: str) -> Tensor:
             raise TypeError(f"{name} must be a tensor, an array or a sequence of numbers, got {values!r}") from error
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., n] with n >= 1, got {list(losses.shape)}")
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        where = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name} must be finite, got {losses[tuple(where)].item()} at index {where}")
+    if losses.numel() > 0 and values_are_readable():
+        low, high = (extreme.item() for extreme in torch.aminmax(losses.detach()))
+        if not math.isfinite(low) or not math.isfinite(high):
+            where = (~torch.isfinite(losses)).nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {losses[tuple(where)].item()} at index {where}")
     return losses
 
 
-def as_parameter(value: Any, name: str, meaning: str, losses: Tensor) -> Tensor:
-    """Return a radius or strength as a float64 tensor, one number per row of ``losses``.
+def values_are_readable() -> bool:
+    """Whether Python can look at values: not while a graph is compiled, nor inside a ``torch.func`` transform."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None  # pyright: ignore[reportAttributeAccessIssue]
 
-    Accepts a number or anything that broadcasts to ``losses.shape[:-1]``; a tensor keeps its graph.
+
+def refuse(refused: Tensor, values: Tensor, message: str) -> None:
+    """Raise ``ValueError(message)`` with the first refused value, if any is; in a compiled graph, an assertion."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~refused.any(), message)
+    elif bool(refused.any()):
+        raise ValueError(message.format(values[refused].flatten()[0].item()))
+
+
+def as_parameter(value: Any, name: str, meaning: str, losses: Tensor) -> Tensor:
+    """Return a radius, strength or tail fraction as a float64 tensor, one number per row of ``losses``.
+
+    Accepts a number or anything that broadcasts to ``losses.shape[:-1]``; a tensor keeps its graph. What its
+    entries may be is checked where they are used.
 
     Raises
     ------
     ValueError
-        If an entry is negative, NaN or infinite, or the shape does not broadcast.
+        If the shape does not broadcast, or a plain number is negative, NaN or infinite.
+    TypeError
+        If it is no number at all.
     """
     rows = losses.shape[:-1]
-    parameter = torch.as_tensor(value, device=losses.device, dtype=torch.float64)
-    refused = ~(torch.isfinite(parameter) & (parameter >= 0))
-    if bool(refused.any()):
-        raise ValueError(f"{name} must be finite and >= 0, got {parameter[refused][0].item()}: it {meaning}")
+    if isinstance(value, float | int) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}: it {meaning}")
+    try:
+        parameter = torch.as_tensor(value, device=losses.device, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number or a tensor of numbers, got {value!r}: it {meaning}") from error
     try:
         return parameter.expand(rows)
     except RuntimeError:
         raise ValueError(
             f"{name} of shape {list(parameter.shape)} does not broadcast to the rows {list(rows)} of the losses"
         ) from None
+
+
+def as_base_weights(values: Any, losses: Tensor, group: Any) -> Tensor:
+    """Return base weights q as a float64 tensor ``[..., n]`` that broadcasts to ``losses``.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative or not finite, a row does not sum to one, or the shape does not broadcast.
+    """
+    base = torch.as_tensor(values, device=losses.device, dtype=torch.float64)
+    fits = base.ndim >= 1 and base.shape[-1] == losses.shape[-1] and base.ndim <= losses.ndim
+    if not fits or any(b not in (1, z) for b, z in zip(reversed(base.shape), reversed(losses.shape), strict=False)):
+        raise ValueError(
+            f"base_weights of shape {list(base.shape)} does not broadcast to the losses of shape {list(losses.shape)}"
+        )
+    refuse(~(base >= 0), base, "base_weights must be >= 0, got {}: they are a distribution over the samples")
+    total = base.sum(-1)
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    refuse((total - 1).abs() > 1e-6, total, "base_weights must sum to 1, got {}: divide them by their sum")
+    return base / total[..., None]

@@ -1,0 +1,236 @@
+"""The solution of a robust risk as a differentiable function, through its optimality conditions.
+
+With ``a = (z - eta) / lambda`` and ``h = q phi*''(a) / lambda``, a change of the losses by dz, of the threshold eta
+and of the strength lambda moves the weights by ``dp = h (dz - d eta - a d lambda)``. ``sum dp = 0`` fixes d eta; and
+either lambda is given, or the ball fixes it: ``<a, dp> = d radius``, since ``phi'(p / q) = a`` on the support. The
+value's own gradient is the envelope one: weights, multiplier, minus D (Danskin). Every formula is made of outputs
+that are differentiable themselves, so derivatives of any order come out, forward, reverse and mixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from drrho.divergences import Divergence
+from drrho.solvers.solution import Problem, Solution, solve
+
+
+class Optimum(torch.autograd.Function):
+    """`solve` with derivatives: ``(losses, radius, strength, alpha, base, problem)`` to the fields of `Solution`."""
+
+    @staticmethod
+    def forward(losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve in plain tensors."""
+        return tuple(solve(losses, radius, strength, alpha, base, problem))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep what the formulas need; nothing of size n beside losses, base and weights."""
+        *tensors, problem = inputs
+        solution = Solution(*output)
+        ctx.mark_non_differentiable(solution.gap, solution.on_ball)
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.given = [tensor is not None for tensor in tensors]
+        kept = (
+            *(tensor for tensor in tensors if tensor is not None),
+            solution.weights,
+            solution.threshold,
+            solution.strength,
+            solution.distance,
+            solution.alpha_slope,
+            solution.on_ball,
+        )
+        ctx.save_for_backward(*kept)
+
+    @staticmethod
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Pull gradients of value, weights, premium, threshold, strength and D back to losses and parameters."""
+        response = _Response(ctx)
+        by_value, by_weights, by_premium, by_threshold, by_strength, _, by_distance, by_alpha_slope, _ = grads
+        if by_alpha_slope is not None:
+            raise RuntimeError(
+                "the risk is differentiable only once in alpha: its second derivative is not implemented"
+            )
+        to_losses = to_radius = to_strength = to_alpha = None
+        if by_value is not None or by_premium is not None:
+            both = _sum(by_value, by_premium)
+            to_losses = both[:, None] * response.weights
+            if by_premium is not None:
+                to_losses = to_losses - by_premium[:, None] * response.uniform()
+            to_radius = response.radius_slope(both)
+            to_strength = torch.where(both == 0, 0.0, -both * response.distance)
+            to_alpha = both * response.alpha_slope
+        if any(grad is not None for grad in (by_weights, by_threshold, by_strength, by_distance)):
+            losses, radius, strength = response.pull_back(by_weights, by_threshold, by_strength, by_distance)
+            to_losses, to_radius = _sum(to_losses, losses), _sum(to_radius, radius)
+            to_strength = _sum(to_strength, strength)
+        _, radius_given, strength_given, alpha_given, _ = ctx.given
+        return (
+            to_losses,
+            to_radius if radius_given else None,
+            to_strength if strength_given else None,
+            to_alpha if alpha_given else None,
+            None,
+            None,
+        )
+
+
+class TransformableOptimum(Optimum):
+    """`Optimum` with rules for ``torch.func``; kept apart because a compiled graph takes a function without them."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep the same for forward mode."""
+        Optimum.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*ctx.to_save)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Turn the mapped dimension into more rows."""
+        *tensors, problem = inputs
+        size = info.batch_size
+        stacked = [
+            None if tensor is None else tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip(tensors, in_dims, strict=False)
+        ]
+        rows = stacked[0].shape[1]
+        base = stacked[-1]
+        if base is not None:
+            stacked[-1] = base.expand(size, rows, base.shape[-1])
+        flat = [None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in stacked]
+        outputs = TransformableOptimum.apply(*flat, problem)
+        return tuple(field.reshape(size, rows, *field.shape[1:]) for field in outputs), (0,) * len(outputs)
+
+    @staticmethod
+    def jvp(ctx, losses, radius, strength, alpha, base, problem):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Push tangents of losses and parameters forward."""
+        response = _Response(ctx)
+        dp, d_threshold, d_strength, d_distance = response.push_forward(losses, radius, strength)
+        d_value = torch.zeros_like(response.distance)
+        d_mean = torch.zeros_like(d_value)
+        if losses is not None:
+            d_value = d_value + response.total((response.weights * losses).sum(-1))
+            d_mean = response.total((response.uniform() * losses).sum(-1))
+        if radius is not None:
+            d_value = d_value + response.radius_slope(radius)
+        if strength is not None:
+            d_value = d_value - response.distance * strength
+        if alpha is not None:
+            d_value = d_value + response.alpha_slope * alpha
+        # Not implemented, and forward mode cannot know whether it is wanted: never a silent zero.
+        d_alpha_slope = torch.full_like(d_value, torch.nan)
+        return d_value, dp, d_value - d_mean, d_threshold, d_strength, None, d_distance, d_alpha_slope, None
+
+
+class _Response:
+    """How the solution answers to small changes, from what `Optimum` keeps."""
+
+    def __init__(self, ctx) -> None:
+        saved = list(ctx.saved_tensors)
+        given = [saved.pop(0) if present else None for present in ctx.given]
+        self.losses, _, self.price, self.alpha, self.base = given
+        self.weights, self.threshold, self.strength, self.distance, self.alpha_slope, self.on_ball = saved
+        self.problem: Problem = ctx.problem
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if self.problem.group is not None:
+            part = part.contiguous()
+            dist.all_reduce(part, group=self.problem.group)
+        return part
+
+    def uniform(self) -> Tensor:
+        """Return the base weights."""
+        if self.base is not None:
+            return self.base.to(self.losses.dtype)
+        count = self.total(torch.full_like(self.distance, self.losses.shape[-1]))
+        return torch.ones_like(self.losses) / count[:, None]
+
+    def radius_slope(self, by: Tensor) -> Tensor:
+        """Return ``by * d value / d radius``: the ball's multiplier, beside a given price."""
+        slope = self.strength if self.price is None else self.strength - self.price
+        return torch.where((by == 0) | (self.on_ball == 0), 0.0, by * slope)
+
+    def _sensitivity(self) -> tuple[Tensor, Tensor]:
+        """Return h and the centered exponent a."""
+        divergence: Divergence = self.problem.divergence
+        if self.alpha is not None:
+            divergence = dataclasses.replace(divergence, alpha=self.alpha[:, None])  # pyright: ignore[reportArgumentType]
+        smooth = torch.isfinite(self.strength) & (self.strength > 0)
+        strength = torch.where(smooth, self.strength, 1.0)[:, None]
+        a = torch.where(smooth[:, None], (self.losses - self.threshold[:, None]) / strength, 0.0)
+        h = torch.where(smooth[:, None], divergence.curvature(a) / strength, 0.0) * self.uniform()
+        return h, self._centered(h, a)
+
+    def _expectation(self, h: Tensor, v: Tensor) -> Tensor:
+        mass, weighted = self.total(torch.stack([h.sum(-1), (h * v).sum(-1)]))
+        return weighted / torch.where(mass > 0, mass, 1.0)
+
+    def _centered(self, h: Tensor, v: Tensor) -> Tensor:
+        return v - self._expectation(h, v)[:, None]
+
+    def _stiffness(self, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``sum h a^2``, 1 where there is none, and whether the ball fixes the strength."""
+        variance = self.total((h * a * a).sum(-1))
+        fixed = (self.on_ball > 0) & (variance > 0)
+        return torch.where(fixed, variance, 1.0), fixed
+
+    def pull_back(
+        self, weights: Tensor | None, threshold: Tensor | None, strength: Tensor | None, distance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gradients for losses, radius and given strength."""
+        h, a = self._sensitivity()
+        mass = self.total(h.sum(-1))
+        mean_a = self._uncentered_mean(h)
+        v = torch.zeros_like(a) if weights is None else weights
+        if distance is not None:
+            v = v + distance[:, None] * a
+        to_losses = h * self._centered(h, v)
+        # d lambda enters through dp, through d eta = E_h[dz] - E_h[a] d lambda, and directly.
+        by_strength = -self.total((to_losses * a).sum(-1))
+        if threshold is not None:
+            to_losses = to_losses + (threshold / torch.where(mass > 0, mass, 1.0))[:, None] * h
+            by_strength = by_strength - threshold * mean_a
+        if strength is not None:
+            by_strength = by_strength + strength
+        variance, fixed = self._stiffness(h, a)
+        ratio = torch.where(fixed, by_strength / variance, 0.0)
+        to_losses = to_losses + h * a * ratio[:, None]
+        return to_losses, -ratio, torch.where(self.on_ball > 0, 0.0, by_strength)
+
+    def push_forward(
+        self, losses: Tensor | None, radius: Tensor | None, strength: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the changes of weights, threshold, strength and D."""
+        h, a = self._sensitivity()
+        dz = torch.zeros_like(a) if losses is None else losses
+        mean_dz = self._expectation(h, dz)
+        dz = dz - mean_dz[:, None]
+        variance, fixed = self._stiffness(h, a)
+        d_radius = torch.zeros_like(variance) if radius is None else radius
+        given = torch.zeros_like(variance) if strength is None else strength
+        pushed = torch.where(fixed, (self.total((h * a * dz).sum(-1)) - d_radius) / variance, 0.0)
+        d_strength = torch.where(self.on_ball > 0, pushed, given)
+        dp = h * (dz - a * d_strength[:, None])
+        d_threshold = mean_dz - self._uncentered_mean(h) * d_strength
+        return dp, d_threshold, d_strength, self.total((a * dp).sum(-1))
+
+    def _uncentered_mean(self, h: Tensor) -> Tensor:
+        """Return ``E_h[(z - eta) / lambda]``."""
+        smooth = torch.isfinite(self.strength) & (self.strength > 0)
+        strength = torch.where(smooth, self.strength, 1.0)
+        expected = self._expectation(h, self.losses - self.threshold[:, None])
+        return torch.where(smooth, expected / strength, 0.0)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor:
+    if first is None or second is None:
+        present = second if first is None else first
+        assert present is not None
+        return present
+    return first + second

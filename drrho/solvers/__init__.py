@@ -1,0 +1,62 @@
+"""Exact solutions of rows of losses: weights, multipliers and a certificate.
+
+A divergence whose risk has an algorithm of its own registers it with ``solve_ball`` and ``solve_penalty``, functions
+of normalized rows (`rows.Rows`); any other is solved by `generic`. Nothing here is recorded by autograd:
+derivatives come from the optimality conditions (``drrho/optimum.py``).
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import numpy as np
+from torch import Tensor
+
+from drrho.divergences import KL, ChiSquare, Divergence, TotalVariation
+from drrho.solvers.chi_square import chi_square_ball, chi_square_penalty
+from drrho.solvers.generic import generic_ball, generic_penalty
+from drrho.solvers.kl import kl_ball
+from drrho.solvers.rows import Dual, Rows
+from drrho.solvers.tail import total_variation_ball, total_variation_penalty
+
+__all__ = ["Dual", "Rows", "solve_ball", "solve_penalty"]
+
+#: Tilt (ratios minus one) where it is not ``phi*'`` of the dual variables, which is set-valued there; else None.
+Found = tuple[Tensor | None, Dual]
+
+
+@singledispatch
+def solve_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
+    """Maximize ``<p, d>`` over the simplex subject to ``D(p || q) <= radius``, ``radius`` ``[rows]``."""
+    return None, generic_ball(divergence, rows, radius)
+
+
+@singledispatch
+def solve_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> Found:
+    """Maximize ``<p, d> - strength * D(p || q)`` over the simplex, ``strength`` ``[rows]``."""
+    return None, generic_penalty(divergence, rows, strength)
+
+
+@solve_ball.register
+def _(divergence: KL, rows: Rows, radius: np.ndarray) -> Found:
+    return None, kl_ball(rows, radius)
+
+
+@solve_ball.register
+def _(divergence: ChiSquare, rows: Rows, radius: np.ndarray) -> Found:
+    return None, chi_square_ball(rows, radius)
+
+
+@solve_penalty.register
+def _(divergence: ChiSquare, rows: Rows, strength: np.ndarray) -> Found:
+    return None, chi_square_penalty(rows, strength)
+
+
+@solve_ball.register
+def _(divergence: TotalVariation, rows: Rows, radius: np.ndarray) -> Found:
+    return total_variation_ball(rows, radius)
+
+
+@solve_penalty.register
+def _(divergence: TotalVariation, rows: Rows, strength: np.ndarray) -> Found:
+    return total_variation_penalty(rows, strength)
