@@ -10,19 +10,18 @@ from __future__ import annotations
 from functools import singledispatch
 
 import numpy as np
-from torch import Tensor
 
 from drrho.divergences import KL, ChiSquare, Divergence, TotalVariation
 from drrho.solvers.chi_square import chi_square_ball, chi_square_penalty
 from drrho.solvers.generic import generic_ball, generic_penalty
 from drrho.solvers.kl import kl_ball
 from drrho.solvers.rows import Dual, Rows
-from drrho.solvers.tail import total_variation_ball, total_variation_penalty
+from drrho.solvers.tail import TotalVariationTilt, total_variation_ball, total_variation_penalty
 
 __all__ = ["Dual", "Rows", "solve_ball", "solve_penalty"]
 
-#: Tilt (ratios minus one) where it is not ``phi*'`` of the dual variables, which is set-valued there; else None.
-Found = tuple[Tensor | None, Dual]
+#: How a loss's tilt (ratio minus one) follows from it where phi*' of the dual variables is set-valued; else None.
+Found = tuple[TotalVariationTilt | None, Dual]
 
 
 @singledispatch

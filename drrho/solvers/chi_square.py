@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from drrho.solvers.rows import Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows
+
+_Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
 
 
 def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
@@ -15,47 +19,70 @@ def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
     only lowers the threshold, so nothing that belongs to the support is ever dropped.
     """
 
-    def threshold(dropped, mean, variance):
-        c = 2 * radius * (1 - dropped) - dropped
+    def step(dropped, mean, variance):
+        kept = 1 - dropped
+        c = 2 * radius * kept - dropped
         saturated = (c <= 0) | (variance <= 0)
-        spread = np.sqrt(np.where(saturated, 1.0, variance) / np.where(saturated, 1.0, c))
-        return np.where(saturated, -np.inf, mean - spread), mean - dropped * spread, (1 - dropped) * spread, saturated
+        if saturated.any():
+            spread = np.sqrt(np.where(saturated, 1.0, variance) / np.where(saturated, 1.0, c))
+            return np.where(saturated, -np.inf, mean - spread), mean - dropped * spread, kept * spread, saturated
+        spread = np.sqrt(variance / c)
+        return mean - spread, mean - dropped * spread, kept * spread, saturated
 
-    return _active_set(rows, threshold)
+    return _active_set(rows, step)
 
 
 def chi_square_penalty(rows: Rows, strength: np.ndarray) -> Dual:
     """Project ``d / (n strength)`` on the simplex: ``eta = mean - strength / w`` of the support of base weight w."""
     none = np.zeros(len(strength), dtype=bool)
 
-    def threshold(dropped, mean, variance):
+    def step(dropped, mean, variance):
         spread = strength / (1 - dropped)
         return mean - spread, mean - dropped * spread, strength, none
 
-    return _active_set(rows, threshold)
+    return _active_set(rows, step)
 
 
-def _active_set(rows: Rows, threshold) -> Dual:
-    """Iterate ``threshold(dropped base weight, mean, variance) -> (eta, nu = eta + lambda, lambda, saturated)``."""
-    dropped = np.zeros(len(rows.d))
-    (mean,) = rows.means(rows.d)
-    y = rows.d - mean[:, None]
-    mean, variance = torch.stack([mean, rows.means((y, y))[0]]).cpu().numpy()
-    eta, nu, strength, saturated = threshold(dropped, mean, variance)
-    inactive = None
-    while bool((eta > -1).any()):  # -1 is the least loss
-        inactive = torch.sub(rows.column(eta), rows.d, out=inactive).clamp_(min=0).sign_()
-        y = torch.addcmul(rows.d, rows.d, inactive, value=-1, out=y)
-        share, mean = rows.means(inactive, y)
-        mean = mean / (1 - share)
-        # About the mean: moments about anything else would cancel where the support's spread is small.
-        y = torch.sub(rows.d, mean[:, None], out=y)
-        y.addcmul_(y, inactive, value=-1)
-        before = dropped
-        dropped, mean, variance = torch.stack([share, mean, rows.means((y, y))[0] / (1 - share)]).cpu().numpy()
-        eta_before = eta
-        eta, nu, strength, saturated = threshold(dropped, mean, variance)
-        if bool(((dropped == before) | saturated).all()):
+def _active_set(rows: Rows, step: _Step) -> Dual:
+    """Iterate ``step(dropped base weight, mean, variance) -> (eta, nu = eta + lambda, lambda, saturated)``."""
+    dropped = np.zeros(len(rows))
+    (mean,) = rows.host_means(lambda block: (block.d,))
+    center = rows.column(mean)
+
+    def spread_out(block: Block):
+        y = block.d - center
+        return y, (y, y)
+
+    shift, square = rows.host_means(spread_out)
+    mean = mean + shift
+    eta, nu, strength, saturated = step(dropped, mean, square - shift * shift)
+    while (eta > -1).any():  # -1 is the least loss
+        eta_before, before = np.minimum(eta, 0.0), dropped
+        dropped, mean, variance = _moments_of_support(rows, eta_before, mean)
+        eta, nu, strength, saturated = step(dropped, mean, variance)
+        if ((dropped == before) | saturated).all():
             break
-        eta = np.clip(eta, eta_before, 0.0)  # it only grows, and stays below the maximum, but for rounding
+        eta = np.maximum(eta, eta_before)  # it only grows, but for rounding
     return Dual(nu, strength, None, saturated)
+
+
+def _moments_of_support(rows: Rows, eta: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return dropped base weight, mean and variance of ``{d >= eta}``, summed about what is close to the mean."""
+    for _ in range(3):
+        floor, origin = rows.column(eta), rows.column(center)
+
+        def supported(block: Block, floor=floor, origin=origin):
+            inactive = torch.sub(floor, block.d).clamp_(min=0).sign_()
+            supported = torch.addcmul(block.d, block.d, inactive, value=-1)
+            y = block.d - origin
+            y.addcmul_(y, inactive, value=-1)
+            return inactive, supported, (y, y)
+
+        dropped, mean, square = rows.host_means(supported)
+        mean, square = mean / (1 - dropped), square / (1 - dropped)
+        shift = mean - center
+        variance = square - shift * shift
+        if (shift * shift <= 64 * variance).all():
+            break  # else the square cancels: once more, about the mean
+        center = mean
+    return dropped, mean, variance

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from drrho.divergences import Divergence
-from drrho.solvers.rows import Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows
 
 _NEWTON_ITERATIONS = 60  # of one strength; then bisection
 _MAX_ITERATIONS = 2000
@@ -44,29 +44,41 @@ def generic_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) ->
 
 
 def _solve(divergence: Divergence, rows: Rows, *, radius: np.ndarray | None, strength: np.ndarray | None) -> Dual:
-    mean = rows.host_means(rows.d)[0]
-    y = rows.d - rows.column(mean)
-    deviation = np.sqrt(rows.host_means((y, y))[0])
-    del y
-    if radius is None:
+    (mean,) = rows.host_means(lambda block: (block.d,))
+    origin = rows.column(mean)
+
+    def spread_out(block: Block):
+        y = block.d - origin
+        return ((y, y),)
+
+    deviation = np.sqrt(rows.host_means(spread_out)[0])
+    if strength is not None:
         x = np.log(strength)
     else:
+        assert radius is not None
         at_zero = float(divergence.curvature(torch.zeros(1, dtype=torch.float64))[0])
         x = np.log(deviation) + 0.5 * np.log((at_zero if 0 < at_zero < np.inf else 1.0) / (2 * radius))
     start = _State(x, mean.copy())
     sample = rows.sample(_SAMPLING)
     if sample is not None:
-        start = _iterate(divergence, sample, start, deviation, radius, tolerance=1e-3, attempts=30)[0]
-        start = _State(x if radius is None else start.x, start.threshold)
-    state, distance, saturated = _iterate(
+        begun = _iterate(divergence, sample, start, deviation, radius, tolerance=1e-3, attempts=30).state
+        start = _State(x if radius is None else begun.x, begun.threshold)
+    state, distance, saturated, fine = _iterate(
         divergence, rows, start, deviation, radius, tolerance=1e-13, attempts=_MAX_ITERATIONS
     )
-    return Dual(state.threshold, np.exp(state.x), distance, saturated)
+    return Dual(state.threshold, np.exp(state.x), distance, saturated, fine)
 
 
 class _State(NamedTuple):
     x: np.ndarray  # log strength
     threshold: np.ndarray
+
+
+class _Outcome(NamedTuple):
+    state: _State
+    distance: np.ndarray
+    saturated: np.ndarray
+    fine: bool
 
 
 def _iterate(
@@ -78,7 +90,7 @@ def _iterate(
     *,
     tolerance: float,
     attempts: int,
-) -> tuple[_State, np.ndarray, np.ndarray]:
+) -> _Outcome:
     x, threshold = state
     size = len(x)
     x_low, x_high = np.full(size, -np.inf), np.full(size, np.inf)
@@ -86,7 +98,8 @@ def _iterate(
     tries = np.zeros(size, dtype=int)  # at this strength
     for _ in range(attempts):
         strength = np.exp(x)
-        moments = _moments(divergence, rows, threshold, strength, fine=bool((deviation / strength < _FINE).any()))
+        fine = bool((deviation / strength < _FINE).any())
+        moments = _moments(divergence, rows, threshold, strength, fine=fine)
         tries += 1
         with np.errstate(all="ignore"):
             step = moments.surplus * strength / moments.h
@@ -124,7 +137,7 @@ def _iterate(
             next_x = np.maximum(np.where(inside, longest, halved), _FLOOR)
         if bool(done.all()):
             settled_threshold = np.where(collapsed, threshold, threshold + step)
-            return _State(x, settled_threshold), distance, saturated
+            return _Outcome(_State(x, settled_threshold), distance, saturated, fine)
         # Rows in balance take a step in the strength, the others in the threshold alone.
         moved = balanced & ~done
         with np.errstate(all="ignore"):
@@ -139,7 +152,7 @@ def _iterate(
             middle = np.where((high < 0) & (low < 4 * high), -np.sqrt(low * high), (low + high) / 2)
         threshold = np.where(done, threshold + step, np.where(trusted, proposal, middle))
     if tolerance > 1e-9:
-        return _State(x, threshold), distance, saturated
+        return _Outcome(_State(x, threshold), distance, saturated, fine)
     raise RuntimeError(
         f"the multipliers of {divergence} did not converge in {attempts} passes: phi must be strictly convex, and "
         "conjugate and conjugate_gradient must belong to it"
@@ -149,16 +162,22 @@ def _iterate(
 def _moments(
     divergence: Divergence, rows: Rows, threshold: np.ndarray, strength: np.ndarray, *, fine: bool
 ) -> _Moments:
-    s = (rows.d - rows.column(threshold)).div_(rows.column(strength))
-    conjugate = divergence.conjugate(s)
-    if fine:
-        tilt, cost = divergence.tilt(s), divergence.cost(s)
-    else:
-        ratio = divergence.conjugate_gradient(s)
-        tilt, cost = ratio - 1, s * ratio - conjugate
-    h = divergence.curvature(s)
-    surplus, distance, *moments = rows.host_means(tilt, cost, h, (h, s), (h * s, s))
+    origin, unit = rows.column(threshold), rows.column(strength)
+
+    def sums(block: Block):
+        s = (block.d - origin).div_(unit)
+        conjugate = divergence.conjugate(s)
+        if fine:
+            tilt, cost = divergence.tilt(s), divergence.cost(s)
+        else:
+            ratio = divergence.conjugate_gradient(s)
+            tilt, cost = ratio - 1, s * ratio - conjugate
+        h = divergence.curvature(s)
+        hs = h * s
+        return tilt, cost, h, hs, (hs, s), conjugate
+
+    surplus, distance, h, hs, hss, conjugate = rows.host_means(sums)
     # Beyond the domain of phi*: the threshold is too low.
-    outside = ~np.isfinite(rows.host_means(conjugate)[0])
+    outside = ~np.isfinite(conjugate)
     surplus = np.where(outside | np.isnan(surplus), np.inf, surplus)
-    return _Moments(surplus, np.where(outside, np.nan, distance), *moments)
+    return _Moments(surplus, np.where(outside, np.nan, distance), h, hs, hss)

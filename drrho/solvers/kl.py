@@ -1,4 +1,4 @@
-"""KL: weights ``p ~ q exp(b d)``, found for a ball by safeguarded Newton on one variable, in closed form for a price."""
+"""KL: weights ``p ~ q exp(b d)``, whose one variable is found for a ball by safeguarded Newton."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import SERIES_BELOW, expm1_minus
-from drrho.solvers.rows import Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows
 
 _NEWTON_ITERATIONS = 40  # then bisection; three to eight suffice away from plateaus
 _MAX_ITERATIONS = 400
 _LONGEST_STEP = 10.0  # in log b, while there is no upper bracket
+_EPS = np.finfo(np.float64).eps
 _CEILING = 0.97 * math.log(np.finfo(np.float64).max)
-_TOLERANCE = 450 * np.finfo(np.float64).eps  # on log D
+_TOLERANCE = 450 * _EPS  # on log D
 _FAR = 30.0  # exponent at the maximum beyond which the mean is no origin for the sums
-_SAMPLING = 16
 _FINE = 1e-3  # standard deviation of the exponent below which a series replaces a difference
+_SAMPLING = 16
 
 
 class _Path(NamedTuple):
@@ -39,9 +40,10 @@ def kl_ball(rows: Rows, radius: np.ndarray) -> Dual:
     """
     start = None
     sample = rows.sample(_SAMPLING)
-    if sample is not None:
-        start, _, _ = _solve(sample, radius, None, tolerance=1e-3, iterations=12)
-    x, path, saturated = _solve(rows, radius, start, tolerance=_TOLERANCE, iterations=_MAX_ITERATIONS)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if sample is not None:
+            start, _, _ = _solve(sample, radius, None, tolerance=1e-3, iterations=12)
+        x, path, saturated = _solve(rows, radius, start, tolerance=_TOLERANCE, iterations=_MAX_ITERATIONS)
     b = np.exp(x)
     return Dual(path.normalizer / b, 1 / b, path.distance, saturated)
 
@@ -53,32 +55,28 @@ def _solve(
     target = np.log(radius)
     low = 0.5 * (math.log(8.0) + target)
     high = np.full_like(low, np.inf)
-    with np.errstate(divide="ignore"):  # a sample may be constant
-        x = 0.5 * (math.log(2.0) + target) - np.log(tilted.deviation) if start is None else start
+    x = 0.5 * (math.log(2.0) + target) - np.log(tilted.deviation) if start is None else start
     x = np.minimum(np.maximum(low, x), _CEILING)
+    # Where no series is used, D carries the rounding of its square root.
+    tolerated = tolerance + 2 * _EPS / np.sqrt(np.maximum(radius, _FINE**2))
     for iteration in range(iterations):
         path = tilted(np.exp(x))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            residual = np.log(path.distance) - target
-            newton = x - residual / path.slope
-        low = np.where(residual < 0, x, low)
-        high = np.where(residual < 0, high, x)
+        residual = np.log(path.distance) - target
+        newton = x - residual / path.slope
+        below = residual < 0
+        low, high = np.where(below, x, low), np.where(below, high, x)
         saturated = x >= _CEILING
-        resolution = 4 * np.finfo(np.float64).eps * np.maximum(np.abs(x), 1)
-        # Where no series is used, D carries the rounding of its square root.
-        reached = np.abs(residual) <= tolerance + 2 * np.finfo(np.float64).eps / np.sqrt(np.maximum(radius, _FINE**2))
-        done = reached | (high - low <= resolution) | saturated
-        if bool(done.all()):
+        done = (np.abs(residual) <= tolerated) | (high - low <= 4 * _EPS * np.maximum(np.abs(x), 1)) | saturated
+        if done.all():
             return x, path, saturated
-        bounded = np.where(np.isfinite(high), (low + np.minimum(high, _CEILING)) / 2, x + _LONGEST_STEP)
+        bounded = np.where(high < np.inf, (low + np.minimum(high, _CEILING)) / 2, x + _LONGEST_STEP)
         # KL has plateaus in b, between the gaps of close losses: a flat slope must not throw x out of reach, and
         # rounding there can let Newton creep, while halving the bracket cannot.
-        within = (newton > low) & (newton < np.minimum(high, x + _LONGEST_STEP))
-        trusted = within & (iteration < _NEWTON_ITERATIONS)
+        trusted = (newton > low) & (newton < np.minimum(high, x + _LONGEST_STEP)) & (iteration < _NEWTON_ITERATIONS)
         x = np.where(done, x, np.minimum(np.where(trusted, newton, bounded), _CEILING))
-    if iterations < _MAX_ITERATIONS:
-        return x, path, saturated
-    raise RuntimeError(f"the KL ball's multiplier did not converge in {_MAX_ITERATIONS} iterations")
+    if iterations == _MAX_ITERATIONS:
+        raise RuntimeError(f"the KL ball's multiplier did not converge in {iterations} iterations")
+    return x, tilted(np.exp(x)), np.zeros_like(x, dtype=bool)
 
 
 class _Tilted:
@@ -86,58 +84,70 @@ class _Tilted:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.center = rows.host_means(rows.d)[0]
-        self.y = rows.d - rows.column(self.center)
-        self.shift, self.square = rows.host_means(self.y, (self.y, self.y))
+        (self.center,) = rows.host_means(lambda block: (block.d,))
+        origin = rows.column(self.center)
+
+        def spread_out(block: Block):
+            y = block.d - origin
+            return y, (y, y)
+
+        self.shift, self.square = rows.host_means(spread_out)
         self.deviation = np.sqrt(self.square)
 
     def __call__(self, b: np.ndarray) -> _Path:
         near = b * -self.center <= _FAR
         if near.all():
-            return self._near(self.rows, self.y, b, slice(None))
+            return self._near(b, slice(None))
         if not near.any():
-            return self._far(self.rows, b)
-        rows_near, rows_far = self.rows.select(near), self.rows.select(~near)
+            return self._far(b, slice(None))
         result = _Path(*(np.empty_like(b) for _ in range(3)))
-        y = self.rows._replace(d=self.y).select(near).d
-        for chosen, part in ((near, self._near(rows_near, y, b[near], near)), (~near, self._far(rows_far, b[~near]))):
-            for field, solved in zip(result, part, strict=True):
+        for chosen, part in ((near, self._near), (~near, self._far)):
+            for field, solved in zip(result, part(b[chosen], chosen), strict=True):
                 field[chosen] = solved
         return result
 
-    def _near(self, rows: Rows, y: Tensor, b: np.ndarray, chosen) -> _Path:
+    def _near(self, b: np.ndarray, chosen) -> _Path:
         """With ``E = exp(b y) - 1`` all sums are of positive terms, but that of E, which is of second order."""
-        shift, square = self.shift[chosen], self.square[chosen]
-        x = y * rows.column(b)
+        center, shift, square = self.center[chosen], self.shift[chosen], self.square[chosen]
+        rows = self.rows if isinstance(chosen, slice) else self.rows.select(chosen)
+        origin, rate, largest = rows.column(center), rows.column(b), float(b.max())
         # sum E - sum b y loses what E's rounding is relative to its square; a series keeps it.
         fine = bool((b * np.sqrt(square) < _FINE).any())
-        second = rows.host_means(_excess_exponential(x, b))[0] if fine else None
-        e = x.expm1_()
-        ye = y * e
-        first, *moments = rows.host_means(e, ye, (ye, y))
-        excess = first - b * shift if second is None else second  # mean of exp(b y) - 1 - b y
-        mass = 1 + excess
-        psi = np.log1p(excess)
-        gain = moments[0] / mass
-        variance = (moments[1] + square) / mass - gain * gain
+
+        def sums(block: Block):
+            y = block.d - origin
+            x = y * rate
+            excess = (_excess_exponential(x, largest),) if fine else ()
+            e = x.expm1_()
+            ye = y * e
+            return e, ye, (ye, y), *excess
+
+        first, gain, second, *excess = rows.host_means(sums)
+        beyond = excess[0] if fine else first - b * shift  # mean of exp(b y) - 1 - b y
+        mass = 1 + beyond
+        psi, gain = np.log1p(beyond), gain / mass
+        variance = (second + square) / mass - gain * gain
         distance = b * gain - psi
-        return _Path(distance, b * b * variance / distance, psi + b * self.center[chosen])
+        return _Path(distance, b * b * variance / distance, psi + b * center)
 
-    @staticmethod
-    def _far(rows: Rows, b: np.ndarray) -> _Path:
-        e = (rows.d * rows.column(b)).exp_()
-        de = rows.d * e
-        mass, first, second = rows.host_means(e, de, (de, rows.d))
-        gain = first / mass
-        distance = b * gain - np.log(mass)
-        with np.errstate(invalid="ignore"):
-            slope = b * b * (second / mass - gain * gain) / distance
-        return _Path(distance, slope, np.log(mass))
+    def _far(self, b: np.ndarray, chosen) -> _Path:
+        rows = self.rows if isinstance(chosen, slice) else self.rows.select(chosen)
+        rate = rows.column(b)
+
+        def sums(block: Block):
+            e = (block.d * rate).exp_()
+            de = block.d * e
+            return e, de, (de, block.d)
+
+        mass, gain, second = rows.host_means(sums)
+        gain, psi = gain / mass, np.log(mass)
+        distance = b * gain - psi
+        return _Path(distance, b * b * (second / mass - gain * gain) / distance, psi)
 
 
-def _excess_exponential(x: Tensor, b: np.ndarray) -> Tensor:
-    """Return ``exp(x) - 1 - x`` for ``|x| <= b``: a series alone where it suffices, which needs no further memory."""
-    if float(b.max()) > SERIES_BELOW:
+def _excess_exponential(x: Tensor, largest: float) -> Tensor:
+    """Return ``exp(x) - 1 - x`` for ``|x| <= largest``: by a series alone where that suffices."""
+    if largest > SERIES_BELOW:
         return expm1_minus(x)
     total = torch.full_like(x, 1 / math.factorial(11))
     for k in range(8, -1, -1):

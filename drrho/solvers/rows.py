@@ -1,12 +1,14 @@
-"""Rows of losses as the solvers see them: normalized, with sums that reach over all ranks.
+"""Rows of losses as the solvers see them: normalized, in blocks, with sums that reach over all ranks.
 
-What has one entry per loss stays a tensor on its device. What has one entry per row (multipliers, brackets,
-moments) is a NumPy array on the host, where an iteration decides how to go on: a step on a handful of numbers
-costs a tenth of what it costs as device operations, and each pass over the losses synchronizes just once.
+What has one entry per loss stays on its device and is made block by block, so that temporary results stay in the
+cache and no array of the rows' size is allocated beside the answer. What has one entry per row (multipliers,
+brackets, moments) is a NumPy array on the host, where an iteration decides how to go on: a step on a handful of
+numbers costs a tenth of what it costs as device operations, and a pass over the losses synchronizes just once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,78 +16,121 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BLOCK = 2**16  # losses of one row at a time on the CPU
+
 Term = Tensor | tuple[Tensor, Tensor]
 
 
-class Rows(NamedTuple):
-    """Rows ``d`` ``[rows, n]`` with ``-1 <= d <= 0``: losses minus their row's maximum, divided by their row's range.
-
-    ``base`` ``[rows or 1, n]`` holds base weights (None: uniform); with a ``group`` every rank holds a part of
-    the last dimension, and ``count`` is n over all of them.
-    """
+class Block(NamedTuple):
+    """Normalized losses ``d`` ``[rows, width]``, their base weights (None: uniform), and their place in the rows."""
 
     d: Tensor
     base: Tensor | None
-    group: Any
-    count: int
+    place: slice
 
-    def means(self, *terms: Term) -> Tensor:
+
+class Rows:
+    """Rows ``d`` with ``-1 <= d <= 0``: losses ``z`` ``[rows, n]`` minus their row's maximum, over their row's range.
+
+    ``base`` ``[rows or 1, n]`` holds base weights (None: uniform); with a ``group`` every rank holds a part of
+    the last dimension, and ``count`` is n over all of them. Without ``top``, d is z itself.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        base: Tensor | None,
+        group: Any,
+        count: int,
+        top: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+    ) -> None:
+        self.z, self.base, self.group, self.count = z, base, group, count
+        self.top, self.scale = top, scale
+        whole = len(z) > 1 or z.shape[-1] <= _BLOCK or z.device.type != "cpu" or torch.compiler.is_compiling()
+        self._only = Block(self.normalized(z), base, slice(None)) if whole else None
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def normalized(self, z: Tensor) -> Tensor:
+        """Return d of losses ``[rows, width]``."""
+        if self.top is None or self.scale is None:
+            return z
+        d = (z - self.column(self.top)).div_(self.column(self.scale))
+        return d if self.base is None else d.clamp_(-1, 0)  # losses without base weight may lie outside
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the rows in blocks: all at once, or, where a single row is long, a part of it at a time."""
+        if self._only is not None:
+            yield self._only
+            return
+        for first in range(0, self.z.shape[-1], _BLOCK):
+            place = slice(first, first + _BLOCK)
+            base = None if self.base is None else self.base[:, place]
+            yield Block(self.normalized(self.z[:, place]), base, place)
+
+    def means(self, terms: Callable[[Block], tuple[Term, ...]]) -> Tensor:
         """Return base-weighted means over the last dimension, ``[terms, rows]``; a pair means its product."""
-        sums = []
-        for term in terms:
-            first, second = term if isinstance(term, tuple) else (term, None)
-            if self.base is not None:
-                first = first * self.base
-            sums.append(first.sum(-1) if second is None else inner(first, second))
-        return self.total(torch.stack(sums)) / (1 if self.base is not None else self.count)
-
-    def host_means(self, *terms: Term) -> np.ndarray:
-        """Return `means` as float64 on the host."""
-        return self.means(*terms).cpu().numpy()
-
-    def total(self, part: Tensor) -> Tensor:
-        """Return the sum of every rank's part."""
+        total = None
+        for block in self.blocks():
+            sums = torch.stack([_sum(term, block.base) for term in terms(block)])
+            if not sums.is_floating_point():
+                sums = sums.to(self.z.dtype)
+            total = sums if total is None else total.add_(sums)
+        assert total is not None
         if self.group is not None:
-            dist.all_reduce(part, group=self.group)
-        return part
+            dist.all_reduce(total, group=self.group)
+        return total.div_(self.count) if self.base is None else total
+
+    def host_means(self, terms: Callable[[Block], tuple[Term, ...]]) -> np.ndarray:
+        """Return `means` on the host."""
+        return self.means(terms).cpu().numpy()
 
     def column(self, per_row: np.ndarray) -> float | Tensor:
         """Return what broadcasts one host number per row against ``d``."""
         if len(per_row) == 1:
             return float(per_row[0])
-        return torch.from_numpy(per_row).to(self.d.device)[:, None]
+        return torch.from_numpy(per_row).to(self.z.device)[:, None]
 
     def select(self, chosen: np.ndarray) -> Rows:
         """Return the chosen rows only."""
         if chosen.all():
             return self
-        mask = torch.from_numpy(chosen).to(self.d.device)
+        mask = torch.from_numpy(chosen).to(self.z.device)
         base = self.base if self.base is None or len(self.base) == 1 else self.base[mask]
-        return self._replace(d=self.d[mask], base=base)
+        top, scale = (None if field is None else field[chosen] for field in (self.top, self.scale))
+        return Rows(self.z[mask], base, self.group, self.count, top, scale)
 
     def sample(self, stride: int) -> Rows | None:
         """Return every stride-th loss of long uniform rows on one rank, to start an iteration from; else None."""
         if self.base is not None or self.group is not None or self.count < 4096 * stride:
             return None
-        d = self.d[:, ::stride].contiguous()
-        return self._replace(d=d, count=d.shape[-1])
+        part = self.z[:, ::stride].contiguous()
+        return Rows(part, None, None, part.shape[-1], self.top, self.scale)
 
 
 class Dual(NamedTuple):
     """Multipliers of rows in units of ``d``, float64 ``[rows]`` on the host.
 
     ``distance`` is D at them where the solver knows it better than a sum over the weights would, else None;
-    ``saturated`` marks rows that rounding has put at the hard maximum.
+    ``saturated`` marks rows that rounding has put at the hard maximum; ``fine`` says that ratios are so close to
+    one that their distance from it needs a form of its own.
     """
 
     threshold: np.ndarray
     strength: np.ndarray
     distance: np.ndarray | None
     saturated: np.ndarray
+    fine: bool = True
 
 
-def inner(first: Tensor, second: Tensor) -> Tensor:
-    """Return ``sum_i first_i second_i`` of each row."""
+def _sum(term: Term, base: Tensor | None) -> Tensor:
+    first, second = term if isinstance(term, tuple) else (term, None)
+    if base is not None:
+        first = first * base
+    if second is None:
+        return first.sum(-1)
     if len(first) == 1 and len(second) == 1:
         return torch.mv(first, second[0])
     return (first * second).sum(-1)

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drrho.divergences import KL, CVaR, Divergence, expm1_minus
-from drrho.solvers import Dual, Rows, solve_ball, solve_penalty
-from drrho.solvers.tail import tail
+from drrho.solvers import solve_ball, solve_penalty
+from drrho.solvers.rows import Block, Dual, Rows
+from drrho.solvers.tail import Tail, tail
 from drrho.validation import refuse
 
-_CHUNK = 2**18  # losses solved at a time on the CPU, so that a batch of rows stays in the cache
+_CHUNK = 2**18  # losses of several rows solved at a time on the CPU, so that they stay in the cache
+_FLAT = 1 / np.finfo(np.float64).tiny  # relative strength at which no weight differs from q by a rounding error
 
 
 class Solution(NamedTuple):
@@ -63,63 +65,81 @@ def solve(
         For a loss that is not finite, a range that overflows, or a parameter that is negative or not finite.
     """
     divergence = problem.divergence
-    for parameter, name, meaning in (
-        (radius, "radius", "bounds D_phi(p || q)"),
-        (strength, "strength", "is the price of D_phi(p || q)"),
-    ):
-        if parameter is not None:
-            allowed = torch.isfinite(parameter) & (parameter >= 0)
-            refuse(~allowed, parameter, f"{name} must be finite and >= 0, got {{}}: it {meaning}")
     if len(z) == 0:
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
-    if isinstance(divergence, CVaR):
-        return _cvar(z, strength, alpha, base, problem)
-    if radius is None and isinstance(divergence, KL):
+    if isinstance(divergence, CVaR) or (radius is None and isinstance(divergence, KL)):
+        for parameter, name in ((radius, "radius"), (strength, "strength")):
+            if parameter is not None:
+                refuse(~((parameter >= 0) & (parameter < torch.inf)), parameter, _REFUSAL[name])
+        if isinstance(divergence, CVaR):
+            return _cvar(z, strength, alpha, base, problem)
         assert strength is not None
         return _kl_penalty(z, strength, base, problem)
-    if alpha is not None and len(z) > 1:
-        step = 1  # every row has a divergence of its own
-    else:
-        step = max(1, _CHUNK // z.shape[-1]) if z.device.type == "cpu" else len(z)
-    parts = []
+    bound, price = _on_host(radius, "radius"), _on_host(strength, "strength")
+    if alpha is None and (len(z) == 1 or z.numel() <= _CHUNK or z.device.type != "cpu"):
+        return _iterated(z, bound, price, base, problem)
+    # A row with an alpha of its own has a divergence of its own.
+    step = 1 if alpha is not None else max(1, _CHUNK // z.shape[-1])
+    whole = None
     for first in range(0, len(z), step):
         chosen = slice(first, first + step)
         here = divergence
         if alpha is not None:
             here = dataclasses.replace(divergence, alpha=float(alpha[first]))  # pyright: ignore[reportArgumentType]
-        parts.append(
-            _iterated(
-                z[chosen],
-                None if radius is None else radius[chosen].cpu().numpy(),
-                None if strength is None else strength[chosen].cpu().numpy(),
-                base if base is None or len(base) == 1 else base[chosen],
-                problem._replace(divergence=here),
-            )
+        part = _iterated(
+            z[chosen],
+            None if bound is None else bound[chosen],
+            None if price is None else price[chosen],
+            base if base is None or len(base) == 1 else base[chosen],
+            problem._replace(divergence=here),
         )
-    return parts[0] if len(parts) == 1 else Solution(*map(torch.cat, zip(*parts, strict=True)))
+        if whole is None:
+            whole = Solution(*(field.new_empty(len(z), *field.shape[1:]) for field in part))
+        for field, solved in zip(whole, part, strict=True):
+            field[chosen] = solved
+    assert whole is not None
+    return whole
+
+
+_REFUSAL = {
+    "radius": "radius must be finite and >= 0, got {}: it bounds D_phi(p || q)",
+    "strength": "strength must be finite and >= 0, got {}: it is the price of D_phi(p || q)",
+}
+
+
+def _on_host(parameter: Tensor | None, name: str) -> np.ndarray | None:
+    if parameter is None:
+        return None
+    values = parameter.cpu().numpy()
+    allowed = (values >= 0) & (values < np.inf)
+    if not allowed.all():
+        raise ValueError(_REFUSAL[name].format(values[~allowed][0]))
+    return values
 
 
 # --- normalization ------------------------------------------------------------------------------------------
 
 
-class _Extremes(NamedTuple):
-    top: Tensor
-    span: Tensor
-
-
-def _extremes(z: Tensor, base: Tensor | None, group: Any) -> _Extremes:
-    """Return maximum and range of each row over the losses that have base weight, having refused what is not finite."""
-    top, low = z.amax(-1), z.amin(-1)
-    refuse(~torch.isfinite(top - low), top - low, "losses must be finite and have a finite range, got a range of {}")
+def _extremes(z: Tensor, base: Tensor | None, group: Any) -> Tensor:
+    """Return maximum and range of each row over the losses that have base weight, ``[2, rows]``."""
+    extremes = torch.stack([z.amax(-1), z.amin(-1)])
+    if base is not None or group is not None:
+        refuse(~torch.isfinite(extremes), extremes, "losses must be finite, got {}")
     if base is not None:
         outside = base <= 0
-        top, low = z.masked_fill(outside, -torch.inf).amax(-1), z.masked_fill(outside, torch.inf).amin(-1)
+        extremes = torch.stack(
+            [z.masked_fill(outside, -torch.inf).amax(-1), z.masked_fill(outside, torch.inf).amin(-1)]
+        )
     if group is not None:
-        both = torch.stack([top, -low])
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
-        top, low = both[0], -both[1]
-    return _Extremes(top, top - low)
+        extremes[1].neg_()
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        extremes[1].neg_()
+    extremes[1] = extremes[0] - extremes[1]
+    return extremes
+
+
+_RANGE = "losses must be finite and have a finite range, got a range of {}"
 
 
 def sample_count(z: Tensor, group: Any) -> int:
@@ -131,49 +151,43 @@ def sample_count(z: Tensor, group: Any) -> int:
     return int(count)
 
 
-def _normalized(z: Tensor, extremes: _Extremes, base: Tensor | None, group: Any) -> Rows:
-    scale = torch.where(extremes.span > 0, extremes.span, 1.0)
-    d = (z - extremes.top[:, None]).div_(scale[:, None])
-    if base is not None:
-        d.clamp_(-1, 0)  # losses without base weight may lie outside
-    return Rows(d, base, group, sample_count(z, group))
-
-
-def _spread_out(tilt: Tensor, rows: Rows) -> Tensor:
-    """Turn tilts into weights, in place."""
-    ratio = tilt.add_(1)
-    return ratio.mul_(1 / rows.count) if rows.base is None else ratio.mul_(rows.base)
-
-
 # --- closed forms: no iteration, no decision on the host but whether a branch can be skipped -----------------
 
 
 def _cvar(z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor | None, problem: Problem) -> Solution:
-    top, span = extremes = _extremes(z, base, problem.group)
+    extremes = _extremes(z, base, problem.group)
+    top, span = extremes
+    refuse(~torch.isfinite(span), span, _RANGE)
+    count = sample_count(z, problem.group)
     fraction = float(problem.divergence.alpha) if alpha is None else alpha
     if alpha is None and base is None and problem.group is None:
-        rows, scale, origin, highest = Rows(z, None, None, z.shape[-1]), 1.0, 0.0, top
+        rows, scale, origin, highest = Rows(z, None, None, count), 1.0, 0.0, top
     else:
-        rows = _normalized(z, extremes, base, problem.group)
-        scale, origin, highest = span, top, torch.zeros_like(top)
-    tilt, threshold = tail(rows, fraction)
-    mean = rows.means(rows.d)[0]
-    work = rows.d - mean[:, None]
-    (gain,) = rows.means((tilt, work))
-    torch.sub(rows.d, threshold[:, None], out=work)
-    beyond = rows.means(work.clamp_(min=0))[0]
-    value = torch.where(threshold == highest, highest, mean + gain)
+        scale, origin, highest = torch.where(span > 0, span, 1.0), top, torch.zeros_like(top)
+        rows = Rows(z, base, problem.group, count, top.cpu().numpy(), scale.cpu().numpy())
+    found = tail(rows, fraction)
+    (mean,) = rows.means(lambda block: (block.d,))
+    weights = torch.empty_like(z)
+
+    def certified(block: Block):
+        tilt, y = found.tilt(block.d), block.d - mean[:, None]
+        beyond = (block.d - found.threshold[:, None]).clamp_(min=0)
+        torch.add(tilt, 1, out=weights[:, block.place]).mul_(1 / count if block.base is None else block.base)
+        return (tilt, y), beyond
+
+    gain, beyond = rows.means(certified)
+    value = torch.where(found.threshold == highest, highest, mean + gain)
     zero = torch.zeros_like(value)
     return Solution(
         value=origin + scale * value,
-        weights=_spread_out(tilt, rows),
+        weights=weights,
         premium=scale * gain,
-        threshold=origin + scale * threshold,
+        threshold=origin + scale * found.threshold,
         strength=zero if strength is None else strength.clone(),
-        gap=scale * (threshold + beyond / fraction - (mean + gain)),
-        distance=zero,
+        gap=scale * (found.threshold + beyond / fraction - (mean + gain)),
+        distance=zero.clone(),
         alpha_slope=-scale * beyond / fraction**2,
-        on_ball=zero if strength is not None else zero + 1,
+        on_ball=zero.clone() if strength is not None else zero + 1,
     )
 
 
@@ -184,50 +198,52 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
     """
     traced = torch.compiler.is_compiling()
     top, span = _extremes(z, base, problem.group)
-    if base is not None:
-        z = torch.minimum(z, top[:, None])  # losses without base weight may lie above
-    rows = Rows(z, base, problem.group, sample_count(z, problem.group))
+    refuse(~torch.isfinite(span), span, _RANGE)
+    count = sample_count(z, problem.group)
+    rows = Rows(z, base, problem.group, count)
+    ceiling = None if base is None else top[:, None]  # losses without base weight may lie above
+
+    def from_top(block: Block) -> Tensor:
+        d = block.d if ceiling is None else torch.minimum(block.d, ceiling)
+        return d - top[:, None]
+
     hard = (strength == 0) | (span == 0)
     price = torch.where(hard, 1.0, strength)
     near = span <= price
     some_near, all_near = (True, False) if traced else (bool(near.any()), bool(near.all()))
-    below = z - top[:, None]
-    depth = rows.means(below)[0]  # the mean, from the maximum
-    ratio = psi = gain = None
+    (depth,) = rows.means(lambda block: (from_top(block),))  # the mean, from the maximum
+    weights = torch.empty_like(z)
+    psi = gain = mass = None
     if some_near:
-        x = below if all_near else below.clone()
-        x.sub_(depth[:, None]).div_(torch.where(near, price, torch.inf)[:, None])
-        shift, square = rows.means(x, (x, x))
-        e = torch.expm1(x)
-        first, product = rows.means(e, (x, e))
-        if traced or bool((square < torch.finfo(z.dtype).eps ** 0.5).any()):
-            excess = rows.means(expm1_minus(x))[0]
-        else:
-            excess = first - shift
-        psi, gain = torch.log1p(excess), product / (1 + excess)
-        ratio = e.add_(1).div_((1 + first)[:, None])
-        del x
+        psi, gain, mass = _about_mean(rows, from_top, depth, torch.where(near, price, torch.inf), weights, traced)
     if not all_near:
-        x = below.div_(torch.where(near, torch.inf, price)[:, None])
-        e = torch.exp(x)
-        total, product, shift = rows.means(e, (e, x), x)
-        far_psi, far_gain = torch.log(total) - shift, product / total - shift
-        e.div_(total[:, None])
-        ratio = e if ratio is None else torch.where(near[:, None], ratio, e)
-        psi = far_psi if psi is None else torch.where(near, psi, far_psi)
-        gain = far_gain if gain is None else torch.where(near, gain, far_gain)
-        del x, e
-    assert ratio is not None and psi is not None and gain is not None
+        far = (~near)[:, None] if some_near else None
+        unit = torch.where(near, torch.inf, price)[:, None]
+
+        def about_top(block: Block):
+            x = from_top(block).div_(unit)
+            e = torch.exp(x)
+            weights[:, block.place] = e if far is None else torch.where(far, e, weights[:, block.place])
+            return e, (e, x), x
+
+        total, first, shift = rows.means(about_top)
+        found = torch.log(total) - shift, first / total - shift, total
+        if psi is None or gain is None or mass is None:
+            psi, gain, mass = found
+        else:
+            psi, gain, mass = (torch.where(near, *both) for both in zip((psi, gain, mass), found, strict=True))
+    assert psi is not None and gain is not None and mass is not None
     if traced or bool(hard.any()):
         tied = (z == top[:, None]).to(z.dtype)
-        share = rows.means(tied)[0]
-        ratio = torch.where(hard[:, None], tied / share[:, None], ratio)
+        weights = torch.where(hard[:, None], tied, weights)
+        (share,) = rows.means(lambda block: (tied[:, block.place],))
         psi = torch.where(hard, -depth, psi)  # the price is 1 there
-        gain = torch.where(hard, psi - torch.log(share), gain)
-    distance = gain - psi
+        gain, mass = torch.where(hard, psi - torch.log(share), gain), torch.where(hard, share, mass)
+    (total,) = rows.means(lambda block: (weights[:, block.place],))
+    weights = weights.div_((mass * (count if base is None else 1.0))[:, None])
+    if base is not None:
+        weights = weights.mul_(base)
     premium = price * psi
-    residual = rows.means(ratio)[0] - 1  # mean of phi* at the threshold
-    weights = ratio.mul_(1 / rows.count) if base is None else ratio.mul_(base)
     zero = torch.zeros_like(premium)
     return Solution(
         value=torch.where(hard, top, top + (depth + premium)),
@@ -235,11 +251,32 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
         premium=premium,
         threshold=torch.where(hard, top, top + (depth + premium)),
         strength=strength.clone(),
-        gap=torch.where(hard, 0.0, price * residual),
-        distance=distance,
+        gap=torch.where(hard, 0.0, price * (total / mass - 1)),  # phi* has mean zero at the threshold
+        distance=gain - psi,
         alpha_slope=zero,
-        on_ball=zero,
+        on_ball=zero.clone(),
     )
+
+
+def _about_mean(rows: Rows, from_top, depth: Tensor, unit: Tensor, weights: Tensor, traced: bool):
+    """Write ``exp(x)``, ``x = (z - mean) / strength``; return ``log mean exp(x)``, ``E_p[x]`` and ``mean exp(x)``."""
+
+    def exponent(block: Block) -> Tensor:
+        return from_top(block).sub_(depth[:, None]).div_(unit[:, None])
+
+    def sums(block: Block):
+        x = exponent(block)
+        e = torch.expm1(x)
+        torch.add(e, 1, out=weights[:, block.place])
+        return x, (x, x), e, (x, e)
+
+    shift, square, first, product = rows.means(sums)
+    # The mean of exp(x) - 1 - x loses what the rounding of exp(x) - 1 is relative to its square; a series keeps it.
+    if traced or bool((square < torch.finfo(depth.dtype).eps ** 0.5).any()):
+        (excess,) = rows.means(lambda block: (expm1_minus(exponent(block)),))
+    else:
+        excess = first - shift
+    return torch.log1p(excess), product / (1 + excess), 1 + first
 
 
 # --- everything else ----------------------------------------------------------------------------------------
@@ -248,16 +285,26 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
 def _iterated(
     z: Tensor, radius: np.ndarray | None, strength: np.ndarray | None, base: Tensor | None, problem: Problem
 ) -> Solution:
-    extremes = _extremes(z, base, problem.group)
-    rows = _normalized(z, extremes, base, problem.group)
-    top, span = (field.cpu().numpy() for field in extremes)
+    extremes = _extremes(z, base, problem.group).cpu().numpy()
+    top, span = extremes
+    if not np.isfinite(span).all():
+        raise ValueError(_RANGE.format(span[~np.isfinite(span)][0]))
+    constant = span == 0
+    rows = Rows(
+        z,
+        base,
+        problem.group,
+        sample_count(z, problem.group),
+        top,
+        np.where(constant, 1.0, span) if constant.any() else span,
+    )
     if radius is None or strength is None:
-        return _one_bound(rows, top, span, radius, strength, problem.divergence)
-    priced = _one_bound(rows, top, span, None, strength, problem.divergence)
+        return _one_bound(rows, span, radius, strength, problem.divergence)
+    priced = _one_bound(rows, span, None, strength, problem.divergence)
     outside = priced.distance.cpu().numpy() > radius
     if not outside.any():
         return priced
-    bound = _one_bound(rows.select(outside), top[outside], span[outside], radius[outside], None, problem.divergence)
+    bound = _one_bound(rows.select(outside), span[outside], radius[outside], None, problem.divergence)
     price = torch.from_numpy(strength[outside]).to(z.device) * bound.distance
     bound = bound._replace(value=bound.value - price, premium=bound.premium - price)
     if outside.all():
@@ -269,149 +316,137 @@ def _iterated(
 
 
 def _one_bound(
-    rows: Rows,
-    top: np.ndarray,
-    span: np.ndarray,
-    radius: np.ndarray | None,
-    strength: np.ndarray | None,
-    divergence: Divergence,
+    rows: Rows, span: np.ndarray, radius: np.ndarray | None, strength: np.ndarray | None, divergence: Divergence
 ) -> Solution:
     """Solve a ball or a penalty: rows that are at the mean or at the maximum here, the others by iteration."""
+    top, scale = rows.top, rows.scale
+    assert top is not None and scale is not None
     constrained = radius is not None
-    scale = np.where(span > 0, span, 1.0)
-    hard_tilt, hard_threshold, maximal = _least_divergent_maximizer(rows, divergence)
-    if constrained:
+    maximizer = _least_divergent_maximizer(rows, divergence)
+    if radius is not None:
         parameter = radius
-        hard = (span == 0) | (radius >= maximal)
+        hard = (span == 0) | (radius >= maximizer.distance)
         flat = (radius == 0) & ~hard
     else:
         assert strength is not None
         with np.errstate(over="ignore"):
             parameter = strength / scale
-        hard = (span == 0) | (parameter == 0) | (maximal == 0)
-        flat = ~hard & (parameter > 1 / np.finfo(np.float64).tiny)  # no weight differs from q by a rounding error
-
-    mean = rows.host_means(rows.d)[0]
-    tilt, dual = _open_rows(rows, divergence, parameter, ~(hard | flat), constrained)
-    hard = hard | dual.saturated
-    threshold = np.where(hard, hard_threshold, np.where(flat, mean, dual.threshold))
-    multiplier = np.where(hard, 0.0, np.where(flat, np.inf, dual.strength))
-    if bool((hard | flat).any()):
-        columns = torch.from_numpy(np.stack([hard, flat])).to(rows.d.device)[:, :, None]
-        tilt = torch.where(columns[0], hard_tilt(), torch.where(columns[1], 0.0, tilt))
+        hard = (span == 0) | (parameter == 0) | (maximizer.distance == 0)
+        flat = (parameter > _FLAT) & ~hard
+    is_open = ~(hard | flat)
+    (mean,) = rows.host_means(lambda block: (block.d,))
+    solver = solve_ball if constrained else solve_penalty
+    if is_open.all():
+        found, dual = solver(divergence, rows, parameter)
+    elif is_open.any():
+        found, dual = solver(divergence, rows.select(is_open), parameter[is_open])
+        dual = _placed(dual, is_open)
+    else:
+        found, dual = None, Dual(np.zeros_like(mean), np.ones_like(mean), None, np.zeros_like(hard))
+    threshold, multiplier, hard = dual.threshold, dual.strength, hard | dual.saturated
+    ends = None
+    if hard.any() or flat.any():
+        threshold = np.where(hard, maximizer.threshold, np.where(flat, mean, threshold))
+        multiplier = np.where(hard, 0.0, np.where(flat, np.inf, multiplier))
+        ends = torch.from_numpy(np.stack([hard, flat])).to(rows.z.device)[:, :, None]
 
     # Both sides of the certificate in normalized units, from the definitions of primal and dual.
-    y = rows.d - rows.column(mean)
-    surplus, gain = rows.host_means(tilt, (tilt, y))
-    distance = dual.distance
-    if distance is None or bool((hard | flat).any()):
-        summed = rows.host_means(divergence.phi_of_tilt(tilt))[0] if distance is None else np.where(flat, 0.0, maximal)
-        distance = summed if distance is None else np.where(hard | flat, summed, distance)
-    finite = np.where(flat, 1.0, multiplier)
-    bound = _mean_conjugate(divergence, rows, y, mean, surplus, distance, threshold, finite) + threshold
+    finite = np.where(flat, 1.0, multiplier) if ends is not None else multiplier
+    unit = np.where(hard, 1.0, finite) if ends is not None else multiplier
+    measured = dual.distance is None or ends is not None
+    weights = torch.empty_like(rows.z)
+    origin, center, divisor = rows.column(threshold), rows.column(mean), rows.column(unit)
+    chosen = None if is_open.all() else torch.from_numpy(is_open).to(rows.z.device)
+    cut = None if divergence.alpha is None else rows.column(threshold + finite * float(divergence.slope_at_cap()))
+
+    def certified(block: Block):
+        tilt = torch.sub(block.d, origin, out=weights[:, block.place]).div_(divisor)
+        conjugate = () if divergence.order is not None else (divergence.conjugate(tilt),)
+        if found is None:
+            tilt.copy_(divergence.tilt(tilt) if dual.fine else divergence.conjugate_gradient(tilt).sub_(1))
+        elif chosen is None:
+            tilt.copy_(found.tilt(block.d))
+        else:
+            tilt[chosen] = found.tilt(block.d[chosen])
+        if ends is not None:
+            tilt.copy_(torch.where(ends[0], maximizer.tilt(block.d), torch.where(ends[1], 0.0, tilt)))
+        distance = (divergence.phi_of_tilt(tilt),) if measured else ()
+        beyond = () if cut is None else ((block.d - cut).clamp_(min=0),)
+        return tilt, (tilt, block.d - center), *distance, *conjugate, *beyond
+
+    surplus, gain, *sums = rows.host_means(certified)
+    distance = sums.pop(0) if measured else dual.distance
+    if measured and dual.distance is not None:
+        distance = np.where(hard | flat, distance, dual.distance)
+    assert distance is not None
+    beyond = sums.pop() if cut is not None else np.zeros_like(mean)
+    if divergence.order is not None:  # a combination of two sums that are known
+        conjugate = surplus + (divergence.order - 1) * distance
+    else:
+        (conjugate,) = sums
+    slope = np.zeros_like(mean) if divergence.alpha is None else -beyond / float(divergence.alpha) ** 2
+    bound = finite * conjugate + threshold
+    if ends is not None:  # at strength 0 the limit of strength * phi*(s / strength)
+        recession = 0.0 if divergence.alpha is None else beyond / float(divergence.alpha)
+        bound = np.where(hard, recession + threshold, bound)
     if constrained:
         gap = bound + finite * parameter - (mean + gain)
     else:
-        gain = gain - np.where(flat | (parameter == 0), 0.0, parameter * distance)
-        gap = np.where(parameter == 0, hard_threshold, bound) - (mean + gain)
-    slope = np.zeros_like(mean) if divergence.alpha is None else _alpha_slope(divergence, rows, threshold, finite)
-
-    at_top = hard & (threshold == 0) & (constrained | (parameter == 0) | (span == 0))
-    del y
+        gain = gain - parameter * distance
+        gap = np.where(parameter == 0, maximizer.threshold + (bound - threshold), bound) - (mean + gain)
+    value = top + scale * (mean + gain)
+    if ends is not None:
+        at_top = hard & (maximizer.threshold == 0) & (constrained | (parameter == 0) | (span == 0))
+        value = np.where(at_top, top, value)
+        gap = np.where(flat, 0.0, gap)
+    weights.add_(1).mul_(1 / rows.count if rows.base is None else rows.base)
 
     def tensor(row_values: np.ndarray) -> Tensor:
-        return torch.from_numpy(row_values).to(rows.d.device)
+        return torch.from_numpy(row_values).to(rows.z.device)
 
     return Solution(
-        value=tensor(np.where(at_top, top, top + scale * (mean + gain))),
-        weights=_spread_out(tilt, rows),
+        value=tensor(value),
+        weights=weights,
         premium=tensor(scale * gain),
         threshold=tensor(top + scale * threshold),
         strength=tensor(scale * multiplier if strength is None else strength.copy()),
-        gap=tensor(np.where(flat, 0.0, scale * gap)),
-        distance=tensor(np.where(flat, 0.0, distance)),
+        gap=tensor(scale * gap),
+        distance=tensor(distance),
         alpha_slope=tensor(scale * slope),
         on_ball=tensor(np.full_like(mean, float(constrained))),
     )
 
 
-def _least_divergent_maximizer(rows: Rows, divergence: Divergence):
-    """Return what maximizes ``<p, d>`` alone: its tilt (a function), threshold, and D.
+def _placed(solved: Dual, chosen: np.ndarray) -> Dual:
+    """Put solved rows among the others, whose place is filled with ones."""
+    fields = []
+    for field in (solved.threshold, solved.strength, solved.distance, solved.saturated):
+        whole = None if field is None else np.ones(len(chosen), dtype=field.dtype)
+        if whole is not None and field is not None:
+            whole[chosen] = field
+        fields.append(whole)
+    fields[3] &= chosen
+    return Dual(*fields, fine=solved.fine)
 
-    Uniform on the ties at the maximum, or, where ratios are capped, the tail's weights.
-    """
+
+class _Maximizer(NamedTuple):
+    """What maximizes ``<p, d>`` alone, least divergent: uniform on the ties, or, under a cap, the tail's weights."""
+
+    found: Tail | None
+    above: Tensor
+    threshold: np.ndarray
+    distance: np.ndarray
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        return torch.where(d == 0, self.above[:, None], -1.0) if self.found is None else self.found.tilt(d)
+
+
+def _least_divergent_maximizer(rows: Rows, divergence: Divergence) -> _Maximizer:
     if divergence.alpha is not None:
-        tilt, threshold = tail(rows, float(divergence.alpha))
-        return (lambda: tilt), threshold.cpu().numpy(), rows.host_means(divergence.phi_of_tilt(tilt))[0]
-    share = rows.host_means((rows.d == 0).to(rows.d.dtype))[0]
-
-    def uniform_on_ties() -> Tensor:
-        column = torch.from_numpy((1 - share) / share).to(rows.d.device)[:, None]
-        return torch.where(rows.d == 0, column, -1.0)
-
-    return uniform_on_ties, np.zeros_like(share), divergence.maximal_radius(share)
-
-
-def _open_rows(
-    rows: Rows, divergence: Divergence, parameter: np.ndarray, is_open: np.ndarray, constrained: bool
-) -> tuple[Tensor, Dual]:
-    """Solve the rows that are neither the mean nor the maximum; leave the others at a placeholder."""
-    solver = solve_ball if constrained else solve_penalty
-    if is_open.all():
-        tilt, dual = solver(divergence, rows, parameter)
-        return _tilt_at(rows, divergence, dual) if tilt is None else tilt, dual
-    tilt = torch.zeros_like(rows.d)
-    size = len(is_open)
-    dual = Dual(np.zeros(size), np.zeros(size), None, np.zeros(size, dtype=bool))
-    if not is_open.any():
-        return tilt, dual
-    chosen = rows.select(is_open)
-    found, solved = solver(divergence, chosen, parameter[is_open])
-    tilt[torch.from_numpy(is_open).to(tilt.device)] = _tilt_at(chosen, divergence, solved) if found is None else found
-    dual.threshold[is_open], dual.strength[is_open] = solved.threshold, solved.strength
-    dual.saturated[is_open] = solved.saturated
-    if solved.distance is None:
-        return tilt, dual
-    distance = np.zeros(size)
-    distance[is_open] = solved.distance
-    return tilt, dual._replace(distance=distance)
-
-
-def _tilt_at(rows: Rows, divergence: Divergence, dual: Dual) -> Tensor:
-    s = (rows.d - rows.column(dual.threshold)).div_(rows.column(np.where(dual.saturated, 1.0, dual.strength)))
-    return divergence.tilt(s)
-
-
-def _mean_conjugate(
-    divergence: Divergence,
-    rows: Rows,
-    y: Tensor,
-    mean: np.ndarray,
-    surplus: np.ndarray,
-    distance: np.ndarray,
-    threshold: np.ndarray,
-    strength: np.ndarray,
-) -> np.ndarray:
-    """Return ``strength * mean phi*((d - threshold) / strength)``; at strength 0 the limit.
-
-    ``y = d - mean`` is overwritten. In the Cressie-Read family the conjugate is a combination of two sums that are
-    known: the ratios' surplus over 1 and D.
-    """
-    at_zero = strength == 0
-    if divergence.order is not None:
-        known = strength * (surplus + (divergence.order - 1) * distance)
-        return np.where(at_zero, 0.0, known) if bool(at_zero.any()) else known
-    s = y.sub_(rows.column(threshold - mean))
-    if divergence.alpha is not None:
-        limit = rows.host_means(s.clamp(min=0))[0] / float(divergence.alpha)
-    else:
-        limit = np.zeros_like(strength)
-    s = s.div_(rows.column(np.where(at_zero, 1.0, strength)))
-    conjugate = rows.host_means(divergence.conjugate(s))[0]
-    return np.where(at_zero, limit, strength * conjugate)
-
-
-def _alpha_slope(divergence: Divergence, rows: Rows, threshold: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """Return d value / d alpha: minus the mean excess over what the cap cuts off, divided by alpha squared."""
-    cut = threshold + strength * float(divergence.slope_at_cap())
-    return -rows.host_means((rows.d - rows.column(cut)).clamp_(min=0))[0] / float(divergence.alpha) ** 2
+        found = tail(rows, float(divergence.alpha))
+        (distance,) = rows.host_means(lambda block: (divergence.phi_of_tilt(found.tilt(block.d)),))
+        return _Maximizer(found, found.above, found.threshold.cpu().numpy(), distance)
+    (share,) = rows.host_means(lambda block: (block.d == 0,))
+    above = torch.from_numpy((1 - share) / share).to(rows.z.device)
+    return _Maximizer(None, above, np.zeros_like(share), divergence.maximal_radius(share))

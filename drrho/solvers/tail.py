@@ -3,44 +3,94 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.solvers.rows import Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows
+
+_SAMPLED_FROM = 2**17  # losses of a row from which a sample brackets the threshold first
 
 
-def tail(rows: Rows, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return tilt ``[rows, n]`` and threshold ``[rows]`` of the worst ``alpha`` of each row.
+class Tail(NamedTuple):
+    """The worst ``alpha`` of each row: what tells a loss's tilt from where it lies to the threshold, ``[rows]``.
 
     Losses above the threshold have ratio ``1 / alpha``; what is left is shared equally among those at it, so that
-    value and weights are continuous in alpha. ``tilt`` is the ratio minus one.
+    value and weights are continuous in alpha. A tilt is a ratio minus one: ``above``, ``tied``, -1 below.
     """
-    d, n = rows.d, rows.count
+
+    threshold: Tensor
+    above: Tensor
+    tied: Tensor
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        relation = torch.sub(d, _column(self.threshold)).sign_()
+        tied = relation.abs().neg_().add_(1)
+        above = relation.clamp(min=0)
+        return relation.clamp_(max=0).addcmul_(above, self.above[:, None]).addcmul_(tied, self.tied[:, None])
+
+
+def tail(rows: Rows, alpha: float | Tensor) -> Tail:
+    """Select the worst ``alpha`` of each row."""
+    d, n = rows.z, rows.count
     if isinstance(alpha, float) and rows.base is None and rows.group is None:
-        budget = alpha * n  # never rounded
-        position = min(n, max(1, math.ceil(budget)))
-        threshold = torch.kthvalue(d, n - position + 1, dim=-1).values
+        position = min(n, max(1, math.ceil(alpha * n)))
+        threshold = rows.normalized(_largest(d, position)[:, None])[:, 0]
     else:
         threshold = _select(rows, alpha)
     if isinstance(alpha, Tensor):
         alpha = alpha.to(d)
-    relation = torch.sub(d, threshold[:, None]).sign_()
-    tied = 1 - relation.abs()
-    above = relation.clamp(min=0)
+    at = _column(threshold)
+
+    def masses(block: Block):
+        relation = torch.sub(block.d, at).sign_()
+        return relation.clamp(min=0), relation.abs_()
+
+    higher, different = rows.means(masses)
     whole = 1.0 if rows.base is not None else float(n)
-    higher, equal = rows.means(above, tied) * whole
+    higher, equal = higher * whole, whole - different * whole
+    budget = alpha * whole  # never rounded
     # The same number twice; near alpha = 1 the second form would cancel.
     from_below = (whole - higher - equal) - (1 - alpha) * (whole - equal)
-    from_above = (alpha * whole - higher) - equal * alpha
-    left_over = torch.where(torch.as_tensor(alpha, device=d.device) > 0.5, from_below, from_above)
-    boundary = left_over / (equal * alpha)
+    left_over = torch.where(torch.as_tensor(alpha, device=d.device) > 0.5, from_below, budget - higher - equal * alpha)
     full = (1 - alpha) / alpha
-    below = relation.clamp_(max=0)  # -1 where no weight is left
-    tilt = below.addcmul_(above, full[:, None] if isinstance(full, Tensor) else d.new_tensor(full))
-    return tilt.addcmul_(tied, boundary[:, None]), threshold
+    return Tail(
+        threshold, full if isinstance(full, Tensor) else torch.full_like(equal, full), left_over / (equal * alpha)
+    )
+
+
+def _largest(d: Tensor, position: int) -> Tensor:
+    """Return the ``position``-th largest loss of each row."""
+    n = d.shape[-1]
+    if len(d) == 1 and n >= _SAMPLED_FROM and not torch.compiler.is_compiling():
+        found = _largest_by_sample(d[0], position)
+        if found is not None:
+            return found
+    return torch.kthvalue(d, n - position + 1, dim=-1).values
+
+
+def _largest_by_sample(d: Tensor, position: int) -> Tensor | None:
+    """Bracket the threshold by order statistics of a sample; select among the losses between them, if it is there."""
+    n = len(d)
+    sample = torch.sort(d[:: n // 2**14]).values
+    rank = (n - position) / n * len(sample)
+    margin = 5 * math.sqrt(len(sample)) / 2 + 2
+    below, above = math.floor(rank - margin), math.ceil(rank + margin)
+    low = float(sample[below]) if below >= 0 else -math.inf
+    high = float(sample[above]) if above < len(sample) else math.inf
+    between, higher = [], 0
+    for part in d.split(2**16):
+        over = part > high
+        higher += int(torch.count_nonzero(over))
+        between.append(part[torch.gt(part, low).logical_and_(over.logical_not_())])
+    candidates = torch.cat(between)
+    place = len(candidates) - (position - higher)
+    if not 0 <= place < len(candidates):
+        return None
+    return torch.kthvalue(candidates, place + 1).values[None]
 
 
 def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
@@ -49,41 +99,67 @@ def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
     The bits of a nonnegative float64 are ordered like the number, so 62 counting passes end at the exact loss,
     whatever the rows, the weights and the number of ranks.
     """
-    depth = -rows.d.to(torch.float64)
-    bits = depth.view(torch.int64)
-    tail_mass = torch.as_tensor(alpha, dtype=torch.float64, device=depth.device).expand(len(depth))
-    low = torch.full((len(depth),), -1, dtype=torch.int64, device=depth.device)
+    device = rows.z.device
+    tail_mass = torch.as_tensor(alpha, dtype=torch.float64, device=device).expand(len(rows))
+    low = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
     high = torch.full_like(low, int(np.float64(1.0).view(np.int64)))
-    counted = rows._replace(d=depth)
     for _ in range(62):
         middle = (low + high) // 2
-        enough = counted.means((bits <= middle[:, None]).to(torch.float64))[0] >= tail_mass
+
+        def counted(block: Block, middle=middle):
+            depth = block.d.to(torch.float64).neg()
+            return ((depth.view(torch.int64) <= middle[:, None]).to(torch.float64),)
+
+        enough = rows.means(counted)[0] >= tail_mass
         high = torch.where(enough, middle, high)
         low = torch.where(enough, low, middle)
-    return -high.view(torch.float64).to(rows.d.dtype)
+    return -high.view(torch.float64).to(rows.z.dtype)
 
 
-def total_variation_ball(rows: Rows, radius: np.ndarray) -> tuple[Tensor, Dual]:
+def _column(per_row: Tensor) -> Tensor | float:
+    if len(per_row) == 1 and not torch.compiler.is_compiling():
+        return per_row.item()
+    return per_row[:, None]
+
+
+class TotalVariationTilt(NamedTuple):
+    """Tilts of the total-variation risks, from where a loss lies: ``kept`` [rows], moved to the maximum, or between."""
+
+    cut: Tail | None
+    kept: Tensor
+    depth: Tensor
+    at_top: Tensor
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        return self.lowered(d).addcmul_((d == 0).to(d.dtype), self.at_top[:, None])
+
+    def lowered(self, d: Tensor) -> Tensor:
+        """Return the tilt without what the maximum receives."""
+        if self.cut is None:
+            return (d < -self.depth[:, None]).to(d.dtype).neg_()
+        # (1 - radius) times the tail's ratio is 1 above the threshold: the tilt there is zero.
+        return self.cut.tilt(d).add_(1).mul_(self.kept[:, None]).sub_(1).clamp_(max=0)
+
+
+def total_variation_ball(rows: Rows, radius: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
     """Move the lowest base mass ``radius`` to the maximum: ``radius max + (1 - radius) CVaR_(1 - radius)``."""
-    kept = torch.from_numpy(1 - radius).to(rows.d.device)
-    tilt, threshold = tail(rows, kept)
-    # (1 - radius) times the tail's ratio is 1 above the threshold: the tilt there is zero.
-    tilt = tilt.add_(1).mul_(kept[:, None]).sub_(1).clamp_(max=0)
-    return _moved_to_maximum(rows, tilt), _total_variation_dual(-threshold.cpu().numpy())
+    kept = torch.from_numpy(1 - radius).to(rows.z.device)
+    cut = tail(rows, kept if len(rows) > 1 else float(kept))
+    return _received(rows, TotalVariationTilt(cut, kept, kept, kept)), _dual(-cut.threshold.cpu().numpy())
 
 
-def total_variation_penalty(rows: Rows, strength: np.ndarray) -> tuple[Tensor, Dual]:
+def total_variation_penalty(rows: Rows, strength: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
     """Move every loss's mass to the maximum that lies more than ``strength`` below it: ``mean max(d, -strength)``."""
-    tilt = (rows.d < -rows.column(strength)).to(rows.d.dtype).neg_()
-    return _moved_to_maximum(rows, tilt), _total_variation_dual(strength)
+    depth = torch.from_numpy(strength).to(rows.z.device)
+    return _received(rows, TotalVariationTilt(None, depth, depth, depth)), _dual(strength)
 
 
-def _moved_to_maximum(rows: Rows, tilt: Tensor) -> Tensor:
-    tied = (rows.d == 0).to(tilt.dtype)
-    moved, share = rows.means(tilt, tied)
-    return tilt.addcmul_(tied, -(moved / share)[:, None])
+def _received(rows: Rows, found: TotalVariationTilt) -> TotalVariationTilt:
+    moved, share = rows.means(lambda block: (found.lowered(block.d), (block.d == 0).to(block.d.dtype)))
+    return found._replace(at_top=-moved / share)
 
 
-def _total_variation_dual(strength: np.ndarray) -> Dual:
+def _dual(strength: np.ndarray) -> Dual:
     """The maximum sits at s = 1/2, the boundary at s = -1/2."""
     return Dual(-strength / 2, strength, None, np.zeros(len(strength), dtype=bool))
