@@ -170,8 +170,9 @@ class CressieRead(Divergence):
         return torch.expm1(self._log_ratio(s))
 
     def curvature(self, s: Tensor) -> Tensor:
-        """Return ``base_+^(1 / (k - 1) - 1)``."""
-        return torch.exp((2 - self.order) * self._log_ratio(s))
+        """Return ``base^(1 / (k - 1) - 1)``, 0 where base is not positive."""
+        log_ratio = self._log_ratio(s)
+        return torch.where(log_ratio > -torch.inf, torch.exp((2 - self.order) * log_ratio), 0.0)
 
     def maximal_radius(self, share: np.ndarray) -> np.ndarray:
         """Return ``(share^(1 - k) - 1) / (k (k - 1))``, infinite for k <= 0."""

@@ -11,8 +11,9 @@ from functools import singledispatch
 
 import numpy as np
 
-from drrho.divergences import KL, ChiSquare, Divergence, TotalVariation
+from drrho.divergences import KL, ChiSquare, CressieRead, Divergence, TotalVariation
 from drrho.solvers.chi_square import chi_square_ball, chi_square_penalty
+from drrho.solvers.cressie_read import PathTilt, cressie_read_ball, cressie_read_penalty
 from drrho.solvers.generic import generic_ball, generic_penalty
 from drrho.solvers.kl import kl_ball
 from drrho.solvers.rows import Dual, Rows
@@ -20,8 +21,8 @@ from drrho.solvers.tail import TotalVariationTilt, total_variation_ball, total_v
 
 __all__ = ["Dual", "Rows", "solve_ball", "solve_penalty"]
 
-#: How a loss's tilt (ratio minus one) follows from it where phi*' of the dual variables is set-valued; else None.
-Found = tuple[TotalVariationTilt | None, Dual]
+#: How a loss's tilt (ratio minus one) follows from it where phi*' of the dual variables says it badly or not; or None.
+Found = tuple[TotalVariationTilt | PathTilt | None, Dual]
 
 
 @singledispatch
@@ -59,3 +60,17 @@ def _(divergence: TotalVariation, rows: Rows, radius: np.ndarray) -> Found:
 @solve_penalty.register
 def _(divergence: TotalVariation, rows: Rows, strength: np.ndarray) -> Found:
     return total_variation_penalty(rows, strength)
+
+
+@solve_ball.register
+def _(divergence: CressieRead, rows: Rows, radius: np.ndarray) -> Found:
+    if divergence.order in (1.0, 2.0):
+        return solve_ball(KL() if divergence.order == 1 else ChiSquare(), rows, radius)
+    return cressie_read_ball(divergence, rows, radius)
+
+
+@solve_penalty.register
+def _(divergence: CressieRead, rows: Rows, strength: np.ndarray) -> Found:
+    if divergence.order in (1.0, 2.0):
+        return solve_penalty(KL() if divergence.order == 1 else ChiSquare(), rows, strength)
+    return cressie_read_penalty(divergence, rows, strength)

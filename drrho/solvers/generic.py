@@ -12,9 +12,8 @@ from drrho.solvers.rows import Block, Dual, Rows
 
 _NEWTON_ITERATIONS = 60  # of one strength; then bisection
 _MAX_ITERATIONS = 2000
-_LONGEST_STEP = 5.0  # in log strength
+_LONGEST_STEP = 2.0  # in log strength
 _FLOOR = np.log(1e-290)
-_SAMPLING = 16
 _EPS = np.finfo(np.float64).eps
 _FINE = 1e-2  # spread of (d - eta) / lambda below which differences are replaced by quadratures
 
@@ -58,8 +57,9 @@ def _solve(divergence: Divergence, rows: Rows, *, radius: np.ndarray | None, str
         assert radius is not None
         at_zero = float(divergence.curvature(torch.zeros(1, dtype=torch.float64))[0])
         x = np.log(deviation) + 0.5 * np.log((at_zero if 0 < at_zero < np.inf else 1.0) / (2 * radius))
+        x = np.maximum(x, np.log(-4 * mean))  # the maximum must lie in the domain of phi*
     start = _State(x, mean.copy())
-    sample = rows.sample(_SAMPLING)
+    sample = rows.sample()
     if sample is not None:
         begun = _iterate(divergence, sample, start, deviation, radius, tolerance=1e-3, attempts=30).state
         start = _State(x if radius is None else begun.x, begun.threshold)
@@ -102,11 +102,12 @@ def _iterate(
         moments = _moments(divergence, rows, threshold, strength, fine=fine)
         tries += 1
         with np.errstate(all="ignore"):
-            step = moments.surplus * strength / moments.h
+            # Newton on log mean t, which is closer to a line than the mean
+            step = np.log1p(moments.surplus) * (1 + moments.surplus) * strength / moments.h
             spread = moments.hss / moments.h - (moments.hs / moments.h) ** 2
         low = np.where(moments.surplus > 0, np.maximum(low, threshold), low)
         high = np.where(moments.surplus <= 0, np.minimum(high, threshold), high)
-        usable = np.isfinite(step) & np.isfinite(moments.distance)
+        usable = np.isfinite(step) & np.isfinite(moments.h) & np.isfinite(moments.distance)
         # Newton squares the error, measured against the spread of the losses or, if that is less, the strength.
         scale = np.minimum(deviation, strength)
         settled = usable & (np.abs(step) <= np.maximum(1e-7 * scale, 4 * _EPS * np.abs(threshold)))
@@ -140,9 +141,11 @@ def _iterate(
             return _Outcome(_State(x, settled_threshold), distance, saturated, fine)
         # Rows in balance take a step in the strength, the others in the threshold alone.
         moved = balanced & ~done
-        with np.errstate(all="ignore"):
-            follow = -(moments.hs / moments.h) * (np.exp(next_x) - strength)
-        proposal = threshold + step + np.where(moved & np.isfinite(follow), follow, 0.0)
+        proposal = threshold + step
+        with np.errstate(all="ignore"):  # d threshold / d strength = -E_h[s]: followed on a logarithmic scale
+            elasticity = np.clip(-moments.hs / moments.h * strength / proposal, 0.0, 1.0)
+            followed = proposal * np.exp(elasticity * (next_x - x))
+        proposal = np.where(moved & np.isfinite(followed), followed, proposal)
         low, high = np.where(moved, -1.0, low), np.where(moved, 0.0, high)
         tries = np.where(moved, 0, tries)
         x = np.where(moved, next_x, x)

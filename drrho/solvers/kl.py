@@ -20,7 +20,6 @@ _CEILING = 0.97 * math.log(np.finfo(np.float64).max)
 _TOLERANCE = 450 * _EPS  # on log D
 _FAR = 30.0  # exponent at the maximum beyond which the mean is no origin for the sums
 _FINE = 1e-3  # standard deviation of the exponent below which a series replaces a difference
-_SAMPLING = 16
 
 
 class _Path(NamedTuple):
@@ -36,10 +35,10 @@ def kl_ball(rows: Rows, radius: np.ndarray) -> Dual:
 
     ``KL(p_b)`` increases with slope ``d log KL / d log b = b^2 Var_b(d) / KL``, which tends to 2 for small b.
     Since the variance under any weights is at most 1/4 (range 1), ``b >= sqrt(8 radius)``. On long rows the
-    iteration starts from the solution of a sixteenth of the losses.
+    iteration starts from the solution of a weighted part of the losses.
     """
     start = None
-    sample = rows.sample(_SAMPLING)
+    sample = rows.sample()
     with np.errstate(divide="ignore", invalid="ignore"):
         if sample is not None:
             start, _, _ = _solve(sample, radius, None, tolerance=1e-3, iterations=12)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _BLOCK = 2**16  # losses of one row at a time on the CPU
+_SAMPLED_FROM = 2**17  # losses of a row from which an iteration starts on a part of them
 
 Term = Tensor | tuple[Tensor, Tensor]
 
@@ -102,12 +103,22 @@ class Rows:
         top, scale = (None if field is None else field[chosen] for field in (self.top, self.scale))
         return Rows(self.z[mask], base, self.group, self.count, top, scale)
 
-    def sample(self, stride: int) -> Rows | None:
-        """Return every stride-th loss of long uniform rows on one rank, to start an iteration from; else None."""
-        if self.base is not None or self.group is not None or self.count < 4096 * stride:
+    def sample(self) -> Rows | None:
+        """Return a weighted part of a long row to start an iteration from; None where there is no need or no way.
+
+        All of the largest losses, on which the solution hangs most, and every sixteenth of the others.
+        """
+        n = self.z.shape[-1]
+        if len(self) > 1 or self.base is not None or self.group is not None or n < _SAMPLED_FROM:
             return None
-        part = self.z[:, ::stride].contiguous()
-        return Rows(part, None, None, part.shape[-1], self.top, self.scale)
+        z = self.z[0]
+        floor = float(torch.sort(z[:: n // 2**12]).values[-(2**12) // 64])
+        high = torch.cat([part[part > floor] for part in z.split(_BLOCK)])
+        low = z[::16]
+        low = low[low <= floor]
+        share = (n - len(high)) / n
+        base = torch.cat([torch.full_like(high, 1 / n), torch.full_like(low, share / len(low))])[None]
+        return Rows(torch.cat([high, low])[None], base, None, base.shape[-1], self.top, self.scale)
 
 
 class Dual(NamedTuple):
