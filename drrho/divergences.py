@@ -74,6 +74,10 @@ class Divergence(ABC):
         smooth = inside * sum(w * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True))
         return torch.where(near & self._agree(smooth, direct), smooth, direct)
 
+    def tilt_(self, s: Tensor) -> Tensor:
+        """Overwrite s by `tilt` of it."""
+        return s.copy_(self.tilt(s))
+
     def cost(self, s: Tensor) -> Tensor:
         """Return ``phi(phi*'(s))``, to full relative accuracy also near ``s = 0``: there ``d phi = s phi*''(s) ds``."""
         direct = s * self.conjugate_gradient(s) - self.conjugate(s)
@@ -219,6 +223,10 @@ class KL(Divergence):
         """Return ``exp(s) - 1``."""
         return torch.expm1(s)
 
+    def tilt_(self, s: Tensor) -> Tensor:
+        """Overwrite s by ``exp(s) - 1``."""
+        return s.expm1_()
+
     def maximal_radius(self, share: np.ndarray) -> np.ndarray:
         """Return ``log(1 / share)``."""
         return -np.log(share)
@@ -254,6 +262,10 @@ class ChiSquare(Divergence):
     def tilt(self, s: Tensor) -> Tensor:
         """Return ``max(s, -1)``."""
         return s.clamp(min=-1)
+
+    def tilt_(self, s: Tensor) -> Tensor:
+        """Overwrite s by ``max(s, -1)``."""
+        return s.clamp_(min=-1)
 
     def cost(self, s: Tensor) -> Tensor:
         """Return ``max(s, -1)^2 / 2``."""

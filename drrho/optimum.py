@@ -14,9 +14,29 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
 from drrho.solvers.solution import Problem, Solution, solve
+from drrho.validation import values_are_readable
+
+
+def optimum(
+    losses: Tensor,
+    radius: Tensor | None,
+    strength: Tensor | None,
+    alpha: Tensor | None,
+    base: Tensor | None,
+    problem: Problem,
+) -> Solution:
+    """Return `solve` of the tensors, as a differentiable function of all but ``base``."""
+    inputs = (losses, radius, strength, alpha, base)
+    if torch.compiler.is_compiling():
+        return Solution(*Optimum.apply(*inputs, problem))
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    if recorded or not values_are_readable() or forward_ad._current_level >= 0:
+        return Solution(*TransformableOptimum.apply(*inputs, problem))
+    return solve(*(tensor if tensor is None else tensor.detach() for tensor in inputs), problem)
 
 
 class Optimum(torch.autograd.Function):

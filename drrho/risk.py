@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import KL, CVaR, Divergence
-from drrho.optimum import Optimum, TransformableOptimum
+from drrho.optimum import optimum
 from drrho.reference import excess_losses
-from drrho.solvers.solution import Problem, Solution, sample_count
+from drrho.solvers.solution import Problem, sample_count
 from drrho.validation import as_base_weights, as_losses, as_parameter
 
 
@@ -232,17 +232,15 @@ def _risk(
     if base_weights is not None:
         base = as_base_weights(base_weights, losses, group)
         base = base.reshape(1, n) if base.numel() == n else base.expand(losses.shape).reshape(-1, n)
-    function = Optimum if torch.compiler.is_compiling() else TransformableOptimum
+    inputs = (
+        losses.reshape(-1, n).to(dtype),
+        per_row(radius),
+        per_row(strength),
+        per_row(alpha),
+        base if base is None else base.to(dtype),
+    )
     with torch.autocast(losses.device.type, enabled=False):
-        fields = function.apply(
-            losses.reshape(-1, n).to(dtype),
-            per_row(radius),
-            per_row(strength),
-            per_row(alpha),
-            base if base is None else base.to(dtype),
-            Problem(divergence, group),
-        )
-    solution = Solution(*fields)
+        solution = optimum(*inputs, Problem(divergence, group))
     answer = _answer_dtype(losses)
 
     def shaped(row_values: Tensor) -> Tensor:

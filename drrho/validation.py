@@ -43,13 +43,17 @@ def as_losses(values: Any, name: str) -> Tensor:
 
 def values_are_readable() -> bool:
     """Whether Python can look at values: not while a graph is compiled, nor inside a ``torch.func`` transform."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.compiler.is_compiling() and not _transforms_active()
+
+
+# The one question about itself that torch answers in no public function.
+_transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse(refused: Tensor, values: Tensor, message: str) -> None:
     """Raise ``ValueError(message)`` with the first refused value, if any is; in a compiled graph, an assertion."""
     if torch.compiler.is_compiling():
-        torch._assert_async(~refused.any(), message)
+        torch._assert_async(~refused.any(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif bool(refused.any()):
         raise ValueError(message.format(values[refused].flatten()[0].item()))
 

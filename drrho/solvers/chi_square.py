@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from drrho.solvers.rows import Block, Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows, some
 
 _Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
 
@@ -23,7 +23,7 @@ def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
         kept = 1 - dropped
         c = 2 * radius * kept - dropped
         saturated = (c <= 0) | (variance <= 0)
-        if saturated.any():
+        if some(saturated):
             spread = np.sqrt(np.where(saturated, 1.0, variance) / np.where(saturated, 1.0, c))
             return np.where(saturated, -np.inf, mean - spread), mean - dropped * spread, kept * spread, saturated
         spread = np.sqrt(variance / c)
@@ -46,7 +46,7 @@ def chi_square_penalty(rows: Rows, strength: np.ndarray) -> Dual:
 def _active_set(rows: Rows, step: _Step) -> Dual:
     """Iterate ``step(dropped base weight, mean, variance) -> (eta, nu = eta + lambda, lambda, saturated)``."""
     dropped = np.zeros(len(rows))
-    (mean,) = rows.host_means(lambda block: (block.d,))
+    mean, _ = rows.mean_and_ties()
     center = rows.column(mean)
 
     def spread_out(block: Block):
@@ -56,11 +56,11 @@ def _active_set(rows: Rows, step: _Step) -> Dual:
     shift, square = rows.host_means(spread_out)
     mean = mean + shift
     eta, nu, strength, saturated = step(dropped, mean, square - shift * shift)
-    while (eta > -1).any():  # -1 is the least loss
+    while some(eta > -1):  # -1 is the least loss
         eta_before, before = np.minimum(eta, 0.0), dropped
         dropped, mean, variance = _moments_of_support(rows, eta_before, mean)
         eta, nu, strength, saturated = step(dropped, mean, variance)
-        if ((dropped == before) | saturated).all():
+        if not some((dropped != before) & ~saturated):
             break
         eta = np.maximum(eta, eta_before)  # it only grows, but for rounding
     return Dual(nu, strength, None, saturated)
@@ -82,7 +82,7 @@ def _moments_of_support(rows: Rows, eta: np.ndarray, center: np.ndarray) -> tupl
         mean, square = mean / (1 - dropped), square / (1 - dropped)
         shift = mean - center
         variance = square - shift * shift
-        if (shift * shift <= 64 * variance).all():
+        if not some(shift * shift > 64 * variance):
             break  # else the square cancels: once more, about the mean
         center = mean
     return dropped, mean, variance

@@ -134,7 +134,7 @@ class _Sums:
 
     def __init__(self, divergence: CressieRead, rows: Rows) -> None:
         self.order, self.sign, self.rows = divergence.order, _sign(divergence), rows
-        (self.center,) = rows.host_means(lambda block: (block.d,))
+        self.center, _ = rows.mean_and_ties()
         origin = rows.column(self.center)
 
         def spread_out(block: Block):

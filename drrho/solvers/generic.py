@@ -43,7 +43,7 @@ def generic_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) ->
 
 
 def _solve(divergence: Divergence, rows: Rows, *, radius: np.ndarray | None, strength: np.ndarray | None) -> Dual:
-    (mean,) = rows.host_means(lambda block: (block.d,))
+    mean, _ = rows.mean_and_ties()
     origin = rows.column(mean)
 
     def spread_out(block: Block):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import SERIES_BELOW, expm1_minus
-from drrho.solvers.rows import Block, Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows, some
 
 _NEWTON_ITERATIONS = 40  # then bisection; three to eight suffice away from plateaus
 _MAX_ITERATIONS = 400
@@ -66,7 +66,7 @@ def _solve(
         low, high = np.where(below, x, low), np.where(below, high, x)
         saturated = x >= _CEILING
         done = (np.abs(residual) <= tolerated) | (high - low <= 4 * _EPS * np.maximum(np.abs(x), 1)) | saturated
-        if done.all():
+        if not some(~done):
             return x, path, saturated
         bounded = np.where(high < np.inf, (low + np.minimum(high, _CEILING)) / 2, x + _LONGEST_STEP)
         # KL has plateaus in b, between the gaps of close losses: a flat slope must not throw x out of reach, and
@@ -83,7 +83,7 @@ class _Tilted:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        (self.center,) = rows.host_means(lambda block: (block.d,))
+        self.center, _ = rows.mean_and_ties()
         origin = rows.column(self.center)
 
         def spread_out(block: Block):
@@ -95,9 +95,9 @@ class _Tilted:
 
     def __call__(self, b: np.ndarray) -> _Path:
         near = b * -self.center <= _FAR
-        if near.all():
+        if not some(~near):
             return self._near(b, slice(None))
-        if not near.any():
+        if not some(near):
             return self._far(b, slice(None))
         result = _Path(*(np.empty_like(b) for _ in range(3)))
         for chosen, part in ((near, self._near), (~near, self._far)):
@@ -111,7 +111,7 @@ class _Tilted:
         rows = self.rows if isinstance(chosen, slice) else self.rows.select(chosen)
         origin, rate, largest = rows.column(center), rows.column(b), float(b.max())
         # sum E - sum b y loses what E's rounding is relative to its square; a series keeps it.
-        fine = bool((b * np.sqrt(square) < _FINE).any())
+        fine = some(b * np.sqrt(square) < _FINE)
 
         def sums(block: Block):
             y = block.d - origin

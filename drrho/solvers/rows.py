@@ -48,8 +48,10 @@ class Rows:
     ) -> None:
         self.z, self.base, self.group, self.count = z, base, group, count
         self.top, self.scale = top, scale
-        whole = len(z) > 1 or z.shape[-1] <= _BLOCK or z.device.type != "cpu" or torch.compiler.is_compiling()
-        self._only = Block(self.normalized(z), base, slice(None)) if whole else None
+        #: Whether the rows are one block.
+        self.whole = len(z) > 1 or z.shape[-1] <= _BLOCK or z.device.type != "cpu" or torch.compiler.is_compiling()
+        self._only = Block(self.normalized(z), base, slice(None)) if self.whole else None
+        self._looked: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.z)
@@ -76,8 +78,6 @@ class Rows:
         total = None
         for block in self.blocks():
             sums = torch.stack([_sum(term, block.base) for term in terms(block)])
-            if not sums.is_floating_point():
-                sums = sums.to(self.z.dtype)
             total = sums if total is None else total.add_(sums)
         assert total is not None
         if self.group is not None:
@@ -86,13 +86,22 @@ class Rows:
 
     def host_means(self, terms: Callable[[Block], tuple[Term, ...]]) -> np.ndarray:
         """Return `means` on the host."""
-        return self.means(terms).cpu().numpy()
+        means = self.means(terms)
+        return means.numpy() if means.device.type == "cpu" else means.cpu().numpy()
+
+    def mean_and_ties(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean of d and the base weight of the maximum, ``[rows]`` each."""
+        if self._looked is None:
+            mean, ties = self.host_means(lambda block: (block.d, (block.d == 0).to(block.d.dtype)))
+            self._looked = mean, ties
+        return self._looked
 
     def column(self, per_row: np.ndarray) -> float | Tensor:
         """Return what broadcasts one host number per row against ``d``."""
         if len(per_row) == 1:
             return float(per_row[0])
-        return torch.from_numpy(per_row).to(self.z.device)[:, None]
+        column = torch.from_numpy(per_row)[:, None]
+        return column if self.z.device.type == "cpu" else column.to(self.z.device)
 
     def select(self, chosen: np.ndarray) -> Rows:
         """Return the chosen rows only."""
@@ -101,12 +110,15 @@ class Rows:
         mask = torch.from_numpy(chosen).to(self.z.device)
         base = self.base if self.base is None or len(self.base) == 1 else self.base[mask]
         top, scale = (None if field is None else field[chosen] for field in (self.top, self.scale))
-        return Rows(self.z[mask], base, self.group, self.count, top, scale)
+        part = Rows(self.z[mask], base, self.group, self.count, top, scale)
+        if self._looked is not None:
+            part._looked = self._looked[0][chosen], self._looked[1][chosen]
+        return part
 
     def sample(self) -> Rows | None:
         """Return a weighted part of a long row to start an iteration from; None where there is no need or no way.
 
-        All of the largest losses, on which the solution hangs most, and every sixteenth of the others.
+        All of the largest losses, on which the solution hangs most, and every 32nd of the others.
         """
         n = self.z.shape[-1]
         if len(self) > 1 or self.base is not None or self.group is not None or n < _SAMPLED_FROM:
@@ -114,7 +126,7 @@ class Rows:
         z = self.z[0]
         floor = float(torch.sort(z[:: n // 2**12]).values[-(2**12) // 64])
         high = torch.cat([part[part > floor] for part in z.split(_BLOCK)])
-        low = z[::16]
+        low = z[::32]
         low = low[low <= floor]
         share = (n - len(high)) / n
         base = torch.cat([torch.full_like(high, 1 / n), torch.full_like(low, share / len(low))])[None]
@@ -145,3 +157,8 @@ def _sum(term: Term, base: Tensor | None) -> Tensor:
     if len(first) == 1 and len(second) == 1:
         return torch.mv(first, second[0])
     return (first * second).sum(-1)
+
+
+def some(flags: np.ndarray) -> bool:
+    """Return whether any of the flags is set; for a single row without NumPy's reduction, which costs more."""
+    return bool(flags[0]) if len(flags) == 1 else bool(flags.any())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drrho.divergences import KL, CVaR, Divergence, expm1_minus
 from drrho.solvers import solve_ball, solve_penalty
-from drrho.solvers.rows import Block, Dual, Rows
+from drrho.solvers.rows import Block, Dual, Rows, some
 from drrho.solvers.tail import Tail, tail
 from drrho.validation import refuse
 
@@ -113,7 +113,7 @@ def _on_host(parameter: Tensor | None, name: str) -> np.ndarray | None:
         return None
     values = parameter.cpu().numpy()
     allowed = (values >= 0) & (values < np.inf)
-    if not allowed.all():
+    if some(~allowed):
         raise ValueError(_REFUSAL[name].format(values[~allowed][0]))
     return values
 
@@ -155,8 +155,8 @@ def sample_count(z: Tensor, group: Any) -> int:
 
 
 def _cvar(z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor | None, problem: Problem) -> Solution:
-    extremes = _extremes(z, base, problem.group)
-    top, span = extremes
+    traced = torch.compiler.is_compiling()
+    top, span = _extremes(z, base, problem.group)
     refuse(~torch.isfinite(span), span, _RANGE)
     count = sample_count(z, problem.group)
     fraction = float(problem.divergence.alpha) if alpha is None else alpha
@@ -168,10 +168,11 @@ def _cvar(z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor
     found = tail(rows, fraction)
     (mean,) = rows.means(lambda block: (block.d,))
     weights = torch.empty_like(z)
+    origin_of_y, at = (item[:, None] if traced or len(z) > 1 else item.item() for item in (mean, found.threshold))
 
     def certified(block: Block):
-        tilt, y = found.tilt(block.d), block.d - mean[:, None]
-        beyond = (block.d - found.threshold[:, None]).clamp_(min=0)
+        tilt, y = found.tilt(block.d), block.d - origin_of_y
+        beyond = torch.sub(block.d, at).clamp_(min=0)
         torch.add(tilt, 1, out=weights[:, block.place]).mul_(1 / count if block.base is None else block.base)
         return (tilt, y), beyond
 
@@ -210,56 +211,79 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
     hard = (strength == 0) | (span == 0)
     price = torch.where(hard, 1.0, strength)
     near = span <= price
-    some_near, all_near = (True, False) if traced else (bool(near.any()), bool(near.all()))
-    (depth,) = rows.means(lambda block: (from_top(block),))  # the mean, from the maximum
+    some_near, all_near, some_hard = (True, False, True) if traced else map(bool, (near.any(), near.all(), hard.any()))
     weights = torch.empty_like(z)
-    psi = gain = mass = None
+    parts = []
     if some_near:
-        psi, gain, mass = _about_mean(rows, from_top, depth, torch.where(near, price, torch.inf), weights, traced)
+        parts.append(_about_mean(rows, from_top, torch.where(near, price, torch.inf), weights, traced))
     if not all_near:
         far = (~near)[:, None] if some_near else None
-        unit = torch.where(near, torch.inf, price)[:, None]
+        unit = torch.where(near, torch.inf, price)
 
         def about_top(block: Block):
-            x = from_top(block).div_(unit)
-            e = torch.exp(x)
-            weights[:, block.place] = e if far is None else torch.where(far, e, weights[:, block.place])
+            x = from_top(block).div_(unit[:, None])
+            place = weights[:, block.place]
+            e = torch.exp(x, out=place if far is None else None)
+            if far is not None:
+                place.copy_(torch.where(far, e, place))
             return e, (e, x), x
 
         total, first, shift = rows.means(about_top)
-        found = torch.log(total) - shift, first / total - shift, total
-        if psi is None or gain is None or mass is None:
-            psi, gain, mass = found
-        else:
-            psi, gain, mass = (torch.where(near, *both) for both in zip((psi, gain, mass), found, strict=True))
-    assert psi is not None and gain is not None and mass is not None
-    if traced or bool(hard.any()):
+        log_total = torch.log(total)
+        parts.append(
+            _Tilted(
+                depth=torch.where(near, 0.0, shift * unit),
+                psi=log_total - shift,
+                gain=first / total - shift,
+                mass=total,
+                residual=total * torch.exp(-log_total) - 1,
+            )
+        )
+    depth, psi, gain, mass, residual = (
+        parts[0] if len(parts) == 1 else [torch.where(near, *both) for both in zip(*parts, strict=True)]
+    )
+    if some_hard:
         tied = (z == top[:, None]).to(z.dtype)
         weights = torch.where(hard[:, None], tied, weights)
-        (share,) = rows.means(lambda block: (tied[:, block.place],))
+        share, depth_at_top = rows.means(lambda block: (tied[:, block.place], from_top(block)))
+        depth = torch.where(hard, depth_at_top, depth)
         psi = torch.where(hard, -depth, psi)  # the price is 1 there
         gain, mass = torch.where(hard, psi - torch.log(share), gain), torch.where(hard, share, mass)
-    (total,) = rows.means(lambda block: (weights[:, block.place],))
     weights = weights.div_((mass * (count if base is None else 1.0))[:, None])
     if base is not None:
         weights = weights.mul_(base)
     premium = price * psi
+    value = torch.where(hard, top, top + (depth + premium))
     zero = torch.zeros_like(premium)
     return Solution(
-        value=torch.where(hard, top, top + (depth + premium)),
+        value=value,
         weights=weights,
         premium=premium,
-        threshold=torch.where(hard, top, top + (depth + premium)),
+        threshold=value.clone(),
         strength=strength.clone(),
-        gap=torch.where(hard, 0.0, price * (total / mass - 1)),  # phi* has mean zero at the threshold
+        gap=torch.where(hard, 0.0, price * residual),  # phi* has mean zero at the threshold
         distance=gain - psi,
         alpha_slope=zero,
         on_ball=zero.clone(),
     )
 
 
-def _about_mean(rows: Rows, from_top, depth: Tensor, unit: Tensor, weights: Tensor, traced: bool):
-    """Write ``exp(x)``, ``x = (z - mean) / strength``; return ``log mean exp(x)``, ``E_p[x]`` and ``mean exp(x)``."""
+class _Tilted(NamedTuple):
+    """Of ``x = z / strength``: the mean of z less its maximum, log mean exp(x) less the mean of x, E_p[x] less it.
+
+    ``mass`` is the mean of the exponentials as stored; ``residual`` that of ``phi*`` at the threshold.
+    """
+
+    depth: Tensor
+    psi: Tensor
+    gain: Tensor
+    mass: Tensor
+    residual: Tensor
+
+
+def _about_mean(rows: Rows, from_top, unit: Tensor, weights: Tensor, traced: bool) -> _Tilted:
+    """Store ``exp(x)`` for ``x = (z - mean) / unit``."""
+    (depth,) = rows.means(lambda block: (from_top(block),))
 
     def exponent(block: Block) -> Tensor:
         return from_top(block).sub_(depth[:, None]).div_(unit[:, None])
@@ -276,7 +300,8 @@ def _about_mean(rows: Rows, from_top, depth: Tensor, unit: Tensor, weights: Tens
         (excess,) = rows.means(lambda block: (expm1_minus(exponent(block)),))
     else:
         excess = first - shift
-    return torch.log1p(excess), product / (1 + excess), 1 + first
+    psi, mass = torch.log1p(excess), 1 + first
+    return _Tilted(depth, psi, product / (1 + excess), mass, mass * torch.exp(-psi) - 1)
 
 
 # --- everything else ----------------------------------------------------------------------------------------
@@ -287,17 +312,11 @@ def _iterated(
 ) -> Solution:
     extremes = _extremes(z, base, problem.group).cpu().numpy()
     top, span = extremes
-    if not np.isfinite(span).all():
+    if some(~np.isfinite(span)):
         raise ValueError(_RANGE.format(span[~np.isfinite(span)][0]))
     constant = span == 0
-    rows = Rows(
-        z,
-        base,
-        problem.group,
-        sample_count(z, problem.group),
-        top,
-        np.where(constant, 1.0, span) if constant.any() else span,
-    )
+    scale = np.where(constant, 1.0, span) if some(constant) else span
+    rows = Rows(z, base, problem.group, sample_count(z, problem.group), top, scale)
     if radius is None or strength is None:
         return _one_bound(rows, span, radius, strength, problem.divergence)
     priced = _one_bound(rows, span, None, strength, problem.divergence)
@@ -333,19 +352,21 @@ def _one_bound(
             parameter = strength / scale
         hard = (span == 0) | (parameter == 0) | (maximizer.distance == 0)
         flat = (parameter > _FLAT) & ~hard
-    is_open = ~(hard | flat)
-    (mean,) = rows.host_means(lambda block: (block.d,))
+    at_end = hard | flat
+    all_open = not some(at_end)
+    mean, _ = rows.mean_and_ties()
     solver = solve_ball if constrained else solve_penalty
-    if is_open.all():
+    if all_open:
         found, dual = solver(divergence, rows, parameter)
-    elif is_open.any():
-        found, dual = solver(divergence, rows.select(is_open), parameter[is_open])
-        dual = _placed(dual, is_open)
-    else:
+    elif at_end.all():
         found, dual = None, Dual(np.zeros_like(mean), np.ones_like(mean), None, np.zeros_like(hard))
-    threshold, multiplier, hard = dual.threshold, dual.strength, hard | dual.saturated
+    else:
+        found, dual = solver(divergence, rows.select(~at_end), parameter[~at_end])
+        dual = _placed(dual, ~at_end)
+    threshold, multiplier = dual.threshold, dual.strength
     ends = None
-    if hard.any() or flat.any():
+    if some(dual.saturated) or not all_open:
+        hard = hard | dual.saturated
         threshold = np.where(hard, maximizer.threshold, np.where(flat, mean, threshold))
         multiplier = np.where(hard, 0.0, np.where(flat, np.inf, multiplier))
         ends = torch.from_numpy(np.stack([hard, flat])).to(rows.z.device)[:, :, None]
@@ -354,16 +375,17 @@ def _one_bound(
     finite = np.where(flat, 1.0, multiplier) if ends is not None else multiplier
     unit = np.where(hard, 1.0, finite) if ends is not None else multiplier
     measured = dual.distance is None or ends is not None
-    weights = torch.empty_like(rows.z)
+    weights, whole = torch.empty_like(rows.z), rows.whole
     origin, center, divisor = rows.column(threshold), rows.column(mean), rows.column(unit)
-    chosen = None if is_open.all() else torch.from_numpy(is_open).to(rows.z.device)
+    chosen = None if all_open else torch.from_numpy(~at_end).to(rows.z.device)
     cut = None if divergence.alpha is None else rows.column(threshold + finite * float(divergence.slope_at_cap()))
 
     def certified(block: Block):
-        tilt = torch.sub(block.d, origin, out=weights[:, block.place]).div_(divisor)
+        place = weights if whole else weights[:, block.place]
+        tilt = torch.sub(block.d, origin, out=place).div_(divisor)
         conjugate = () if divergence.order is not None else (divergence.conjugate(tilt),)
         if found is None:
-            tilt.copy_(divergence.tilt(tilt) if dual.fine else divergence.conjugate_gradient(tilt).sub_(1))
+            divergence.tilt_(tilt) if dual.fine else tilt.copy_(divergence.conjugate_gradient(tilt)).sub_(1)
         elif chosen is None:
             tilt.copy_(found.tilt(block.d))
         else:
@@ -379,42 +401,43 @@ def _one_bound(
     if measured and dual.distance is not None:
         distance = np.where(hard | flat, distance, dual.distance)
     assert distance is not None
-    beyond = sums.pop() if cut is not None else np.zeros_like(mean)
+    beyond = sums.pop() if cut is not None else 0 * mean
     if divergence.order is not None:  # a combination of two sums that are known
         conjugate = surplus + (divergence.order - 1) * distance
     else:
         (conjugate,) = sums
-    slope = np.zeros_like(mean) if divergence.alpha is None else -beyond / float(divergence.alpha) ** 2
+    slope = beyond if divergence.alpha is None else -beyond / float(divergence.alpha) ** 2
     bound = finite * conjugate + threshold
     if ends is not None:  # at strength 0 the limit of strength * phi*(s / strength)
         recession = 0.0 if divergence.alpha is None else beyond / float(divergence.alpha)
         bound = np.where(hard, recession + threshold, bound)
-    if constrained:
-        gap = bound + finite * parameter - (mean + gain)
-    else:
+    if not constrained:
         gain = gain - parameter * distance
-        gap = np.where(parameter == 0, maximizer.threshold + (bound - threshold), bound) - (mean + gain)
-    value = top + scale * (mean + gain)
+        if ends is not None:
+            bound = np.where(parameter == 0, maximizer.threshold + (bound - threshold), bound)
+    else:
+        bound = bound + finite * parameter
+    value, gap = top + scale * (mean + gain), bound - (mean + gain)
     if ends is not None:
         at_top = hard & (maximizer.threshold == 0) & (constrained | (parameter == 0) | (span == 0))
-        value = np.where(at_top, top, value)
-        gap = np.where(flat, 0.0, gap)
+        value, gap = np.where(at_top, top, value), np.where(flat, 0.0, gap)
     weights.add_(1).mul_(1 / rows.count if rows.base is None else rows.base)
-
-    def tensor(row_values: np.ndarray) -> Tensor:
-        return torch.from_numpy(row_values).to(rows.z.device)
-
-    return Solution(
-        value=tensor(value),
-        weights=weights,
-        premium=tensor(scale * gain),
-        threshold=tensor(top + scale * threshold),
-        strength=tensor(scale * multiplier if strength is None else strength.copy()),
-        gap=tensor(scale * gap),
-        distance=tensor(distance),
-        alpha_slope=tensor(scale * slope),
-        on_ball=tensor(np.full_like(mean, float(constrained))),
+    numbers = torch.from_numpy(
+        np.stack(
+            [
+                value,
+                scale * gain,
+                top + scale * threshold,
+                scale * multiplier if strength is None else strength,
+                scale * gap,
+                distance,
+                scale * slope,
+                np.ones_like(mean) if constrained else 0 * mean,
+            ]
+        )
     )
+    first, *others = numbers.to(rows.z.device).unbind()
+    return Solution(first, weights, *others)
 
 
 def _placed(solved: Dual, chosen: np.ndarray) -> Dual:
@@ -433,20 +456,21 @@ class _Maximizer(NamedTuple):
     """What maximizes ``<p, d>`` alone, least divergent: uniform on the ties, or, under a cap, the tail's weights."""
 
     found: Tail | None
-    above: Tensor
+    above: np.ndarray
     threshold: np.ndarray
     distance: np.ndarray
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
-        return torch.where(d == 0, self.above[:, None], -1.0) if self.found is None else self.found.tilt(d)
+        if self.found is not None:
+            return self.found.tilt(d)
+        return torch.where(d == 0, torch.from_numpy(self.above).to(d.device)[:, None], -1.0)
 
 
 def _least_divergent_maximizer(rows: Rows, divergence: Divergence) -> _Maximizer:
     if divergence.alpha is not None:
         found = tail(rows, float(divergence.alpha))
         (distance,) = rows.host_means(lambda block: (divergence.phi_of_tilt(found.tilt(block.d)),))
-        return _Maximizer(found, found.above, found.threshold.cpu().numpy(), distance)
-    (share,) = rows.host_means(lambda block: (block.d == 0,))
-    above = torch.from_numpy((1 - share) / share).to(rows.z.device)
-    return _Maximizer(None, above, np.zeros_like(share), divergence.maximal_radius(share))
+        return _Maximizer(found, distance, found.threshold.cpu().numpy(), distance)
+    _, share = rows.mean_and_ties()
+    return _Maximizer(None, (1 - share) / share, 0 * share, divergence.maximal_radius(share))

@@ -28,69 +28,82 @@ class Tail(NamedTuple):
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
         relation = torch.sub(d, _column(self.threshold)).sign_()
-        tied = relation.abs().neg_().add_(1)
         above = relation.clamp(min=0)
-        return relation.clamp_(max=0).addcmul_(above, self.above[:, None]).addcmul_(tied, self.tied[:, None])
+        tied = torch.addcmul(relation.new_ones(1), relation, relation, value=-1)
+        tilt = relation.clamp_(max=0)
+        if len(d) == 1 and not torch.compiler.is_compiling():
+            return tilt.add_(above, alpha=self.above.item()).add_(tied, alpha=self.tied.item())
+        return tilt.addcmul_(above, self.above[:, None]).addcmul_(tied, self.tied[:, None])
 
 
 def tail(rows: Rows, alpha: float | Tensor) -> Tail:
     """Select the worst ``alpha`` of each row."""
-    d, n = rows.z, rows.count
+    z, n, found = rows.z, rows.count, None
     if isinstance(alpha, float) and rows.base is None and rows.group is None:
         position = min(n, max(1, math.ceil(alpha * n)))
-        threshold = rows.normalized(_largest(d, position)[:, None])[:, 0]
+        found = _largest_by_sample(rows, position)
+        threshold = found[0] if found is not None else _largest(rows, position)
     else:
         threshold = _select(rows, alpha)
     if isinstance(alpha, Tensor):
-        alpha = alpha.to(d)
-    at = _column(threshold)
-
-    def masses(block: Block):
-        relation = torch.sub(block.d, at).sign_()
-        return relation.clamp(min=0), relation.abs_()
-
-    higher, different = rows.means(masses)
+        alpha = alpha.to(z)
     whole = 1.0 if rows.base is not None else float(n)
-    higher, equal = higher * whole, whole - different * whole
+    if found is not None:
+        _, higher, equal = found
+    else:
+        at = _column(threshold)
+
+        def masses(block: Block):
+            relation = torch.sub(block.d, at).sign_()
+            return relation.clamp(min=0), relation.abs_()
+
+        higher, different = rows.means(masses)
+        higher, equal = higher * whole, whole - different * whole
     budget = alpha * whole  # never rounded
     # The same number twice; near alpha = 1 the second form would cancel.
     from_below = (whole - higher - equal) - (1 - alpha) * (whole - equal)
-    left_over = torch.where(torch.as_tensor(alpha, device=d.device) > 0.5, from_below, budget - higher - equal * alpha)
+    left_over = torch.where(torch.as_tensor(alpha, device=z.device) > 0.5, from_below, budget - higher - equal * alpha)
     full = (1 - alpha) / alpha
     return Tail(
         threshold, full if isinstance(full, Tensor) else torch.full_like(equal, full), left_over / (equal * alpha)
     )
 
 
-def _largest(d: Tensor, position: int) -> Tensor:
+def _largest(rows: Rows, position: int) -> Tensor:
     """Return the ``position``-th largest loss of each row."""
-    n = d.shape[-1]
-    if len(d) == 1 and n >= _SAMPLED_FROM and not torch.compiler.is_compiling():
-        found = _largest_by_sample(d[0], position)
-        if found is not None:
-            return found
-    return torch.kthvalue(d, n - position + 1, dim=-1).values
+    found = torch.kthvalue(rows.z, rows.z.shape[-1] - position + 1, dim=-1).values
+    return rows.normalized(found[:, None])[:, 0]
 
 
-def _largest_by_sample(d: Tensor, position: int) -> Tensor | None:
-    """Bracket the threshold by order statistics of a sample; select among the losses between them, if it is there."""
-    n = len(d)
-    sample = torch.sort(d[:: n // 2**14]).values
+def _largest_by_sample(rows: Rows, position: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the ``position``-th largest loss of one long row, and how many are larger and equal.
+
+    Order statistics of a sample bracket it; it is selected among the losses between them, if it is there.
+    """
+    n = rows.z.shape[-1]
+    if len(rows.z) > 1 or n < _SAMPLED_FROM or torch.compiler.is_compiling() or rows.z.device.type != "cpu":
+        return None
+    z = rows.z[0]
+    sample = torch.sort(z[:: n // 2**14]).values
     rank = (n - position) / n * len(sample)
     margin = 5 * math.sqrt(len(sample)) / 2 + 2
     below, above = math.floor(rank - margin), math.ceil(rank + margin)
     low = float(sample[below]) if below >= 0 else -math.inf
     high = float(sample[above]) if above < len(sample) else math.inf
-    between, higher = [], 0
-    for part in d.split(2**16):
-        over = part > high
-        higher += int(torch.count_nonzero(over))
-        between.append(part[torch.gt(part, low).logical_and_(over.logical_not_())])
+    between, over = [], 0
+    for part in z.split(2**16):
+        candidates = part > low
+        over += int(torch.count_nonzero(candidates))
+        between.append(part[candidates.logical_and_(part <= high)])
     candidates = torch.cat(between)
-    place = len(candidates) - (position - higher)
+    over -= len(candidates)
+    place = len(candidates) - (position - over)
     if not 0 <= place < len(candidates):
         return None
-    return torch.kthvalue(candidates, place + 1).values[None]
+    threshold = torch.kthvalue(candidates, place + 1).values[None]
+    higher = over + torch.count_nonzero(candidates > threshold)
+    equal = torch.count_nonzero(candidates == threshold)
+    return rows.normalized(threshold[:, None])[:, 0], higher[None].to(z.dtype), equal[None].to(z.dtype)
 
 
 def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
