@@ -64,7 +64,8 @@ class Divergence(ABC):
 
     def curvature(self, s: Tensor) -> Tensor:
         """Return the second derivative of ``phi*``: how fast ratios react to losses."""
-        return torch.func.jvp(self.conjugate_gradient, (s,), (torch.ones_like(s),))[1]
+        ratio, pull = torch.func.vjp(self.conjugate_gradient, s)
+        return pull(torch.ones_like(ratio))[0]
 
     def tilt(self, s: Tensor) -> Tensor:
         """Return ``phi*'(s) - 1``, to full relative accuracy also near ``s = 0``: the integral of the curvature."""
@@ -129,7 +130,7 @@ class CressieRead(Divergence):
     Source: Cressie & Read (1984); Duchi & Namkoong, arXiv 1810.08750.
     """
 
-    order: float
+    order: float  # pyright: ignore[reportIncompatibleVariableOverride, reportRedeclaration, reportGeneralTypeIssues]
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.order):
@@ -145,25 +146,23 @@ class CressieRead(Divergence):
         series = inside.square() * sum(
             w * (1 - x) * (1 + inside * x) ** (k - 2) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
         )
-        positive = t.clamp(min=0)
-        if k == 0:
-            far = e - torch.log(positive)
-        elif k == 1:
-            far = torch.special.xlogy(positive, positive) - e
+        # Divided differences of powers keep their digits next to the orders 0 and 1, where they become logarithms.
+        logarithm = torch.log(torch.where(t > 0, t, 1.0))
+        if k < 0.5:
+            far = (_difference_quotient(k, logarithm) - e) / (k - 1)
         else:
-            far = (positive**k - k * e - 1) / (k * (k - 1))
+            far = (t * _difference_quotient(k - 1, logarithm) - e) / k
+        far = torch.where(t > 0, far, 1 / k if k > 0 else torch.inf)
         return torch.where(t < 0, torch.inf, torch.where(near, series, far))
 
     def conjugate(self, s: Tensor) -> Tensor:
         """Return ``(base^(k / (k - 1)) - 1) / k``, for k < 1 infinite from ``s = 1 / (1 - k)`` (k > 0) or beyond it."""
         k = self.order
-        if k == 0:
-            return torch.where(s < 1, -torch.log1p(-torch.where(s < 1, s, 0.0)), torch.inf)
-        value = torch.expm1(k * self._log_ratio(s)) / k
+        value = _difference_quotient(k, self._log_ratio(s))
         if k >= 1:
             return value
         base = 1 + (k - 1) * s
-        return torch.where((base < 0) | ((base == 0) & (k > 0)), torch.inf, value)
+        return torch.where((base < 0) | ((base == 0) & (k >= 0)), torch.inf, value)
 
     def conjugate_gradient(self, s: Tensor) -> Tensor:
         """Return ``base_+^(1 / (k - 1))``."""
@@ -396,6 +395,11 @@ class CappedKL(Divergence):
     def slope_at_cap(self) -> Tensor:
         """Return ``log(1 / alpha)``."""
         return -torch.log(torch.as_tensor(self.alpha, dtype=torch.float64))
+
+
+def _difference_quotient(power: float, logarithm: Tensor) -> Tensor:
+    """Return ``(t^power - 1) / power`` for ``t = exp(logarithm)``; its limit, the logarithm, at power 0."""
+    return logarithm if power == 0 else torch.expm1(power * logarithm) / power
 
 
 def expm1_minus(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ that are differentiable themselves, so derivatives of any order come out, forwar
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +33,16 @@ def optimum(
     """Return `solve` of the tensors, as a differentiable function of all but ``base``."""
     inputs = (losses, radius, strength, alpha, base)
     if torch.compiler.is_compiling():
-        return Solution(*Optimum.apply(*inputs, problem))
+        return _solution(Optimum.apply(*inputs, problem))
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     if recorded or not values_are_readable() or forward_ad._current_level >= 0:
-        return Solution(*TransformableOptimum.apply(*inputs, problem))
-    return solve(*(tensor if tensor is None else tensor.detach() for tensor in inputs), problem)
+        return _solution(TransformableOptimum.apply(*inputs, problem))
+    detached = (None if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
+    return solve(losses.detach(), *detached, base, problem)
+
+
+def _solution(fields: Any) -> Solution:
+    return Solution(*fields)
 
 
 class Optimum(torch.autograd.Function):
@@ -118,8 +124,9 @@ class TransformableOptimum(Optimum):
             None if tensor is None else tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             for tensor, dim in zip(tensors, in_dims, strict=False)
         ]
-        rows = stacked[0].shape[1]
-        base = stacked[-1]
+        losses, base = stacked[0], stacked[-1]
+        assert losses is not None
+        rows = losses.shape[1]
         if base is not None:
             stacked[-1] = base.expand(size, rows, base.shape[-1])
         flat = [None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in stacked]
@@ -153,7 +160,9 @@ class _Response:
     def __init__(self, ctx) -> None:
         saved = list(ctx.saved_tensors)
         given = [saved.pop(0) if present else None for present in ctx.given]
-        self.losses, _, self.price, self.alpha, self.base = given
+        losses, _, self.price, self.alpha, self.base = given
+        assert losses is not None
+        self.losses = losses
         self.weights, self.threshold, self.strength, self.distance, self.alpha_slope, self.on_ball = saved
         self.problem: Problem = ctx.problem
 
@@ -184,6 +193,8 @@ class _Response:
         smooth = torch.isfinite(self.strength) & (self.strength > 0)
         strength = torch.where(smooth, self.strength, 1.0)[:, None]
         a = torch.where(smooth[:, None], (self.losses - self.threshold[:, None]) / strength, 0.0)
+        if self.base is not None:  # a sample without base weight may lie outside the domain of phi*
+            a = torch.where(self.base > 0, a, 0.0)
         h = torch.where(smooth[:, None], divergence.curvature(a) / strength, 0.0) * self.uniform()
         return h, self._centered(h, a)
 

@@ -94,7 +94,10 @@ def as_base_weights(values: Any, losses: Tensor, group: Any) -> Tensor:
     ValueError
         If a weight is negative or not finite, a row does not sum to one, or the shape does not broadcast.
     """
-    base = torch.as_tensor(values, device=losses.device, dtype=torch.float64)
+    try:
+        base = torch.as_tensor(values, device=losses.device, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"base_weights must be a tensor, an array or a sequence of numbers, got {values!r}") from error
     fits = base.ndim >= 1 and base.shape[-1] == losses.shape[-1] and base.ndim <= losses.ndim
     if not fits or any(b not in (1, z) for b, z in zip(reversed(base.shape), reversed(losses.shape), strict=False)):
         raise ValueError(

@@ -15,7 +15,7 @@ from drrho.divergences import KL, ChiSquare, CressieRead, Divergence, TotalVaria
 from drrho.solvers.chi_square import chi_square_ball, chi_square_penalty
 from drrho.solvers.cressie_read import PathTilt, cressie_read_ball, cressie_read_penalty
 from drrho.solvers.generic import generic_ball, generic_penalty
-from drrho.solvers.kl import kl_ball
+from drrho.solvers.kl import kl_ball, kl_penalty
 from drrho.solvers.rows import Dual, Rows
 from drrho.solvers.tail import TotalVariationTilt, total_variation_ball, total_variation_penalty
 
@@ -40,6 +40,11 @@ def solve_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> F
 @solve_ball.register
 def _(divergence: KL, rows: Rows, radius: np.ndarray) -> Found:
     return None, kl_ball(rows, radius)
+
+
+@solve_penalty.register
+def _(divergence: KL, rows: Rows, strength: np.ndarray) -> Found:
+    return None, kl_penalty(rows, strength)
 
 
 @solve_ball.register

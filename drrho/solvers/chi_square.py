@@ -9,7 +9,9 @@ import torch
 
 from drrho.solvers.rows import Block, Dual, Rows, some
 
-_Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+_Step = Callable[
+    [np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+]
 
 
 def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
@@ -19,8 +21,7 @@ def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
     only lowers the threshold, so nothing that belongs to the support is ever dropped.
     """
 
-    def step(dropped, mean, variance):
-        kept = 1 - dropped
+    def step(kept, dropped, mean, variance):
         c = 2 * radius * kept - dropped
         saturated = (c <= 0) | (variance <= 0)
         if some(saturated):
@@ -36,15 +37,15 @@ def chi_square_penalty(rows: Rows, strength: np.ndarray) -> Dual:
     """Project ``d / (n strength)`` on the simplex: ``eta = mean - strength / w`` of the support of base weight w."""
     none = np.zeros(len(strength), dtype=bool)
 
-    def step(dropped, mean, variance):
-        spread = strength / (1 - dropped)
+    def step(kept, dropped, mean, variance):
+        spread = strength / kept
         return mean - spread, mean - dropped * spread, strength, none
 
     return _active_set(rows, step)
 
 
 def _active_set(rows: Rows, step: _Step) -> Dual:
-    """Iterate ``step(dropped base weight, mean, variance) -> (eta, nu = eta + lambda, lambda, saturated)``."""
+    """Iterate ``step(kept, dropped base weight, mean, variance) -> (eta, nu = eta + lambda, lambda, saturated)``."""
     dropped = np.zeros(len(rows))
     mean, _ = rows.mean_and_ties()
     center = rows.column(mean)
@@ -55,34 +56,36 @@ def _active_set(rows: Rows, step: _Step) -> Dual:
 
     shift, square = rows.host_means(spread_out)
     mean = mean + shift
-    eta, nu, strength, saturated = step(dropped, mean, square - shift * shift)
+    eta, nu, strength, saturated = step(1.0 - dropped, dropped, mean, square - shift * shift)
     while some(eta > -1):  # -1 is the least loss
         eta_before, before = np.minimum(eta, 0.0), dropped
-        dropped, mean, variance = _moments_of_support(rows, eta_before, mean)
-        eta, nu, strength, saturated = step(dropped, mean, variance)
+        kept, dropped, mean, variance = _moments_of_support(rows, eta_before, mean)
+        eta, nu, strength, saturated = step(kept, dropped, mean, variance)
         if not some((dropped != before) & ~saturated):
             break
         eta = np.maximum(eta, eta_before)  # it only grows, but for rounding
     return Dual(nu, strength, None, saturated)
 
 
-def _moments_of_support(rows: Rows, eta: np.ndarray, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return dropped base weight, mean and variance of ``{d >= eta}``, summed about what is close to the mean."""
-    for _ in range(3):
+def _moments_of_support(
+    rows: Rows, eta: np.ndarray, center: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return base weight in and out of ``{d >= eta}``, its mean and variance, summed about what is close to the mean."""
+    attempt = 0
+    while True:
         floor, origin = rows.column(eta), rows.column(center)
 
         def supported(block: Block, floor=floor, origin=origin):
-            inactive = torch.sub(floor, block.d).clamp_(min=0).sign_()
-            supported = torch.addcmul(block.d, block.d, inactive, value=-1)
-            y = block.d - origin
-            y.addcmul_(y, inactive, value=-1)
-            return inactive, supported, (y, y)
+            outside = torch.sub(floor, block.d).clamp_(min=0).sign_()
+            inside = torch.rsub(outside, 1)
+            y = (block.d - origin).mul_(inside)
+            return inside, outside, block.d * inside, (y, y)
 
-        dropped, mean, square = rows.host_means(supported)
-        mean, square = mean / (1 - dropped), square / (1 - dropped)
+        kept, dropped, mean, square = rows.host_means(supported)
+        mean, square = mean / kept, square / kept
         shift = mean - center
         variance = square - shift * shift
-        if not some(shift * shift > 64 * variance):
-            break  # else the square cancels: once more, about the mean
-        center = mean
-    return dropped, mean, variance
+        attempt += 1
+        if attempt == 3 or not some(shift * shift > 64 * variance):
+            return kept, dropped, mean, variance
+        center = mean  # the square has canceled: once more, about the mean

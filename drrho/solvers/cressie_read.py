@@ -159,7 +159,8 @@ class _Sums:
             flat = (*part[:4], *part.found[1:])
             for field, solved in zip(fields, flat, strict=True):
                 field[chosen] = solved
-        return _Path(*fields[:4], PathTilt(self.order, *fields[4:]))
+        distance, slope, log_power, log_power_slope, *path = fields
+        return _Path(distance, slope, log_power, log_power_slope, PathTilt(self.order, path[0], path[1], path[2]))
 
     def _sums(self, v: np.ndarray, central: bool, chosen) -> _Path:
         k, sign = self.order, self.sign

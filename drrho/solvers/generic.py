@@ -96,7 +96,8 @@ def _iterate(
     x_low, x_high = np.full(size, -np.inf), np.full(size, np.inf)
     low, high = np.full(size, -1.0), np.zeros(size)  # of the threshold at this strength
     tries = np.zeros(size, dtype=int)  # at this strength
-    for _ in range(attempts):
+    while True:
+        attempts -= 1
         strength = np.exp(x)
         fine = bool((deviation / strength < _FINE).any())
         moments = _moments(divergence, rows, threshold, strength, fine=fine)
@@ -136,9 +137,19 @@ def _iterate(
             with np.errstate(invalid="ignore"):
                 halved = np.where(np.isfinite(x_low + x_high), (x_low + x_high) / 2, away)
             next_x = np.maximum(np.where(inside, longest, halved), _FLOOR)
-        if bool(done.all()):
-            settled_threshold = np.where(collapsed, threshold, threshold + step)
-            return _Outcome(_State(x, settled_threshold), distance, saturated, fine)
+        if done.all() or (attempts == 0 and tolerance > 1e-9):
+            lost = collapsed & ~(np.abs(moments.surplus) < 1e-6) & ~saturated
+            if tolerance < 1e-9 and lost.any():
+                raise RuntimeError(
+                    f"no threshold of {divergence} makes the weights sum to 1: the nearest is off by "
+                    f"{moments.surplus[lost][0]:.3g}, since conjugate_gradient jumps there; phi must be strictly convex"
+                )
+            return _Outcome(_State(x, np.where(collapsed, threshold, threshold + step)), distance, saturated, fine)
+        if attempts == 0:
+            raise RuntimeError(
+                f"the multipliers of {divergence} did not converge in {_MAX_ITERATIONS} passes: phi must be strictly "
+                "convex, and conjugate and conjugate_gradient must belong to it"
+            )
         # Rows in balance take a step in the strength, the others in the threshold alone.
         moved = balanced & ~done
         proposal = threshold + step
@@ -154,12 +165,6 @@ def _iterate(
         with np.errstate(invalid="ignore"):
             middle = np.where((high < 0) & (low < 4 * high), -np.sqrt(low * high), (low + high) / 2)
         threshold = np.where(done, threshold + step, np.where(trusted, proposal, middle))
-    if tolerance > 1e-9:
-        return _Outcome(_State(x, threshold), distance, saturated, fine)
-    raise RuntimeError(
-        f"the multipliers of {divergence} did not converge in {attempts} passes: phi must be strictly convex, and "
-        "conjugate and conjugate_gradient must belong to it"
-    )
 
 
 def _moments(

@@ -47,6 +47,13 @@ def kl_ball(rows: Rows, radius: np.ndarray) -> Dual:
     return Dual(path.normalizer / b, 1 / b, path.distance, saturated)
 
 
+def kl_penalty(rows: Rows, strength: np.ndarray) -> Dual:
+    """Return the threshold ``strength * log mean exp(d / strength)``."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        path = _Tilted(rows)(1 / strength)
+    return Dual(path.normalizer * strength, strength, path.distance, np.zeros(len(strength), dtype=bool))
+
+
 def _solve(
     rows: Rows, radius: np.ndarray, start: np.ndarray | None, *, tolerance: float, iterations: int
 ) -> tuple[np.ndarray, _Path, np.ndarray]:

@@ -392,14 +392,18 @@ def _one_bound(
             tilt[chosen] = found.tilt(block.d[chosen])
         if ends is not None:
             tilt.copy_(torch.where(ends[0], maximizer.tilt(block.d), torch.where(ends[1], 0.0, tilt)))
+        if block.base is not None:  # phi may be infinite where there is no base weight to multiply it
+            tilt.masked_fill_(block.base == 0, 0.0)
         distance = (divergence.phi_of_tilt(tilt),) if measured else ()
         beyond = () if cut is None else ((block.d - cut).clamp_(min=0),)
         return tilt, (tilt, block.d - center), *distance, *conjugate, *beyond
 
     surplus, gain, *sums = rows.host_means(certified)
-    distance = sums.pop(0) if measured else dual.distance
-    if measured and dual.distance is not None:
-        distance = np.where(hard | flat, distance, dual.distance)
+    gain = gain / (1 + surplus)  # at the weights returned, which sum to 1
+    distance = dual.distance
+    if measured:
+        summed = sums.pop(0)
+        distance = summed if distance is None else np.where(hard | flat, summed, distance)
     assert distance is not None
     beyond = sums.pop() if cut is not None else 0 * mean
     if divergence.order is not None:  # a combination of two sums that are known
@@ -407,12 +411,17 @@ def _one_bound(
     else:
         (conjugate,) = sums
     slope = beyond if divergence.alpha is None else -beyond / float(divergence.alpha) ** 2
-    bound = finite * conjugate + threshold
+    with np.errstate(invalid="ignore"):
+        bound = finite * conjugate + threshold
     if ends is not None:  # at strength 0 the limit of strength * phi*(s / strength)
         recession = 0.0 if divergence.alpha is None else beyond / float(divergence.alpha)
         bound = np.where(hard, recession + threshold, bound)
     if not constrained:
-        gain = gain - parameter * distance
+        gain = gain - (
+            parameter * distance
+            if ends is None
+            else np.where(parameter == 0, 0.0, parameter) * np.where(parameter == 0, 0.0, distance)
+        )
         if ends is not None:
             bound = np.where(parameter == 0, maximizer.threshold + (bound - threshold), bound)
     else:
@@ -421,7 +430,9 @@ def _one_bound(
     if ends is not None:
         at_top = hard & (maximizer.threshold == 0) & (constrained | (parameter == 0) | (span == 0))
         value, gap = np.where(at_top, top, value), np.where(flat, 0.0, gap)
-    weights.add_(1).mul_(1 / rows.count if rows.base is None else rows.base)
+    weights.add_(1).mul_(rows.column(1 / (1 + surplus) / (rows.count if rows.base is None else 1)))
+    if rows.base is not None:
+        weights.mul_(rows.base)
     numbers = torch.from_numpy(
         np.stack(
             [

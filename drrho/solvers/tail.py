@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,35 +39,40 @@ class Tail(NamedTuple):
 
 def tail(rows: Rows, alpha: float | Tensor) -> Tail:
     """Select the worst ``alpha`` of each row."""
-    z, n, found = rows.z, rows.count, None
+    threshold, higher, equal, whole = _cut(rows, alpha)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(rows.z)
+    budget = alpha * whole  # never rounded
+    # The same number twice; near alpha = 1 the second form would cancel.
+    from_below = (whole - higher - equal) - (1 - alpha) * (whole - equal)
+    left_over = torch.where(
+        torch.as_tensor(alpha, device=rows.z.device) > 0.5, from_below, budget - higher - equal * alpha
+    )
+    full = (1 - alpha) / alpha
+    above = full if isinstance(full, Tensor) else torch.full_like(equal, full)
+    return Tail(threshold, above, left_over / (equal * alpha))
+
+
+def _cut(rows: Rows, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return the threshold of the worst ``alpha``, the mass above it and at it, and the mass of all (n, or 1)."""
+    found = None
     if isinstance(alpha, float) and rows.base is None and rows.group is None:
-        position = min(n, max(1, math.ceil(alpha * n)))
+        position = min(rows.count, max(1, math.ceil(alpha * rows.count)))
         found = _largest_by_sample(rows, position)
         threshold = found[0] if found is not None else _largest(rows, position)
     else:
         threshold = _select(rows, alpha)
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(z)
-    whole = 1.0 if rows.base is not None else float(n)
+    whole = 1.0 if rows.base is not None else float(rows.count)
     if found is not None:
-        _, higher, equal = found
-    else:
-        at = _column(threshold)
+        return *found, whole
+    at = _column(threshold)
 
-        def masses(block: Block):
-            relation = torch.sub(block.d, at).sign_()
-            return relation.clamp(min=0), relation.abs_()
+    def masses(block: Block):
+        relation = torch.sub(block.d, at).sign_()
+        return relation.clamp(min=0), torch.addcmul(relation.new_ones(1), relation, relation, value=-1)
 
-        higher, different = rows.means(masses)
-        higher, equal = higher * whole, whole - different * whole
-    budget = alpha * whole  # never rounded
-    # The same number twice; near alpha = 1 the second form would cancel.
-    from_below = (whole - higher - equal) - (1 - alpha) * (whole - equal)
-    left_over = torch.where(torch.as_tensor(alpha, device=z.device) > 0.5, from_below, budget - higher - equal * alpha)
-    full = (1 - alpha) / alpha
-    return Tail(
-        threshold, full if isinstance(full, Tensor) else torch.full_like(equal, full), left_over / (equal * alpha)
-    )
+    higher, equal = rows.means(masses) * whole
+    return threshold, higher, equal, whole
 
 
 def _largest(rows: Rows, position: int) -> Tensor:
@@ -120,7 +126,7 @@ def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
         middle = (low + high) // 2
 
         def counted(block: Block, middle=middle):
-            depth = block.d.to(torch.float64).neg()
+            depth = block.d.to(torch.float64).abs()
             return ((depth.view(torch.int64) <= middle[:, None]).to(torch.float64),)
 
         enough = rows.means(counted)[0] >= tail_mass
@@ -136,41 +142,34 @@ def _column(per_row: Tensor) -> Tensor | float:
 
 
 class TotalVariationTilt(NamedTuple):
-    """Tilts of the total-variation risks, from where a loss lies: ``kept`` [rows], moved to the maximum, or between."""
+    """Tilts of the total-variation risks: what lies low is moved to the maximum, whose tilt is ``at_top`` ``[rows]``."""
 
-    cut: Tail | None
-    kept: Tensor
-    depth: Tensor
+    lowered: Callable[[Tensor], Tensor]
     at_top: Tensor
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
         return self.lowered(d).addcmul_((d == 0).to(d.dtype), self.at_top[:, None])
 
-    def lowered(self, d: Tensor) -> Tensor:
-        """Return the tilt without what the maximum receives."""
-        if self.cut is None:
-            return (d < -self.depth[:, None]).to(d.dtype).neg_()
-        # (1 - radius) times the tail's ratio is 1 above the threshold: the tilt there is zero.
-        return self.cut.tilt(d).add_(1).mul_(self.kept[:, None]).sub_(1).clamp_(max=0)
-
 
 def total_variation_ball(rows: Rows, radius: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
     """Move the lowest base mass ``radius`` to the maximum: ``radius max + (1 - radius) CVaR_(1 - radius)``."""
-    kept = torch.from_numpy(1 - radius).to(rows.z.device)
-    cut = tail(rows, kept if len(rows) > 1 else float(kept))
-    return _received(rows, TotalVariationTilt(cut, kept, kept, kept)), _dual(-cut.threshold.cpu().numpy())
+    moved = torch.from_numpy(radius).to(rows.z.device)
+    threshold, higher, equal, whole = _cut(rows, 1 - moved if len(rows) > 1 else float(1 - radius[0]))
+    below = (whole - higher) - equal
+    lowest = Tail(threshold, torch.zeros_like(equal), ((below - moved * whole) / equal).clamp(-1, 0))
+    return _received(rows, lowest.tilt), _dual(-threshold.cpu().numpy())
 
 
 def total_variation_penalty(rows: Rows, strength: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
     """Move every loss's mass to the maximum that lies more than ``strength`` below it: ``mean max(d, -strength)``."""
-    depth = torch.from_numpy(strength).to(rows.z.device)
-    return _received(rows, TotalVariationTilt(None, depth, depth, depth)), _dual(strength)
+    floor = -rows.column(strength)
+    return _received(rows, lambda d: (d < floor).to(d.dtype).neg_()), _dual(strength)
 
 
-def _received(rows: Rows, found: TotalVariationTilt) -> TotalVariationTilt:
-    moved, share = rows.means(lambda block: (found.lowered(block.d), (block.d == 0).to(block.d.dtype)))
-    return found._replace(at_top=-moved / share)
+def _received(rows: Rows, lowered: Callable[[Tensor], Tensor]) -> TotalVariationTilt:
+    moved, share = rows.means(lambda block: (lowered(block.d), (block.d == 0).to(block.d.dtype)))
+    return TotalVariationTilt(lowered, -moved / share)
 
 
 def _dual(strength: np.ndarray) -> Dual:
