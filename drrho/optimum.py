@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
@@ -34,11 +35,22 @@ def optimum(
     inputs = (losses, radius, strength, alpha, base)
     if torch.compiler.is_compiling():
         return _solution(Optimum.apply(*inputs, problem))
+    if not values_are_readable():
+        _refuse_forward_over_forward()
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     if recorded or not values_are_readable() or forward_ad._current_level >= 0:
         return _solution(TransformableOptimum.apply(*inputs, problem))
     detached = (None if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
     return solve(losses.detach(), *detached, base, problem)
+
+
+def _refuse_forward_over_forward() -> None:
+    levels = [str(level.key()) for level in retrieve_all_functorch_interpreters()]
+    if sum(level.endswith("Jvp") for level in levels) > 1:
+        raise RuntimeError(
+            "forward mode over forward mode is not available for robust risks: torch gives zeros for it through any "
+            "torch.autograd.Function. Use jacfwd(jacrev(f)), which is torch.func.hessian, or jacrev(jacfwd(f))"
+        )
 
 
 def _solution(fields: Any) -> Solution:
@@ -51,7 +63,9 @@ class Optimum(torch.autograd.Function):
     @staticmethod
     def forward(losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Solve in plain tensors."""
-        return tuple(solve(losses, radius, strength, alpha, base, problem))
+        fields = solve(losses, radius, strength, alpha, base, problem)
+        # Forward mode takes no views of a common base for outputs.
+        return fields if torch.compiler.is_compiling() else tuple(f.clone() if f._is_view() else f for f in fields)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -78,7 +92,7 @@ class Optimum(torch.autograd.Function):
         """Pull gradients of value, weights, premium, threshold, strength and D back to losses and parameters."""
         response = _Response(ctx)
         by_value, by_weights, by_premium, by_threshold, by_strength, _, by_distance, by_alpha_slope, _ = grads
-        if by_alpha_slope is not None:
+        if by_alpha_slope is not None and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the risk is differentiable only once in alpha: its second derivative is not implemented"
             )

@@ -68,6 +68,8 @@ def solve(
     if len(z) == 0:
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
+    if base is not None:
+        refuse(~(base >= 0), base, "base_weights must be >= 0 with rows that sum to 1, got {}")
     if isinstance(divergence, CVaR) or (radius is None and isinstance(divergence, KL)):
         for parameter, name in ((radius, "radius"), (strength, "strength")):
             if parameter is not None:
