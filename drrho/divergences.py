@@ -33,7 +33,9 @@ from torch import Tensor
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
 # Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
-_NODES, _NODE_WEIGHTS = ((1 + x) / 2 if i == 0 else x / 2 for i, x in enumerate(np.polynomial.legendre.leggauss(7)))
+_LEGENDRE = np.polynomial.legendre.leggauss(7)
+_NODES = [(1 + float(x)) / 2 for x in _LEGENDRE[0]]
+_NODE_WEIGHTS = [float(w) / 2 for w in _LEGENDRE[1]]
 
 
 class Divergence(ABC):
@@ -148,17 +150,19 @@ class CressieRead(Divergence):
         )
         # Divided differences of powers keep their digits next to the orders 0 and 1, where they become logarithms.
         logarithm = torch.log(torch.where(t > 0, t, 1.0))
-        if k < 0.5:
-            far = (_difference_quotient(k, logarithm) - e) / (k - 1)
+        if min(abs(k), abs(k - 1)) > 0.1:
+            far = (torch.where(t > 0, t, 1.0) ** k - k * e - 1) / (k * (k - 1))
+        elif k < 0.5:
+            far = (difference_quotient(k, logarithm) - e) / (k - 1)
         else:
-            far = (t * _difference_quotient(k - 1, logarithm) - e) / k
+            far = (t * difference_quotient(k - 1, logarithm) - e) / k
         far = torch.where(t > 0, far, 1 / k if k > 0 else torch.inf)
         return torch.where(t < 0, torch.inf, torch.where(near, series, far))
 
     def conjugate(self, s: Tensor) -> Tensor:
         """Return ``(base^(k / (k - 1)) - 1) / k``, for k < 1 infinite from ``s = 1 / (1 - k)`` (k > 0) or beyond it."""
         k = self.order
-        value = _difference_quotient(k, self._log_ratio(s))
+        value = difference_quotient(k, self._log_ratio(s))
         if k >= 1:
             return value
         base = 1 + (k - 1) * s
@@ -397,9 +401,11 @@ class CappedKL(Divergence):
         return -torch.log(torch.as_tensor(self.alpha, dtype=torch.float64))
 
 
-def _difference_quotient(power: float, logarithm: Tensor) -> Tensor:
-    """Return ``(t^power - 1) / power`` for ``t = exp(logarithm)``; its limit, the logarithm, at power 0."""
-    return logarithm if power == 0 else torch.expm1(power * logarithm) / power
+def difference_quotient(power: float, logarithm: Any) -> Any:
+    """Return ``(t^power - 1) / power`` for ``t = exp(logarithm)``, a tensor or array; its limit at power 0."""
+    if power == 0:
+        return logarithm
+    return (torch if isinstance(logarithm, Tensor) else np).expm1(power * logarithm) / power
 
 
 def expm1_minus(x: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ def optimum(
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     if recorded or not values_are_readable() or forward_ad._current_level >= 0:
         return _solution(TransformableOptimum.apply(*inputs, problem))
-    detached = (None if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
-    return solve(losses.detach(), *detached, base, problem)
+    radius, strength, alpha = (tensor if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
+    return solve(losses.detach(), radius, strength, alpha, base, problem)
 
 
 def _refuse_forward_over_forward() -> None:

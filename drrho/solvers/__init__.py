@@ -21,7 +21,7 @@ from drrho.solvers.tail import TotalVariationTilt, total_variation_ball, total_v
 
 __all__ = ["Dual", "Rows", "solve_ball", "solve_penalty"]
 
-#: How a loss's tilt (ratio minus one) follows from it where phi*' of the dual variables says it badly or not; or None.
+#: Tilt (ratio minus one) and ratio of losses where phi*' of the dual variables gives them badly or not at all; or None.
 Found = tuple[TotalVariationTilt | PathTilt | None, Dual]
 
 

@@ -70,7 +70,7 @@ def _active_set(rows: Rows, step: _Step) -> Dual:
 def _moments_of_support(
     rows: Rows, eta: np.ndarray, center: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return base weight in and out of ``{d >= eta}``, its mean and variance, summed about what is close to the mean."""
+    """Return base weight in and out of ``{d >= eta}``, and its mean and variance, summed about what is close to it."""
     attempt = 0
     while True:
         floor, origin = rows.column(eta), rows.column(center)

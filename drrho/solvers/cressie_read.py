@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.divergences import SERIES_BELOW, CressieRead, expm1_minus
+from drrho.divergences import SERIES_BELOW, CressieRead, difference_quotient, expm1_minus
 from drrho.solvers.rows import Block, Dual, Rows
 
 _MAX_ITERATIONS = 400
@@ -36,8 +36,15 @@ class PathTilt(NamedTuple):
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
+        return self._log_ratio(d).expm1_()
+
+    def ratio(self, d: Tensor) -> Tensor:
+        """Return the ratio, which may be so small that its tilt is -1."""
+        return self._log_ratio(d).exp_()
+
+    def _log_ratio(self, d: Tensor) -> Tensor:
         origin, unit, log_total = (_column(field, d) for field in (self.origin, self.unit, self.log_total))
-        return _exponent(self.order, (d - origin).div_(unit)).sub_(log_total).expm1_()
+        return _exponent(self.order, (d - origin).div_(unit)).sub_(log_total)
 
 
 class _Path(NamedTuple):
@@ -118,7 +125,11 @@ def _iterate(divergence, sums, start, residual, tolerated, x, iterations) -> tup
         done = (np.abs(value) <= tolerated) | (high - low <= 4 * _EPS * np.maximum(np.abs(x), 1))
         done |= (x <= _ENDS[0]) | (x >= _ENDS[1])
         if done.all():
-            return x, path
+            # Where no number of this precision gives the radius, the next larger v: D is below it.
+            beyond = (np.abs(value) > tolerated) & positive & np.isfinite(high)
+            return (
+                (x, path) if not beyond.any() else (np.where(beyond, high, x), sums(np.exp(np.where(beyond, high, x))))
+            )
         newton = x - value / slope
         away = np.where(positive, x + _LONGEST_STEP, x - _LONGEST_STEP)
         bounded = np.where(np.isfinite(low + high), (low + high) / 2, away)
@@ -169,6 +180,7 @@ class _Sums:
         origin = center if central else np.zeros_like(center)
         unit = v - sign * origin
         zero, scale = rows.column(origin), rows.column(unit)
+        logarithmic = abs(k) < 0.25
         fine = central and bool((self.deviation[chosen] < _FINE * abs(k - 1) * unit).any())
         fine = fine and (k < 1 or bool((unit > 1 + center).all()))  # nothing outside the support
 
@@ -180,24 +192,25 @@ class _Sums:
             reciprocal = ratio.div_(x.mul(-sign).add_(1)) if central else ratio / x.mul(-sign).add_(1)
             if k > 1:  # no weight, though the exponent may be less than one
                 reciprocal.masked_fill_(x <= -1, 0.0)
-            logarithm = (exponent,) if k == 0 else ()
+            logarithm = (difference_quotient(k, exponent),) if logarithmic else ()
             return power, (power, x), reciprocal, x, *logarithm, *(_nonlinear(k, x, exponent) if fine else ())
 
         mass, gain, reciprocal, linear, *rest = rows.host_means(sums)
-        exponent = rest.pop(0) if k == 0 else None
+        quotient = rest.pop(0) if logarithmic else None
         if central:  # the mean of x is zero, and what is linear in x with it
             linear = linear / abs(k - 1)
             mass = rest[0] if fine else mass - linear
-            exponent = rest[1] if fine else None if exponent is None else exponent - linear
+            quotient = rest[1] if fine else None if quotient is None else quotient - linear
             log_total = np.log1p(mass)
         else:
             log_total = np.log(mass)
         total = np.exp(log_total)
         tilted_x = gain / total  # mean of t x
         rate = np.exp((1 - k) * log_total)
-        if k == 0:
-            assert exponent is not None
-            distance = log_total - exponent
+        if logarithmic:
+            assert quotient is not None
+            # (mean t^k - 1) / k, by the quotients of powers, which are logarithms at k = 0
+            distance = (np.exp(-k * log_total) * quotient - difference_quotient(-k, log_total)) / (k - 1)
         else:
             # mean t^k - 1, where t^(k - 1) = total^(1 - k) (1 -+ x)
             distance = (np.expm1((1 - k) * log_total) - sign * rate * tilted_x) / (k * (k - 1))
@@ -218,9 +231,10 @@ def _exponent(order: float, x: Tensor) -> Tensor:
 
 
 def _nonlinear(order: float, x: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``power - 1 - x / |k - 1|`` and ``exponent - x / |k - 1|`` without cancellation."""
+    """Return ``power - 1 - x / |k - 1|`` and ``(power^k - 1) / k - x / |k - 1|`` without cancellation."""
     nonlinear = _log1p_minus(x if order > 1 else -x) / (order - 1)
-    return expm1_minus(exponent) + nonlinear, nonlinear
+    quotient = expm1_minus(order * exponent) / order if order else 0.0
+    return expm1_minus(exponent) + nonlinear, nonlinear + quotient
 
 
 def _log1p_minus(x: Tensor) -> Tensor:

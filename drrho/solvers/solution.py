@@ -388,14 +388,16 @@ def _one_bound(
         conjugate = () if divergence.order is not None else (divergence.conjugate(tilt),)
         if found is None:
             divergence.tilt_(tilt) if dual.fine else tilt.copy_(divergence.conjugate_gradient(tilt)).sub_(1)
-        elif chosen is None:
-            tilt.copy_(found.tilt(block.d))
         else:
-            tilt[chosen] = found.tilt(block.d[chosen])
+            inside = block.d if chosen is None else block.d[chosen]
+            own = slice(None) if chosen is None else chosen
+            tilt = place.new_zeros(place.shape)
+            tilt[own], place[own] = found.tilt(inside), found.ratio(inside)
         if ends is not None:
-            tilt.copy_(torch.where(ends[0], maximizer.tilt(block.d), torch.where(ends[1], 0.0, tilt)))
+            tilt = torch.where(ends[0], maximizer.tilt(block.d), torch.where(ends[1], 0.0, tilt))
+            place.copy_(torch.where(ends.any(0), tilt + 1 if found else tilt, place))
         if block.base is not None:  # phi may be infinite where there is no base weight to multiply it
-            tilt.masked_fill_(block.base == 0, 0.0)
+            tilt = tilt.masked_fill(block.base == 0, 0.0)
         distance = (divergence.phi_of_tilt(tilt),) if measured else ()
         beyond = () if cut is None else ((block.d - cut).clamp_(min=0),)
         return tilt, (tilt, block.d - center), *distance, *conjugate, *beyond
@@ -432,7 +434,8 @@ def _one_bound(
     if ends is not None:
         at_top = hard & (maximizer.threshold == 0) & (constrained | (parameter == 0) | (span == 0))
         value, gap = np.where(at_top, top, value), np.where(flat, 0.0, gap)
-    weights.add_(1).mul_(rows.column(1 / (1 + surplus) / (rows.count if rows.base is None else 1)))
+    weights = weights if found else weights.add_(1)
+    weights.mul_(rows.column(1 / (1 + surplus) / (rows.count if rows.base is None else 1)))
     if rows.base is not None:
         weights.mul_(rows.base)
     numbers = torch.from_numpy(

@@ -142,7 +142,7 @@ def _column(per_row: Tensor) -> Tensor | float:
 
 
 class TotalVariationTilt(NamedTuple):
-    """Tilts of the total-variation risks: what lies low is moved to the maximum, whose tilt is ``at_top`` ``[rows]``."""
+    """Tilts of the total-variation risks: what lies low is moved to the maximum, of tilt ``at_top`` ``[rows]``."""
 
     lowered: Callable[[Tensor], Tensor]
     at_top: Tensor
@@ -150,6 +150,10 @@ class TotalVariationTilt(NamedTuple):
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
         return self.lowered(d).addcmul_((d == 0).to(d.dtype), self.at_top[:, None])
+
+    def ratio(self, d: Tensor) -> Tensor:
+        """Return the ratio."""
+        return self.tilt(d).add_(1)
 
 
 def total_variation_ball(rows: Rows, radius: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
