@@ -33,9 +33,8 @@ from torch import Tensor
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
 # Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
-_LEGENDRE = np.polynomial.legendre.leggauss(7)
-_NODES = [(1 + float(x)) / 2 for x in _LEGENDRE[0]]
-_NODE_WEIGHTS = [float(w) / 2 for w in _LEGENDRE[1]]
+_RULE: list[list[float]] = (np.array(np.polynomial.legendre.leggauss(7)) / 2 + [[0.5], [0.0]]).tolist()
+_NODES, _NODE_WEIGHTS = _RULE[0], _RULE[1]
 
 
 class Divergence(ABC):

@@ -17,7 +17,7 @@ from drrho.divergences import KL, CVaR, Divergence
 from drrho.optimum import optimum
 from drrho.reference import excess_losses
 from drrho.solvers.solution import Problem, sample_count
-from drrho.validation import as_base_weights, as_losses, as_parameter
+from drrho.validation import as_base_weights, as_losses, as_parameter, refuse_not_finite
 
 
 class RobustRisk(NamedTuple):
@@ -97,7 +97,7 @@ def constrained_risk(
     >>> round(risk.value.item(), 4), [round(p, 4) for p in risk.weights.tolist()]
     (2.0, [0.1, 0.2, 0.3, 0.4])
     """
-    rows = as_losses(losses, "losses")
+    rows = as_losses(losses, "losses", finite=False)
     bound = as_parameter(radius, "radius", "bounds D_phi(p || q)", rows)
     return _risk(rows, divergence, bound, None, base_weights, group, torch.float64)
 
@@ -126,7 +126,7 @@ def penalized_risk(
     ValueError, TypeError, RuntimeError
         As for `constrained_risk`.
     """
-    rows = as_losses(losses, "losses")
+    rows = as_losses(losses, "losses", finite=False)
     price = as_parameter(strength, "strength", "is the price of D_phi(p || q)", rows)
     dtype = _answer_dtype(rows) if isinstance(divergence, KL | CVaR) else torch.float64
     return _risk(rows, divergence, None, price, base_weights, group, dtype)
@@ -157,7 +157,7 @@ def hybrid_risk(
     KL with both is the constrained problem of Qi et al. (2023) and of Yang, opt4ml.org, section 6.5 (whose dual
     has ``tau * radius`` and so differs by the constant ``strength * radius``).
     """
-    rows = as_losses(losses, "losses")
+    rows = as_losses(losses, "losses", finite=False)
     bound = as_parameter(radius, "radius", "bounds D_phi(p || q)", rows)
     price = as_parameter(strength, "strength", "is the price of D_phi(p || q)", rows)
     return _risk(rows, divergence, bound, price, base_weights, group, torch.float64)
@@ -208,6 +208,10 @@ def _answer_dtype(losses: Tensor) -> torch.dtype:
     return torch.promote_types(losses.dtype, torch.float32)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _risk(
     losses: Tensor,
     divergence: Divergence,
@@ -223,7 +227,7 @@ def _risk(
     shape, n = losses.shape[:-1], losses.shape[-1]
 
     def per_row(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.reshape(-1).to(dtype)
+        return None if parameter is None else _cast(parameter.reshape(-1), dtype)
 
     alpha = None
     if isinstance(divergence.alpha, Tensor):
@@ -233,22 +237,29 @@ def _risk(
         base = as_base_weights(base_weights, losses, group)
         base = base.reshape(1, n) if base.numel() == n else base.expand(losses.shape).reshape(-1, n)
     inputs = (
-        losses.reshape(-1, n).to(dtype),
+        _cast(losses.reshape(-1, n), dtype),
         per_row(radius),
         per_row(strength),
         per_row(alpha),
         base if base is None else base.to(dtype),
     )
-    with torch.autocast(losses.device.type, enabled=False):
-        solution = optimum(*inputs, Problem(divergence, group))
+    try:
+        if torch.is_autocast_enabled(losses.device.type):
+            with torch.autocast(losses.device.type, enabled=False):
+                solution = optimum(*inputs, Problem(divergence, group))
+        else:
+            solution = optimum(*inputs, Problem(divergence, group))
+    except ValueError:
+        refuse_not_finite(losses.detach(), "losses")  # says where
+        raise
     answer = _answer_dtype(losses)
 
     def shaped(row_values: Tensor) -> Tensor:
-        return row_values.reshape(shape).to(answer)
+        return _cast(row_values.reshape(shape), answer)
 
     return RobustRisk(
         value=shaped(solution.value),
-        weights=solution.weights.reshape(losses.shape).to(answer),
+        weights=_cast(solution.weights.reshape(losses.shape), answer),
         premium=shaped(solution.premium),
         threshold=shaped(solution.threshold).detach(),
         strength=shaped(solution.strength),

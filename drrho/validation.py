@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def as_losses(values: Any, name: str) -> Tensor:
-    """Return ``values`` as a floating tensor ``[..., n]``, ``n >= 1``, every entry finite.
+def as_losses(values: Any, name: str, *, finite: bool = True) -> Tensor:
+    """Return ``values`` as a floating tensor ``[..., n]``, ``n >= 1``, every entry finite unless that is seen to later.
 
     Tensors keep dtype, device and graph; NumPy arrays and sequences become float64.
 
@@ -33,12 +33,18 @@ def as_losses(values: Any, name: str) -> Tensor:
             raise TypeError(f"{name} must be a tensor, an array or a sequence of numbers, got {values!r}") from error
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., n] with n >= 1, got {list(losses.shape)}")
+    if finite:
+        refuse_not_finite(losses, name)
+    return losses
+
+
+def refuse_not_finite(losses: Tensor, name: str) -> None:
+    """Raise a ``ValueError`` that says where the first NaN or infinity is, if values can be read."""
     if losses.numel() > 0 and values_are_readable():
         low, high = (extreme.item() for extreme in torch.aminmax(losses.detach()))
         if not math.isfinite(low) or not math.isfinite(high):
             where = (~torch.isfinite(losses)).nonzero()[0].tolist()
             raise ValueError(f"{name} must be finite, got {losses[tuple(where)].item()} at index {where}")
-    return losses
 
 
 def values_are_readable() -> bool:
@@ -72,8 +78,10 @@ def as_parameter(value: Any, name: str, meaning: str, losses: Tensor) -> Tensor:
         If it is no number at all.
     """
     rows = losses.shape[:-1]
-    if isinstance(value, float | int) and not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}: it {meaning}")
+    if isinstance(value, float | int):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {value}: it {meaning}")
+        return torch.full(rows, float(value), dtype=torch.float64, device=losses.device)
     try:
         parameter = torch.as_tensor(value, device=losses.device, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -18,6 +18,7 @@ _LONGEST_STEP = 10.0  # in log b, while there is no upper bracket
 _EPS = np.finfo(np.float64).eps
 _CEILING = 0.97 * math.log(np.finfo(np.float64).max)
 _TOLERANCE = 450 * _EPS  # on log D
+_SQUARED = 1e-9  # a residual whose square is far within the tolerance, whatever the curvature
 _FAR = 30.0  # exponent at the maximum beyond which the mean is no origin for the sums
 _FINE = 1e-3  # standard deviation of the exponent below which a series replaces a difference
 
@@ -75,6 +76,12 @@ def _solve(
         done = (np.abs(residual) <= tolerated) | (high - low <= 4 * _EPS * np.maximum(np.abs(x), 1)) | saturated
         if not some(~done):
             return x, path, saturated
+        nearly = np.abs(residual) <= _SQUARED
+        if tolerance == _TOLERANCE and not some(~(done | nearly & (newton > low) & (newton < high))):
+            # The next residual is the square of this: follow D and the normalizer, whose slope is b E_p[d], there.
+            step = np.where(done, 0.0, newton - x)
+            normalizer = path.normalizer + (path.distance + path.normalizer) * step
+            return x + step, _Path(np.where(done, path.distance, radius), path.slope, normalizer), saturated
         bounded = np.where(high < np.inf, (low + np.minimum(high, _CEILING)) / 2, x + _LONGEST_STEP)
         # KL has plateaus in b, between the gaps of close losses: a flat slope must not throw x out of reach, and
         # rounding there can let Newton creep, while halving the bracket cannot.

@@ -13,7 +13,7 @@ from torch import Tensor
 from drrho.divergences import KL, CVaR, Divergence, expm1_minus
 from drrho.solvers import solve_ball, solve_penalty
 from drrho.solvers.rows import Block, Dual, Rows, some
-from drrho.solvers.tail import Tail, tail
+from drrho.solvers.tail import Tail, column, tail
 from drrho.validation import refuse
 
 _CHUNK = 2**18  # losses of several rows solved at a time on the CPU, so that they stay in the cache
@@ -157,7 +157,6 @@ def sample_count(z: Tensor, group: Any) -> int:
 
 
 def _cvar(z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor | None, problem: Problem) -> Solution:
-    traced = torch.compiler.is_compiling()
     top, span = _extremes(z, base, problem.group)
     refuse(~torch.isfinite(span), span, _RANGE)
     count = sample_count(z, problem.group)
@@ -170,7 +169,7 @@ def _cvar(z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor
     found = tail(rows, fraction)
     (mean,) = rows.means(lambda block: (block.d,))
     weights = torch.empty_like(z)
-    origin_of_y, at = (item[:, None] if traced or len(z) > 1 else item.item() for item in (mean, found.threshold))
+    origin_of_y, at = column(mean), column(found.threshold)
 
     def certified(block: Block):
         tilt, y = found.tilt(block.d), block.d - origin_of_y
@@ -206,9 +205,11 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
     rows = Rows(z, base, problem.group, count)
     ceiling = None if base is None else top[:, None]  # losses without base weight may lie above
 
+    summit = column(top)
+
     def from_top(block: Block) -> Tensor:
         d = block.d if ceiling is None else torch.minimum(block.d, ceiling)
-        return d - top[:, None]
+        return d - summit
 
     hard = (strength == 0) | (span == 0)
     price = torch.where(hard, 1.0, strength)
@@ -221,9 +222,10 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
     if not all_near:
         far = (~near)[:, None] if some_near else None
         unit = torch.where(near, torch.inf, price)
+        divisor = column(unit)
 
         def about_top(block: Block):
-            x = from_top(block).div_(unit[:, None])
+            x = from_top(block).div_(divisor)
             place = weights[:, block.place]
             e = torch.exp(x, out=place if far is None else None)
             if far is not None:
@@ -251,7 +253,7 @@ def _kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Probl
         depth = torch.where(hard, depth_at_top, depth)
         psi = torch.where(hard, -depth, psi)  # the price is 1 there
         gain, mass = torch.where(hard, psi - torch.log(share), gain), torch.where(hard, share, mass)
-    weights = weights.div_((mass * (count if base is None else 1.0))[:, None])
+    weights = weights.mul_(column(1 / (mass * (count if base is None else 1.0))))
     if base is not None:
         weights = weights.mul_(base)
     premium = price * psi
@@ -284,24 +286,39 @@ class _Tilted(NamedTuple):
 
 
 def _about_mean(rows: Rows, from_top, unit: Tensor, weights: Tensor, traced: bool) -> _Tilted:
-    """Store ``exp(x)`` for ``x = (z - mean) / unit``."""
-    (depth,) = rows.means(lambda block: (from_top(block),))
+    """Store ``exp(x)`` for ``x = (z - mean) / unit``.
+
+    The mean of exp(x) - 1 - x is of second order in x: what rounding leaves of it decides how it is summed.
+    """
+    eps = torch.finfo(unit.dtype).eps
+
+    def spread_out(block: Block):
+        below = from_top(block)
+        return below, (below, below)
+
+    depth, square = rows.means(spread_out)
+    center, divisor = column(depth), column(unit)
+    variance = (square - depth.square()) / unit.square()
+    coarse = not traced and bool((variance > 4 * eps ** (1 / 3)).all())
+    fine = traced or bool((variance < eps**0.5).any())
 
     def exponent(block: Block) -> Tensor:
-        return from_top(block).sub_(depth[:, None]).div_(unit[:, None])
+        return from_top(block).sub_(center).div_(divisor)
 
     def sums(block: Block):
         x = exponent(block)
-        e = torch.expm1(x)
-        torch.add(e, 1, out=weights[:, block.place])
-        return x, (x, x), e, (x, e)
+        place = weights[:, block.place]
+        if coarse:
+            e = torch.exp(x, out=place)
+        else:
+            e = torch.expm1(x)
+            torch.add(e, 1, out=place)
+        return x, e, (x, e)
 
-    shift, square, first, product = rows.means(sums)
-    # The mean of exp(x) - 1 - x loses what the rounding of exp(x) - 1 is relative to its square; a series keeps it.
-    if traced or bool((square < torch.finfo(depth.dtype).eps ** 0.5).any()):
-        (excess,) = rows.means(lambda block: (expm1_minus(exponent(block)),))
-    else:
-        excess = first - shift
+    shift, first, product = rows.means(sums)
+    if coarse:
+        first, product = first - 1, product - shift
+    excess = rows.means(lambda block: (expm1_minus(exponent(block)),))[0] if fine else first - shift
     psi, mass = torch.log1p(excess), 1 + first
     return _Tilted(depth, psi, product / (1 + excess), mass, mass * torch.exp(-psi) - 1)
 

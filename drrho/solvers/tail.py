@@ -28,7 +28,7 @@ class Tail(NamedTuple):
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
-        relation = torch.sub(d, _column(self.threshold)).sign_()
+        relation = torch.sub(d, column(self.threshold)).sign_()
         above = relation.clamp(min=0)
         tied = torch.addcmul(relation.new_ones(1), relation, relation, value=-1)
         tilt = relation.clamp_(max=0)
@@ -65,7 +65,7 @@ def _cut(rows: Rows, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, flo
     whole = 1.0 if rows.base is not None else float(rows.count)
     if found is not None:
         return *found, whole
-    at = _column(threshold)
+    at = column(threshold)
 
     def masses(block: Block):
         relation = torch.sub(block.d, at).sign_()
@@ -96,13 +96,9 @@ def _largest_by_sample(rows: Rows, position: int) -> tuple[Tensor, Tensor, Tenso
     below, above = math.floor(rank - margin), math.ceil(rank + margin)
     low = float(sample[below]) if below >= 0 else -math.inf
     high = float(sample[above]) if above < len(sample) else math.inf
-    between, over = [], 0
-    for part in z.split(2**16):
-        candidates = part > low
-        over += int(torch.count_nonzero(candidates))
-        between.append(part[candidates.logical_and_(part <= high)])
-    candidates = torch.cat(between)
-    over -= len(candidates)
+    higher = torch.cat([part[part > low] for part in z.split(2**16)])
+    candidates = higher[higher <= high]
+    over = len(higher) - len(candidates)
     place = len(candidates) - (position - over)
     if not 0 <= place < len(candidates):
         return None
@@ -135,7 +131,8 @@ def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
     return -high.view(torch.float64).to(rows.z.dtype)
 
 
-def _column(per_row: Tensor) -> Tensor | float:
+def column(per_row: Tensor) -> Tensor | float:
+    """Return what broadcasts one number per row against losses: for a single row a number, which is faster."""
     if len(per_row) == 1 and not torch.compiler.is_compiling():
         return per_row.item()
     return per_row[:, None]
