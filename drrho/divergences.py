@@ -33,8 +33,9 @@ from torch import Tensor
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
 # Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
-_RULE: list[list[float]] = (np.array(np.polynomial.legendre.leggauss(7)) / 2 + [[0.5], [0.0]]).tolist()
-_NODES, _NODE_WEIGHTS = _RULE[0], _RULE[1]
+_RULE = np.polynomial.legendre.leggauss(7)
+_NODES = ((1 + _RULE[0]) / 2).tolist()
+_NODE_WEIGHTS = (_RULE[1] / 2).tolist()
 
 
 class Divergence(ABC):
@@ -65,8 +66,8 @@ class Divergence(ABC):
 
     def curvature(self, s: Tensor) -> Tensor:
         """Return the second derivative of ``phi*``: how fast ratios react to losses."""
-        ratio, pull = torch.func.vjp(self.conjugate_gradient, s)
-        return pull(torch.ones_like(ratio))[0]
+        pulled: Any = torch.func.vjp(self.conjugate_gradient, s)
+        return pulled[1](torch.ones_like(s))[0]
 
     def tilt(self, s: Tensor) -> Tensor:
         """Return ``phi*'(s) - 1``, to full relative accuracy also near ``s = 0``: the integral of the curvature."""

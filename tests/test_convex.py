@@ -63,7 +63,7 @@ def _(divergence: JensenShannon, scores, strength, q) -> Formulation:
     return Formulation(q @ bound, cones)
 
 
-class Unregistered(JensenShannon.__base__):
+class Unregistered(Divergence):
     """A divergence that nobody stated as a program."""
 
     phi = JensenShannon.phi

@@ -77,8 +77,8 @@ def _solve(
         if not some(~done):
             return x, path, saturated
         nearly = np.abs(residual) <= _SQUARED
-        if tolerance == _TOLERANCE and not some(~(done | nearly & (newton > low) & (newton < high))):
-            # The next residual is the square of this: follow D and the normalizer, whose slope is b E_p[d], there.
+        if start is not None and not some(~(done | nearly & (newton > low) & (newton < high))):
+            # On long rows, where a pass is worth saving: the next residual is the square of this: follow D and the normalizer, whose slope is b E_p[d], there.
             step = np.where(done, 0.0, newton - x)
             normalizer = path.normalizer + (path.distance + path.normalizer) * step
             return x + step, _Path(np.where(done, path.distance, radius), path.slope, normalizer), saturated

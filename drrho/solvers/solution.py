@@ -299,7 +299,8 @@ def _about_mean(rows: Rows, from_top, unit: Tensor, weights: Tensor, traced: boo
     depth, square = rows.means(spread_out)
     center, divisor = column(depth), column(unit)
     variance = (square - depth.square()) / unit.square()
-    coarse = not traced and bool((variance > 4 * eps ** (1 / 3)).all())
+    # Over many losses the rounding of the exponentials averages out, and only that of their mean is left.
+    coarse = not traced and rows.count >= 2**17 and bool((variance > 4 * eps ** (1 / 3)).all())
     fine = traced or bool((variance < eps**0.5).any())
 
     def exponent(block: Block) -> Tensor:

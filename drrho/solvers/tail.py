@@ -50,7 +50,7 @@ def tail(rows: Rows, alpha: float | Tensor) -> Tail:
     )
     full = (1 - alpha) / alpha
     above = full if isinstance(full, Tensor) else torch.full_like(equal, full)
-    return Tail(threshold, above, left_over / (equal * alpha))
+    return Tail(threshold, above, torch.minimum(left_over / (equal * alpha), above))
 
 
 def _cut(rows: Rows, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
