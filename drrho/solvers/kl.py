@@ -78,7 +78,8 @@ def _solve(
             return x, path, saturated
         nearly = np.abs(residual) <= _SQUARED
         if start is not None and not some(~(done | nearly & (newton > low) & (newton < high))):
-            # On long rows, where a pass is worth saving: the next residual is the square of this: follow D and the normalizer, whose slope is b E_p[d], there.
+            # On long rows a pass is worth saving: the next residual is the square of this one, and D and the
+            # normalizer, whose slope is b E_p[d], are followed there.
             step = np.where(done, 0.0, newton - x)
             normalizer = path.normalizer + (path.distance + path.normalizer) * step
             return x + step, _Path(np.where(done, path.distance, radius), path.slope, normalizer), saturated
