@@ -211,6 +211,17 @@ def test_capped_kl_ball(losses, radius, alpha):
     assert_agrees(risk, expected, losses, 1e-10 * (1 + len(losses) * expected.weights), accuracy(radius))
 
 
+@pytest.mark.parametrize("closeness", [1e-3, 1e-6, 1e-8])
+@pytest.mark.parametrize("radius", [0.52, 0.6, 0.8])
+def test_capped_kl_ball_below_a_capped_loss_far_above(radius, closeness):
+    # The top loss is at its cap, and the rest of the radius is spent among the close ones.
+    losses = np.array([1.0, 4 * closeness, 3 * closeness, closeness, 0.0])
+    expected = oracles.capped_kl_ball(losses.tolist(), radius, 0.3)
+    risk = constrained_risk(tensor(losses), CappedKL(0.3), radius)
+    assert ratios(risk).max() <= 1 / 0.3 * (1 + 1e-12)
+    assert_agrees(risk, expected, losses, 1e-10 * (1 + 5 * expected.weights), 1e-11)
+
+
 @pytest.mark.parametrize("alpha", [0.02, 0.3, 1.0])
 @pytest.mark.parametrize("relative_strength", [0.0, 1e-3, 0.1, 30.0])
 @every_short_row

@@ -68,6 +68,7 @@ def _cases():
 
 
 CASES = _cases()
+THIRD = ("kl", "chi2", "order 0.5")
 FIELDS = ("value", "weights", "premium", "threshold", "strength", "gap")
 
 
@@ -100,6 +101,19 @@ def answer(case, piece=slice(None), group=None):
     return result
 
 
+def third_derivative(divergence, piece=slice(None), group=None):
+    """Along one direction, or None where it is refused."""
+    losses, along = ROWS["row"][piece].clone().requires_grad_(), _direction((N,))[piece]
+    derivative = constrained_risk(losses, EVERY[divergence], 0.2, group=group).value
+    try:
+        for _ in range(2):
+            (derivative,) = torch.autograd.grad(derivative, losses, create_graph=True)
+            derivative = (derivative * along).sum()
+        return torch.autograd.grad(derivative, losses)[0]
+    except RuntimeError:
+        return None
+
+
 def refusal(piece, group):
     """The message about base weights whose parts do not sum to one over all ranks."""
     try:
@@ -123,6 +137,7 @@ def work(rank, world, folder):
             answers[key] = answer(CASES[key], piece, group)
         losses, reference = ROWS["row"][piece], _row(9)[piece]
         answers["drrho"] = drrho_risk(losses, reference, ChiSquare(), rho=2.0, group=group)._asdict()
+        answers["third"] = {name: third_derivative(name, piece, group) for name in THIRD}
         answers["refusal"] = refusal(piece, group)
         torch.save(answers, Path(folder) / f"answers{rank}.pt")
         dist.barrier()
@@ -201,6 +216,17 @@ def test_each_rank_has_its_part_of_the_second_derivative(world, key, ranks, alon
         return
     size = expected["second"].abs().max(-1, keepdim=True).values.numpy()
     close(joined(ranks[world], key, "second"), expected["second"], 1e-8 * size + 1e-300)
+
+
+@every_world
+@pytest.mark.parametrize("name", THIRD)
+def test_the_third_derivative_is_right_or_refused(name, world, ranks):
+    pieces = [answers["third"][name] for answers in ranks[world]]
+    if any(piece is None for piece in pieces):
+        assert all(piece is None for piece in pieces)
+        return
+    expected = third_derivative(name)
+    close(torch.cat(pieces), expected, 1e-8 * expected.abs().max().item())
 
 
 @every_world

@@ -57,7 +57,17 @@ def _active_set(rows: Rows, step: _Step) -> Dual:
     shift, square = rows.host_means(spread_out)
     mean = mean + shift
     eta, nu, strength, saturated = step(1.0 - dropped, dropped, mean, square - shift * shift)
-    while some(eta > -1):  # -1 is the least loss
+    if some(eta > -1) and (sample := rows.sample()) is not None:  # -1 is the least loss
+        # A long row begins near the threshold of a part of it. Its own support decides whether that is below the
+        # final one: from above, the next threshold is lower.
+        near = _active_set(sample, step)
+        guess = np.maximum(near.threshold - near.strength - 4 * np.sqrt(square / sample.count), eta)
+        kept, dropped_there, mean_there, variance = _moments_of_support(rows, np.minimum(guess, 0.0), mean)
+        found = step(kept, dropped_there, mean_there, variance)
+        if not some((found[0] < guess) | found[3]):
+            dropped, mean = dropped_there, mean_there
+            eta, nu, strength, saturated = found
+    while some(eta > -1):
         eta_before, before = np.minimum(eta, 0.0), dropped
         kept, dropped, mean, variance = _moments_of_support(rows, eta_before, mean)
         eta, nu, strength, saturated = step(kept, dropped, mean, variance)

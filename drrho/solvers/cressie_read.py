@@ -22,7 +22,7 @@ _NEWTON_ITERATIONS = 50  # then bisection
 _LONGEST_STEP = 10.0  # in log v, while a bracket is open
 _EPS = np.finfo(np.float64).eps
 _TOLERANCE = 450 * _EPS
-_FINE = 1e-2  # spread of the exponents below which series replace differences
+_FINE = 1e-3  # spread of the exponents below which series replace differences
 _ENDS = (math.log(1e-290), math.log(1e290))
 
 

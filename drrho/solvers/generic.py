@@ -15,7 +15,7 @@ _MAX_ITERATIONS = 2000
 _LONGEST_STEP = 2.0  # in log strength
 _FLOOR = np.log(1e-290)
 _EPS = np.finfo(np.float64).eps
-_FINE = 1e-2  # spread of (d - eta) / lambda below which differences are replaced by quadratures
+_FINE = 3e-4  # spread of (d - eta) / lambda below which differences are replaced by quadratures
 
 
 class _Moments(NamedTuple):

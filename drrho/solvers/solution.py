@@ -169,15 +169,16 @@ def _cvar(z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor
     found = tail(rows, fraction)
     (mean,) = rows.means(lambda block: (block.d,))
     weights = torch.empty_like(z)
-    origin_of_y, at = column(mean), column(found.threshold)
+    at = column(found.threshold)
 
     def certified(block: Block):
-        tilt, y = found.tilt(block.d), block.d - origin_of_y
-        beyond = torch.sub(block.d, at).clamp_(min=0)
+        beyond = block.d - at
+        tilt = found.tilt_of(torch.sign(beyond))
         torch.add(tilt, 1, out=weights[:, block.place]).mul_(1 / count if block.base is None else block.base)
-        return (tilt, y), beyond
+        return tilt, (tilt, beyond), beyond.clamp(min=0)
 
-    gain, beyond = rows.means(certified)
+    surplus, gain, beyond = rows.means(certified)
+    gain = gain - (mean - found.threshold) * surplus  # as if taken about the mean
     value = torch.where(found.threshold == highest, highest, mean + gain)
     zero = torch.zeros_like(value)
     return Solution(
@@ -301,7 +302,7 @@ def _about_mean(rows: Rows, from_top, unit: Tensor, weights: Tensor, traced: boo
     variance = (square - depth.square()) / unit.square()
     # Over many losses the rounding of the exponentials averages out, and only that of their mean is left.
     coarse = not traced and rows.count >= 2**17 and bool((variance > 4 * eps ** (1 / 3)).all())
-    fine = traced or bool((variance < eps**0.5).any())
+    fine = traced or bool((variance < eps**0.56).any())
 
     def exponent(block: Block) -> Tensor:
         return from_top(block).sub_(center).div_(divisor)

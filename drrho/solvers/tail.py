@@ -28,11 +28,14 @@ class Tail(NamedTuple):
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
-        relation = torch.sub(d, column(self.threshold)).sign_()
+        return self.tilt_of(torch.sub(d, column(self.threshold)).sign_())
+
+    def tilt_of(self, relation: Tensor) -> Tensor:
+        """Return the tilt of losses by the sign of their excess over the threshold, which is overwritten."""
         above = relation.clamp(min=0)
         tied = torch.addcmul(relation.new_ones(1), relation, relation, value=-1)
         tilt = relation.clamp_(max=0)
-        if len(d) == 1 and not torch.compiler.is_compiling():
+        if len(tilt) == 1 and not torch.compiler.is_compiling():
             return tilt.add_(above, alpha=self.above.item()).add_(tied, alpha=self.tied.item())
         return tilt.addcmul_(above, self.above[:, None]).addcmul_(tied, self.tied[:, None])
 
