@@ -19,7 +19,8 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
-from drrho.solvers.solution import Problem, Solution, solve
+from drrho.solvers.problem import Problem, Solution
+from drrho.solvers.solution import solve
 from drrho.validation import values_are_readable
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from drrho.divergences import KL, CVaR, Divergence
 from drrho.optimum import optimum
 from drrho.reference import excess_losses
-from drrho.solvers.solution import Problem, sample_count
+from drrho.solvers.problem import Problem, sample_count
 from drrho.validation import as_base_weights, as_losses, as_parameter, refuse_not_finite
 
 

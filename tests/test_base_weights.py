@@ -298,9 +298,9 @@ def test_a_vanishing_weight_is_no_weight_to_chi_square(radius, smallest):
 # --- batches, types, rho ----------------------------------------------------------------------------------------
 
 
-@every_kind
+@pytest.mark.parametrize("name", ["kl", "chi2", "cvar", "tv", "order 0.5", "capped kl 0.3", "le cam"])
 @every_solver
-@pytest.mark.parametrize("shape", [(9,), (3, 9), (2, 1, 9), (2, 3, 9)])
+@pytest.mark.parametrize("shape", [(9,), (2, 1, 9), (2, 3, 9)])
 def test_batch_of_base_weights_is_its_rows(shape, solve, parameter, name):
     generator = torch.Generator().manual_seed(5)
     losses = torch.randn(2, 3, 9, dtype=torch.float64, generator=generator)

@@ -28,9 +28,9 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 every_order_of_its_own = pytest.mark.parametrize("order", [order for order in ORDERS if order not in (1, 2)])
 VARIED = hard_cases(varied=True)
 every_varied_row = pytest.mark.parametrize("losses", [z for _, z in VARIED], ids=[name for name, _ in VARIED])
-# Twenty samples keep the character of a row and the bisections short.
+# A dozen samples keep the character of a row and the bisections short.
 SHORT = {
-    name: np.concatenate([z[:4], z[4:][-16:]])
+    name: np.concatenate([z[:4], z[4:][-8:]])
     for name, z in VARIED
     if name
     in (
@@ -155,7 +155,7 @@ def test_penalty_is_certified_on_drawn_rows(name, losses, strength):
 
 
 @pytest.mark.parametrize("name", ["kl", "chi2"])
-@every_varied_row
+@every_short_row
 def test_named_balls_keep_their_digits_at_the_smallest_radii(losses, name):
     oracle = {"kl": oracles.kl_ball, "chi2": oracles.chi_square_ball}[name]
     for radius in (1e-14, 1e-11):
@@ -362,7 +362,7 @@ def test_value_follows_a_shift_and_weights_stay(losses, shift, solve, name, para
 
 
 @every_risk
-@pytest.mark.parametrize("exponent", [-400, -3, 40])
+@pytest.mark.parametrize("exponent", [-400, 3])
 @law(5)
 @given(losses=problems.rows())
 def test_scaling_losses_scales_the_value(losses, exponent, solve, name, parameter):
@@ -376,7 +376,7 @@ def test_scaling_losses_scales_the_value(losses, exponent, solve, name, paramete
 
 
 @every_risk
-@law(12)
+@law(8)
 @given(losses=problems.rows(), seed=st.integers(0, 99))
 def test_order_of_the_samples_does_not_matter(losses, seed, solve, name, parameter):
     order = np.random.default_rng(seed).permutation(len(losses))
@@ -386,7 +386,7 @@ def test_order_of_the_samples_does_not_matter(losses, seed, solve, name, paramet
 
 
 @every_risk
-@law(20)
+@law(10)
 @given(losses=problems.rows(min_size=2))
 def test_weights_are_comonotone_and_ties_share_exactly(losses, solve, name, parameter):
     weights = solve(tensor(losses), EVERY[name], parameter).weights.numpy()
@@ -400,7 +400,7 @@ def test_weights_are_comonotone_and_ties_share_exactly(losses, solve, name, para
 
 
 @every_risk
-@law(12)
+@law(8)
 @given(pair=problems.pairs())
 def test_risk_is_convex_and_one_lipschitz(pair, solve, name, parameter):
     first, second = map(tensor, pair)
@@ -505,7 +505,7 @@ def test_radius_next_to_the_maximal_one(losses, name):
 
 
 @pytest.mark.parametrize("order", [0.0, -1.0])
-@pytest.mark.parametrize("radius", [5.0, 10.0])
+@pytest.mark.parametrize("radius", [10.0])
 @every_short_row
 def test_no_finite_radius_reaches_the_maximum_from_order_zero_down(losses, radius, order):
     risk = constrained_risk(tensor(losses), CressieRead(order), radius)

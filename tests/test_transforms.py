@@ -39,6 +39,7 @@ def _hybrid(losses, divergence, parameter, **kwargs):
 SOLVERS = {"ball": (constrained_risk, 0.2), "penalty": (penalized_risk, 1.5), "hybrid": (_hybrid, 0.2)}
 every_kind = pytest.mark.parametrize("name", KINDS)
 every_smooth = pytest.mark.parametrize("name", SMOOTH_KINDS)
+some_kinds = pytest.mark.parametrize("name", ["kl", "chi2", "cvar", "tv", "order 0.5", "jensen-shannon"])
 every_solver = pytest.mark.parametrize("solve, parameter", SOLVERS.values(), ids=SOLVERS)
 
 
@@ -346,7 +347,7 @@ def test_autocast_changes_nothing(solve, parameter, name):
     assert torch.equal(gradient, grad(plain.value.sum(), losses)[0])
 
 
-@every_kind
+@some_kinds
 @every_solver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_losses_are_answered_in_float32(dtype, solve, parameter, name):
@@ -360,7 +361,7 @@ def test_narrow_losses_are_answered_in_float32(dtype, solve, parameter, name):
     assert gradient.dtype == dtype
 
 
-@every_kind
+@some_kinds
 @every_solver
 @pytest.mark.parametrize(
     "convert", [np.array, np.float32, lambda rows: np.asfortranarray(rows), lambda rows: rows, lambda rows: tuple(rows)]

@@ -92,7 +92,8 @@ class Rows:
     def mean_and_ties(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean of d and the base weight of the maximum, ``[rows]`` each."""
         if self._looked is None:
-            mean, ties = self.host_means(lambda block: (block.d, (block.d == 0).to(block.d.dtype)))
+            # d is 0 at the maximum and negative elsewhere
+            mean, ties = self.host_means(lambda block: (block.d, block.d.sign().add_(1)))
             self._looked = mean, ties
         return self._looked
 

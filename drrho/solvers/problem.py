@@ -1,0 +1,71 @@
+"""What is solved and what comes out of it, and the first look at the losses that every solution begins with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from drrho.divergences import Divergence
+from drrho.validation import refuse
+
+#: Refusals of a value, to be completed with it.
+REFUSED_RANGE = "losses must be finite and have a finite range, got a range of {}"
+REFUSED = {
+    "radius": "radius must be finite and >= 0, got {}: it bounds D_phi(p || q)",
+    "strength": "strength must be finite and >= 0, got {}: it is the price of D_phi(p || q)",
+}
+
+
+class Solution(NamedTuple):
+    """Solved rows in the units of the losses.
+
+    ``weights`` is ``[rows, n]``; all others are ``[rows]``. ``strength`` is the multiplier of D; ``distance`` is D at
+    the weights; ``alpha_slope`` is d value / d alpha (0 without alpha); ``on_ball`` is 1 where the radius
+    determines the strength, 0 where the strength was given.
+    """
+
+    value: Tensor
+    weights: Tensor
+    premium: Tensor
+    threshold: Tensor
+    strength: Tensor
+    gap: Tensor
+    distance: Tensor
+    alpha_slope: Tensor
+    on_ball: Tensor
+
+
+class Problem(NamedTuple):
+    """What is solved, beside the tensors: the divergence and the group of ranks over which rows are spread."""
+
+    divergence: Divergence
+    group: Any
+
+
+def extremes_of(z: Tensor, base: Tensor | None, group: Any) -> Tensor:
+    """Return maximum and minimum of each row over the losses that have base weight, ``[2, rows]``."""
+    extremes = torch.stack([z.amax(-1), z.amin(-1)])
+    if base is not None or group is not None:
+        refuse(~torch.isfinite(extremes), extremes, "losses must be finite, got {}")
+    if base is not None:
+        outside = base <= 0
+        extremes = torch.stack(
+            [z.masked_fill(outside, -torch.inf).amax(-1), z.masked_fill(outside, torch.inf).amin(-1)]
+        )
+    if group is not None:
+        extremes[1].neg_()
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        extremes[1].neg_()
+    return extremes
+
+
+def sample_count(z: Tensor, group: Any) -> int:
+    """Return n, over all ranks."""
+    if group is None:
+        return z.shape[-1]
+    count = torch.tensor([z.shape[-1]], device=z.device)
+    dist.all_reduce(count, group=group)
+    return int(count)
