@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drrho.validation import values_are_readable
+
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
 # Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
@@ -314,6 +316,8 @@ class TotalVariation(Divergence):
 
 
 def _check_tail_fraction(alpha: Any) -> None:
+    if isinstance(alpha, Tensor) and not values_are_readable():
+        return  # the solver, which sees values, refuses them
     values = alpha.detach() if isinstance(alpha, Tensor) else torch.tensor(float(alpha))
     if not bool(((values > 0) & (values <= 1)).all()):
         wrong = values[~((values > 0) & (values <= 1))].flatten()[0].item() if values.ndim else alpha

@@ -74,7 +74,7 @@ FIELDS = ("value", "weights", "premium", "threshold", "strength", "gap")
 
 def cases(world):
     """All on two ranks; on more, where only the sums are others, every divergence once."""
-    return [key for key, case in CASES.items() if world == 2 or case[0] == "hybrid" and case[2] == "batch"]
+    return [key for key, case in CASES.items() if world == 2 or (case[0] == "hybrid" and case[2] == "batch")]
 
 
 def _direction(shape):

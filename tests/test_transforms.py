@@ -402,3 +402,19 @@ def test_without_gradients_nothing_is_recorded(solve, parameter):
         assert not solve(losses.requires_grad_(), KL(), parameter).value.requires_grad
     with torch.inference_mode():
         assert solve(generic(6), CressieRead(0.5), parameter).value.isfinite()
+
+
+@pytest.mark.parametrize("kind", [CVaR, CappedKL])
+def test_vmap_over_alpha(kind):
+    losses, alphas = generic(9), tensor([0.1, 0.35, 0.8])
+
+    def value(alpha):
+        return penalized_risk(losses, kind(alpha), 0.7).value
+
+    mapped = torch.func.vmap(value)(alphas)
+    assert_close(mapped, torch.stack([value(float(alpha)) for alpha in alphas]))
+    assert_close(
+        torch.func.vmap(torch.func.grad(value))(alphas), torch.stack([torch.func.grad(value)(a) for a in alphas])
+    )
+    with pytest.raises(ValueError, match="alpha must lie in"):
+        torch.func.vmap(value)(tensor([0.1, 1.5]))

@@ -43,6 +43,8 @@ def solve(
     if len(z) == 0:
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
+    if alpha is not None:
+        refuse(~((alpha > 0) & (alpha <= 1)), alpha, "alpha must lie in (0, 1], got {}: it is the fraction in the tail")
     if base is not None:
         refuse(~(base >= 0), base, "base_weights must be >= 0 with rows that sum to 1, got {}")
     if isinstance(divergence, CVaR) or (radius is None and isinstance(divergence, KL)):
