@@ -230,6 +230,7 @@ class _Response:
         self, weights: Tensor | None, threshold: Tensor | None, strength: Tensor | None, distance: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return gradients for losses, radius and given strength."""
+        self._refuse_further_over_ranks()
         h, a = self._sensitivity()
         mass = self.total(h.sum(-1))
         mean_a = self._uncentered_mean(h)
@@ -248,6 +249,13 @@ class _Response:
         ratio = torch.where(fixed, by_strength / variance, 0.0)
         to_losses = to_losses + h * a * ratio[:, None]
         return to_losses, -ratio, torch.where(self.on_ball > 0, 0.0, by_strength)
+
+    def _refuse_further_over_ranks(self) -> None:
+        if self.problem.group is not None and torch.is_grad_enabled() and self.weights.requires_grad:
+            raise RuntimeError(
+                "third derivatives are not available with a group: sums over ranks are not recorded. For second "
+                "derivatives call grad without create_graph the second time"
+            )
 
     def push_forward(
         self, losses: Tensor | None, radius: Tensor | None, strength: Tensor | None

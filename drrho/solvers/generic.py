@@ -15,7 +15,8 @@ _MAX_ITERATIONS = 2000
 _LONGEST_STEP = 2.0  # in log strength
 _FLOOR = np.log(1e-290)
 _EPS = np.finfo(np.float64).eps
-_FINE = 3e-4  # spread of (d - eta) / lambda below which differences are replaced by quadratures
+_FINE = 1e-2  # spread of (d - eta) / lambda below which differences are replaced by quadratures
+_FINE_LONG = 3e-4  # the same on long rows, whose rounding averages out
 
 
 class _Moments(NamedTuple):
@@ -92,14 +93,14 @@ def _iterate(
     attempts: int,
 ) -> _Outcome:
     x, threshold = state
-    size = len(x)
+    size, finest = len(x), _FINE if rows.count < 2**17 else _FINE_LONG
     x_low, x_high = np.full(size, -np.inf), np.full(size, np.inf)
     low, high = np.full(size, -1.0), np.zeros(size)  # of the threshold at this strength
     tries = np.zeros(size, dtype=int)  # at this strength
     while True:
         attempts -= 1
         strength = np.exp(x)
-        fine = bool((deviation / strength < _FINE).any())
+        fine = bool((deviation / strength < finest).any())
         moments = _moments(divergence, rows, threshold, strength, fine=fine)
         tries += 1
         with np.errstate(all="ignore"):
@@ -129,7 +130,7 @@ def _iterate(
             x_low = np.where(balanced & (residual > 0), x, x_low)
             x_high = np.where(balanced & (residual <= 0), x, x_high)
             saturated = balanced & (x <= _FLOOR)
-            reached = np.abs(residual) <= tolerance + 4 * _EPS / np.sqrt(np.maximum(radius, _FINE**2))
+            reached = np.abs(residual) <= tolerance + 4 * _EPS / np.sqrt(np.maximum(radius, finest**2))
             done = balanced & (reached | saturated | (x_high - x_low <= 4 * _EPS * np.maximum(np.abs(x), 1)))
             longest = np.clip(newton, x - _LONGEST_STEP, x + _LONGEST_STEP)
             inside = np.isfinite(newton) & (longest > x_low) & (longest < x_high)
