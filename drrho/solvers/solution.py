@@ -204,11 +204,8 @@ def _one_bound(
         recession = 0.0 if divergence.alpha is None else beyond / float(divergence.alpha)
         bound = np.where(hard, recession + threshold, bound)
     if not constrained:
-        gain = gain - (
-            parameter * distance
-            if ends is None
-            else np.where(parameter == 0, 0.0, parameter) * np.where(parameter == 0, 0.0, distance)
-        )
+        with np.errstate(invalid="ignore"):  # D may be infinite where it has no price
+            gain = gain - np.where(parameter == 0, 0.0, parameter * distance)
         if ends is not None:
             bound = np.where(parameter == 0, maximizer.threshold + (bound - threshold), bound)
     else:
