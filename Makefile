@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Tests of the risks that are repeated without the compiled kernels, as on other devices.
+PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions risk_gradients hybrid)
 
 .PHONY: demo test figures bench-core clean
 
@@ -13,6 +15,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --portable $(PORTABLE)
 
 figures: $(READY)
 	$(BIN)/python paper_figures/glyph_demo.py
@@ -23,7 +26,7 @@ bench-core: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmarks/core.py
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
-$(READY): pyproject.toml tests/constraints.txt
+$(READY): pyproject.toml tests/constraints.txt hatch_build.py drrho/solvers/kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[all]"
 	touch $(READY)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.validation import values_are_readable
+from drrho.validation import refuse, values_are_readable
 
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
@@ -316,12 +316,12 @@ class TotalVariation(Divergence):
 
 
 def _check_tail_fraction(alpha: Any) -> None:
-    if isinstance(alpha, Tensor) and not values_are_readable():
-        return  # the solver, which sees values, refuses them
-    values = alpha.detach() if isinstance(alpha, Tensor) else torch.tensor(float(alpha))
-    if not bool(((values > 0) & (values <= 1)).all()):
-        wrong = values[~((values > 0) & (values <= 1))].flatten()[0].item() if values.ndim else alpha
-        raise ValueError(f"alpha must lie in (0, 1], got {wrong}: it is the fraction of losses in the tail")
+    message = "alpha must lie in (0, 1], got {}: it is the fraction of losses in the tail"
+    if not isinstance(alpha, Tensor):
+        if not 0 < alpha <= 1:
+            raise ValueError(message.format(alpha))
+    elif values_are_readable():  # otherwise the solver, which sees values, refuses them
+        refuse(~((alpha > 0) & (alpha <= 1)), alpha.detach(), message)
 
 
 @dataclass(frozen=True)

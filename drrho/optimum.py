@@ -39,8 +39,10 @@ def optimum(
     if not values_are_readable():
         _refuse_forward_over_forward()
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    if recorded or not values_are_readable() or forward_ad._current_level >= 0:
+    if not values_are_readable() or forward_ad._current_level >= 0:
         return _solution(TransformableOptimum.apply(*inputs, problem))
+    if recorded:
+        return _solution(Optimum.apply(*inputs, problem))
     radius, strength, alpha = (tensor if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
     return solve(losses.detach(), radius, strength, alpha, base, problem)
 
@@ -58,19 +60,12 @@ def _solution(fields: Any) -> Solution:
     return Solution(*fields)
 
 
-class Optimum(torch.autograd.Function):
-    """`solve` with derivatives: ``(losses, radius, strength, alpha, base, problem)`` to the fields of `Solution`."""
+class _Derivatives:
+    """What both functions below do: ``(losses, radius, strength, alpha, base, problem)`` to fields of `Solution`."""
 
     @staticmethod
-    def forward(losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve in plain tensors."""
-        fields = solve(losses, radius, strength, alpha, base, problem)
-        # Forward mode takes no views of a common base for outputs.
-        return fields if torch.compiler.is_compiling() else tuple(f.clone() if f._is_view() else f for f in fields)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Keep what the formulas need; nothing of size n beside losses, base and weights."""
+    def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
+        """Keep what the formulas need, and return it; nothing of size n beside losses, base and weights."""
         *tensors, problem = inputs
         solution = Solution(*output)
         ctx.mark_non_differentiable(solution.gap, solution.on_ball)
@@ -87,6 +82,7 @@ class Optimum(torch.autograd.Function):
             solution.on_ball,
         )
         ctx.save_for_backward(*kept)
+        return kept
 
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -121,14 +117,31 @@ class Optimum(torch.autograd.Function):
         )
 
 
-class TransformableOptimum(Optimum):
-    """`Optimum` with rules for ``torch.func``; kept apart because a compiled graph takes a function without them."""
+class Optimum(_Derivatives, torch.autograd.Function):
+    """`solve` with derivatives."""
+
+    @staticmethod
+    def forward(ctx, losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve in plain tensors."""
+        inputs = (losses, radius, strength, alpha, base, problem)
+        fields = solve(*inputs)
+        _Derivatives.keep(ctx, inputs, fields)
+        return fields
+
+
+class TransformableOptimum(_Derivatives, torch.autograd.Function):
+    """`solve` with derivatives and rules for ``torch.func`` and forward mode, which make a call 50 us slower."""
+
+    @staticmethod
+    def forward(losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve in plain tensors."""
+        fields = solve(losses, radius, strength, alpha, base, problem)
+        return tuple(field.clone() if field._is_view() else field for field in fields)  # forward mode takes no views
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keep the same for forward mode."""
-        Optimum.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*ctx.to_save)
+        ctx.save_for_forward(*_Derivatives.keep(ctx, inputs, output))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -212,6 +212,20 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def _merged(tensor: Tensor, leading: torch.Size) -> Tensor:
+    """Return a tensor ``[*leading, ...]`` with one leading dimension; `Tensor.reshape` would cost twice as much."""
+    if len(leading) == 1:
+        return tensor
+    return tensor.unsqueeze(0) if not leading else tensor.reshape(-1, *tensor.shape[len(leading) :])
+
+
+def _unmerged(tensor: Tensor, leading: torch.Size) -> Tensor:
+    """Return a tensor ``[rows, ...]`` as ``[*leading, ...]``."""
+    if len(leading) == 1:
+        return tensor
+    return tensor.squeeze(0) if not leading else tensor.reshape(*leading, *tensor.shape[1:])
+
+
 def _risk(
     losses: Tensor,
     divergence: Divergence,
@@ -227,7 +241,7 @@ def _risk(
     shape, n = losses.shape[:-1], losses.shape[-1]
 
     def per_row(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else _cast(parameter.reshape(-1), dtype)
+        return None if parameter is None else _cast(_merged(parameter, shape), dtype)
 
     alpha = None
     if isinstance(divergence.alpha, Tensor):
@@ -237,7 +251,7 @@ def _risk(
         base = as_base_weights(base_weights, losses, group)
         base = base.reshape(1, n) if base.numel() == n else base.expand(losses.shape).reshape(-1, n)
     inputs = (
-        _cast(losses.reshape(-1, n), dtype),
+        _cast(_merged(losses, shape), dtype),
         per_row(radius),
         per_row(strength),
         per_row(alpha),
@@ -255,11 +269,11 @@ def _risk(
     answer = _answer_dtype(losses)
 
     def shaped(row_values: Tensor) -> Tensor:
-        return _cast(row_values.reshape(shape), answer)
+        return _cast(_unmerged(row_values, shape), answer)
 
     return RobustRisk(
         value=shaped(solution.value),
-        weights=_cast(solution.weights.reshape(losses.shape), answer),
+        weights=shaped(solution.weights),
         premium=shaped(solution.premium),
         threshold=shaped(solution.threshold).detach(),
         strength=shaped(solution.strength),

@@ -123,6 +123,17 @@ def refusal(piece, group):
     return "accepted"
 
 
+def refusal_of_a_loss(rank, piece, group):
+    """The message about a loss that is NaN on one rank, and then the risk without it, on which all ranks still meet."""
+    losses = ROWS["row"][piece].clone()
+    losses[0] = torch.nan if rank == 1 else losses[0]
+    try:
+        constrained_risk(losses, KL(), 0.1, group=group)
+    except ValueError as error:
+        return str(error), constrained_risk(ROWS["row"][piece], KL(), 0.1, group=group).value
+    return "accepted", None
+
+
 def work(rank, world, folder):
     """One process: solve every case on this rank's piece."""
     torch.set_num_threads(1)
@@ -139,6 +150,7 @@ def work(rank, world, folder):
         answers["drrho"] = drrho_risk(losses, reference, ChiSquare(), rho=2.0, group=group)._asdict()
         answers["third"] = {name: third_derivative(name, piece, group) for name in THIRD}
         answers["refusal"] = refusal(piece, group)
+        answers["refusal of a loss"] = refusal_of_a_loss(rank, piece, group)
         torch.save(answers, Path(folder) / f"answers{rank}.pt")
         dist.barrier()
     finally:
@@ -242,3 +254,12 @@ def test_base_weights_must_sum_to_one_over_all_ranks(world, ranks):
     for answers in ranks[world]:
         assert "base_weights" in answers["refusal"]
         assert "0.5" in answers["refusal"]
+
+
+@every_world
+def test_a_loss_that_is_not_finite_is_refused_on_every_rank(world, ranks, alone):
+    expected = constrained_risk(ROWS["row"], KL(), 0.1).value
+    for rank, answers in enumerate(ranks[world]):
+        message, value = answers["refusal of a loss"]
+        assert "got nan at index [0]" in message if rank == 1 else "on every rank" in message
+        close(value, expected, 1e-12)

@@ -12,6 +12,7 @@ from drrho.divergences import Divergence
 from drrho.validation import refuse
 
 #: Refusals of a value, to be completed with it.
+REFUSED_ALPHA = "alpha must lie in (0, 1], got {}: it is the fraction in the tail"
 REFUSED_RANGE = "losses must be finite and have a finite range, got a range of {}"
 REFUSED = {
     "radius": "radius must be finite and >= 0, got {}: it bounds D_phi(p || q)",
@@ -48,9 +49,12 @@ class Problem(NamedTuple):
 def extremes_of(z: Tensor, base: Tensor | None, group: Any) -> Tensor:
     """Return maximum and minimum of each row over the losses that have base weight, ``[2, rows]``."""
     extremes = torch.stack([z.amax(-1), z.amin(-1)])
-    if base is not None or group is not None:
-        refuse(~torch.isfinite(extremes), extremes, "losses must be finite, got {}")
+    if group is not None:  # all ranks refuse, or those that see nothing wrong would wait for those that do
+        worst = extremes.abs().amax().nan_to_num_(nan=torch.inf)
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
+        refuse(~torch.isfinite(worst), worst, "losses must be finite on every rank, got {}")
     if base is not None:
+        refuse(~torch.isfinite(extremes), extremes, "losses must be finite, got {}")
         outside = base <= 0
         extremes = torch.stack(
             [z.masked_fill(outside, -torch.inf).amax(-1), z.masked_fill(outside, torch.inf).amin(-1)]

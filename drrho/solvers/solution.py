@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import KL, CVaR, Divergence
-from drrho.solvers import solve_ball, solve_penalty
+from drrho.solvers import native, solve_ball, solve_penalty
 from drrho.solvers.closed import solve_cvar, solve_kl_penalty
-from drrho.solvers.problem import REFUSED, REFUSED_RANGE, Problem, Solution, extremes_of, sample_count
+from drrho.solvers.problem import REFUSED, REFUSED_ALPHA, REFUSED_RANGE, Problem, Solution, extremes_of, sample_count
 from drrho.solvers.rows import Block, Dual, Rows, some
 from drrho.solvers.tail import Tail, tail
 from drrho.validation import refuse
@@ -43,8 +43,10 @@ def solve(
     if len(z) == 0:
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
+    if native.takes(z, alpha, base, problem):
+        return native.solve_natively(z, radius, strength, alpha, divergence)
     if alpha is not None:
-        refuse(~((alpha > 0) & (alpha <= 1)), alpha, "alpha must lie in (0, 1], got {}: it is the fraction in the tail")
+        refuse(~((alpha > 0) & (alpha <= 1)), alpha, REFUSED_ALPHA)
     if base is not None:
         refuse(~(base >= 0), base, "base_weights must be >= 0 with rows that sum to 1, got {}")
     if isinstance(divergence, CVaR) or (radius is None and isinstance(divergence, KL)):

@@ -1,0 +1,16 @@
+"""Runs the tests on the compiled CPU kernels, or with ``--portable`` on torch operations alone."""
+
+import pytest
+
+from drrho.solvers import native
+
+
+def pytest_addoption(parser):
+    parser.addoption("--portable", action="store_true", help="solve without the compiled CPU kernels")
+
+
+def pytest_configure(config):
+    if config.getoption("--portable"):
+        native.library = None
+    elif native.library is None:
+        raise pytest.UsageError("the CPU kernels were not built: install a C compiler and run make clean, then make")
