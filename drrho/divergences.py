@@ -71,6 +71,13 @@ class Divergence(ABC):
         pulled: Any = torch.func.vjp(self.conjugate_gradient, s)
         return pulled[1](torch.ones_like(s))[0]
 
+    def ratio_and_curvature(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``phi*'(s)`` and ``phi*''(s)``, evaluated together where the second is derived from the first."""
+        if type(self).curvature is not Divergence.curvature:
+            return self.conjugate_gradient(s), self.curvature(s)
+        pulled: Any = torch.func.vjp(self.conjugate_gradient, s)
+        return pulled[0], pulled[1](torch.ones_like(s))[0]
+
     def tilt(self, s: Tensor) -> Tensor:
         """Return ``phi*'(s) - 1``, to full relative accuracy also near ``s = 0``: the integral of the curvature."""
         direct = self.conjugate_gradient(s) - 1

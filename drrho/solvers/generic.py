@@ -176,12 +176,11 @@ def _moments(
     def sums(block: Block):
         s = (block.d - origin).div_(unit)
         conjugate = divergence.conjugate(s)
+        ratio, h = divergence.ratio_and_curvature(s)
         if fine:
             tilt, cost = divergence.tilt(s), divergence.cost(s)
         else:
-            ratio = divergence.conjugate_gradient(s)
             tilt, cost = ratio - 1, s * ratio - conjugate
-        h = divergence.curvature(s)
         hs = h * s
         return tilt, cost, h, hs, (hs, s), conjugate
 

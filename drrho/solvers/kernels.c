@@ -12,6 +12,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -36,6 +39,7 @@ typedef int64_t bits __attribute__((vector_size(8 * LANES)));
 typedef int32_t counts __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define PAIR (2 * LANES)
 #define STRETCH 512
 
 enum { OK, BAD_LOSSES, BAD_RADIUS, BAD_STRENGTH, BAD_ALPHA, NO_MEMORY, NOT_CONVERGED };
@@ -61,35 +65,35 @@ INLINE double result(Total total) {
     return isfinite(all) ? all : total.sum; /* compensation of an overflow is not a number */
 }
 
-/* One row, and its last vector padded by the maximum. */
+/* One row, and its last, partial pair of vectors padded by the maximum. */
 typedef struct {
     const char *z;
     int single; /* float32 */
-    long n;
+    long n, whole; /* whole: in complete pairs of vectors */
     double top, low, scale, range; /* range: of d */
     double mean, variance, share;  /* of d; share: of the losses tied at the maximum */
-    double tail[LANES], tail_mask[LANES];
+    double tail[PAIR], tail_mask[PAIR];
 } Row;
 
 typedef struct {
     char *at;
     int single;
-    double tail[LANES];
+    double tail[PAIR];
 } Weights;
 
 static const double ONES[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 
 INLINE reals load(const Row *row, long i) {
-    if (i + LANES > row->n) return *(const reals_at_any *)row->tail;
+    if (i >= row->whole) return *(const reals_at_any *)(row->tail + (i - row->whole));
     if (row->single) return __builtin_convertvector(*(const singles_at_any *)(row->z + 4 * i), reals);
     return *(const reals_at_any *)(row->z + 8 * i);
 }
 
-INLINE reals mask(const Row *row, long i) { return *(const reals_at_any *)(i + LANES > row->n ? row->tail_mask : ONES); }
+INLINE reals mask(const Row *row, long i) { return *(const reals_at_any *)(i >= row->whole ? row->tail_mask + (i - row->whole) : ONES); }
 
 INLINE void store(const Row *row, Weights *weights, long i, reals values) {
-    if (i + LANES > row->n)
-        *(reals_at_any *)weights->tail = values;
+    if (i >= row->whole)
+        *(reals_at_any *)(weights->tail + (i - row->whole)) = values;
     else if (weights->single)
         *(singles_at_any *)(weights->at + 4 * i) = __builtin_convertvector(values, singles);
     else
@@ -97,58 +101,75 @@ INLINE void store(const Row *row, Weights *weights, long i, reals values) {
 }
 
 INLINE void store_tail(const Row *row, Weights *weights) {
-    for (long i = row->n / LANES * LANES; i < row->n; i++) {
+    for (long i = row->whole; i < row->n; i++) {
         if (weights->single)
-            ((float *)weights->at)[i] = (float)weights->tail[i % LANES];
+            ((float *)weights->at)[i] = (float)weights->tail[i - row->whole];
         else
-            ((double *)weights->at)[i] = weights->tail[i % LANES];
+            ((double *)weights->at)[i] = weights->tail[i - row->whole];
     }
 }
 
 INLINE reals choose(bits where, reals one, reals other) { return (reals)(((bits)one & where) | ((bits)other & ~where)); }
+#if defined(__AVX512F__)
+INLINE reals larger(reals a, reals b) { return (reals)_mm512_max_pd((__m512d)a, (__m512d)b); }
+INLINE reals smaller(reals a, reals b) { return (reals)_mm512_min_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX__)
+INLINE reals larger(reals a, reals b) { return (reals)_mm256_max_pd((__m256d)a, (__m256d)b); }
+INLINE reals smaller(reals a, reals b) { return (reals)_mm256_min_pd((__m256d)a, (__m256d)b); }
+#else
 INLINE reals larger(reals a, reals b) { return choose(a > b, a, b); }
+INLINE reals smaller(reals a, reals b) { return choose(a < b, a, b); }
+#endif
 
 /* Runs what follows for every stretch of a row, and inside it for every LANES losses from i. */
 #define STRETCHES(row) \
     for (long begin = 0, end; begin < (row)->n && (end = begin + STRETCH < (row)->n ? begin + STRETCH : (row)->n, 1); \
          begin = end)
 #define VECTORS for (long i = begin; i < end; i += LANES)
+/* The same in pairs, whose sums [2] do not wait for each other. */
+#define PAIRS                                         \
+    for (long pair = begin; pair < end; pair += PAIR) \
+        _Pragma("GCC unroll 2") for (int u = 0; u < 2; u++)
+#define CLEARED {ALL(0.0), ALL(0.0)}
+
+INLINE void add_pair(Total *total, reals sums[2]) {
+    add(total, sums[0] + sums[1]);
+    sums[0] = sums[1] = ALL(0.0);
+}
 
 /* --- a first look ------------------------------------------------------------------------------------------- */
 
 static int look(Row *row, const char *z, int single, long n) {
-    row->z = z, row->single = single, row->n = n;
-    long whole = n / LANES * LANES;
+    row->z = z, row->single = single, row->n = n, row->whole = n / PAIR * PAIR;
     double origin = single ? ((const float *)z)[0] : ((const double *)z)[0];
-    for (int j = 0; j < LANES; j++) {
-        long i = whole + j;
+    for (int j = 0; j < PAIR; j++) {
+        long i = row->whole + j;
         row->tail_mask[j] = i < n;
         row->tail[j] = i >= n ? origin : single ? ((const float *)z)[i] : ((const double *)z)[i];
     }
-    reals high = ALL(origin), low = high, odd = ALL(0.0);
+    reals start = ALL(origin), high[2] = {start, start}, low[2] = {start, start}, odd[2] = CLEARED, sum[2] = CLEARED;
     Total total = {0, 0};
-    reals sum = ALL(0.0);
     STRETCHES(row) {
-        VECTORS {
-            reals x = load(row, i);
-            high = larger(x, high);
-            low = choose(x < low, x, low);
-            odd += x * 0.0; /* NaN for what is not finite */
-            sum += x - origin;
+        PAIRS {
+            reals x = load(row, pair + u * LANES);
+            high[u] = larger(x, high[u]);
+            low[u] = smaller(x, low[u]);
+            odd[u] += x * 0.0; /* NaN for what is not finite */
+            sum[u] += x - start;
         }
-        add(&total, sum);
-        sum = ALL(0.0);
+        add_pair(&total, sum);
     }
+    high[0] = larger(high[0], high[1]), low[0] = smaller(low[0], low[1]), odd[0] += odd[1];
     row->top = row->low = origin;
     double not_finite = 0;
     for (int j = 0; j < LANES; j++) {
-        if (high[j] > row->top) row->top = high[j];
-        if (low[j] < row->low) row->low = low[j];
-        not_finite += odd[j];
+        if (high[0][j] > row->top) row->top = high[0][j];
+        if (low[0][j] < row->low) row->low = low[0][j];
+        not_finite += odd[0][j];
     }
     double span = row->top - row->low;
     if (not_finite != 0 || !isfinite(span)) return BAD_LOSSES;
-    for (int j = 0; j < LANES; j++)
+    for (int j = 0; j < PAIR; j++)
         if (row->tail_mask[j] == 0) row->tail[j] = row->top;
     int exponent = span > 0 ? ilogb(span) : 0;
     row->scale = ldexp(1.0, exponent < -1023 ? 1023 : -exponent);
@@ -164,17 +185,16 @@ INLINE reals depth(const Row *row, long i) { return (load(row, i) - row->top) * 
 static void spread_out(Row *row) {
     for (int attempt = 0; attempt < 2; attempt++) {
         Total first = {0, 0}, second = {0, 0}, ties = {0, 0};
-        reals sum = ALL(0.0), square = sum, tied = sum, center = ALL(row->mean);
+        reals sum[2] = CLEARED, square[2] = CLEARED, tied[2] = CLEARED, center = ALL(row->mean);
         STRETCHES(row) {
-            VECTORS {
-                reals d = depth(row, i), m = mask(row, i);
+            PAIRS {
+                reals d = depth(row, pair + u * LANES), m = mask(row, pair + u * LANES);
                 reals y = (d - center) * m;
-                sum += y;
-                square += y * y;
-                tied += choose(d == 0.0, m, ALL(0.0));
+                sum[u] += y;
+                square[u] += y * y;
+                tied[u] += choose(d == 0.0, m, ALL(0.0));
             }
-            add(&first, sum), add(&second, square), add(&ties, tied);
-            sum = square = tied = ALL(0.0);
+            add_pair(&first, sum), add_pair(&second, square), add_pair(&ties, tied);
         }
         double shift = result(first) / row->n;
         row->variance = result(second) / row->n - shift * shift;
@@ -206,11 +226,9 @@ static Answer at_mean(const Row *row, Weights *weights) {
 }
 
 static void rescale(const Row *row, Weights *weights, double factor) {
-    const Row stored = {.z = weights->at, .single = weights->single, .n = row->n};
-    for (long i = 0; i < row->n; i += LANES) {
-        reals w = i + LANES > row->n ? (reals)*(reals_at_any *)weights->tail : load(&stored, i);
-        store(row, weights, i, w * factor);
-    }
+    const Row stored = {.z = weights->at, .single = weights->single, .n = row->n, .whole = row->whole};
+    for (long i = 0; i < row->whole; i += LANES) store(&stored, weights, i, load(&stored, i) * factor);
+    for (int j = 0; j < PAIR; j++) weights->tail[j] *= factor;
     store_tail(row, weights);
 }
 
@@ -243,18 +261,17 @@ static Moments moments_above(const Row *row, double eta, double center) {
     Moments found = {0, center, 0};
     for (int attempt = 0; attempt < 3; attempt++) {
         Total count = {0, 0}, first = {0, 0}, second = {0, 0};
-        reals kept = ALL(0.0), sum = kept, square = kept, origin = ALL(found.mean), floor = ALL(eta);
+        reals kept[2] = CLEARED, sum[2] = CLEARED, square[2] = CLEARED, origin = ALL(found.mean), floor = ALL(eta);
         STRETCHES(row) {
-            VECTORS {
-                reals d = depth(row, i);
-                reals inside = choose(d >= floor, mask(row, i), ALL(0.0));
+            PAIRS {
+                reals d = depth(row, pair + u * LANES);
+                reals inside = choose(d >= floor, mask(row, pair + u * LANES), ALL(0.0));
                 reals y = (d - origin) * inside;
-                kept += inside;
-                sum += y;
-                square += y * y;
+                kept[u] += inside;
+                sum[u] += y;
+                square[u] += y * y;
             }
-            add(&count, kept), add(&first, sum), add(&second, square);
-            kept = sum = square = ALL(0.0);
+            add_pair(&count, kept), add_pair(&first, sum), add_pair(&second, square);
         }
         double n = result(count), shift = result(first) / n;
         found.kept = (long)n;
@@ -283,23 +300,24 @@ static Answer chi_square(const Row *row, Weights *weights, double radius, double
     if (support.saturated) return at_maximum(row, weights, largest);
 
     Total tilts = {0, 0}, gains = {0, 0}, squares = {0, 0};
-    reals tilted = ALL(0.0), gained = tilted, squared = tilted;
+    reals tilted[2] = CLEARED, gained[2] = CLEARED, squared[2] = CLEARED;
     /* Two factors, as one might overflow; a division would take longer than all else here. */
     double power = ldexp(1.0, -(support.strength < 0x1p-1022 ? -1023 : ilogb(support.strength)));
     reals near = ALL(power), rest = ALL(1 / (support.strength * power));
     reals nu = ALL(support.nu), mean = ALL(row->mean), each = ALL(1 / all);
-    STRETCHES(row) {
-        VECTORS {
-            reals d = depth(row, i), m = mask(row, i);
+    const Row held = *row; /* which no store can change */
+    STRETCHES(&held) {
+        PAIRS {
+            long i = pair + u * LANES;
+            reals d = depth(&held, i), m = mask(&held, i);
             reals tilt = larger((d - nu) * near * rest, ALL(-1.0));
-            store(row, weights, i, (tilt + 1.0) * each);
+            store(&held, weights, i, (tilt + 1.0) * each);
             tilt *= m;
-            tilted += tilt;
-            gained += tilt * (d - mean);
-            squared += tilt * tilt;
+            tilted[u] += tilt;
+            gained[u] += tilt * (d - mean);
+            squared[u] += tilt * tilt;
         }
-        add(&tilts, tilted), add(&gains, gained), add(&squares, squared);
-        tilted = gained = squared = ALL(0.0);
+        add_pair(&tilts, tilted), add_pair(&gains, gained), add_pair(&squares, squared);
     }
     store_tail(row, weights);
     double surplus = result(tilts) / all, distance = result(squares) / all / 2;
@@ -650,7 +668,7 @@ __attribute__((visibility("default"))) long drrho_solve(int kind, int single, lo
     expect_pages(weights + first * width, (last - first) * width);
     for (long i = first; i < last; i++) {
         Row row;
-        Weights to = {.at = weights + i * width, .single = single};
+        Weights to = {.at = weights + i * width, .single = single}; /* the rest is zero */
         double field[FIELDS];
         const double *r = radius ? radius + i : NULL, *s = strength ? strength + i : NULL;
         int status = look(&row, z + i * width, single, n);
