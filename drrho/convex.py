@@ -93,8 +93,8 @@ class LinearSolution(NamedTuple):
 
     Attributes
     ----------
-    coefficients : ndarray ``[d]``
-    intercept : float
+    coefficients : ndarray ``[d]``, or ``[d, k]`` for targets ``[n, k]``
+    intercept : float, or ndarray ``[k]``
         0 without ``fit_intercept``.
     value : float
         The optimal value of the program, penalty on the coefficients included.
@@ -109,7 +109,7 @@ class LinearSolution(NamedTuple):
     """
 
     coefficients: np.ndarray
-    intercept: float
+    intercept: float | np.ndarray
     value: float
     losses: np.ndarray
     weights: np.ndarray
@@ -316,10 +316,27 @@ class _Loss(NamedTuple):
     values: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+def _each(terms: Any) -> Any:
+    """Sum terms ``[n, k]`` over k; terms ``[n]`` are as they are."""
+    if terms.ndim == 1:
+        return terms
+    return terms.sum(1) if isinstance(terms, np.ndarray) else cp.sum(terms, axis=1)
+
+
+def _logistic_expression(f: Any, y: np.ndarray) -> Any:
+    if y.ndim == 1:
+        return cp.logistic(-cp.multiply(y, f))
+    return cp.log_sum_exp(f, axis=1) - cp.sum(cp.multiply(y, f), axis=1)
+
+
+def _logistic_values(f: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, -y * f) if y.ndim == 1 else np.logaddexp.reduce(f, axis=1) - (y * f).sum(1)
+
+
 _LOSSES = {
-    "squared": _Loss(lambda f, y: cp.square(y - f), lambda f, y: np.square(y - f)),
-    "logistic": _Loss(lambda f, y: cp.logistic(-cp.multiply(y, f)), lambda f, y: np.logaddexp(0, -y * f)),
-    "hinge": _Loss(lambda f, y: cp.pos(1 - cp.multiply(y, f)), lambda f, y: np.maximum(0, 1 - y * f)),
+    "squared": _Loss(lambda f, y: _each(cp.square(y - f)), lambda f, y: _each(np.square(y - f))),
+    "logistic": _Loss(_logistic_expression, _logistic_values),
+    "hinge": _Loss(lambda f, y: _each(cp.pos(1 - cp.multiply(y, f))), lambda f, y: _each(np.maximum(0, 1 - y * f))),
 }
 
 
@@ -349,12 +366,15 @@ def minimize_linear(
     - ``"logistic"``: ``log(1 + exp(-y_i f_i))``, labels -1 and 1;
     - ``"hinge"``: ``max(0, 1 - y_i f_i)``, labels -1 and 1.
 
+    With k columns of targets there are k predictions, and the first and the last loss are summed over them; the
+    logistic loss is the cross-entropy ``log sum_k exp(f_ik) - <y_i, f_i>`` of one-hot targets.
+
     The reference is a constant, so excess losses are convex in (theta, b) like the losses.
 
     Parameters
     ----------
     features : tensor, array or nested sequence, ``[n, d]``
-    targets : tensor, array or sequence, ``[n]``
+    targets : tensor, array or sequence, ``[n]`` or ``[n, k]``
     divergence : Divergence
         Any that `conjugate_expression` supports.
     loss : {"squared", "logistic", "hinge"}
@@ -415,10 +435,17 @@ def minimize_linear(
     if design.ndim != 2:
         raise ValueError(f"features must have shape [n, d], got {list(design.shape)}")
     n = len(design)
-    y = _vector(targets, "targets", "[n]", n)
+    y = _finite(targets, "targets")
+    if y.ndim != 2:
+        y = _vector(targets, "targets", "[n] or [n, k]", n)
+    elif len(y) != n:
+        raise ValueError(f"targets must have shape [n] or [n, k] with n = {n}, got {list(y.shape)}")
     if loss not in _LOSSES:
         raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
-    if loss != "squared" and not np.isin(y, (-1, 1)).all():
+    one_hot = loss == "logistic" and y.ndim == 2
+    if one_hot and not (np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all()):
+        raise ValueError("targets must be one-hot for the logistic loss of several predictions: rows with a single 1")
+    if loss != "squared" and not one_hot and not np.isin(y, (-1, 1)).all():
         raise ValueError(f"targets must be -1 or 1 for the {loss} loss, got {y[~np.isin(y, (-1, 1))][0]}")
     reference = np.zeros(n) if reference_losses is None else _vector(reference_losses, "reference_losses", "[n]", n)
     bound, price = _ball_or_penalty(divergence, radius, rho, strength, n)
@@ -439,28 +466,31 @@ def minimize_linear(
     excess_of_reference = reference[support] - offset
     deviation = math.sqrt(float(q @ np.square(excess_of_reference)))
     if loss == "squared":
-        origin = float(q @ y[support]) if fit_intercept else 0.0
-        unit = float(q @ np.square(y[support] - origin)) + deviation or 1.0
+        origin: Any = q @ y[support] if fit_intercept else 0.0
+        unit = float(np.sum(q @ np.square(y[support] - origin))) + deviation or 1.0
         reach, loss_unit = math.sqrt(unit), 1.0
     else:
         origin, unit, reach = 0.0, 1.0 + deviation, 1.0
         loss_unit = unit
 
-    slope: Any = cp.Variable(x.shape[1])
-    shift: Any = cp.Variable()
+    slope: Any = cp.Variable((x.shape[1], *y.shape[1:]))
+    shift: Any = cp.Variable(y.shape[1:])
     t = cp.Variable(len(q))
-    prediction = (x / width) @ slope + (shift if fit_intercept else 0.0)
+    prediction = (x / width) @ slope
+    if fit_intercept:
+        prediction = prediction + (shift if y.ndim == 1 else np.ones((len(q), 1)) @ cp.reshape(shift, (1, -1), "C"))
     above = kind.expression(prediction, (y[support] - origin) / reach) / loss_unit - excess_of_reference / unit <= t
     risk, constraints = _dual_risk(divergence, t, q, bound, None if price is None else price / unit)
-    ridge = cp.sum_squares(cp.multiply(reach / width, slope)) * (penalty / (2 * unit)) if penalty else 0.0
+    per_row = (reach / width).reshape(-1, *[1] * (y.ndim - 1))
+    ridge = cp.sum_squares(cp.multiply(per_row, slope)) * (penalty / (2 * unit)) if penalty else 0.0
     problem: Any = cp.Problem(cp.Minimize(risk + ridge), [above, *constraints])
     value = unit * _solve(problem, solver, solver_options) - offset
 
-    coefficients = slope.value * reach / width
-    intercept = origin + reach * float(shift.value) - float(center @ coefficients) if fit_intercept else 0.0
+    coefficients = slope.value * per_row
+    intercept = origin + reach * shift.value - center @ coefficients if fit_intercept else np.zeros(y.shape[1:])
     return LinearSolution(
         coefficients=coefficients,
-        intercept=intercept,
+        intercept=intercept if y.ndim == 2 else float(intercept),
         value=value,
         losses=kind.values(design @ coefficients + intercept, y),
         weights=_weights(above.dual_value, support, n),

@@ -1,0 +1,292 @@
+"""Linear DRRho models: scikit-learn's contract, agreement with conic programs and with scikit-learn's own models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.preprocessing import scale
+from sklearn.svm import LinearSVC
+from sklearn.utils.estimator_checks import check_estimator
+
+from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, drrho_risk
+from drrho.convex import minimize_linear
+from drrho.linear import DRRhoClassifier, DRRhoRegressor
+
+CASES = {
+    "KL": (KL(), 0.05),
+    "KL tiny": (KL(), 1e-6),
+    "KL past the maximum": (KL(), 10.0),
+    "chi-square": (ChiSquare(), 0.05),
+    "chi-square large": (ChiSquare(), 2.0),
+    "Hellinger": (CressieRead(0.5), 0.1),
+    "capped KL": (CappedKL(0.2), 0.1),
+    "CVaR": (CVaR(0.1), None),
+    "CVaR of all": (CVaR(1.0), None),
+    "total variation": (TotalVariation(), 0.1),
+    "mean": (ChiSquare(), 0.0),
+}
+every_case = pytest.mark.parametrize("divergence, radius", CASES.values(), ids=CASES)
+
+
+def table(seed=0, n=120, d=5, classes=2):
+    """Features in different units, real targets, labels -1 and 1 (or 0, 1, 2), and losses of some reference."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) * 10.0 ** rng.integers(-2, 3, size=d) + 3
+    score = scale(x) @ rng.normal(size=(d, classes)) + rng.standard_t(3, size=(n, classes))
+    labels = np.where(score[:, 0] > 0, 1, -1) if classes == 2 else score.argmax(1)
+    return x, score[:, 0], labels, 0.3 * np.abs(rng.normal(size=n))
+
+
+def objective(model, losses, reference):
+    """Risk and penalty at a fitted model, from the definition."""
+    divergence = model.divergence
+    risk = constrained_risk(losses - reference, divergence, model.radius_).value.item()
+    return risk + model.l2 / 2 * np.square(model.coef_).sum()
+
+
+@pytest.mark.parametrize("model", [DRRhoRegressor(), DRRhoRegressor(KL()), DRRhoClassifier(), DRRhoClassifier(KL())])
+@pytest.mark.filterwarnings("ignore")  # scikit-learn's checks warn on purpose
+def test_scikit_learn_contract(model):
+    assert check_estimator(model)
+
+
+@pytest.mark.parametrize(
+    "model", [DRRhoClassifier(CVaR(0.5)), DRRhoClassifier(loss="hinge"), DRRhoRegressor(CVaR(0.5))]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learn_contract_of_conic_solutions(model):
+    asked = "check_sample_weight_equivalence_on_dense_data"
+    results = check_estimator(
+        model, on_fail=None, expected_failed_checks={asked: "asks 1e-7; conic solutions have 1e-5"}
+    )
+    assert not [result["check_name"] for result in results if result["status"] == "failed"]
+    assert sum(result["status"] == "passed" for result in results) > 40
+
+
+@every_case
+def test_regression_agrees_with_the_conic_program(divergence, radius):
+    x, y, _, reference = table()
+    model = DRRhoRegressor(divergence, radius=radius, reference=reference, l2=0.01).fit(x, y)
+    conic = minimize_linear(x, y, divergence, radius=radius, reference_losses=reference, l2=0.01, fit_intercept=True)
+    value = objective(model, np.square(y - model.predict(x)), reference)
+    assert value == pytest.approx(conic.value, rel=1e-6, abs=1e-6)
+    assert model.risk_ == pytest.approx(value - 0.005 * np.square(model.coef_).sum(), rel=1e-12)
+    kinks = isinstance(divergence, TotalVariation) or divergence == CVaR(0.1) or radius == 10.0
+    assert math.isnan(model.duality_gap_) == kinks
+    if not kinks:  # more exact than the conic solution
+        at_conic = constrained_risk(conic.losses - reference, divergence, radius or 0.0).value.item()
+        assert value <= at_conic + 0.005 * np.square(conic.coefficients).sum() + 1e-10
+        assert 0 <= model.duality_gap_ <= 1e-8 * max(1, abs(value))
+        np.testing.assert_allclose(model.predict(x), x @ conic.coefficients + conic.intercept, atol=2e-3)
+
+
+@every_case
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "squared"])
+def test_classification_agrees_with_the_conic_program(divergence, radius, loss):
+    x, _, y, reference = table(1)
+    model = DRRhoClassifier(divergence, loss=loss, radius=radius, reference=reference, l2=0.01).fit(x, y)
+    conic = minimize_linear(
+        x, y, divergence, loss=loss, radius=radius, reference_losses=reference, l2=0.01, fit_intercept=True
+    )
+    f = model.decision_function(x)
+    losses = {"logistic": np.logaddexp(0, -y * f), "hinge": np.maximum(0, 1 - y * f), "squared": np.square(y - f)}[loss]
+    assert objective(model, losses, reference) == pytest.approx(conic.value, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "squared"])
+@pytest.mark.parametrize("divergence, radius", [(KL(), 0.1), (ChiSquare(), 0.3), (CVaR(0.3), None)])
+def test_three_classes_agree_with_the_conic_program(divergence, radius, loss):
+    x, _, y, reference = table(2, classes=3)
+    model = DRRhoClassifier(divergence, loss=loss, radius=radius, reference=reference, l2=0.01).fit(x, y)
+    one_hot = np.eye(3)[y]
+    targets = one_hot if loss == "logistic" else 2 * one_hot - 1
+    conic = minimize_linear(
+        x, targets, divergence, loss=loss, radius=radius, reference_losses=reference, l2=0.01, fit_intercept=True
+    )
+    f = model.decision_function(x)
+    losses = {
+        "logistic": np.logaddexp.reduce(f, axis=1) - f[np.arange(len(y)), y],
+        "hinge": np.maximum(0, 1 - targets * f).sum(1),
+        "squared": np.square(targets - f).sum(1),
+    }[loss]
+    assert objective(model, losses, reference) == pytest.approx(conic.value, rel=1e-6, abs=1e-6)
+    np.testing.assert_allclose(conic.losses, losses, atol=5e-2)
+
+
+def test_radius_zero_is_ridge_regression():
+    x, y = load_diabetes(return_X_y=True)
+    ours = DRRhoRegressor(radius=0, l2=0.2).fit(x, y)
+    theirs = Ridge(alpha=0.1 * len(x)).fit(x, y)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-8)
+    np.testing.assert_allclose(ours.intercept_, theirs.intercept_, rtol=1e-10)
+    plain = DRRhoRegressor(radius=0, l2=0).fit(x, y)
+    np.testing.assert_allclose(plain.predict(x), LinearRegression().fit(x, y).predict(x), rtol=1e-9)
+
+
+@pytest.mark.parametrize("load", [load_breast_cancer, load_wine])
+def test_radius_zero_is_logistic_regression(load):
+    x, y = load(return_X_y=True)
+    x = scale(x)
+    ours = DRRhoClassifier(radius=0, l2=0.1).fit(x, y)
+    theirs = LogisticRegression(C=10 / len(x), tol=1e-10, max_iter=10_000).fit(x, y)
+    np.testing.assert_allclose(ours.predict_proba(x), theirs.predict_proba(x), atol=1e-6)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-5)
+    assert np.array_equal(ours.predict(x), theirs.predict(x))
+
+
+@pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CressieRead(0.5), CappedKL(0.3)])
+@pytest.mark.parametrize("rho", [1e-4, 1.0, 30.0])
+def test_duality_gap_bounds_what_can_be_gained(divergence, rho):
+    x, y, _, reference = table(3)
+    x = scale(x)
+    model = DRRhoRegressor(divergence, rho=rho, reference=reference, l2=0.1).fit(x, y)
+    best = objective(model, np.square(y - model.predict(x)), reference)
+    rng = np.random.default_rng(0)
+    for size in (1e-6, 1e-4, 1e-2, 1.0):
+        for _ in range(10):
+            coefficients = model.coef_ + size * rng.normal(size=5)
+            losses = np.square(y - x @ coefficients - model.intercept_ - size * rng.normal())
+            moved = constrained_risk(losses - reference, divergence, rho / len(y)).value.item()
+            assert moved + 0.05 * np.square(coefficients).sum() >= best - model.duality_gap_ - 1e-12 * abs(best)
+    # A Newton method that stopped early would not have closed it.
+    assert model.duality_gap_ <= 1e-8 * max(1.0, abs(best))
+
+
+def test_an_unfinished_fit_is_not_called_done(monkeypatch):
+    import drrho.convex
+
+    def refuse(*_, **__):
+        raise RuntimeError("asked for a conic program")
+
+    monkeypatch.setattr(drrho.convex, "minimize_linear", refuse)
+    x, _, y, _ = table(4)
+    with pytest.raises(RuntimeError, match="conic"):
+        DRRhoClassifier(KL(), radius=0.3, max_iter=1).fit(x, y)
+    assert DRRhoClassifier(KL(), radius=0.3).fit(x, y).n_iter_ > 1
+
+
+def test_reference_as_estimator_function_and_losses_is_the_same():
+    x, y = load_breast_cancer(return_X_y=True)
+    x = scale(x)
+    reference = LogisticRegression(C=0.1).fit(x[:200], y[:200])
+    losses = -reference.predict_log_proba(x[200:])[np.arange(len(y) - 200), y[200:]]
+    fits = [
+        DRRhoClassifier(KL(), rho=2.0, reference=given).fit(x[200:], y[200:])
+        for given in (
+            reference,
+            losses,
+            torch.tensor(losses),
+            lambda features, labels: -reference.predict_log_proba(features)[np.arange(len(labels)), labels],
+            DRRhoClassifier(radius=0, l2=1 / (0.1 * 200), tol=1e-14).fit(x[:200], y[:200]),
+        )
+    ]
+    for fit in fits[1:4]:
+        assert np.array_equal(fit.coef_, fits[0].coef_)
+    np.testing.assert_allclose(fits[4].coef_, fits[0].coef_, atol=1e-3)  # scikit-learn's default tolerance
+    assert abs(DRRhoClassifier(KL(), rho=2.0).fit(x[200:], y[200:]).coef_ - fits[0].coef_).max() > 0.1
+
+
+def test_reference_scores_for_the_hinge_loss():
+    x, _, y, _ = table(5)
+    x = scale(x)
+    machine = LinearSVC(random_state=0).fit(x[:60], y[:60])
+    with_scores = DRRhoClassifier(loss="hinge", rho=1.0, reference=machine).fit(x[60:], y[60:])
+    losses = np.maximum(0, 1 - y[60:] * machine.decision_function(x[60:]))
+    assert np.array_equal(
+        with_scores.coef_, DRRhoClassifier(loss="hinge", rho=1.0, reference=losses).fit(x[60:], y[60:]).coef_
+    )
+
+
+@pytest.mark.parametrize("divergence", [KL(), ChiSquare()])
+def test_minimizer_beats_the_reference_and_every_other_model_on_its_own_risk(divergence):
+    x, y = load_diabetes(return_X_y=True)
+    x, y = scale(x), scale(y)
+    reference = LinearRegression().fit(x[:150], y[:150])
+    target = DRRhoRegressor(divergence, rho=2.0, reference=reference, l2=0).fit(x[150:], y[150:])
+    others = [reference, LinearRegression().fit(x[150:], y[150:]), Ridge(10.0).fit(x[150:], y[150:])]
+
+    def risk(model):
+        losses, of_reference = (np.square(y[150:] - m.predict(x[150:])) for m in (model, reference))
+        return drrho_risk(losses, of_reference, divergence, rho=2.0).value.item()
+
+    assert risk(target) == pytest.approx(target.risk_, abs=1e-12)
+    assert risk(reference) == 0.0
+    assert target.risk_ < min(map(risk, others))
+
+
+def test_rho_is_radius_times_the_number_of_samples():
+    x, y, _, _ = table(6)
+    by_rho = DRRhoRegressor(rho=3.0).fit(x, y)
+    assert by_rho.radius_ == 3.0 / len(y)
+    assert np.array_equal(by_rho.coef_, DRRhoRegressor(radius=3.0 / len(y)).fit(x, y).coef_)
+    assert DRRhoRegressor().fit(x, y).radius_ == 1 / len(y)
+
+
+def test_weights_of_samples():
+    x, y, _, reference = table(7)
+    counts = np.random.default_rng(0).integers(0, 4, size=len(y))
+    weighted = DRRhoRegressor(KL(), rho=2.0, reference=reference).fit(x, y, sample_weight=counts)
+    repeated = DRRhoRegressor(KL(), rho=2.0, reference=reference.repeat(counts)).fit(
+        x.repeat(counts, 0), y.repeat(counts)
+    )
+    np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-7)
+    assert weighted.weights_.shape == y.shape
+    assert (weighted.weights_[counts == 0] == 0).all()
+    assert weighted.weights_.sum() == pytest.approx(1)
+
+
+def test_several_targets():
+    x, y, _, _ = table(8)
+    both = np.column_stack([y, -2 * y + 1])
+    model = DRRhoRegressor(KL(), radius=0.1, l2=0).fit(x, both)
+    assert model.coef_.shape == (2, 5)
+    np.testing.assert_allclose(model.predict(x)[:, 1], -2 * model.predict(x)[:, 0] + 1, atol=1e-6)
+
+
+def test_labels_of_any_kind():
+    x, _, y, _ = table(9)
+    names = np.where(y > 0, "yes", "no")
+    model = DRRhoClassifier().fit(x, names)
+    assert set(model.predict(x)) <= {"yes", "no"}
+    assert np.array_equal(model.predict(x) == "yes", DRRhoClassifier().fit(x, y).predict(x) == 1)
+    assert not hasattr(DRRhoClassifier(loss="hinge"), "predict_proba")
+
+
+X, Y, LABELS, _ = table()
+REFUSED = {
+    "both radii": (DRRhoRegressor(rho=1.0, radius=0.1), Y, ValueError, "rho=1.0 and radius=0.1"),
+    "negative rho": (DRRhoRegressor(rho=-1.0), Y, ValueError, "rho must be finite and >= 0, got -1.0"),
+    "radius of CVaR": (DRRhoRegressor(CVaR(0.1), rho=1.0), Y, ValueError, "takes no radius"),
+    "divergence": (DRRhoRegressor("kl"), Y, TypeError, "divergence must be a Divergence .* got 'kl'"),
+    "l2": (DRRhoRegressor(l2=-0.1), Y, ValueError, "l2 must be finite and >= 0, got -0.1"),
+    "loss": (
+        DRRhoClassifier(loss="exponential"),
+        LABELS,
+        ValueError,
+        "loss must be one of logistic.* got 'exponential'",
+    ),
+    "one class": (DRRhoClassifier(), np.ones(len(X)), ValueError, "at least 2 classes, got 1 class"),
+    "length of the reference": (DRRhoRegressor(reference=np.zeros(3)), Y, ValueError, r"120 samples, got shape \[3\]"),
+    "NaN in the reference": (DRRhoRegressor(reference=np.full(120, np.nan)), Y, ValueError, "finite loss .* nan"),
+    "classes of the reference": (
+        DRRhoClassifier(reference=LogisticRegression().fit(X, LABELS > 0)),
+        np.where(LABELS > 0, "a", "b"),
+        ValueError,
+        "without 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("model, y, error, message", REFUSED.values(), ids=REFUSED)
+def test_refusals_name_argument_and_value(model, y, error, message):
+    with pytest.raises(error, match=message):
+        model.fit(X, y)
+
+
+def test_unfitted():
+    with pytest.raises(NotFittedError):
+        DRRhoRegressor().predict(X)
