@@ -178,7 +178,7 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         l2=1e-3,
         fit_intercept=True,
         tol=1e-8,
-        max_iter=100,
+        max_iter=50,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
 
@@ -263,7 +263,7 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         l2=1e-3,
         fit_intercept=True,
         tol=1e-8,
-        max_iter=100,
+        max_iter=50,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
         self.loss = loss

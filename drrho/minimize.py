@@ -268,7 +268,7 @@ class _Problem:
                 moved = _State(self, state.w + move)
                 return (moved, step + 1) if moved.gap() <= state.gap() else (state, step)
             length, moved = 1.0, None
-            while length > 1e-6:
+            while length > 1e-3:
                 candidate = _State(self, state.w + length * move)
                 if candidate.objective <= state.objective - 1e-4 * length * decrease:
                     moved = candidate

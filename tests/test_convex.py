@@ -529,7 +529,7 @@ def test_refusals_of_robust_risk(arguments, error, message):
     ("changed", "error", "message"),
     [
         ({"features": [1.0, 2.0, 3.0]}, ValueError, r"features must have shape \[n, d\], got \[3\]"),
-        ({"targets": [1.0, 2.0]}, ValueError, r"targets must have shape \[n\] with n = 3, got \[2\]"),
+        ({"targets": [1.0, 2.0]}, ValueError, r"targets must have shape \[n\] or \[n, k\] with n = 3, got \[2\]"),
         ({"reference_losses": [1.0]}, ValueError, r"reference_losses must have shape \[n\] with n = 3, got \[1\]"),
         ({"loss": "absolute"}, ValueError, "loss must be one of squared, logistic, hinge, got 'absolute'"),
         ({"loss": "hinge"}, ValueError, "targets must be -1 or 1 for the hinge loss, got 0.0"),

@@ -136,8 +136,8 @@ def batch_table(repeats: int) -> Section:
         f"Chi-square ball, {rows} rows of {n} exponential losses: one call against a loop of calls over the rows, "
         f"timed on {LOOPED_ROWS} of them and scaled. The faster single calls are, the harder that ratio: beside it "
         f"stand the ratio to a loop whose calls take the {CALL_REACH_US:g} us that are aimed at, and the time of "
-        "z.clone(), which reads the losses once and writes as much new memory as the weights take. The premium error is "
-        "the largest of 8 rows."
+        "z.clone(), which reads the losses once and writes as much new memory as the weights take. The premium error "
+        "is the largest of 8 rows."
     )
     return Section("Batch", text, [_batch_row(z, radius, repeats) for radius in (1 / n, 1e-2, 0.5)])
 

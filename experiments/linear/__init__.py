@@ -1,0 +1,1 @@
+"""Linear DRRho models on real tables."""
