@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions risk_gradients hybrid)
 
-.PHONY: demo test figures bench-core clean
+.PHONY: demo test figures linear bench-core clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -19,6 +19,11 @@ test: $(READY)
 
 figures: $(READY)
 	$(BIN)/python paper_figures/glyph_demo.py
+	$(BIN)/python paper_figures/linear_models.py
+
+linear: $(READY)
+	$(BIN)/python experiments/linear/run.py
+	$(BIN)/python paper_figures/linear_models.py --tables
 
 # The packages it is compared with are an extra of their own: they bring about 0.8 GB, which the tests do not need.
 bench-core: $(READY)

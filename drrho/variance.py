@@ -1,4 +1,4 @@
-"""How much a reference model reduces the variance of the losses: mergeable moments, and a report with intervals.
+"""How much a reference model reduces the variance of the losses: a report with intervals.
 
 For losses l and reference losses r of the same samples, the excess loss d = l - r has the variance
 ``V(d) = V(l) + V(r) - 2 Cov(l, r)``: below V(l) exactly when the correlation exceeds ``sd(r) / (2 sd(l))``. Variances
@@ -10,303 +10,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from scipy import special
-from torch import Tensor
 
-from drrho.validation import as_losses
+from drrho.moments import CHUNK, PairedMoments, as_channels, as_pair, monomials_of, paired_moments
 
-_CHUNK = 1 << 15  # samples, a multiple of 4 (see _poisson)
-_NO_SPREAD = -1100  # the exponent of a channel whose values are all equal: below that of every float
-_LARGEST = 2.0**1021  # differences of differences of such losses are still finite
 _EPS = 2.0**-52
-
-_State = TypeVar("_State", bound="_CentralSums")
-
-
-@dataclass(frozen=True, eq=False)
-class _CentralSums:
-    """Sums over samples of all products, up to the fourth order that merging and the delta method need, of k channels.
-
-    Deviations from the mean are counted in units of ``2**exponents``, so that fourth powers neither overflow nor
-    vanish. ``gram`` is the Gram matrix of (1, the k deviations, their products over ``pairs``); moving the center maps
-    this vector linearly, which makes a merge exact. ``means + remainders`` is the center to twice the precision, since
-    rounding the mean of losses near 1e8 would cost a merge eight digits.
-    """
-
-    count: int
-    means: np.ndarray  # [k], as remainders, exponents, minima, maxima
-    remainders: np.ndarray
-    exponents: np.ndarray
-    gram: np.ndarray  # [1 + k + pairs, the same]
-    minima: np.ndarray
-    maxima: np.ndarray
-    ties: np.ndarray  # [2, k]: how many samples attain the minimum and the maximum
-
-    pairs: ClassVar[tuple[tuple[int, int], ...]]
-
-    @classmethod
-    def of(cls: type[_State], values: np.ndarray) -> _State:
-        """Return the sums over one block of values ``[k, m]``."""
-        origin = values[:, :1]
-        shifted = values - origin
-        exponents = _exponents(np.abs(shifted).max(1))
-        units = np.ldexp(shifted, -exponents[:, None])
-        center = units.mean(1, keepdims=True)
-        units -= center
-        correction = units.mean(1, keepdims=True)
-        monomials = _monomials(units - correction, cls.pairs)
-        means, remainders = _two_sum(origin[:, 0], np.ldexp((center + correction)[:, 0], exponents))
-        low, high = values.min(1), values.max(1)
-        ties = np.stack([(values == low[:, None]).sum(1), (values == high[:, None]).sum(1)])
-        return cls(values.shape[1], means, remainders, exponents, monomials @ monomials.T, low, high, ties)
-
-    @classmethod
-    def empty(cls: type[_State]) -> _State:
-        """Return the state of no samples, the identity of :func:`merge`."""
-        k = 1 + max(max(pair) for pair in cls.pairs)
-        size = 1 + k + len(cls.pairs)
-        zeros, lowest = np.zeros(k), np.full(k, _NO_SPREAD)
-        ties = np.zeros((2, k), dtype=int)
-        return cls(0, zeros, zeros, lowest, np.zeros((size, size)), np.full(k, np.inf), np.full(k, -np.inf), ties)
-
-    def seconds(self, exponents: np.ndarray) -> np.ndarray:
-        """Return the sums of the products over ``pairs``, in units of the given exponents."""
-        a, b = np.array(self.pairs).T
-        finer = self.exponents - exponents
-        return np.ldexp(self.gram[0, 1 + len(finer) :], finer[a] + finer[b])
-
-
-class Moments(_CentralSums):
-    """Moments of one row of losses: mean, central sums, extremes and how often they are attained.
-
-    Make one with :func:`moments`, join two with :func:`merge`.
-    """
-
-    pairs = ((0, 0),)
-
-    @property
-    def mean(self) -> float:
-        """The mean; NaN without samples."""
-        return float(self.means[0]) if self.count else np.nan
-
-    @property
-    def m2(self) -> float:
-        """``sum (x - mean)^2``, as m3 and m4 in the units of the losses, where it may overflow."""
-        return self._central_sum(2)
-
-    @property
-    def m3(self) -> float:
-        """``sum (x - mean)^3``."""
-        return self._central_sum(3)
-
-    @property
-    def m4(self) -> float:
-        """``sum (x - mean)^4``."""
-        return self._central_sum(4)
-
-    @property
-    def minimum(self) -> float:
-        """The smallest loss; inf without samples."""
-        return float(self.minima[0])
-
-    @property
-    def maximum(self) -> float:
-        """The largest loss; -inf without samples."""
-        return float(self.maxima[0])
-
-    @property
-    def ties_at_minimum(self) -> int:
-        """The number of samples that attain the minimum."""
-        return int(self.ties[0, 0])
-
-    @property
-    def ties_at_maximum(self) -> int:
-        """The number of samples that attain the maximum."""
-        return int(self.ties[1, 0])
-
-    @property
-    def variance(self) -> float:
-        """The unbiased variance, ``m2 / (n - 1)``; NaN for n < 2."""
-        return self.m2 / (self.count - 1) if self.count > 1 else np.nan
-
-    @property
-    def population_variance(self) -> float:
-        """``m2 / n``, the variance in the formulas of the chi-square risk; NaN without samples."""
-        return self.m2 / self.count if self.count else np.nan
-
-    @property
-    def skewness(self) -> float:
-        """``mean (x - mean)^3 / s^3`` with the population variance s^2; NaN when all losses are equal."""
-        return self._standardized(3)
-
-    @property
-    def kurtosis(self) -> float:
-        """``mean (x - mean)^4 / s^4`` with the population variance s^2, 3 for normal losses; NaN when all are equal."""
-        return self._standardized(4)
-
-    def _central_sum(self, order: int) -> float:
-        with np.errstate(over="ignore"):
-            return float(np.ldexp(self.gram[order // 2, order - order // 2], order * self.exponents[0]))
-
-    def _standardized(self, order: int) -> float:
-        if self.count == 0 or self.minimum == self.maximum:
-            return np.nan
-        sums = self.gram / self.count
-        return float(sums[order // 2, order - order // 2] / sums[1, 1] ** (order / 2))
-
-
-class PairedMoments(_CentralSums):
-    """Joint moments of losses, reference losses and excess losses on the same samples.
-
-    The excess is a channel of its own: where the reference is close, V(l) + V(r) - 2 Cov(l, r) cancels. Make one with
-    :func:`paired_moments`, join two with :func:`merge`, or all ranks' with :func:`gather`.
-    """
-
-    pairs = ((0, 0), (1, 1), (2, 2), (0, 1))
-
-    @property
-    def losses(self) -> Moments:
-        """Moments of the losses."""
-        return self._channel(0)
-
-    @property
-    def reference(self) -> Moments:
-        """Moments of the reference losses."""
-        return self._channel(1)
-
-    @property
-    def excess(self) -> Moments:
-        """Moments of losses minus reference losses."""
-        return self._channel(2)
-
-    @property
-    def cross(self) -> float:
-        """``sum (l - mean) (r - mean)``; over n - 1 it is the covariance."""
-        return float(np.ldexp(self.gram[1, 2], self.exponents[0] + self.exponents[1]))
-
-    def variance_reduction(self, confidence: float = 0.95) -> VarianceReduction:
-        """Return the report of :func:`variance_reduction` with intervals by the delta method, from the moments alone.
-
-        The covariance matrix of (l - mean)^2, (r - mean)^2, (d - mean)^2 and (l - mean)(r - mean) gives every
-        standard error. It is known to 2^-52 of its own size, so that one below 1e-7 of the scale of its terms, as at
-        a correlation within 1e-7 of one, is reported as 0.
-
-        Raises
-        ------
-        ValueError
-            If there are fewer than two samples, or ``confidence`` is not in (0, 1).
-        """
-        _check_confidence(confidence)
-        _check_count(self.count)
-        products, (v_l, v_r, v_d, c) = self.gram[4:, 4:] / self.count, self.gram[0, 4:] / self.count
-        squared = np.outer(self.gram[0, 4:], self.gram[0, 4:]) / self.count**2
-        with np.errstate(all="ignore"):
-            correlation = c / np.sqrt(v_l * v_r)
-            jacobian = np.array([
-                [1, 0, 0, 0],
-                [0, 1, 0, 0],
-                [0, 0, 1, 0],
-                [0, 0, 0, 1],
-                [-correlation / (2 * v_l), -correlation / (2 * v_r), 0, 1 / np.sqrt(v_l * v_r)],
-                [-v_d / v_l**2, 0, 1 / v_l, 0],
-                [0, -c / v_r**2, 0, 1 / v_r],
-            ])  # fmt: skip
-            square = np.einsum("ka,ab,kb->k", jacobian, products - squared, jacobian)
-            size = np.einsum("ka,ab,kb->k", abs(jacobian), abs(products) + abs(squared), abs(jacobian))
-            errors = np.sqrt(np.where(square < 64 * _EPS * size, 0.0, square) / self.count)
-            values = _statistics(self.seconds(self.exponents) / (self.count - 1))
-            slopes = np.array([*1 / values[:3], 1.0, 1 / (1 - values[4] ** 2), 1 / values[5], 1.0])
-            bounds = _symmetric(values, special.ndtri((1 + confidence) / 2) * errors * slopes)
-        return _report(self, confidence, "delta", errors, bounds)
-
-    def _channel(self, k: int) -> Moments:
-        rows = [0, 1 + k, 4 + k]
-        fields = (self.means, self.remainders, self.exponents, self.minima, self.maxima)
-        mean, remainder, exponent, low, high = (field[k : k + 1] for field in fields)
-        gram, ties = self.gram[np.ix_(rows, rows)], self.ties[:, k : k + 1]
-        return Moments(self.count, mean, remainder, exponent, gram, low, high, ties)
-
-
-def moments(losses: Any) -> Moments:
-    """Return the moments of ``losses``, accumulated in float64 and in chunks.
-
-    Parameters
-    ----------
-    losses : tensor, array or sequence of any shape
-        Every entry is a sample. Where there are none, take ``Moments.empty()``.
-
-    Raises
-    ------
-    ValueError
-        If there is no entry, or one is NaN, infinite or above 2^1021.
-    TypeError
-        For integer tensors.
-    """
-    row = _row(losses, "losses")
-    return reduce(merge, (Moments.of(_block(part)[None]) for part in row.split(_CHUNK)))
-
-
-def paired_moments(losses: Any, reference_losses: Any) -> PairedMoments:
-    """Return the joint moments of two models' losses on the same samples, in the same order.
-
-    Parameters
-    ----------
-    losses, reference_losses : tensors, arrays or sequences of one shape
-        Every entry is a sample. Where there are none, take ``PairedMoments.empty()``.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, there is no entry, or one is NaN, infinite or above 2^1021.
-    TypeError
-        For integer tensors.
-    """
-    target, reference = _rows(losses, reference_losses)
-    parts = zip(target.split(_CHUNK), reference.split(_CHUNK), strict=True)
-    return reduce(merge, (PairedMoments.of(_channels(l_part, r_part)) for l_part, r_part in parts))
-
-
-def merge(a: _State, b: _State) -> _State:
-    """Return the moments of the samples of ``a`` and of ``b`` together, exact but for rounding.
-
-    Associative and commutative up to rounding; the empty state is the identity, bit for bit. Sums are moved to the
-    common mean by the binomial theorem: Chan, Golub & LeVeque 1983, and Pebay 2008 for higher and cross orders.
-
-    Raises
-    ------
-    TypeError
-        If one is paired and the other is not.
-    """
-    if type(a) is not type(b):
-        raise TypeError(f"moments of one kind can be merged, got {type(a).__name__} and {type(b).__name__}")
-    if a.count == 0 or b.count == 0:
-        return a if b.count == 0 else b
-    count = a.count + b.count
-    delta = (b.means - a.means) + (b.remainders - a.remainders)
-    exponents = np.maximum(np.maximum(a.exponents, b.exponents), _exponents(abs(delta)))
-    means, remainders = _two_sum(a.means, a.remainders + delta * (b.count / count))
-    units = np.ldexp(delta, -exponents)
-    gram = _moved(a, -units * (b.count / count), exponents) + _moved(b, units * (a.count / count), exponents)
-    minima, maxima = np.minimum(a.minima, b.minima), np.maximum(a.maxima, b.maxima)
-    ties = sum(state.ties * np.stack([state.minima == minima, state.maxima == maxima]) for state in (a, b))
-    return type(a)(count, means, remainders, exponents, gram, minima, maxima, np.asarray(ties))
-
-
-def gather(state: _State, group: Any = None) -> _State:
-    """Return the moments of the samples of all ranks of ``group`` (default: the world), merged in the order of ranks.
-
-    Every rank of the group calls this with its own state, be it ``empty()``, and has the same bits.
-    """
-    states: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(states, state, group=group)
-    return reduce(merge, states)
 
 
 class Estimate(NamedTuple):
@@ -450,22 +162,58 @@ def variance_reduction(
         raise ValueError(f"interval must be 'auto', 'jackknife', 'delta' or 'bootstrap', got {interval!r}")
     replicates = _integer(replicates, "replicates", 2, 2**32, "it is the number of bootstrap samples")
     seed = _integer(seed, "seed", 0, 2**64, "it is the key of the bootstrap weights")
-    target, reference = _rows(losses, reference_losses)
+    target, reference = as_pair(losses, reference_losses)
     _check_count(target.numel())
     state = paired_moments(target, reference)
     if interval == "auto":
         interval = "jackknife" if state.count < 500 else "delta"
     if interval == "delta":
-        return state.variance_reduction(confidence)
+        return stream_variance_reduction(state, confidence)
     if state.count < 3:
         return _report(state, confidence, interval, np.full(7, np.nan), np.full((7, 2), np.nan))
-    values = _channels(target, reference)
+    values = as_channels(target, reference)
     deviations = (values - state.means[:, None]) - state.remainders[:, None]
-    monomials = _monomials(np.ldexp(deviations, -state.exponents[:, None]), state.pairs)
+    monomials = monomials_of(np.ldexp(deviations, -state.exponents[:, None]), state.pairs)
     left_out = _left_out(state, values, monomials)
     if interval == "jackknife":
         return _jackknife(state, left_out, confidence)
     return _bootstrap(state, left_out, _replicated(monomials, replicates, seed), confidence)
+
+
+def stream_variance_reduction(state: PairedMoments, confidence: float = 0.95) -> VarianceReduction:
+    """Return the report of :func:`variance_reduction` with intervals by the delta method, from the moments alone.
+
+    The covariance matrix of (l - mean)^2, (r - mean)^2, (d - mean)^2 and (l - mean)(r - mean) gives every
+    standard error. It is known to 2^-52 of its own size, so that one below 1e-7 of the scale of its terms, as at
+    a correlation within 1e-7 of one, is reported as 0.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two samples, or ``confidence`` is not in (0, 1).
+    """
+    _check_confidence(confidence)
+    _check_count(state.count)
+    products, (v_l, v_r, v_d, c) = state.gram[4:, 4:] / state.count, state.gram[0, 4:] / state.count
+    squared = np.outer(state.gram[0, 4:], state.gram[0, 4:]) / state.count**2
+    with np.errstate(all="ignore"):
+        correlation = c / np.sqrt(v_l * v_r)
+        jacobian = np.array([
+            [1, 0, 0, 0],
+            [0, 1, 0, 0],
+            [0, 0, 1, 0],
+            [0, 0, 0, 1],
+            [-correlation / (2 * v_l), -correlation / (2 * v_r), 0, 1 / np.sqrt(v_l * v_r)],
+            [-v_d / v_l**2, 0, 1 / v_l, 0],
+            [0, -c / v_r**2, 0, 1 / v_r],
+        ])  # fmt: skip
+        square = np.einsum("ka,ab,kb->k", jacobian, products - squared, jacobian)
+        size = np.einsum("ka,ab,kb->k", abs(jacobian), abs(products) + abs(squared), abs(jacobian))
+        errors = np.sqrt(np.where(square < 64 * _EPS * size, 0.0, square) / state.count)
+        values = _statistics(state.seconds(state.exponents) / (state.count - 1))
+        slopes = np.array([*1 / values[:3], 1.0, 1 / (1 - values[4] ** 2), 1 / values[5], 1.0])
+        bounds = _symmetric(values, special.ndtri((1 + confidence) / 2) * errors * slopes)
+    return _report(state, confidence, "delta", errors, bounds)
 
 
 def _left_out(state: PairedMoments, values: np.ndarray, monomials: np.ndarray) -> np.ndarray:
@@ -518,8 +266,8 @@ def _bootstrap(
 def _replicated(monomials: np.ndarray, replicates: int, seed: int) -> np.ndarray:
     """Return the seven statistics of every bootstrap sample, ``[7, replicates]``."""
     sums = np.zeros((replicates, len(monomials)))
-    for start in range(0, monomials.shape[1], _CHUNK):
-        part = monomials[:, start : start + _CHUNK]
+    for start in range(0, monomials.shape[1], CHUNK):
+        part = monomials[:, start : start + CHUNK]
         for replicate in range(replicates):
             sums[replicate] += part @ _poisson(seed, replicate, start, part.shape[1])
     count, means, second = sums[:, 0], sums[:, 1:4].T, sums[:, 4:].T
@@ -604,64 +352,6 @@ def _pitman_morgan(state: PairedMoments, values: np.ndarray) -> PitmanMorgan:
     if n > 2 and np.isnan(t):
         reason = "the losses or the reference losses are all equal, or l_ref = 2 l"
     return PitmanMorgan(t, 2 * float(special.stdtr(n - 2, -abs(t))) if n > 2 else np.nan, n - 2, reason)
-
-
-def _moved(state: _CentralSums, shift: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """Return the Gram matrix after adding ``shift`` to the deviations, all in units of the given exponents."""
-    k = len(shift)
-    units = np.ldexp(1.0, state.exponents - exponents)
-    map_ = np.eye(len(state.gram))
-    map_[1 : 1 + k, 0] = shift
-    for row, (a, b) in enumerate(state.pairs, start=1 + k):  # (x + s)(y + t) = xy + t x + s y + st
-        map_[row, 0] = shift[a] * shift[b]
-        map_[row, 1 + a] += shift[b]
-        map_[row, 1 + b] += shift[a]
-    map_ *= _monomials(units[:, None], state.pairs)[:, 0]
-    return map_ @ state.gram @ map_.T
-
-
-def _monomials(deviations: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Return one, the deviations ``[k, m]`` and their products over ``pairs``: ``[1 + k + pairs, m]``."""
-    a, b = np.array(pairs).T
-    return np.concatenate([np.ones_like(deviations[:1]), deviations, deviations[a] * deviations[b]])
-
-
-def _exponents(size: np.ndarray) -> np.ndarray:
-    """Return e with ``size <= 2**e``, by entry."""
-    return np.where(size > 0, np.frexp(size)[1], _NO_SPREAD)
-
-
-def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rounded sum and its rounding error (Knuth 1969)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def _row(losses: Any, name: str) -> Tensor:
-    row = as_losses(losses, name).detach().flatten()
-    largest = row.abs().max().item()
-    if largest > _LARGEST:
-        raise ValueError(f"{name} must be at most 2^1021 in size, got {largest}: their differences overflow")
-    return row
-
-
-def _rows(losses: Any, reference_losses: Any) -> tuple[Tensor, Tensor]:
-    target, reference = as_losses(losses, "losses"), as_losses(reference_losses, "reference_losses")
-    if target.shape != reference.shape:
-        raise ValueError(
-            f"reference_losses must have the shape of losses, {list(target.shape)}, got {list(reference.shape)}"
-        )
-    return _row(target, "losses"), _row(reference, "reference_losses")
-
-
-def _block(part: Tensor) -> np.ndarray:
-    return part.to("cpu", torch.float64).numpy()
-
-
-def _channels(target: Tensor, reference: Tensor) -> np.ndarray:
-    first, second = _block(target), _block(reference)
-    return np.stack([first, second, first - second])
 
 
 def _check_confidence(confidence: Any) -> None:

@@ -5,7 +5,19 @@ import importlib
 
 import pytest
 
-MODULES = ["contrastive", "convex", "divergences", "reference", "risk", "running"]
+MODULES = [
+    "bounds",
+    "contrastive",
+    "convex",
+    "divergences",
+    "efficiency",
+    "linear",
+    "reference",
+    "risk",
+    "running",
+    "stochastic",
+    "variance",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

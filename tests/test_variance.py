@@ -18,7 +18,8 @@ from problems import HARD, hard_cases, pairs
 from scipy import special, stats
 
 from drrho import variance
-from drrho.variance import Moments, PairedMoments, gather, merge, moments, paired_moments, variance_reduction
+from drrho.moments import Moments, PairedMoments, gather, merge, moments, paired_moments
+from drrho.variance import stream_variance_reduction, variance_reduction
 
 FIELDS = ("losses", "reference", "excess", "covariance", "correlation", "ratio", "coefficient")
 METHODS = ("jackknife", "delta", "bootstrap")
@@ -154,7 +155,7 @@ def test_equal_losses_have_no_spread(name):
 def test_chunks_do_not_matter(monkeypatch):
     losses, reference = sample(n=1001, offset=1e6)
     whole = paired_moments(losses, reference)
-    monkeypatch.setattr(variance, "_CHUNK", 64)
+    monkeypatch.setattr("drrho.moments.CHUNK", 64)
     same_pairs(paired_moments(losses, reference), whole)
     same_moments(moments(losses), whole.losses)
 
@@ -223,7 +224,7 @@ def test_identities():
     losses, reference = sample()
     assert variance_reduction(losses, losses).ratio.value == 0
     assert variance_reduction(losses, np.full(60, 0.1)).ratio[:4] == (1, 1, 1, 0)
-    for b in (-3.0, 0.1, 2.0):
+    for b in (-3.0, 2.0, *np.random.default_rng(5).normal(size=20)):
         linear = variance_reduction(losses, b * losses)
         assert linear.coefficient.value == pytest.approx(1 / b, rel=1e-13)
         assert linear.correlation.value == math.copysign(1, b) and "linear function" in linear.correlation.reason
@@ -321,7 +322,7 @@ def test_delta_against_the_influence_functions():
 def test_a_stream_gives_the_delta_report():
     losses, reference = sample(300)
     parts = [paired_moments(losses[i::3], reference[i::3]) for i in range(3)]
-    streamed = reduce(merge, parts).variance_reduction(confidence=0.8)
+    streamed = stream_variance_reduction(reduce(merge, parts), confidence=0.8)
     whole = variance_reduction(losses, reference, interval="delta", confidence=0.8)
     np.testing.assert_allclose(numbers(streamed), numbers(whole), rtol=1e-10)
 
@@ -359,7 +360,7 @@ def test_bootstrap_is_seeded_and_does_not_see_chunks(monkeypatch):
     first = bounds(5)
     assert np.array_equal(first, bounds(5))
     assert np.all(first != bounds(6))
-    monkeypatch.setattr(variance, "_CHUNK", 16)
+    monkeypatch.setattr(variance, "CHUNK", 16)
     np.testing.assert_allclose(bounds(5), first, rtol=1e-10)
 
 
@@ -373,7 +374,7 @@ def test_bootstrap_weights_are_poisson_by_sample():
 
 
 def test_bootstrap_by_repeating_samples():
-    """Brute force: repeat every sample as often as its weight says, and Efron's formulas (1987, 2.3 and 7.3) on that."""
+    """Brute force: repeat every sample as its weight says, and Efron's formulas (1987, 2.3 and 7.3) on that."""
     losses, reference = sample(25, seed=4)
     report = variance_reduction(losses, reference, interval="bootstrap", replicates=300, seed=9, confidence=0.9)
     rows = np.array([variance._poisson(9, replicate, 0, 25).astype(int) for replicate in range(300)])
@@ -390,7 +391,7 @@ def test_bootstrap_by_repeating_samples():
 
 
 def test_bootstrap_leaves_out_samples_without_variance():
-    report = variance_reduction([0.1, 0.7, 0.4], [0.3, 1.1, 0.2], interval="bootstrap", replicates=200)
+    report = variance_reduction(*np.random.default_rng(1).normal(size=(2, 3)), interval="bootstrap", replicates=200)
     drawn = [(variance._poisson(0, replicate, 0, 3) > 0).sum() for replicate in range(200)]
     undefined = sum(count < 2 for count in drawn)
     assert f"undefined in {undefined} of 200 bootstrap samples" in report.ratio.reason
@@ -502,7 +503,7 @@ GOOD = [1.0, 2.0, 4.0]
     "call, error, message",
     [
         (lambda: variance_reduction([1.0], [2.0]), ValueError, "losses .* at least 2 samples, got 1"),
-        (lambda: PairedMoments.empty().variance_reduction(), ValueError, "losses .* at least 2 samples, got 0"),
+        (lambda: stream_variance_reduction(PairedMoments.empty()), ValueError, "losses .* at least 2 samples, got 0"),
         (lambda: variance_reduction(GOOD, GOOD[:2]), ValueError, r"reference_losses .* \[3\], got \[2\]"),
         (lambda: variance_reduction(GOOD, [1.0, math.nan, 2.0]), ValueError, "reference_losses .* nan at index"),
         (lambda: moments([1.0, math.inf]), ValueError, "losses must be finite, got inf"),
@@ -517,7 +518,7 @@ GOOD = [1.0, 2.0, 4.0]
             r"confidence must lie in \(0, 1\), got 1.0",
         ),
         (lambda: variance_reduction(GOOD, GOOD, confidence=math.nan), ValueError, "confidence .* got nan"),
-        (lambda: paired_moments(GOOD, GOOD).variance_reduction(95), ValueError, "confidence .* got 95"),
+        (lambda: stream_variance_reduction(paired_moments(GOOD, GOOD), 95), ValueError, "confidence .* got 95"),
         (lambda: variance_reduction(GOOD, GOOD, confidence="high"), TypeError, "confidence .* got 'high'"),
         (
             lambda: variance_reduction(GOOD, GOOD, interval="exact"),

@@ -19,8 +19,8 @@ Array = NDArray[Any]
 Scores = Callable[[Array], Array]  # features [n, d] to scores [n, k]
 Setting = dict[str, float]
 
-_PRICES = (3e-3, 3e-2, 3e-1)  # of the squared coefficients, for methods that have a second parameter
-_RADII = (0.3, 1.0, 3.0, 10.0)  # rho
+_PRICES = (1e-3, 2e-2, 4e-1)  # of the squared coefficients, for methods that have a second parameter
+_RADII = (0.3, 3.0, 10.0, 30.0)  # rho
 _TAILS = (0.2, 0.4, 0.6, 0.8)
 
 
@@ -116,7 +116,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("ERM", _grid(l2=tuple(np.geomspace(1e-4, 10.0, 12))), _mean_risk),
-        Method("fine-tuning", _grid(price=tuple(np.geomspace(1e-4, 10.0, 12))), _fine_tuned),
+        Method("fine-tuning", _grid(price=tuple(np.geomspace(1e-4, 30.0, 12))), _fine_tuned),
         *_robust("chi-square", lambda _: ChiSquare(), rho=_RADII),
         *_robust("KL", lambda _: KL(), rho=_RADII),
         *_robust("CVaR", lambda setting: CVaR(setting["alpha"]), alpha=_TAILS),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -25,6 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from drrho.bounds import empirical_bernstein  # noqa: E402
+from experiments.linear.analysis import load, risk_table  # noqa: E402
 from experiments.linear.methods import METHODS, errors_of, fit_reference, losses_of, scores_of  # noqa: E402
 from experiments.linear.tables import TABLES, split  # noqa: E402
 
@@ -152,26 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {f"{name}, n = {n}": chosen for (name, n), chosen in settings.items()},
     }
     options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(summary(options.output))
-
-
-def summary(path: Path) -> str:
-    """Return mean test losses of every method with 95 % intervals over repetitions, as a Markdown table."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    cells: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for row in rows:
-        cells.setdefault((row["table"], int(row["n"])), {}).setdefault(row["method"], []).append(float(row["risk"]))
-    names = [REFERENCE, *METHODS]
-    lines = ["| table | n | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for (name, n), risks in cells.items():
-        shown = []
-        for method in names:
-            values = np.array(risks[method])
-            half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            shown.append(f"{values.mean():.3f} ± {half:.3f}")
-        lines.append(f"| {name} | {n} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    print(risk_table(load(options.output)))
+    print(f"Written to {options.output}; python paper_figures/linear_models.py draws it.")
 
 
 if __name__ == "__main__":
