@@ -17,7 +17,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from drrho.bounds import Bound, ModelClass, Status, as_number, as_sample_size, level, page_end, range_length, right_side
+from drrho.statements import (
+    Bound,
+    ModelClass,
+    Status,
+    as_number,
+    as_sample_size,
+    level,
+    page_end,
+    range_length,
+    right_side,
+)
 
 _MINIMIZER = (
     "independent samples of one law",

@@ -15,8 +15,6 @@ from scipy.stats import binom, multinomial
 
 from drrho import ChiSquare, constrained_risk
 from drrho.bounds import (
-    Bound,
-    Status,
     better_than_reference,
     drrho_certificate,
     empirical_bernstein,
@@ -35,6 +33,7 @@ from drrho.efficiency import (
     samples_to_match_reference,
     samples_under_bernstein_condition,
 )
+from drrho.statements import Bound, Status
 
 RNG = np.random.default_rng(0)
 TARGET, REFERENCE = RNG.uniform(size=200), RNG.uniform(size=200)
