@@ -17,6 +17,7 @@ from torch import Tensor
 from drrho.divergences import KL, Divergence
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, penalized_risk
+from drrho.running import moving_average
 
 _KL = KL()
 
@@ -103,7 +104,7 @@ def _running_term(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean of the anchors' risks ``[b]``, its gradient scaled by g / (eps + u), and log u after the step."""
     log_g = risk.detach() / temperature
-    after = _moving_average(log_u, log_g, gamma, name)
+    after = _averaged(log_u, log_g, gamma, name)
     smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
     estimator = torch.exp(log_g - smoothed) * risk  # the scale is at most 1 / gamma, since u >= gamma g
     return (risk.detach() + (estimator - estimator.detach())).mean(), after
@@ -148,11 +149,10 @@ def _over_negatives(similarity: Tensor) -> Tensor:
     return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)
 
 
-def _moving_average(log_u: Tensor, log_g: Tensor, gamma: float, name: str) -> Tensor:
+def _averaged(log_u: Tensor, log_g: Tensor, gamma: float, name: str) -> Tensor:
     if log_u.shape != log_g.shape:
         raise ValueError(f"{name} must have shape {list(log_g.shape)}, one entry per pair, got {list(log_u.shape)}")
     old = log_u.to(log_g)
     if bool((torch.isnan(old) | (old == torch.inf)).any()):
         raise ValueError(f"{name} must be finite, or -inf where never visited; it holds NaN or +inf")
-    mixed = torch.logaddexp(old + math.log1p(-gamma), log_g + math.log(gamma)) if gamma < 1 else log_g
-    return torch.where(old == -torch.inf, log_g, mixed)
+    return moving_average(old, log_g, math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf)

@@ -88,6 +88,14 @@ class RunningEstimates:
         return index
 
 
+def moving_average(log_u: Tensor, log_g: Tensor, log_rate: Tensor | float, log_keep: Tensor | float) -> Tensor:
+    """Return ``log((1 - rate) u + rate g)`` of logarithms, ``log_g`` where u was never visited (``-inf``).
+
+    Rate and remainder come as logarithms, since either may be too close to one to say so in the other's place.
+    """
+    return torch.where(log_u == -torch.inf, log_g, torch.logaddexp(log_keep + log_u, log_rate + log_g))
+
+
 def cosine_gamma(epoch: int, epochs: int, final: float) -> float:
     """Return the rate of an epoch: cosine decay from 1 in the first epoch to ``final`` in the last, constant within."""
     if not 0 < final <= 1:

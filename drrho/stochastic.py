@@ -44,6 +44,7 @@ from torch.nn.functional import logsigmoid
 
 from drrho.divergences import KL, Divergence
 from drrho.risk import penalized_risk
+from drrho.running import moving_average
 from drrho.validation import as_losses, as_parameter, refuse
 
 
@@ -338,7 +339,7 @@ def compositional_risk(
         log_rate, log_keep = logsigmoid(before + proximal), logsigmoid(-before - proximal)  # no digit lost near 1
     risk = penalized_risk(z, KL(), tau).value
     log_g = risk.detach() / tau
-    after = torch.where(before == -torch.inf, log_g, torch.logaddexp(log_keep + before, log_rate + log_g))
+    after = moving_average(before, log_g, log_rate, log_keep)
     scale = torch.exp(log_g - after)
     message = "log_u must not lie so far below the batch that g / u overflows, got {}: raise gamma or log_step"
     refuse(~torch.isfinite(scale), before, message)

@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import sys
 
 import numpy as np
 import problems
@@ -146,6 +147,6 @@ def test_wheel_holds_the_kernels(tmp_path, pytestconfig):
     from hatchling.builders.wheel import WheelBuilder
 
     (built,) = WheelBuilder(str(pytestconfig.rootpath)).build(directory=str(tmp_path), versions=["standard"])
-    names = subprocess.run(["python3", "-m", "zipfile", "-l", built], capture_output=True, text=True).stdout
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", built], capture_output=True, text=True).stdout
     assert "_kernels_default.so" in names
     assert "py3-none-any" not in built
