@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions risk_gradients hybrid)
 
-.PHONY: demo test figures linear bench-core clean
+.PHONY: demo test figures linear bench-core bench-contrastive clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -29,6 +29,10 @@ linear: $(READY)
 bench-core: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmarks/core.py
+
+bench-contrastive: $(READY)
+	$(BIN)/python experiments/benchmarks/contrastive.py
+	$(BIN)/python experiments/benchmarks/running_state.py
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
 $(READY): pyproject.toml tests/constraints.txt hatch_build.py drrho/solvers/kernels.c

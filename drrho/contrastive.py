@@ -1,69 +1,88 @@
 """The contrastive robust risk: one penalized risk over negatives per anchor, in both directions.
 
 With similarities ``s``, a reference model's similarities ``r`` and the positive of anchor i at ``ii``, the excess
-pair losses are ``l_ij = (s_ij - s_ii) - (r_ij - r_ii)`` over the negatives ``j != i``, and the anchor's risk is
+pair losses are ``l_ij = (s_ij - s_ii) - c (r_ij - r_ii)`` over the negatives ``j != i``, and the anchor's risk is
 ``F_i = max_p <p, l_i> - tau D_phi(p || uniform)``; for KL, ``tau log mean_{j != i} exp(l_ij / tau)``. Without a
-reference this is the global contrastive loss of SogCLR and FastCLIP; with it, DRRho-CLIP (Wei et al., ICML 2025).
+reference this is the global contrastive loss of SogCLR and FastCLIP; with it (c = 1), DRRho-CLIP (Wei et al., ICML
+2025). `anchor_risks` is that, written out; `contrastive_risk` gives the same in memory linear in the batch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, penalized_risk
 from drrho.running import moving_average
+from drrho.tiles import Pairs, kl_anchors, robust_anchors
 
 _KL = KL()
+_Two = tuple[Tensor, Tensor]
 
 
 class ContrastiveStep(NamedTuple):
-    """What one batch of ``contrastive_risk`` gives.
+    """What one batch of `contrastive_risk` gives. Pairs are of image and text anchors, ``[b]`` each.
 
     Attributes
     ----------
     value : Tensor, scalar
-        Mean over the batch's anchors of F_i, averaged over the two directions (the published loss is twice this).
-        Its gradient is the running-estimate estimator of the full-data gradient.
-    log_u : (Tensor, Tensor), each ``[b]``
-        Running estimates after the step, image-to-text and text-to-image; None for divergences other than KL.
-    risks : (RobustRisk, RobustRisk)
-        The anchors' risks over their ``b - 1`` negatives, for inspection: value, weights, certificate.
+        Mean over all anchors of F_i, averaged over the two directions (the published loss is twice this), plus
+        ``rho`` times the mean temperature. Its gradient is the running-estimate estimator of the full-data gradient.
+    log_u : (Tensor, Tensor) or None
+        Running estimates after the step; None for divergences other than KL.
+    threshold : (Tensor, Tensor) or None
+        The running dual variables of other divergences, in units of similarity; None for KL.
+    risks : (Tensor, Tensor)
+        F_i of the batch. Detached.
+    distances : (Tensor, Tensor)
+        D of the anchors' weights from uniform; for KL, ``exp(-D)`` times the number of negatives is their effective
+        number. Detached.
     """
 
     value: Tensor
-    log_u: tuple[Tensor, Tensor] | None
-    risks: tuple[RobustRisk, RobustRisk]
+    log_u: _Two | None
+    threshold: _Two | None
+    risks: _Two
+    distances: _Two
 
 
 def contrastive_risk(
     image: Tensor,
     text: Tensor,
-    temperature: float,
+    temperature: Any,
     *,
-    reference: tuple[Tensor, Tensor] | None = None,
-    log_u: tuple[Tensor, Tensor] | None = None,
+    reference: _Two | None = None,
+    log_u: _Two | None = None,
     gamma: float = 1.0,
     eps: float = 0.0,
     divergence: Divergence = _KL,
+    threshold: _Two | None = None,
+    coefficient: float = 1.0,
+    include_positive: bool = False,
+    rho: float = 0.0,
+    published_temperature_gradient: bool = False,
+    group: Any = None,
 ) -> ContrastiveStep:
     """Compute the batch's ``mean_i F_i`` with the gradient of the full-data objective's estimator.
 
     For KL, ``u_i <- (1 - gamma) u_i + gamma g_i`` tracks ``g_i = mean_{j != i} exp(l_ij / tau)``, and the gradient
-    is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is that of the batch alone.
+    is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is that of the batch alone. The
+    similarity matrix is never kept: tiles of it are formed, and formed again in the backward pass.
 
     Parameters
     ----------
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target, b >= 2; row i of both is one pair. Similarities are computed in float32 or
         wider, whatever autocast says.
-    temperature : float
-        tau > 0, in units of similarity.
+    temperature : float, scalar tensor, or pair of tensors ``[b]``
+        tau > 0, in units of similarity: one for all, or one for each image and each text anchor. A tensor that
+        requires a gradient gets that of ``F_i + rho tau``, which is ``rho - KL_i`` without running estimates.
     reference : (Tensor, Tensor), optional
         Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached.
     log_u : (Tensor, Tensor), optional
@@ -74,77 +93,221 @@ def contrastive_risk(
         Added to u where the gradient divides by it, >= 0.
     divergence : Divergence
         The ball over negatives; KL by default.
+    threshold : (Tensor, Tensor), optional
+        Of divergences other than KL: the anchors' running dual variables, NaN where never visited. With gamma < 1
+        they lag as u does; the value is then an upper bound on the batch's risk, its dual objective.
+    coefficient : float
+        c, of the reference's margins: 1 is DRRho-CLIP, 0 ignores the reference.
+    include_positive : bool
+        Whether an anchor's own pair (of loss 0) counts among its negatives.
+    rho : float
+        Radius of the constrained form ``min_tau F_i + rho tau`` (here a bound on KL itself, as FastCLIP v3 has it).
+    published_temperature_gradient : bool
+        Count the similarity part of the temperature's gradient twice, as the published code does (and as its values
+        of rho suppose).
+    group : torch.distributed.ProcessGroup, optional
+        Ranks over which the batch is spread, any number >= 1 of pairs each: every rank passes its own pairs, which
+        are compared with all ranks' negatives. ``value`` is that of the whole batch; gradients are those of the one
+        value with respect to this rank's features. KL only; every rank must call, and call backward.
 
     Raises
     ------
     ValueError
         For mismatched shapes, fewer than two pairs, non-finite features, or a parameter out of range.
     """
-    if not (0 < temperature < math.inf):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and >= 0, got {eps}")
-    if log_u is not None and not isinstance(divergence, KL):
-        raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer")
-    by_image, by_text = (
-        penalized_risk(losses, divergence, temperature) for losses in _excess_pair_losses(image, text, reference)
-    )
-    if not isinstance(divergence, KL):
-        return ContrastiveStep((by_image.value.mean() + by_text.value.mean()) / 2, None, (by_image, by_text))
-    before = (torch.full_like(by_image.value, -torch.inf),) * 2 if log_u is None else log_u
-    image_term, image_log_u = _running_term(by_image.value, before[0], temperature, gamma, eps, "log_u[0]")
-    text_term, text_log_u = _running_term(by_text.value, before[1], temperature, gamma, eps, "log_u[1]")
-    return ContrastiveStep((image_term + text_term) / 2, (image_log_u, text_log_u), (by_image, by_text))
+    for number, name in ((eps, "eps"), (rho, "rho")):
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {number}")
+    if not abs(coefficient) < math.inf:
+        raise ValueError(f"coefficient must be finite, got {coefficient}")
+    is_kl = isinstance(divergence, KL)
+    if log_u is not None and not is_kl:
+        raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer; use threshold")
+    if threshold is not None and is_kl:
+        raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
+    if group is not None and not is_kl:
+        raise ValueError(f"group needs divergence=KL(), got {divergence}")
+    _check_pairs(image, text, "image", "text", alone=group is None)
+    if reference is not None:
+        _check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
+        if len(reference[0]) != len(image):
+            raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
+        reference = reference[0].detach(), reference[1].detach()
+    taus = _temperatures(temperature, image)
+    rates = tuple(1 / tau.detach() for tau in taus)
+    pairs = Pairs(image, text, reference, coefficient, (rates[0], rates[1]), include_positive, group)
+    with torch.autocast(image.device.type, enabled=False):
+        if is_kl:
+            anchors = kl_anchors(pairs)
+            step = [
+                _running_term(*part, gamma, eps, published_temperature_gradient, f"log_u[{side}]")
+                for side, part in enumerate(
+                    zip(
+                        anchors.log_g,
+                        anchors.mean_exponent,
+                        taus,
+                        log_u or [torch.full_like(anchors.log_g[0], -torch.inf)] * 2,
+                        strict=True,
+                    )
+                )
+            ]
+            terms, after = [term for term, _ in step], (step[0][1], step[1][1])
+            risks = tuple((tau * log_g).detach() for tau, log_g in zip(taus, anchors.log_g, strict=True))
+            distances = tuple(
+                mean - log_g.detach() for mean, log_g in zip(anchors.mean_exponent, anchors.log_g, strict=True)
+            )
+            state = {"log_u": after, "threshold": None}
+        else:
+            terms, after, distances = robust_anchors(pairs, divergence, threshold, gamma)
+            terms = [
+                term + (tau - tau.detach()) * -distance
+                for term, tau, distance in zip(terms, taus, distances, strict=True)
+            ]
+            risks = tuple(term.detach() for term in terms)
+            state = {"log_u": None, "threshold": after}
+    value = _mean(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
+    return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
+
+
+def anchor_risks(
+    image: Tensor,
+    text: Tensor,
+    temperature: Any,
+    *,
+    reference: _Two | None = None,
+    divergence: Divergence = _KL,
+    coefficient: float = 1.0,
+    include_positive: bool = False,
+) -> tuple[RobustRisk, RobustRisk]:
+    """Return each anchor's `penalized_risk` over its negatives, image to text and text to image, from its definition.
+
+    The matrices of losses and weights are kept, ``[b, b - 1]``, so that weights and certificates can be looked at and
+    derivatives of any order taken. The value of `contrastive_risk` is the mean of both directions' values.
+
+    Parameters and errors are those of `contrastive_risk`.
+    """
+    _check_pairs(image, text, "image", "text", alone=True)
+    taus = _temperatures(temperature, image)
+    both = _excess_pair_losses(image, text, reference, coefficient, include_positive)
+    first, second = (penalized_risk(losses, divergence, tau) for losses, tau in zip(both, taus, strict=True))
+    return first, second
+
+
+def project_temperature(temperature: Tensor, low: float, high: float) -> int:
+    """Move a learned temperature into ``[low, high]`` in place; return how many entries were moved, to be logged.
+
+    Raises
+    ------
+    ValueError
+        Unless ``0 < low <= high``, or if an entry is NaN.
+    """
+    if not 0 < low <= high:
+        raise ValueError(f"low and high must satisfy 0 < low <= high, got {low} and {high}")
+    values = temperature.detach()
+    if bool(torch.isnan(values).any()):
+        raise ValueError("temperature must not be NaN: its optimizer has diverged")
+    moved = int(((values < low) | (values > high)).sum())
+    values.clamp_(low, high)
+    return moved
 
 
 def _running_term(
-    risk: Tensor, log_u: Tensor, temperature: float, gamma: float, eps: float, name: str
+    log_g: Tensor,
+    mean_exponent: Tensor,
+    tau: Tensor,
+    log_u: Tensor,
+    gamma: float,
+    eps: float,
+    doubled: bool,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean of the anchors' risks ``[b]``, its gradient scaled by g / (eps + u), and log u after the step."""
-    log_g = risk.detach() / temperature
-    after = _averaged(log_u, log_g, gamma, name)
+    """Return the anchors' risks ``[b]`` with the estimator's gradient, and log u after the step.
+
+    With respect to features that is ``g / (eps + u)`` times the risk's; with respect to the temperature
+    ``log(eps + u) - g / (eps + u) E_p[l / tau]``.
+    """
+    value = log_g.detach()
+    after = _averaged(log_u, value, gamma, name)
     smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
-    estimator = torch.exp(log_g - smoothed) * risk  # the scale is at most 1 / gamma, since u >= gamma g
-    return (risk.detach() + (estimator - estimator.detach())).mean(), after
+    scale = torch.exp(value - smoothed)  # at most 1 / gamma, since u >= gamma g
+    fixed = tau.detach()
+    by_temperature = smoothed - (2 if doubled else 1) * scale * mean_exponent
+    return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
 
 
-def _excess_pair_losses(image: Tensor, text: Tensor, reference: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _mean(terms: Tensor, group: Any) -> Tensor:
+    """Return the mean over all ranks' terms, differentiable in this rank's."""
+    if group is None:
+        return terms.mean()
+    both = torch.stack([terms.detach().sum(), torch.full_like(terms[0].detach(), len(terms))])
+    dist.all_reduce(both, group=group)
+    own = terms.sum() / both[1]
+    return own + (both[0] / both[1] - own.detach())
+
+
+def _temperatures(temperature: Any, image: Tensor) -> _Two:
+    """Return the temperatures of image and text anchors, scalars or ``[b]``."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    given = temperature if isinstance(temperature, tuple) else (temperature, temperature)
+    both = []
+    for values in given:
+        tau = torch.as_tensor(values, device=image.device, dtype=dtype)
+        if tau.numel() == 1:
+            tau = tau.reshape(())
+        elif tau.shape != image.shape[:1]:
+            raise ValueError(f"temperature must be one number or have shape [{len(image)}], got {list(tau.shape)}")
+        if not bool(((tau > 0) & (tau < math.inf)).all()):
+            wrong = tau[~((tau > 0) & (tau < math.inf))].flatten()[0]
+            raise ValueError(f"temperature must be finite and > 0, got {wrong.item()}")
+        both.append(tau)
+    if len(both) != 2:
+        raise ValueError(f"temperature must be a pair of image and text anchors' temperatures, got {len(both)} of them")
+    return both[0], both[1]
+
+
+def _check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *, alone: bool) -> None:
+    least = 2 if alone else 1
+    if image.ndim != 2 or image.shape != text.shape or len(image) < least:
+        raise ValueError(
+            f"{image_name} and {text_name} must both have shape [b, d] with b >= {least} (an anchor needs a negative), "
+            f"got {list(image.shape)} and {list(text.shape)}"
+        )
+    if not bool(torch.isfinite(image.sum() + text.sum())):
+        raise ValueError(f"{image_name} and {text_name} must be finite, but their sums are not")
+
+
+def _excess_pair_losses(
+    image: Tensor, text: Tensor, reference: _Two | None, coefficient: float, include_positive: bool
+) -> _Two:
     """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
-    similarity = _similarity(image, text, torch.float32, "image", "text")
+    similarity = _similarity(image, text, torch.float32)
     guide = None
     if reference is not None:
-        guide = _similarity(*reference, similarity.dtype, "reference[0]", "reference[1]").detach().to(similarity.dtype)
-        if guide.shape != similarity.shape:
-            raise ValueError(f"reference must hold {len(similarity)} pairs like image and text, got {len(guide)}")
+        guide = _similarity(*reference, similarity.dtype).detach().to(similarity.dtype)
     directions = []
     for transposed in (False, True):
-        losses = _over_negatives(similarity.T if transposed else similarity)
+        losses = _margins(similarity.T if transposed else similarity, include_positive)
         if guide is not None:
-            losses = excess_losses(losses, _over_negatives(guide.T if transposed else guide))
+            margins = _margins(guide.T if transposed else guide, include_positive)
+            losses = excess_losses(losses, margins, coefficient)
         directions.append(losses)
     return directions[0], directions[1]
 
 
-def _similarity(image: Tensor, text: Tensor, narrowest: torch.dtype, image_name: str, text_name: str) -> Tensor:
-    if image.ndim != 2 or image.shape != text.shape or len(image) < 2:
-        raise ValueError(
-            f"{image_name} and {text_name} must both have shape [b, d] with b >= 2 (an anchor needs a negative), "
-            f"got {list(image.shape)} and {list(text.shape)}"
-        )
+def _similarity(image: Tensor, text: Tensor, narrowest: torch.dtype) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), narrowest)
     with torch.autocast(image.device.type, enabled=False):
-        similarity = image.to(dtype) @ text.to(dtype).T
-    if not bool(torch.isfinite(similarity).all()):
-        raise ValueError(f"{image_name} and {text_name} must be finite, but their similarities are not")
-    return similarity
+        return image.to(dtype) @ text.to(dtype).T
 
 
-def _over_negatives(similarity: Tensor) -> Tensor:
-    """Return ``s_ij - s_ii`` for ``j != i``, ``[b, b - 1]``, in the order of j."""
+def _margins(similarity: Tensor, include_positive: bool) -> Tensor:
+    """Return ``s_ij - s_ii`` for ``j != i``, ``[b, b - 1]``, in the order of j; ``[b, b]`` with the positive."""
     b = len(similarity)
     losses = similarity - similarity.diagonal()[:, None]
+    if include_positive:
+        return losses
     # After the first entry, each run of b + 1 ends with a diagonal one.
     return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)
 

@@ -40,11 +40,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from drrho.divergences import KL, Divergence
 from drrho.risk import penalized_risk
-from drrho.running import moving_average
+from drrho.running import adaptive_log_rates, moving_average
 from drrho.validation import as_losses, as_parameter, refuse
 
 
@@ -336,7 +335,7 @@ def compositional_risk(
     else:
         proximal = _per_row(log_step, "log_step", "is the logarithm of the proximal step", z)[..., 0].detach()
         refuse(~torch.isfinite(proximal), proximal, "log_step must be finite, got {}")
-        log_rate, log_keep = logsigmoid(before + proximal), logsigmoid(-before - proximal)  # no digit lost near 1
+        log_rate, log_keep = adaptive_log_rates(before, proximal)
     risk = penalized_risk(z, KL(), tau).value
     log_g = risk.detach() / tau
     after = moving_average(before, log_g, log_rate, log_keep)

@@ -5,11 +5,16 @@ import math
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from drrho import KL, ChiSquare, CVaR, penalized_risk
-from drrho.contrastive import contrastive_risk
+from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, penalized_risk, tiles
+from drrho.contrastive import anchor_risks, contrastive_risk, project_temperature
 
 CASES = np.load(Path(__file__).parent / "fixtures" / "contrastive_reference_cases.npz")
 
@@ -41,8 +46,10 @@ def test_value_is_the_mean_of_penalized_risks_of_excess_pair_losses(divergence):
     by_text = [penalized_risk(excess(i, text, image, ref_text, ref_image), divergence, 0.07).value for i in range(9)]
     expected = (torch.stack(by_image).mean() + torch.stack(by_text).mean()) / 2
     assert abs(step.value - expected) <= 1e-10
-    assert torch.allclose(step.risks[0].value, torch.stack(by_image), rtol=0, atol=1e-10)
-    assert torch.allclose(step.risks[1].value, torch.stack(by_text), rtol=0, atol=1e-10)
+    assert torch.allclose(step.risks[0], torch.stack(by_image), rtol=0, atol=1e-10)
+    assert torch.allclose(step.risks[1], torch.stack(by_text), rtol=0, atol=1e-10)
+    plain = anchor_risks(image, text, 0.07, reference=(ref_image, ref_text), divergence=divergence)
+    assert torch.allclose(plain[1].value, torch.stack(by_text), rtol=0, atol=1e-10)
 
 
 def test_kl_value_in_plain_numbers():
@@ -107,7 +114,9 @@ def test_reference_equal_to_the_target_leaves_nothing_to_learn():
     image, text = features(7, 5, 6)
     step = contrastive_risk(image, text, 0.01, reference=(image, text))
     assert abs(step.value) <= 1e-15
-    assert torch.allclose(step.risks[0].weights, torch.full((7, 6), 1 / 6, dtype=torch.float64), rtol=1e-12)
+    assert torch.cat(step.distances).abs().max() <= 1e-12  # uniform weights
+    plain = anchor_risks(image, text, 0.01, reference=(image, text))
+    assert torch.allclose(plain[0].weights, torch.full((7, 6), 1 / 6, dtype=torch.float64), rtol=1e-12)
 
 
 def test_reference_gets_no_gradient():
@@ -169,9 +178,310 @@ def test_similarities_are_float32_under_autocast():
         ({"log_u": (torch.zeros(4), torch.zeros(5))}, r"log_u\[0\].*\[5\].*\[4\]"),
         ({"log_u": (torch.full((5,), torch.nan), torch.zeros(5))}, "NaN"),
         ({"log_u": (torch.zeros(5), torch.zeros(5)), "divergence": ChiSquare()}, "KL"),
+        ({"threshold": (torch.zeros(5), torch.zeros(5))}, "log_u for KL"),
+        ({"temperature": torch.ones(4)}, r"\[5\], got \[4\]"),
+        ({"temperature": (torch.ones(5), torch.tensor([1.0, 1.0, -2.0, 1.0, 1.0]))}, "temperature.*-2"),
+        ({"coefficient": math.inf}, "coefficient.*inf"),
+        ({"rho": -1.0}, "rho.*-1.0"),
     ],
 )
 def test_refusals_name_argument_and_value(change, message):
     arguments = {"image": torch.eye(5)[:, :3], "text": torch.eye(5)[:, :3], "temperature": 0.1} | change
     with pytest.raises(ValueError, match=message):
         contrastive_risk(arguments.pop("image"), arguments.pop("text"), **arguments)
+
+
+# --- tiles against the plain form ---------------------------------------------------------------------------------
+
+
+def gradients(value, inputs):
+    return torch.autograd.grad(value, inputs)
+
+
+def close(actual, expected, tolerance):
+    size = max(float(part.abs().max()) for part in expected) + 1e-300
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * size
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pairs=st.integers(2, 40),
+    temperature=st.floats(-3, 1).map(lambda power: 10**power),
+    tile=st.sampled_from([1, 7, 64, 2**21]),
+    steered=st.booleans(),
+    coefficient=st.sampled_from([1.0, 0.3, 0.0]),
+    include_positive=st.booleans(),
+    individual=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, coefficient, include_positive, individual, dtype):
+    image, text = (part.requires_grad_() for part in features(pairs, 7, pairs, dtype))
+    tau = torch.tensor(temperature, dtype=dtype)
+    taus = (tau * torch.linspace(0.5, 2, pairs, dtype=dtype), tau * torch.linspace(3, 1, pairs, dtype=dtype))
+    options = {
+        "reference": features(pairs, 5, pairs + 1, dtype) if steered else None,
+        "coefficient": coefficient,
+        "include_positive": include_positive,
+    }
+    held, tiles.TILE = tiles.TILE, tile
+    try:
+        step = contrastive_risk(image, text, taus if individual else tau, **options)
+        ours = gradients(step.value, (image, text))
+    finally:
+        tiles.TILE = held
+    first, second = anchor_risks(image, text, taus if individual else tau, **options)
+    plain = (first.value.mean() + second.value.mean()) / 2
+    # Sums of b exponentials are known to eps, and so their logarithms absolutely.
+    eps = torch.finfo(dtype).eps
+    absolute = 8 * eps * (float(max(map(torch.max, taus))) * math.log(2 * pairs) + 4)
+    assert abs(step.value - plain) <= absolute
+    close(ours, gradients(plain, (image, text)), 64 * eps * (1 + 2 / float(min(map(torch.min, taus)))))
+    for ours, theirs in zip(step.risks, (first, second), strict=True):
+        assert (ours - theirs.value).abs().max() <= absolute
+
+
+@pytest.mark.parametrize("divergence", [ChiSquare(), CVaR(0.3), CressieRead(0.5), CressieRead(1.5)])
+@pytest.mark.parametrize("tile", [1, 50, 2**21])
+@pytest.mark.parametrize("include_positive", [False, True])
+def test_tiles_of_other_divergences(divergence, tile, include_positive, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", tile)
+    image, text = (part.requires_grad_() for part in features(15, 6, 20))
+    options = {"reference": features(15, 4, 21), "divergence": divergence, "include_positive": include_positive}
+    step = contrastive_risk(image, text, 0.2, **options)
+    first, second = anchor_risks(image, text, 0.2, **options)
+    plain = (first.value.mean() + second.value.mean()) / 2
+    assert abs(step.value - plain) <= 1e-14
+    close(gradients(step.value, (image, text)), gradients(plain, (image, text)), 1e-12)
+    for threshold, risk in zip(step.threshold, (first, second), strict=True):
+        assert torch.allclose(threshold, risk.threshold, rtol=0, atol=1e-12)
+
+
+def test_infonce_is_open_clip_s():
+    """With the positive counted, the KL risk is InfoNCE up to the constant log b."""
+    image, text = (part.requires_grad_() for part in features(32, 16, 30, torch.float32))
+    theirs = open_clip.ClipLoss()(image, text, torch.tensor(1 / 0.07))
+    ours = contrastive_risk(image, text, 0.07, include_positive=True).value / 0.07 + math.log(32)
+    assert abs(ours - theirs) <= 1e-5
+    close(gradients(ours, (image, text)), gradients(theirs, (image, text)), 1e-5)
+
+
+def test_a_shift_of_an_anchor_s_similarities_changes_nothing():
+    image, text = features(9, 6, 31)
+    plain = contrastive_risk(image, text, 0.1)
+    # A direction in which all texts are 1 adds what the image holds there to all of its similarities.
+    wide = torch.cat([image, torch.linspace(-5, 5, 9, dtype=torch.float64)[:, None]], 1)
+    shifted = contrastive_risk(wide, torch.cat([text, torch.ones(9, 1, dtype=torch.float64)], 1), 0.1)
+    assert torch.allclose(shifted.risks[0], plain.risks[0], rtol=0, atol=1e-12)
+
+
+def test_bfloat16_features_are_compared_in_float32():
+    image, text = features(30, 64, 32, torch.float32)
+    exact = contrastive_risk(image, text, 0.05).value
+    rounded = contrastive_risk(image.bfloat16(), text.bfloat16(), 0.05).value
+    assert abs(rounded - exact) <= 2**-8  # that of the features, not of their products
+
+
+# --- temperature ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", [KL(), ChiSquare()])
+@pytest.mark.parametrize("individual", [False, True])
+def test_temperature_gradient_by_differences(divergence, individual):
+    image, text = features(8, 5, 40)
+    reference = features(8, 5, 41)
+
+    def value(*taus):
+        tau = taus if individual else taus[0]
+        return contrastive_risk(image, text, tau, reference=reference, divergence=divergence, rho=0.4).value
+
+    taus = tuple(
+        torch.linspace(low, 0.6, 8, dtype=torch.float64).requires_grad_() if individual
+        else torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        for low in (0.2, 0.4)
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(value, taus if individual else taus[:1])
+
+
+def test_a_learned_temperature_is_stationary_where_the_mean_divergence_is_rho():
+    image, text = features(10, 5, 42)
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    rho = 0.3
+    for _ in range(400):
+        (slope,) = gradients(contrastive_risk(image, text, tau, rho=rho).value, (tau,))
+        with torch.no_grad():
+            tau -= 0.1 * slope
+    step = contrastive_risk(image, text, tau, rho=rho)
+    assert torch.cat(step.distances).mean() == pytest.approx(rho, rel=1e-6)
+    one = contrastive_risk(image[:2], text[:2], 0.5, rho=rho)  # a single negative: no divergence to speak of
+    assert torch.cat(one.distances).abs().max() <= 1e-12
+
+
+def test_individual_temperatures_reach_the_kl_ball():
+    """At the optimum of each anchor's own temperature its risk plus ``rho tau`` is the risk of the ball."""
+    image, text = features(7, 5, 43)
+    losses = (image @ text.T - (image * text).sum(1)[:, None])[0, 1:]
+    ball = constrained_risk(losses, KL(), 0.2)
+    tau = torch.full((7,), 0.3, dtype=torch.float64)
+    tau[0] = ball.strength
+    step = contrastive_risk(image, text, (tau, torch.full_like(tau, 0.3)))
+    assert step.distances[0][0] == pytest.approx(0.2, rel=1e-9)
+    assert step.risks[0][0] + 0.2 * tau[0] == pytest.approx(ball.value.item(), abs=1e-12)
+
+
+def test_published_temperature_gradient_counts_the_similarities_twice():
+    image, text = features(6, 4, 44)
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    (right,) = gradients(contrastive_risk(image, text, tau, rho=1.0).value, (tau,))
+    step = contrastive_risk(image, text, tau, rho=1.0, published_temperature_gradient=True)
+    (published,) = gradients(step.value, (tau,))
+    mean_exponent = torch.stack([d + u for d, u in zip(step.distances, step.log_u, strict=True)]).mean()
+    assert published == pytest.approx((right - mean_exponent).item(), rel=1e-9)
+
+
+def test_projection_counts_what_it_moves():
+    tau = torch.tensor([0.001, 0.05, 3.0], requires_grad=True)
+    assert project_temperature(tau, 0.01, 1.0) == 2
+    assert tau.tolist() == pytest.approx([0.01, 0.05, 1.0])
+    assert project_temperature(tau, 0.01, 1.0) == 0
+    with pytest.raises(ValueError, match="low and high"):
+        project_temperature(tau, 1.0, 0.5)
+    with pytest.raises(ValueError, match="NaN"):
+        project_temperature(torch.tensor([math.nan]), 0.1, 0.5)
+
+
+# --- running estimates ------------------------------------------------------------------------------------------------
+
+
+def test_running_gradient_is_that_of_its_definition():
+    image, text = (part.requires_grad_() for part in features(8, 5, 50))
+    log_u = tuple(torch.linspace(low, 1.0, 8, dtype=torch.float64) for low in (-2.0, 0.0))
+    step = contrastive_risk(image, text, 0.2, log_u=log_u, gamma=0.4, eps=1e-3)
+    total = 0.0
+    for anchors, others, before in ((image, text, log_u[0]), (text, image, log_u[1])):
+        x = (anchors @ others.T - (anchors * others).sum(1)[:, None]) / 0.2
+        off = ~torch.eye(8, dtype=torch.bool)
+        g = torch.where(off, x.exp(), 0.0).sum(1) / 7
+        u = (0.6 * before.exp() + 0.4 * g).detach()
+        total = total + (0.2 * g / (1e-3 + u)).mean() / 2
+    close(gradients(step.value, (image, text)), gradients(total, (image, text)), 1e-12)
+
+
+def test_stationary_bias_of_the_running_estimate():
+    """At a fixed model ``E log u - log g`` is ``-(gamma / (2 - gamma)) Var(batch mean) / (2 g^2)``."""
+    rng = np.random.default_rng(0)
+    similarities = rng.normal(size=400)
+    exponentials = np.exp(similarities)
+    g, variance, batch, gamma = exponentials.mean(), exponentials.var(), 16, 0.1
+    anchor = torch.ones(1, 1, dtype=torch.float64)
+    log_u = torch.tensor([[math.log(g)]], dtype=torch.float64)
+    held = []
+    for _ in range(1500):
+        drawn = torch.tensor(rng.choice(similarities, size=batch))[:, None]
+        image = torch.cat([anchor, torch.zeros(batch, 1, dtype=torch.float64)])
+        text = torch.cat([torch.zeros(1, 1, dtype=torch.float64), drawn])
+        before = torch.full((batch + 1,), -torch.inf, dtype=torch.float64)
+        before[0] = log_u
+        step = contrastive_risk(image, text, 1.0, log_u=(before, torch.full_like(before, -torch.inf)), gamma=gamma)
+        log_u = step.log_u[0][:1]
+        held.append(log_u.item())
+    held = np.array(held[100:])
+    bias = np.mean(held - (np.exp(held) - g) / g) - math.log(g)  # E u = g, which takes most of the noise away
+    expected = -gamma / (2 - gamma) * variance / batch / (2 * g**2)
+    assert bias == pytest.approx(expected, rel=0.25)
+    assert abs(bias) < 0.2 * variance / batch / (2 * g**2)  # far less than that of the batch alone
+
+
+@pytest.mark.parametrize("divergence", [ChiSquare(), CVaR(0.3), CressieRead(1.5)])
+def test_running_dual_variable(divergence):
+    """The full batch at gamma = 1 is exact; with a lagging threshold the value is the dual objective there, above."""
+    image, text = (part.requires_grad_() for part in features(12, 5, 51))
+    exact = contrastive_risk(image, text, 0.2, divergence=divergence)
+    never = (torch.full((12,), math.nan, dtype=torch.float64),) * 2
+    fresh = contrastive_risk(image, text, 0.2, divergence=divergence, threshold=never, gamma=0.3)
+    assert fresh.value == exact.value
+    same = contrastive_risk(image, text, 0.2, divergence=divergence, threshold=exact.threshold, gamma=1.0)
+    close(gradients(same.value, (image, text)), gradients(exact.value, (image, text)), 1e-12)
+    moved = tuple(part + 0.05 for part in exact.threshold)
+    lagging = contrastive_risk(image, text, 0.2, divergence=divergence, threshold=moved, gamma=0.5)
+    for now, batch in zip(lagging.threshold, exact.threshold, strict=True):
+        assert torch.allclose(now, batch + 0.025, rtol=0, atol=1e-12)
+    assert lagging.value > exact.value - 1e-12
+    first = lagging.threshold[0].detach()
+    losses = image @ text.T - (image * text).sum(1)[:, None]
+    losses = losses[~torch.eye(12, dtype=torch.bool)].view(12, 11)
+    dual = first + 0.2 * divergence.conjugate((losses - first[:, None]) / 0.2).mean(1)
+    assert torch.allclose(lagging.risks[0], dual.detach(), rtol=0, atol=1e-12)
+    (ours,) = gradients(lagging.value, (image,))
+    by_text = text @ image.T - (image * text).sum(1)[:, None]
+    by_text = by_text[~torch.eye(12, dtype=torch.bool)].view(12, 11)
+    second = lagging.threshold[1].detach()
+    dual_text = second + 0.2 * divergence.conjugate((by_text - second[:, None]) / 0.2).mean(1)
+    (expected,) = gradients((dual.mean() + dual_text.mean()) / 2, (image,))
+    close([ours], [expected], 1e-12)
+
+
+# --- over ranks -------------------------------------------------------------------------------------------------------
+
+SHARDS = {2: (5, 8), 4: (3, 1, 7, 2)}
+
+
+def batch_of(dtype=torch.float64):
+    reference = features(13, 4, 61, dtype)
+    state = tuple(torch.linspace(low, 1.0, 13, dtype=dtype) for low in (-2.0, 0.0))
+    return (*features(13, 6, 60, dtype), reference, state)
+
+
+def sharded_answer(place, group, tau):
+    """Value, gradients and state, of this rank's part, without and with running estimates."""
+    results = []
+    image, text, reference, state = batch_of()
+    for options in (
+        {},
+        {"reference": tuple(part[place] for part in reference), "log_u": tuple(part[place] for part in state)},
+    ):
+        own = tuple(part[place].clone().requires_grad_() for part in (image, text))
+        temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+        step = contrastive_risk(*own, temperature, gamma=0.5, eps=1e-6, rho=0.2, group=group, **options)
+        found = gradients(step.value, (*own, temperature))
+        results.append([step.value.detach(), *found, *step.log_u, *step.distances])
+    return results
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    try:
+        start = sum(SHARDS[world][:rank])
+        place = slice(start, start + SHARDS[world][rank])
+        answers = {}
+        for tau in (0.002, 0.3):
+            for tile in (10, 2**21):
+                tiles.TILE = tile
+                answers[tau, tile] = sharded_answer(place, dist.group.WORLD, tau)
+        torch.save(answers, Path(folder) / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", SHARDS)
+def test_ranks_give_the_value_and_gradients_of_one_process(world, tmp_path):
+    multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)
+    answers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    total = sum(SHARDS[world])
+    for key in answers[0]:
+        alone = [
+            [field if field.ndim == 0 else field[:total] for field in result]
+            for result in sharded_answer(slice(0, total), None, key[0])
+        ]
+        for number, expected in enumerate(alone):
+            parts = [answer[key][number] for answer in answers]
+            for rank_parts in parts:
+                assert abs(rank_parts[0] - expected[0]) <= 1e-12 * abs(expected[0])
+            tau_slope = sum(rank_parts[3] for rank_parts in parts)
+            assert abs(tau_slope - expected[3]) <= 1e-9 * abs(expected[3])
+            for place in (1, 2, 4, 5, 6, 7):
+                joined = torch.cat([rank_parts[place] for rank_parts in parts])
+                close([joined], [expected[place]], 1e-9)

@@ -15,6 +15,7 @@ MODULES = [
     "reference",
     "risk",
     "running",
+    "selection",
     "stochastic",
     "variance",
 ]

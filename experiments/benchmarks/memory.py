@@ -26,11 +26,11 @@ def extra_arrays(name: str, n: int) -> float:
     for call in calls:
         call(losses("exponential", 1000))  # loads what is loaded on first use
     z = losses("exponential", n)
-    _forget_peak()
-    before = _peak()
+    forget_peak()
+    before = peak()
     for call in calls:
         call(z)
-    return (_peak() - before) / (8 * n)
+    return (peak() - before) / (8 * n)
 
 
 def _calls(name: str) -> list[Callable[[torch.Tensor], Any]]:
@@ -40,13 +40,13 @@ def _calls(name: str) -> list[Callable[[torch.Tensor], Any]]:
     return [lambda z, value=value: race.problem.solve(z, value) for value in race.values]
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Make the present the high-water mark, where the system can (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
+def peak() -> int:
     """Return the high-water mark of resident memory in bytes."""
     with suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -98,9 +98,7 @@ class FastCLIP:
             eps=self._eps,
         )
         self._estimates.update(index, step.log_u)
-        with torch.no_grad():
-            weights = torch.stack([risk.weights for risk in step.risks])
-            effective = 1 / weights.square().sum(-1).mean()
+        effective = (len(index) - 1) * torch.exp(-torch.cat(step.distances)).mean()
         return Loss(step.value, {"gamma": gamma, "effective_negatives": effective.item()})
 
     def state_dict(self) -> dict[str, Tensor]:

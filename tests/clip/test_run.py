@@ -41,7 +41,7 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
     assert "go on with: python experiments/clip/run.py --quick" in errors.strip().splitlines()[-1]
 
     process = start(*arguments)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert "naming top-1" in output
     assert "reusing" in output
@@ -57,7 +57,7 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
 
     trained = (tmp_path / "out" / "steered" / "model" / "open_clip_model.safetensors").read_bytes()
     process = start(*arguments)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0
     assert "going on from" in output
     assert (tmp_path / "out" / "steered" / "model" / "open_clip_model.safetensors").read_bytes() == trained

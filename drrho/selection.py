@@ -1,0 +1,369 @@
+"""From scores to chosen samples: the largest, a softmax sample, and batches whose pairs are learnable together.
+
+- `top_k`: the k largest scores. Of excess losses this is the selection of RHO-LOSS (Mindermann et al., ICML 2022), the
+  support of the weights of ``constrained_risk(scores, CVaR(k / n))``.
+- `sample`: k samples without replacement from the softmax of the scores.
+- `joint_selection`, `joint_selection_from_features`: JEST (Evans et al., NeurIPS 2024, arXiv 2406.17711), a batch
+  drawn in chunks, each given those before it, by learnability: loss of the target minus loss of the reference.
+
+All compare scores in float64. Over a ``group`` of ranks the samples are numbered by rank, and the ranks together choose
+what one process that holds them all would choose. Noise is a pure function of seed, chunk and the sample's number
+(Philox, Salmon et al. 2011): give every step a seed of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from drrho.validation import as_losses, refuse_not_finite
+
+
+def top_k(scores: Any, k: int, *, group: Any = None) -> Tensor:
+    """Return the indices of the k largest scores, int64 ``[..., k]``, largest first and the lower of equals first.
+
+    Parameters
+    ----------
+    scores : tensor, array or sequence, ``[..., n]``
+        Excess losses, or anything else to choose by; finite.
+    k : int
+        How many, in [1, n].
+    group : torch.distributed.ProcessGroup, optional
+        Ranks over which the scores are spread, each passing its own part ``[n_rank]``, of any length >= 1; n is the
+        sum, k the same for all, and every rank must call. A rank sends its ``min(k, n_rank)`` largest and gets its part
+        of the choice in the same order, ``[0 to k]`` indices into its own scores.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument and its value: k out of range, NaN or infinite scores, integer tensors, rows with a group.
+
+    Examples
+    --------
+    >>> top_k([0.5, 2.0, -1.0, 2.0], 3)
+    tensor([1, 3, 0])
+    """
+    rows, ranks = _rows(scores, k, group)
+    return _largest_of_all(rows, k, ranks)[0]
+
+
+def sample(scores: Any, k: int, *, seed: int, temperature: float = 1.0, group: Any = None) -> Tensor:
+    """Draw k indices without replacement, each from the softmax of ``scores / temperature`` over those not yet drawn.
+
+    The k largest of ``scores - max + temperature * noise`` with Gumbel noise have this law, in the order of the draws
+    (Yellott 1977; Kool et al., ICML 2019). Nothing is exponentiated, so that scores may have any size.
+
+    Parameters
+    ----------
+    scores, k, group
+        As for `top_k`, and so is the answer. Every row has noise of its own.
+    seed : int
+        In [0, 2^64).
+    temperature : float
+        In units of scores, in [0, 1e300]; 0 is the limit, in which the draw is `top_k`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `top_k`, and for a temperature or seed out of range.
+
+    Examples
+    --------
+    >>> sample([0.0, 1000.0, 2000.0], 2, seed=0)
+    tensor([2, 1])
+    """
+    noise = _noise(seed, temperature)
+    rows, ranks = _rows(scores, k, group)
+    return _largest_of_all(noise.added(rows, ranks), k, ranks)[0]
+
+
+def joint_selection(learnability: Any, size: int, *, chunks: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """Choose a batch ``[size]`` that is learnable together, in the order of the draws, for a sum over pairs: JEST.
+
+    Each chunk is drawn by `sample` from the candidates left, c having the score ``a_cc + sum_j (a_cj + a_jc)`` over the
+    j chosen in the chunks before: what c would add to the batch's learnability ``sum_ij a_ij``. The first chunk sees
+    the diagonal alone. Within a chunk the scores stay, so ``chunks=size`` conditions on every draw.
+
+    For the sigmoid loss with logits ``t`` of the target and ``r`` of the reference, ``a_ii = softplus(-t_ii) -
+    softplus(-r_ii)`` and ``a_ij = softplus(t_ij) - softplus(r_ij)`` off the diagonal. The softmax loss is no sum over
+    pairs: see `joint_selection_from_features`, which also needs less memory.
+
+    Parameters
+    ----------
+    learnability : tensor, array or sequence, ``[n, n]``
+        ``a_ij``, the target's loss on image i with text j minus the reference's; finite.
+    size, chunks : int
+        How many to choose, in [1, n], and in how many equal parts.
+    seed, temperature
+        As for `sample`. Temperature 1 is published, 0 takes the largest scores of each chunk.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument and its value: a matrix that is not square or finite, a size or number of chunks that does
+        not fit, temperature or seed out of range.
+
+    Examples
+    --------
+    Alone, samples 0 and 1 are the most learnable; together, 0 and 2:
+
+    >>> learnability = [[3.0, 0.0, 2.0], [0.0, 2.0, 0.0], [1.0, 0.0, 1.0]]
+    >>> joint_selection(learnability, 2, chunks=2, seed=0, temperature=0.0)
+    tensor([0, 2])
+    """
+    noise = _noise(seed, temperature)
+    matrix = as_losses(learnability, "learnability").detach()
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"learnability must have shape [n, n], got {list(matrix.shape)}: it pairs n images and texts")
+    scores = matrix.diagonal().to(torch.float64, copy=True)
+
+    def given(chosen: Tensor, places: Tensor) -> Tensor:
+        pairs = matrix[:, chosen].sum(1, dtype=torch.float64) + matrix[chosen].sum(0, dtype=torch.float64)
+        return scores.add_(pairs)
+
+    return _by_chunks(scores, given, size, chunks, noise, _ranks(len(matrix), size, "size", matrix.device, None))
+
+
+class PairFeatures(NamedTuple):
+    """What a model says about n pairs: features ``[n, d]``, row i of both one pair, with the logits
+    ``<image_i, text_j> / temperature + bias``, in float32 or wider. The softmax loss does not depend on the bias.
+    """
+
+    image: Tensor
+    text: Tensor
+    temperature: float
+    bias: float = 0.0
+
+    def checked(self, name: str) -> PairFeatures:
+        """Return the same detached and in float32 or wider, or raise a ``ValueError`` that says what it must be."""
+        image, text = self.image.detach(), self.text.detach()
+        if image.ndim != 2 or image.shape != text.shape or len(image) == 0:
+            shapes = f"{list(image.shape)} and {list(text.shape)}"
+            raise ValueError(f"{name}.image and {name}.text must both have shape [n, d], n >= 1, got {shapes}")
+        if not (0 < self.temperature < float("inf") and abs(self.bias) < float("inf")):
+            raise ValueError(
+                f"{name} must have a finite temperature > 0 and a finite bias, got {self.temperature} and {self.bias}"
+            )
+        dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+        return self._replace(image=image.to(dtype), text=text.to(dtype))
+
+
+class _PairLoss(NamedTuple):
+    """A loss: its positive's term plus ``share`` of what each direction gathers over negatives, from ``empty`` on.
+
+    ``gathered(state [n], logits [n, m])`` is the state after m more negatives.
+    """
+
+    positive: Callable[[Tensor], Tensor]
+    gathered: Callable[[Tensor, Tensor], Tensor]
+    empty: float
+    share: float
+
+
+_LOSSES = {  # F.softplus would give up its digits at 20
+    "softmax": _PairLoss(torch.neg, lambda state, t: torch.logaddexp(state, t.logsumexp(1).double()), -torch.inf, 0.5),
+    "sigmoid": _PairLoss(
+        lambda t: -F.logsigmoid(t), lambda state, t: state - F.logsigmoid(-t).sum(1, dtype=torch.float64), 0.0, 1.0
+    ),
+}
+
+
+def joint_selection_from_features(
+    target: PairFeatures,
+    reference: PairFeatures,
+    size: int,
+    *,
+    chunks: int,
+    seed: int,
+    temperature: float = 1.0,
+    loss: str = "softmax",
+    group: Any = None,
+) -> Tensor:
+    """Choose a batch ``[size]`` that is learnable together for a contrastive loss, without a matrix ``[n, n]``: JEST.
+
+    Each chunk is drawn by `sample` from the candidates left, c having the score ``L_c(target) - L_c(reference)``, the
+    excess of its own loss with the set S of samples chosen in the chunks before as negatives. From a model's logits t,
+
+    - "softmax": ``L_c = (log sum_{j in S} exp(t_cj - t_cc) + log sum_{j in S} exp(t_jc - t_cc)) / 2``,
+    - "sigmoid": ``L_c = softplus(-t_cc) + sum_{j in S} (softplus(t_cj) + softplus(t_jc))``, as in `joint_selection`,
+
+    and in the first chunk, where S is empty, the term of the positive alone: ``-t_cc`` and ``softplus(-t_cc)``.
+
+    Parameters
+    ----------
+    target, reference : PairFeatures
+        Of the same n pairs; widths, temperatures and biases may differ.
+    size, chunks, seed, temperature
+        As for `joint_selection`. The memory needed is some blocks of ``[n, size / chunks]``.
+    loss : str
+        "softmax" or "sigmoid".
+    group : torch.distributed.ProcessGroup, optional
+        Ranks over which the pairs are spread, as for `top_k`; they exchange scores and the features of chosen pairs.
+        They choose what one process would, but where the rounding of matrix products decides between two scores.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `joint_selection`, and for features whose shapes differ or which give NaN or infinite scores.
+    """
+    noise = _noise(seed, temperature)
+    if loss not in _LOSSES:
+        raise ValueError(f"loss must be one of {list(_LOSSES)}, got {loss!r}")
+    pair_loss = _LOSSES[loss]
+    models = (target.checked("target"), reference.checked("reference"))
+    n = len(models[0].image)
+    if len(models[1].image) != n:
+        raise ValueError(f"reference must hold the {n} pairs of target, got {len(models[1].image)}")
+    ranks = _ranks(n, size, "size", models[0].image.device, group)
+
+    def positive(model: PairFeatures) -> Tensor:
+        return pair_loss.positive((model.image * model.text).sum(1) / model.temperature + model.bias).double()
+
+    alone = positive(models[0]) - positive(models[1])
+    gathered = alone.new_full((2, 2, n), pair_loss.empty)  # by model, by direction
+
+    def given(chosen: Tensor, places: Tensor) -> Tensor:
+        for model, directions in zip(models, gathered, strict=True):
+            sides = ((model.image, model.text), (model.text, model.image))
+            for (anchors, others), state in zip(sides, directions, strict=True):
+                negatives = _chosen_rows(others, chosen, places, size // chunks, group)
+                with torch.autocast(anchors.device.type, enabled=False):
+                    logits = anchors @ negatives.T / model.temperature + model.bias
+                state.copy_(pair_loss.gathered(state, logits))
+        return alone + pair_loss.share * (gathered[0] - gathered[1]).sum(0)
+
+    return _by_chunks(alone, given, size, chunks, noise, ranks)
+
+
+def _by_chunks(
+    scores: Tensor, given: Callable[[Tensor, Tensor], Tensor], size: int, chunks: int, noise: _Noise, ranks: _Ranks
+) -> Tensor:
+    """Draw ``size`` of the candidates with ``scores`` ``[n]``, which ``given`` renews from what a chunk has drawn."""
+    if not isinstance(chunks, Integral) or chunks < 1 or size % chunks:
+        raise ValueError(f"chunks must be an integer >= 1 that divides size = {size}, got {chunks}")
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    batch = []
+    for chunk in range(chunks):
+        _refuse_not_finite(scores, "learnability", ranks)
+        keys = noise.added(scores.masked_fill(taken, -torch.inf), ranks, chunk)
+        chosen, places = _largest_of_all(keys, size // chunks, ranks)
+        taken[chosen] = True
+        batch.append(chosen)
+        if chunk < chunks - 1:
+            scores = given(chosen, places)
+    return torch.cat(batch)
+
+
+class _Ranks(NamedTuple):
+    """Where a process stands: its samples begin at number ``start``, and the longest part has length ``longest``."""
+
+    start: int
+    longest: int
+    group: Any
+
+
+def _ranks(count: int, k: int, name: str, device: torch.device, group: Any) -> _Ranks:
+    """Meet the other ranks, and refuse a k that is no number of samples to choose."""
+    if not isinstance(k, Integral):
+        raise TypeError(f"{name} must be an integer, got {k!r}")
+    counts, rank = [count], 0
+    if group is not None:
+        counts, sizes = _gathered(torch.tensor([count, k], device=device), group).T.tolist()
+        if len(set(sizes)) > 1:
+            raise ValueError(f"{name} must be the same on every rank, got {sizes}")
+        rank = dist.get_rank(group)
+    if not 1 <= k <= sum(counts):
+        raise ValueError(f"{name} must lie in [1, {sum(counts)}], the number of samples, got {k}")
+    return _Ranks(sum(counts[:rank]), max(counts), group)
+
+
+class _Noise(NamedTuple):
+    seed: int
+    temperature: float
+
+    def added(self, scores: Tensor, ranks: _Ranks, stream: int = 0) -> Tensor:
+        """Return half of ``scores - max + temperature * noise``, which no range of scores overflows."""
+        if self.temperature == 0:
+            return scores
+        peak = scores.amax(-1, keepdim=True)
+        if ranks.group is not None:
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group=ranks.group)
+        blocks, skipped = divmod(ranks.start, 4)  # a count of the generator gives four numbers
+        generator = np.random.Philox(key=np.array([self.seed, stream], np.uint64), counter=blocks)
+        bits = generator.random_raw(skipped + scores.numel())[skipped:] >> 12
+        gumbel = torch.from_numpy(-np.log(-np.log((bits + 0.5) * 2.0**-52)))  # neither of 0 nor of 1
+        return (scores / 2 - peak / 2).add_(gumbel.to(scores.device).view_as(scores), alpha=self.temperature / 2)
+
+
+def _noise(seed: int, temperature: float) -> _Noise:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2^64), got {seed}")
+    if not 0 <= temperature <= 1e300:
+        raise ValueError(f"temperature must lie in [0, 1e300], got {temperature}: it is in units of the scores")
+    return _Noise(seed, temperature)
+
+
+def _rows(scores: Any, k: int, group: Any) -> tuple[Tensor, _Ranks]:
+    rows = as_losses(scores, "scores", finite=False).detach().double()
+    if group is not None and rows.ndim != 1:
+        raise ValueError(f"scores must have shape [n] with a group, got {list(rows.shape)}: choose row by row")
+    ranks = _ranks(rows.shape[-1], k, "k", rows.device, group)
+    _refuse_not_finite(rows, "scores", ranks)
+    return rows, ranks
+
+
+def _refuse_not_finite(scores: Tensor, name: str, ranks: _Ranks) -> None:
+    """Refuse on every rank what is NaN or infinite on one, or the others would wait for it."""
+    refused = torch.tensor(False)
+    if ranks.group is not None:
+        refused = (~torch.isfinite(scores)).any().long()
+        dist.all_reduce(refused, dist.ReduceOp.MAX, group=ranks.group)
+    refuse_not_finite(scores, name)  # says where
+    if refused:
+        raise ValueError(f"{name} must be finite on every rank, got NaN or infinity on another")
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest keys ``[..., n]``, in order, the lower of equals first."""
+    threshold = keys.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = keys > threshold, keys == threshold
+    room = k - above.sum(-1, keepdim=True)
+    indices = (above | (tied & (tied.cumsum(-1) <= room))).nonzero()[:, -1].view(*keys.shape[:-1], k)
+    order = keys.gather(-1, indices).sort(dim=-1, descending=True, stable=True).indices
+    return indices.gather(-1, order)
+
+
+def _largest_of_all(keys: Tensor, k: int, ranks: _Ranks) -> tuple[Tensor, Tensor]:
+    """Choose the k largest keys of all ranks; return this rank's indices and their places in the whole choice."""
+    if ranks.group is None:
+        return _largest(keys, k), torch.arange(k, device=keys.device)
+    own = _largest(keys, min(k, len(keys)))
+    width = min(k, ranks.longest)
+    keys_of_all = _gathered(F.pad(keys[own], (0, width - len(own)), value=-torch.inf), ranks.group)
+    chosen = _largest(keys_of_all.flatten(), k)
+    places = (chosen // width == dist.get_rank(ranks.group)).nonzero()[:, 0]
+    return own[chosen[places] % width], places
+
+
+def _chosen_rows(rows: Tensor, chosen: Tensor, places: Tensor, k: int, group: Any) -> Tensor:
+    """Return the k rows that all ranks have chosen, in the order of the choice."""
+    if group is None:
+        return rows[chosen]
+    of_all = rows.new_zeros(k, rows.shape[1])
+    of_all[places] = rows[chosen]
+    dist.all_reduce(of_all, group=group)
+    return of_all
+
+
+def _gathered(sent: Tensor, group: Any) -> Tensor:
+    """Return what every rank sends, ``[ranks, ...]``."""
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group=group)
+    return torch.stack(received)

@@ -1,0 +1,334 @@
+"""Risks of all anchors in both directions from tiles of the similarity matrix, memory linear in the batch.
+
+For KL, the matrix of ``x_ij = (s_ij - c r_ij) / tau`` is passed over twice, a few rows at a time: once for the
+normalizers of its rows (image anchors) and columns (text anchors), and once more in the backward pass for the weights,
+``exp(x_ij - log row_i)`` and ``exp(x_ij - log column_j)``: four products of the features' sizes, six with a reference,
+against three and four where the matrix is kept. With a group, a rank has the rows of its own images and
+all columns; normalizers of columns are reduced over ranks, and so are gradients of texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from drrho.divergences import Divergence
+from drrho.risk import penalized_risk
+
+TILE = 2**21  # similarities at a time
+_HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp leaves the type
+
+
+class Anchors(NamedTuple):
+    """Of this rank's anchors, ``[b]`` each: ``log mean exp(l_ij / tau)`` over negatives, and the mean exponent.
+
+    ``mean_exponent`` is ``sum_j p_ij l_ij / tau`` under the weights of the anchor's risk, whose KL divergence is
+    ``mean_exponent - log_g``.
+    """
+
+    log_g: tuple[Tensor, Tensor]
+    mean_exponent: tuple[Tensor, Tensor]
+
+
+class Pairs(NamedTuple):
+    """Features of the pairs and how they are compared.
+
+    ``reference`` holds the reference's features or None, ``coefficient`` multiplies its similarities,
+    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars.
+    """
+
+    image: Tensor
+    text: Tensor
+    reference: tuple[Tensor, Tensor] | None
+    coefficient: float
+    rates: tuple[Tensor, Tensor]
+    include_positive: bool
+    group: Any
+
+
+def kl_anchors(pairs: Pairs) -> Anchors:
+    """Return `Anchors` of the pairs; ``log_g`` is differentiable once in the features."""
+    guide = pairs.reference or (None, None)
+    settings = (pairs.coefficient, pairs.include_positive, pairs.group)
+    *log_g, image_mean, text_mean = _Tiled.apply(pairs.image, pairs.text, *pairs.rates, *guide, settings)  # pyright: ignore[reportGeneralTypeIssues]
+    return Anchors((log_g[0], log_g[1]), (image_mean, text_mean))
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, text, image_rate, text_rate, image_guide, text_guide, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return normalizers and mean exponents of both directions."""
+        matrix = _Matrix(image, text, image_rate, text_rate, image_guide, text_guide, *settings)
+        rows, columns = matrix.sums()
+        ctx.save_for_backward(image, text, image_rate, text_rate, image_guide, text_guide, *rows, *columns)
+        ctx.settings = settings
+        outputs = (*(total.log_mean for total in (rows, columns)), *(total.mean for total in (rows, columns)))
+        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Form the weights again, and their products with the features."""
+        image, text, image_rate, text_rate, image_guide, text_guide, *saved = ctx.saved_tensors
+        matrix = _Matrix(image, text, image_rate, text_rate, image_guide, text_guide, *ctx.settings)
+        by_row, by_column = (
+            torch.zeros(len(image), dtype=matrix.dtype, device=image.device) if grad is None else grad
+            for grad in grads[:2]
+        )
+        to_image, to_text = matrix.gradients(_Total(*saved[:3]), _Total(*saved[3:]), by_row, by_column)
+        return to_image.to(image.dtype), to_text.to(text.dtype), *[None] * 5
+
+
+class _Total(NamedTuple):
+    """Of this rank's anchors: log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau."""
+
+    log_sum: Tensor
+    log_mean: Tensor
+    mean: Tensor
+
+
+class _Matrix:
+    """The similarities of this rank's images with all texts, in tiles of rows."""
+
+    def __init__(
+        self, image, text, image_rate, text_rate, image_guide, text_guide, coefficient, include_positive, group
+    ) -> None:
+        self.group, self.include_positive, self.coefficient = group, include_positive, coefficient
+        self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+        self.image, own_text = image.to(self.dtype), text.to(self.dtype)
+        self.sizes = _sizes(len(image), group, image.device)
+        self.first = sum(self.sizes[: dist.get_rank(group)]) if group is not None else 0
+        self.count = sum(self.sizes)
+        self.text = self.gathered(own_text)
+        self.guide = None
+        self.positive = (self.image * own_text).sum(1)
+        if image_guide is not None and coefficient != 0:
+            own_guide = text_guide.to(self.dtype)
+            self.guide = image_guide.to(self.dtype), self.gathered(own_guide)
+            self.positive = self.positive - coefficient * (self.guide[0] * own_guide).sum(1)
+        self.image_rate = image_rate.to(self.dtype).expand(len(image))
+        self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
+        #: Whether all anchors of both directions have one rate, so that x is the same matrix for rows and columns.
+        self.shared = image_rate.ndim == 0 and text_rate.ndim == 0 and bool(image_rate == text_rate)
+        self.unshifted = self.shared and self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
+
+    def _bound(self) -> float:
+        """Return what no exponent exceeds, on any rank."""
+        largest = [tensor.norm(dim=1).amax() for tensor in (self.image, self.text, *(self.guide or ()))]
+        if self.group is not None:
+            together = torch.stack(largest)
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
+            largest = list(together)
+        bound = largest[0] * largest[1]
+        if self.guide is not None:
+            bound = bound + abs(self.coefficient) * largest[2] * largest[3]
+        return float(bound * self.image_rate[0])
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """Return all ranks' rows, in the order of ranks."""
+        if self.group is None:
+            return own
+        most = max(self.sizes)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def _own(self, everybody: Tensor) -> Tensor:
+        return everybody[self.first : self.first + len(self.image)]
+
+    def tiles(self, buffers: int) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor, Tensor]]]:
+        """Yield rows, buffers of the tile's shape, the first with the excess similarities, and where positives are."""
+        height = max(1, min(len(self.image), TILE // self.count))
+        held = [self.image.new_empty(height, self.count) for _ in range(buffers)]
+        for first in range(0, len(self.image), height):
+            rows = slice(first, min(first + height, len(self.image)))
+            parts = [buffer[: rows.stop - first] for buffer in held]
+            torch.mm(self.image[rows], self.text.T, out=parts[0])
+            if self.guide is not None:
+                parts[0].addmm_(self.guide[0][rows], self.guide[1].T, alpha=-self.coefficient)
+            place = torch.arange(rows.stop - first, device=self.image.device)
+            yield rows, parts, (place, place + self.first + first)
+
+    def sums(self) -> tuple[_Total, _Total]:
+        """Pass over the matrix for the sums of both directions."""
+        b, anchors = len(self.image), self.count
+        row_sum, row_mean = self.image.new_empty(2, b).unbind()
+        top = self.image.new_full((anchors,), 0.0 if self.unshifted else -torch.inf)
+        column_sum, column_mean = self.image.new_zeros(2, anchors).unbind()
+        for rows, (x, e), positives in self.tiles(2):
+            if self.shared:
+                x.mul_(self.image_rate[0])
+            if not self.include_positive:
+                x[positives] = -torch.inf
+            if self.unshifted:
+                torch.exp(x, out=e)
+                row_sum[rows] = e.sum(1)
+                column_sum += e.sum(0)
+                row_sum[rows].log_()
+                x.masked_fill_(x == -torch.inf, 0.0).mul_(e)
+                row_mean[rows] = x.sum(1) / row_sum[rows].exp()
+                column_mean += x.sum(0)
+                continue
+            rate = None if self.shared else self.image_rate[rows, None]
+            by_row = x if rate is None else torch.mul(x, rate, out=e)
+            highest = by_row.amax(1)
+            by_row = torch.sub(by_row, highest[:, None], out=e).exp_()
+            total = by_row.sum(1)
+            row_sum[rows] = highest + total.log()
+            row_mean[rows] = _weighted(by_row, x, 1) / total * (1.0 if rate is None else rate[:, 0])
+            if not self.shared:
+                x.mul_(self.text_rate)
+            before, top = top, torch.maximum(top, x.amax(0))
+            shrunk = torch.exp(before - top).nan_to_num_(nan=1.0)  # where there was nothing, or is nothing yet
+            torch.sub(x, top, out=e).exp_().nan_to_num_(nan=0.0)
+            column_sum = column_sum * shrunk + e.sum(0)
+            column_mean = column_mean * shrunk + _weighted(e, x, 0)
+        if self.group is not None:
+            highest = top.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+            both = torch.stack([column_sum, column_mean]) * torch.exp(top - highest).nan_to_num_(nan=1.0)
+            dist.all_reduce(both, group=self.group)
+            (column_sum, column_mean), top = both, highest
+        count = math.log(anchors if self.include_positive else anchors - 1)
+        column_log = self._own(top + column_sum.log())
+        own = self.positive * self.image_rate, self.positive * self._own(self.text_rate)
+        return (
+            _Total(row_sum, row_sum - own[0] - count, row_mean - own[0]),
+            _Total(column_log, column_log - own[1] - count, self._own(column_mean / column_sum) - own[1]),
+        )
+
+    def gradients(self, rows: _Total, columns: _Total, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass over the matrix once more for the gradients of images and texts."""
+        to_image = torch.empty_like(self.image)
+        to_text = self.image.new_zeros(self.count, self.image.shape[1])
+        column_log, column_scale = (self.gathered(part) for part in (columns.log_sum, by_column))
+        column_scale = column_scale * self.text_rate
+        row_scale = by_row * self.image_rate
+        at_positive = -(row_scale + self._own(column_scale))
+        for place, (x, e), positives in self.tiles(2):
+            if self.shared:
+                x.mul_(self.image_rate[0])
+            scale, shift = row_scale[place, None], rows.log_sum[place, None]
+            own = x[positives] if self.include_positive else None
+            if self.unshifted:
+                torch.exp(x, out=e)
+                torch.add(scale * torch.exp(-shift), column_scale * torch.exp(-column_log), out=x)
+                weights = x.mul_(e)
+            else:
+                by_rows = x if self.shared else torch.mul(x, self.image_rate[place, None], out=e)
+                torch.sub(by_rows, shift, out=e).exp_().mul_(scale)
+                if not self.shared:
+                    x.mul_(self.text_rate)
+                weights = x.sub_(column_log).exp_().mul_(column_scale).add_(e)
+            kept = 0.0 if own is None else weights[positives]
+            weights[positives] = at_positive[place] + kept
+            torch.mm(weights, self.text, out=to_image[place])
+            to_text.addmm_(weights.T, self.image[place])
+        if self.group is not None:
+            dist.all_reduce(to_text, group=self.group)
+        return to_image, self._own(to_text).contiguous()
+
+
+def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Return ``sum e x`` where ``0 * -inf`` is 0."""
+    return torch.where(e > 0, e * x, 0.0).sum(dim)
+
+
+def _sizes(own: int, group: Any, device: torch.device) -> list[int]:
+    if group is None:
+        return [own]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([own], device=device), group=group)
+    return [int(size) for size in sizes]
+
+
+def robust_anchors(
+    pairs: Pairs, divergence: Divergence, thresholds: tuple[Tensor, Tensor] | None, gamma: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return risks, thresholds after the step and distances D of all anchors, ``[b]`` each, for any divergence.
+
+    A tile of anchors at a time is solved, and solved again in the backward pass. With thresholds of earlier batches
+    (NaN where there are none), each moves to ``(1 - gamma) threshold + gamma (that of the batch)``, and the anchor's
+    risk is its dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``, whose gradient are the
+    weights ``phi*'((l - threshold) / tau)``.
+    """
+    results = []
+    for side in range(2):
+        anchor, other = (pairs.image, pairs.text) if side == 0 else (pairs.text, pairs.image)
+        guide = None if pairs.reference is None else (pairs.reference[side], pairs.reference[1 - side])
+        before = None if thresholds is None else thresholds[side]
+        settings = (divergence, pairs.rates[side], guide, pairs.coefficient, pairs.include_positive, before, gamma)
+        results.append(_Solved.apply(anchor, other, settings))
+    first, second = results
+    return (first[0], second[0]), (first[1], second[1]), (first[2], second[2])
+
+
+class _Solved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, other, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return risks, thresholds and distances of one direction."""
+        ctx.save_for_backward(anchor, other)
+        ctx.settings = settings
+        parts = [solved[:3] for _, solved, _ in _solved_tiles(anchor, other, settings)]
+        value, threshold, distance = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(threshold, distance)
+        return value, threshold, distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_value, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve each tile again for its weights."""
+        anchor, other = ctx.saved_tensors
+        to_anchor, to_other = torch.empty_like(anchor), torch.zeros_like(other)
+        for rows, (_, _, _, weights), negatives in _solved_tiles(anchor, other, ctx.settings):
+            scaled = by_value[rows, None] * weights
+            full = scaled.new_zeros(negatives.shape)
+            full[negatives] = scaled.flatten()
+            place = torch.arange(rows.stop - rows.start, device=full.device)
+            full[place, place + rows.start] -= scaled.sum(1)
+            full = full.to(anchor.dtype)
+            to_anchor[rows] = full @ other
+            to_other.addmm_(full.T, anchor[rows])
+        return to_anchor, to_other, None
+
+
+def _solved_tiles(anchor: Tensor, other: Tensor, settings: tuple) -> Iterator[tuple[slice, tuple, Tensor]]:
+    """Yield rows, their (risk, threshold after the step, distance, weights ``[t, m]``), and the mask of negatives."""
+    divergence, rate, guide, coefficient, include_positive, before, gamma = settings
+    dtype = torch.promote_types(torch.promote_types(anchor.dtype, other.dtype), torch.float32)
+    height = max(1, min(len(anchor), TILE // len(other)))
+    rate = rate.to(dtype).expand(len(anchor))
+    for first in range(0, len(anchor), height):
+        rows = slice(first, min(first + height, len(anchor)))
+        excess = anchor[rows].to(dtype) @ other.to(dtype).T
+        if guide is not None:
+            excess = excess.addmm_(guide[0][rows].to(dtype), guide[1].to(dtype).T, alpha=-coefficient)
+        place = torch.arange(rows.stop - first, device=excess.device)
+        excess = excess - excess[place, place + first][:, None]
+        negatives = torch.ones_like(excess, dtype=torch.bool)
+        if not include_positive:
+            negatives[place, place + first] = False
+        losses, tau = excess[negatives].view(len(excess), -1), 1 / rate[rows]
+        risk = penalized_risk(losses, divergence, tau)
+        value, weights, threshold = risk.value, risk.weights, risk.threshold
+        distance = ((weights * losses).sum(1) - value) / tau
+        if before is not None and gamma < 1:
+            old = before[rows].to(threshold)
+            threshold = torch.where(torch.isnan(old), threshold, old + gamma * (threshold - old))
+            s = (losses - threshold[:, None]) / tau[:, None]
+            value = threshold + tau * divergence.conjugate(s).mean(1)
+            weights = divergence.conjugate_gradient(s) / losses.shape[1]
+            visited = ~torch.isnan(old)[:, None]
+            weights = torch.where(visited, weights, risk.weights)
+            value = torch.where(visited[:, 0], value, risk.value)
+        yield rows, (value, threshold, distance, weights), negatives
