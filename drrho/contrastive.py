@@ -18,8 +18,8 @@ from torch import Tensor
 
 from drrho.divergences import KL, Divergence
 from drrho.reference import excess_losses
-from drrho.risk import RobustRisk, penalized_risk
-from drrho.running import moving_average
+from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
+from drrho.running import adaptive_log_rates, moving_average
 from drrho.tiles import Pairs, kl_anchors, robust_anchors
 
 _KL = KL()
@@ -60,6 +60,7 @@ def contrastive_risk(
     reference: _Two | None = None,
     log_u: _Two | None = None,
     gamma: float = 1.0,
+    log_step: float | None = None,
     eps: float = 0.0,
     divergence: Divergence = _KL,
     threshold: _Two | None = None,
@@ -89,6 +90,8 @@ def contrastive_risk(
         Running estimates of these anchors before the step, ``-inf`` where never visited. KL only.
     gamma : float
         Inner rate in (0, 1].
+    log_step : float, optional
+        Instead of gamma, SCENT's rate ``sigmoid(log u_i + log_step)`` of each anchor. KL only.
     eps : float
         Added to u where the gradient divides by it, >= 0.
     divergence : Divergence
@@ -117,11 +120,11 @@ def contrastive_risk(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+    if log_step is not None and not (gamma == 1.0 and isinstance(divergence, KL) and abs(log_step) < math.inf):
+        raise ValueError(f"log_step must be finite and stand alone, for KL, got {log_step} with gamma={gamma}")
     for number, name in ((eps, "eps"), (rho, "rho")):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {number}")
-    if not abs(coefficient) < math.inf:
-        raise ValueError(f"coefficient must be finite, got {coefficient}")
     is_kl = isinstance(divergence, KL)
     if log_u is not None and not is_kl:
         raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer; use threshold")
@@ -129,20 +132,12 @@ def contrastive_risk(
         raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
     if group is not None and not is_kl:
         raise ValueError(f"group needs divergence=KL(), got {divergence}")
-    _check_pairs(image, text, "image", "text", alone=group is None)
-    if reference is not None:
-        _check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
-        if len(reference[0]) != len(image):
-            raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
-        reference = reference[0].detach(), reference[1].detach()
-    taus = _temperatures(temperature, image)
-    rates = tuple(1 / tau.detach() for tau in taus)
-    pairs = Pairs(image, text, reference, coefficient, (rates[0], rates[1]), include_positive, group)
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
             anchors = kl_anchors(pairs)
             step = [
-                _running_term(*part, gamma, eps, published_temperature_gradient, f"log_u[{side}]")
+                _running_term(*part, gamma, log_step, eps, published_temperature_gradient, f"log_u[{side}]")
                 for side, part in enumerate(
                     zip(
                         anchors.log_g,
@@ -169,6 +164,85 @@ def contrastive_risk(
             state = {"log_u": None, "threshold": after}
     value = _mean(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
+
+
+def anchor_values(
+    image: Tensor,
+    text: Tensor,
+    temperature: Any,
+    *,
+    reference: _Two | None = None,
+    coefficient: float = 1.0,
+    include_positive: bool = False,
+    group: Any = None,
+) -> _Two:
+    """Return the KL risks F_i of image and text anchors, ``[b]`` each, in memory linear in the batch.
+
+    They are differentiable once in the features, to be weighted as you like; `contrastive_risk` is their mean.
+    Parameters and errors are those of `contrastive_risk`; the temperature is a constant here.
+    """
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
+    with torch.autocast(image.device.type, enabled=False):
+        log_g = kl_anchors(pairs).log_g
+    return taus[0].detach() * log_g[0], taus[1].detach() * log_g[1]
+
+
+def two_level_risk(
+    image: Tensor,
+    text: Tensor,
+    temperature: Any,
+    outer: Divergence,
+    *,
+    reference: _Two,
+    radius: Any = None,
+    strength: Any = None,
+    reference_temperature: Any = None,
+    include_positive: bool = False,
+    group: Any = None,
+) -> RobustRisk:
+    """Maximize ``sum_i p_i e_i`` over weights of samples, ``e_i`` the excess of a sample's own contrastive risk.
+
+    ``e_i = (F_i^image + F_i^text) / 2 - the same of the reference``, each without steering inside: a mismatched pair
+    costs the reference much and gets little weight, a pair that can be learned gets much. The outer risk is
+    `constrained_risk` (``radius``), `penalized_risk` (``strength``) or, with both, `hybrid_risk` of them; CVaR selects
+    the top of the batch, as RHO selection does.
+
+    Parameters
+    ----------
+    outer : Divergence
+        The ball over samples.
+    reference : (Tensor, Tensor)
+        Unit-norm features of the reference for the same pairs.
+    radius, strength : float, optional
+        At least one, but for CVaR, which needs none.
+    reference_temperature : float, optional
+        The reference's own; that of the target if not given.
+    image, text, temperature, include_positive, group
+        As for `contrastive_risk`. With a group, weights are those of this rank's samples, and the ball is over all.
+
+    Returns
+    -------
+    RobustRisk
+        ``value`` is differentiable once in image and text.
+
+    Raises
+    ------
+    ValueError
+        As for `contrastive_risk`, or if neither radius nor strength is given.
+    """
+    if radius is None and strength is None and outer.has_radius:
+        raise ValueError("give radius, strength or both: neither says how far the weights may go")
+    options = {"include_positive": include_positive, "group": group}
+    own = anchor_values(image, text, temperature, **options)
+    with torch.no_grad():
+        guide_tau = temperature if reference_temperature is None else reference_temperature
+        guide = anchor_values(*reference, guide_tau, **options)
+    excess = excess_losses((own[0] + own[1]) / 2, ((guide[0] + guide[1]) / 2).to(own[0]))
+    if strength is None:
+        return constrained_risk(excess, outer, 0.0 if radius is None else radius, group=group)
+    if radius is None:
+        return penalized_risk(excess, outer, strength, group=group)
+    return hybrid_risk(excess, outer, radius, strength, group=group)
 
 
 def anchor_risks(
@@ -213,12 +287,36 @@ def project_temperature(temperature: Tensor, low: float, high: float) -> int:
     return moved
 
 
+def _prepared(
+    image: Tensor,
+    text: Tensor,
+    temperature: Any,
+    reference: _Two | None,
+    coefficient: float,
+    include_positive: bool,
+    group: Any,
+) -> tuple[_Two, Pairs]:
+    """Return temperatures and checked pairs."""
+    if not abs(coefficient) < math.inf:
+        raise ValueError(f"coefficient must be finite, got {coefficient}")
+    _check_pairs(image, text, "image", "text", alone=group is None)
+    if reference is not None:
+        _check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
+        if len(reference[0]) != len(image):
+            raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
+        reference = reference[0].detach(), reference[1].detach()
+    taus = _temperatures(temperature, image)
+    rates = 1 / taus[0].detach(), 1 / taus[1].detach()
+    return taus, Pairs(image, text, reference, coefficient, rates, include_positive, group)
+
+
 def _running_term(
     log_g: Tensor,
     mean_exponent: Tensor,
     tau: Tensor,
     log_u: Tensor,
     gamma: float,
+    log_step: float | None,
     eps: float,
     doubled: bool,
     name: str,
@@ -229,9 +327,9 @@ def _running_term(
     ``log(eps + u) - g / (eps + u) E_p[l / tau]``.
     """
     value = log_g.detach()
-    after = _averaged(log_u, value, gamma, name)
+    after = _averaged(log_u, value, gamma, log_step, name)
     smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
-    scale = torch.exp(value - smoothed)  # at most 1 / gamma, since u >= gamma g
+    scale = torch.exp(value - smoothed)  # at most 1 / rate, since u >= rate * g
     fixed = tau.detach()
     by_temperature = smoothed - (2 if doubled else 1) * scale * mean_exponent
     return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
@@ -312,10 +410,12 @@ def _margins(similarity: Tensor, include_positive: bool) -> Tensor:
     return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)
 
 
-def _averaged(log_u: Tensor, log_g: Tensor, gamma: float, name: str) -> Tensor:
+def _averaged(log_u: Tensor, log_g: Tensor, gamma: float, log_step: float | None, name: str) -> Tensor:
     if log_u.shape != log_g.shape:
         raise ValueError(f"{name} must have shape {list(log_g.shape)}, one entry per pair, got {list(log_u.shape)}")
     old = log_u.to(log_g)
     if bool((torch.isnan(old) | (old == torch.inf)).any()):
         raise ValueError(f"{name} must be finite, or -inf where never visited; it holds NaN or +inf")
+    if log_step is not None:
+        return moving_average(old, log_g, *adaptive_log_rates(old, log_step))
     return moving_average(old, log_g, math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf)

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from drrho.divergences import Divergence
 from drrho.risk import penalized_risk
 
-TILE = 2**21  # similarities at a time
+TILE = 2**21  # similarities at a time, if that is
+ROWS = 512  # rows, or more: products of flatter tiles are slower
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp leaves the type
 
 
@@ -148,7 +149,7 @@ class _Matrix:
 
     def tiles(self, buffers: int) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor, Tensor]]]:
         """Yield rows, buffers of the tile's shape, the first with the excess similarities, and where positives are."""
-        height = max(1, min(len(self.image), TILE // self.count))
+        height = _height(len(self.image), self.count)
         held = [self.image.new_empty(height, self.count) for _ in range(buffers)]
         for first in range(0, len(self.image), height):
             rows = slice(first, min(first + height, len(self.image)))
@@ -244,6 +245,11 @@ def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
     return torch.where(e > 0, e * x, 0.0).sum(dim)
 
 
+def _height(own: int, count: int) -> int:
+    """Return the rows of a tile."""
+    return min(own, max(1, ROWS, TILE // count))
+
+
 def _sizes(own: int, group: Any, device: torch.device) -> list[int]:
     if group is None:
         return [own]
@@ -306,7 +312,7 @@ def _solved_tiles(anchor: Tensor, other: Tensor, settings: tuple) -> Iterator[tu
     """Yield rows, their (risk, threshold after the step, distance, weights ``[t, m]``), and the mask of negatives."""
     divergence, rate, guide, coefficient, include_positive, before, gamma = settings
     dtype = torch.promote_types(torch.promote_types(anchor.dtype, other.dtype), torch.float32)
-    height = max(1, min(len(anchor), TILE // len(other)))
+    height = _height(len(anchor), len(other))
     rate = rate.to(dtype).expand(len(anchor))
     for first in range(0, len(anchor), height):
         rows = slice(first, min(first + height, len(anchor)))

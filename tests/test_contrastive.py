@@ -13,8 +13,8 @@ import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, penalized_risk, tiles
-from drrho.contrastive import anchor_risks, contrastive_risk, project_temperature
+from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, hybrid_risk, penalized_risk, tiles
+from drrho.contrastive import anchor_risks, anchor_values, contrastive_risk, project_temperature, two_level_risk
 
 CASES = np.load(Path(__file__).parent / "fixtures" / "contrastive_reference_cases.npz")
 
@@ -136,6 +136,17 @@ def test_estimates_average_in_log_domain():
         assert torch.allclose(after.exp(), 0.7 * before.exp() + 0.3 * now.exp(), rtol=1e-12)
 
 
+def test_adaptive_rate_is_the_proximal_step():
+    image, text = features(6, 4, 9)
+    before = contrastive_risk(image, text, 0.3).log_u
+    moved = contrastive_risk(text, image, 0.3, log_u=before, log_step=-0.7)
+    fresh = contrastive_risk(text, image, 0.3)
+    alpha = math.exp(-0.7)
+    for old, now, after in zip(before, fresh.log_u, moved.log_u, strict=True):
+        u, g = old.exp(), now.exp()
+        assert torch.allclose(after.exp(), (u + alpha * u * g) / (1 + alpha * u), rtol=1e-12)
+
+
 def test_first_visit_takes_the_batch_whatever_gamma():
     image, text = features(6, 4, 10)
     never = (torch.full((6,), -torch.inf, dtype=torch.float64),) * 2
@@ -183,6 +194,7 @@ def test_similarities_are_float32_under_autocast():
         ({"temperature": (torch.ones(5), torch.tensor([1.0, 1.0, -2.0, 1.0, 1.0]))}, "temperature.*-2"),
         ({"coefficient": math.inf}, "coefficient.*inf"),
         ({"rho": -1.0}, "rho.*-1.0"),
+        ({"log_step": 0.5, "gamma": 0.5}, "log_step.*0.5 with gamma=0.5"),
     ],
 )
 def test_refusals_name_argument_and_value(change, message):
@@ -224,12 +236,12 @@ def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, coefficient
         "coefficient": coefficient,
         "include_positive": include_positive,
     }
-    held, tiles.TILE = tiles.TILE, tile
+    held, (tiles.TILE, tiles.ROWS) = (tiles.TILE, tiles.ROWS), (tile, 1)
     try:
         step = contrastive_risk(image, text, taus if individual else tau, **options)
         ours = gradients(step.value, (image, text))
     finally:
-        tiles.TILE = held
+        tiles.TILE, tiles.ROWS = held
     first, second = anchor_risks(image, text, taus if individual else tau, **options)
     plain = (first.value.mean() + second.value.mean()) / 2
     # Sums of b exponentials are known to eps, and so their logarithms absolutely.
@@ -246,6 +258,7 @@ def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, coefficient
 @pytest.mark.parametrize("include_positive", [False, True])
 def test_tiles_of_other_divergences(divergence, tile, include_positive, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", tile)
+    monkeypatch.setattr(tiles, "ROWS", 1)
     image, text = (part.requires_grad_() for part in features(15, 6, 20))
     options = {"reference": features(15, 4, 21), "divergence": divergence, "include_positive": include_positive}
     step = contrastive_risk(image, text, 0.2, **options)
@@ -350,6 +363,53 @@ def test_projection_counts_what_it_moves():
         project_temperature(torch.tensor([math.nan]), 0.1, 0.5)
 
 
+# --- two levels ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "outer, solve, options",
+    [
+        (KL(), lambda e: constrained_risk(e, KL(), 0.2), {"radius": 0.2}),
+        (ChiSquare(), lambda e: penalized_risk(e, ChiSquare(), 0.1), {"strength": 0.1}),
+        (KL(), lambda e: hybrid_risk(e, KL(), 0.1, 0.05), {"radius": 0.1, "strength": 0.05}),
+        (CVaR(0.4), lambda e: constrained_risk(e, CVaR(0.4)), {}),
+    ],
+)
+def test_two_levels_are_the_outer_risk_of_the_samples_excess(outer, solve, options):
+    image, text = (part.requires_grad_() for part in features(10, 6, 45))
+    reference = features(10, 4, 46)
+    risk = two_level_risk(image, text, 0.1, outer, reference=reference, reference_temperature=0.2, **options)
+    own, guide = anchor_risks(image, text, 0.1), anchor_risks(*reference, 0.2)
+    plain = solve((own[0].value + own[1].value - guide[0].value - guide[1].value) / 2)
+    assert abs(risk.value - plain.value) <= 1e-12
+    assert torch.allclose(risk.weights, plain.weights, rtol=0, atol=1e-10)
+    close(gradients(risk.value, (image, text)), gradients(plain.value, (image, text)), 1e-10)
+
+
+def test_a_mismatched_pair_loses_weight():
+    reference = features(12, 8, 47)
+    image, text = features(12, 8, 48)
+    # The reference's features agree with its captions but for the first two, which are exchanged.
+    wrong = reference[0], reference[0][[1, 0, *range(2, 12)]]
+    risk = two_level_risk(image, text, 0.1, KL(), reference=wrong, strength=0.3)
+    assert risk.weights[:2].max() < risk.weights[2:].min()
+
+
+def test_two_levels_need_a_radius_or_strength():
+    image, text = features(4, 3, 49)
+    with pytest.raises(ValueError, match="radius, strength or both"):
+        two_level_risk(image, text, 0.1, KL(), reference=(image, text))
+
+
+def test_anchor_values_are_what_contrastive_risk_averages():
+    image, text = features(6, 4, 50)
+    reference = features(6, 4, 51)
+    first, second = anchor_values(image, text, 0.2, reference=reference, coefficient=0.5)
+    step = contrastive_risk(image, text, 0.2, reference=reference, coefficient=0.5)
+    assert torch.equal(first, step.risks[0])
+    assert abs((first.mean() + second.mean()) / 2 - step.value) <= 1e-15
+
+
 # --- running estimates ------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +508,14 @@ def sharded_answer(place, group, tau):
     return results
 
 
+def two_level_answer(place, group):
+    image, text, reference, _ = batch_of()
+    own = tuple(part[place].clone().requires_grad_() for part in (image, text))
+    guide = tuple(part[place] for part in reference)
+    risk = two_level_risk(*own, 0.1, ChiSquare(), reference=guide, radius=0.2, group=group)
+    return [risk.value.detach(), risk.weights.detach(), *gradients(risk.value, own)]
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
@@ -458,8 +526,9 @@ def work(rank, world, folder):
         answers = {}
         for tau in (0.002, 0.3):
             for tile in (10, 2**21):
-                tiles.TILE = tile
+                tiles.TILE, tiles.ROWS = tile, 1
                 answers[tau, tile] = sharded_answer(place, dist.group.WORLD, tau)
+        answers["two levels"] = two_level_answer(place, dist.group.WORLD)
         torch.save(answers, Path(folder) / f"{rank}.pt")
         dist.barrier()
     finally:
@@ -471,6 +540,11 @@ def test_ranks_give_the_value_and_gradients_of_one_process(world, tmp_path):
     multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)
     answers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     total = sum(SHARDS[world])
+    joint = [answer.pop("two levels") for answer in answers]
+    expected = two_level_answer(slice(0, total), None)
+    assert all(abs(part[0] - expected[0]) <= 1e-12 for part in joint)
+    for field in (1, 2, 3):
+        close([torch.cat([part[field] for part in joint])], [expected[field][:total]], 1e-9)
     for key in answers[0]:
         alone = [
             [field if field.ndim == 0 else field[:total] for field in result]
