@@ -147,7 +147,7 @@ def main() -> None:
         form, pairs, steered = options.peak
         print(measure_peak(form, int(pairs), steered == "1"))
         return
-    record = provenance("python experiments/benchmarks/contrastive.py " + " ".join(sys.argv[1:]))
+    record = provenance(" ".join(["python experiments/benchmarks/contrastive.py", *sys.argv[1:]]))
     plain_per_square: dict[bool, float] = {}
     rows = []
     for pairs in (1024, 8192, 32768):
