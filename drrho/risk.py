@@ -112,8 +112,8 @@ def penalized_risk(
     Parameters
     ----------
     losses : tensor, array or sequence, ``[..., n]``
-        As for `constrained_risk`; for ``KL()`` and ``CVaR`` float32 tensors are solved in float32 (16-bit ones too),
-        without iteration, and ``torch.compile`` takes them in one graph.
+        As for `constrained_risk`; for ``KL()`` and ``CVaR`` float32 tensors (16-bit ones too) are solved without a
+        float64 copy and without iteration, and ``torch.compile`` takes them in one graph.
     divergence : Divergence
         As for `constrained_risk`.
     strength : float or tensor broadcasting to ``losses.shape[:-1]``

@@ -108,6 +108,8 @@ class _Matrix:
         self.sizes = _sizes(len(image), group, image.device)
         self.first = sum(self.sizes[: dist.get_rank(group)]) if group is not None else 0
         self.count = sum(self.sizes)
+        if self.count < 2:
+            raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
         self.text = self.gathered(own_text)
         self.guide = None
         self.positive = (self.image * own_text).sum(1)

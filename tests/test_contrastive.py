@@ -535,6 +535,16 @@ def work(rank, world, folder):
         dist.destroy_process_group()
 
 
+def test_a_lone_pair_over_all_ranks_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        image, text = features(1, 3, 62)
+        with pytest.raises(ValueError, match="at least 2 pairs over all ranks, got 1"):
+            contrastive_risk(image, text, 0.1, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("world", SHARDS)
 def test_ranks_give_the_value_and_gradients_of_one_process(world, tmp_path):
     multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)

@@ -2,8 +2,8 @@
  *
  * The algorithms are those of chi_square.py, kl.py and closed.py, whose comments give the mathematics; here a pass
  * over a row is one loop, with nothing stored but the weights. Losses are read as d = (z - maximum) * 2^j, with the
- * range of d in [1, 2). Sums run in the lanes of a register over stretches of 512 losses, which are added with compensation.
- * A row's last, partial vector goes through the same instructions as all others, so that tied losses get weights that
+ * range of d in [1, 2). Sums run in the lanes of a register over stretches of 512 losses, which are added with
+ * compensation. A row's last, partial vectors go through the same instructions as all others, so that tied losses get weights that
  * are equal in every bit.
  */
 
@@ -89,7 +89,10 @@ INLINE reals load(const Row *row, long i) {
     return *(const reals_at_any *)(row->z + 8 * i);
 }
 
-INLINE reals mask(const Row *row, long i) { return *(const reals_at_any *)(i >= row->whole ? row->tail_mask + (i - row->whole) : ONES); }
+/* 1 for losses of the row, 0 for what pads it. */
+INLINE reals mask(const Row *row, long i) {
+    return *(const reals_at_any *)(i >= row->whole ? row->tail_mask + (i - row->whole) : ONES);
+}
 
 INLINE void store(const Row *row, Weights *weights, long i, reals values) {
     if (i >= row->whole)
@@ -109,7 +112,10 @@ INLINE void store_tail(const Row *row, Weights *weights) {
     }
 }
 
-INLINE reals choose(bits where, reals one, reals other) { return (reals)(((bits)one & where) | ((bits)other & ~where)); }
+INLINE reals choose(bits where, reals one, reals other) {
+    return (reals)(((bits)one & where) | ((bits)other & ~where));
+}
+
 #if defined(__AVX512F__)
 INLINE reals larger(reals a, reals b) { return (reals)_mm512_max_pd((__m512d)a, (__m512d)b); }
 INLINE reals smaller(reals a, reals b) { return (reals)_mm512_min_pd((__m512d)a, (__m512d)b); }
@@ -509,7 +515,7 @@ INLINE counts bucket_of(const Row *row, long i, double unit) {
     return __builtin_convertvector((load(row, i) - row->top) * row->scale * unit, counts);
 }
 
-/* The rank-th largest loss: by buckets of equal width, then among the losses of one bucket. 0 without memory. */
+/* The rank-th largest loss: by buckets of equal width, then among the losses of one bucket. */
 static int largest_loss(const Row *row, long rank, double *found) {
     long n = row->n, chosen = n, bucket = 0;
     double unit = -(BUCKETS - 1) / row->range;

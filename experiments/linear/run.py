@@ -11,6 +11,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -144,8 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 writer.writerows(rows)
         partial.replace(options.output)
     record = {
-        "command": "python experiments/linear/run.py "
-        + " ".join(arguments if arguments is not None else sys.argv[1:]).strip(),
+        "command": shlex.join(["python", "experiments/linear/run.py", *(arguments or sys.argv[1:])]),
         "repetitions": options.repetitions,
         "tuning_seeds": [TUNING_SEEDS.start, TUNING_SEEDS.stop],
         "reference_l2": prices,
