@@ -13,10 +13,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
+from drrho.ranks import mean_over_ranks
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
@@ -111,7 +111,7 @@ def contrastive_risk(
     group : torch.distributed.ProcessGroup, optional
         Ranks over which the batch is spread, any number >= 1 of pairs each: every rank passes its own pairs, which
         are compared with all ranks' negatives. ``value`` is that of the whole batch; gradients are those of the one
-        value with respect to this rank's features. KL only; every rank must call, and call backward.
+        value with respect to this rank's features. Every rank must call, and call backward.
 
     Raises
     ------
@@ -130,8 +130,6 @@ def contrastive_risk(
         raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer; use threshold")
     if threshold is not None and is_kl:
         raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
-    if group is not None and not is_kl:
-        raise ValueError(f"group needs divergence=KL(), got {divergence}")
     taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
@@ -162,7 +160,7 @@ def contrastive_risk(
             ]
             risks = tuple(term.detach() for term in terms)
             state = {"log_u": None, "threshold": after}
-    value = _mean(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
+    value = mean_over_ranks(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
 
 
@@ -333,16 +331,6 @@ def _running_term(
     fixed = tau.detach()
     by_temperature = smoothed - (2 if doubled else 1) * scale * mean_exponent
     return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
-
-
-def _mean(terms: Tensor, group: Any) -> Tensor:
-    """Return the mean over all ranks' terms, differentiable in this rank's."""
-    if group is None:
-        return terms.mean()
-    both = torch.stack([terms.detach().sum(), torch.full_like(terms[0].detach(), len(terms))])
-    dist.all_reduce(both, group=group)
-    own = terms.sum() / both[1]
-    return own + (both[0] / both[1] - own.detach())
 
 
 def _temperatures(temperature: Any, image: Tensor) -> _Two:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrho.divergences import Divergence
+from drrho.ranks import first_row, gathered, gathered_with_gradient, row_counts, summed_home
 from drrho.risk import penalized_risk
 
 TILE = 2**21  # similarities at a time, if that is
@@ -105,9 +106,8 @@ class _Matrix:
         self.group, self.include_positive, self.coefficient = group, include_positive, coefficient
         self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         self.image, own_text = image.to(self.dtype), text.to(self.dtype)
-        self.sizes = _sizes(len(image), group, image.device)
-        self.first = sum(self.sizes[: dist.get_rank(group)]) if group is not None else 0
-        self.count = sum(self.sizes)
+        self.counts = row_counts(len(image), group, image.device)
+        self.first, self.count = first_row(self.counts, group), sum(self.counts)
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
         self.text = self.gathered(own_text)
@@ -137,14 +137,7 @@ class _Matrix:
 
     def gathered(self, own: Tensor) -> Tensor:
         """Return all ranks' rows, in the order of ranks."""
-        if self.group is None:
-            return own
-        most = max(self.sizes)
-        padded = own.new_zeros(most, *own.shape[1:])
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in self.sizes]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+        return gathered(own, self.counts, self.group)
 
     def _own(self, everybody: Tensor) -> Tensor:
         return everybody[self.first : self.first + len(self.image)]
@@ -237,9 +230,7 @@ class _Matrix:
             weights[positives] = at_positive[place] + kept
             torch.mm(weights, self.text, out=to_image[place])
             to_text.addmm_(weights.T, self.image[place])
-        if self.group is not None:
-            dist.all_reduce(to_text, group=self.group)
-        return to_image, self._own(to_text).contiguous()
+        return to_image, summed_home(to_text, self.counts, self.group)
 
 
 def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -252,42 +243,98 @@ def _height(own: int, count: int) -> int:
     return min(own, max(1, ROWS, TILE // count))
 
 
-def _sizes(own: int, group: Any, device: torch.device) -> list[int]:
-    if group is None:
-        return [own]
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([own], device=device), group=group)
-    return [int(size) for size in sizes]
-
-
 def robust_anchors(
     pairs: Pairs, divergence: Divergence, thresholds: tuple[Tensor, Tensor] | None, gamma: float
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return risks, thresholds after the step and distances D of all anchors, ``[b]`` each, for any divergence.
+    """Return risks, thresholds after the step and distances D of this rank's anchors, ``[b]`` each, for any divergence.
 
     A tile of anchors at a time is solved, and solved again in the backward pass. With thresholds of earlier batches
     (NaN where there are none), each moves to ``(1 - gamma) threshold + gamma (that of the batch)``, and the anchor's
     risk is its dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``, whose gradient are the
     weights ``phi*'((l - threshold) / tau)``.
     """
+    counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
+    if sum(counts) < 2:
+        raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {sum(counts)}")
+    dtype = torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
+    image, text = pairs.image.to(dtype), pairs.text.to(dtype)  # here, so that gradients add up in the wider type
     results = []
     for side in range(2):
-        anchor, other = (pairs.image, pairs.text) if side == 0 else (pairs.text, pairs.image)
-        guide = None if pairs.reference is None else (pairs.reference[side], pairs.reference[1 - side])
+        anchor, other = (image, text) if side == 0 else (text, image)
+        guide = None
+        if pairs.reference is not None:
+            guide = pairs.reference[side], gathered(pairs.reference[1 - side], counts, pairs.group)
         before = None if thresholds is None else thresholds[side]
-        settings = (divergence, pairs.rates[side], guide, pairs.coefficient, pairs.include_positive, before, gamma)
-        results.append(_Solved.apply(anchor, other, settings))
+        rows = _Rows(
+            divergence,
+            pairs.rates[side],
+            guide,
+            pairs.coefficient,
+            pairs.include_positive,
+            before,
+            gamma,
+            first_row(counts, pairs.group),
+        )
+        results.append(_Solved.apply(anchor, gathered_with_gradient(other, counts, pairs.group), rows))
     first, second = results
     return (first[0], second[0]), (first[1], second[1]), (first[2], second[2])
 
 
+class _Rows(NamedTuple):
+    """How the anchors of one direction are solved; ``first`` is the place of the first among all ranks'."""
+
+    divergence: Divergence
+    rate: Tensor
+    guide: tuple[Tensor, Tensor] | None
+    coefficient: float
+    include_positive: bool
+    before: Tensor | None
+    gamma: float
+    first: int
+
+    def tiles(self, anchor: Tensor, other: Tensor) -> Iterator[tuple[slice, tuple, Tensor, tuple[Tensor, Tensor]]]:
+        """Yield rows, their (risk, threshold after the step, distance, weights), which are negatives, and positives."""
+        height = _height(len(anchor), len(other))
+        rate = self.rate.to(anchor.dtype).expand(len(anchor))
+        for first in range(0, len(anchor), height):
+            rows = slice(first, min(first + height, len(anchor)))
+            excess = anchor[rows] @ other.T
+            if self.guide is not None:
+                guide, others = (part.to(anchor.dtype) for part in self.guide)
+                excess = excess.addmm_(guide[rows], others.T, alpha=-self.coefficient)
+            place = torch.arange(rows.stop - first, device=excess.device)
+            positives = place, place + first + self.first
+            excess = excess - excess[positives][:, None]
+            negatives = torch.ones_like(excess, dtype=torch.bool)
+            if not self.include_positive:
+                negatives[positives] = False
+            losses, tau = excess[negatives].view(len(excess), -1), 1 / rate[rows]
+            before = None if self.before is None else self.before[rows]
+            yield rows, self._solved(losses, tau, before), negatives, positives
+
+    def _solved(self, losses: Tensor, tau: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        risk = penalized_risk(losses, self.divergence, tau)
+        value, weights, threshold = risk.value, risk.weights, risk.threshold
+        distance = ((weights * losses).sum(1) - value) / tau
+        if before is not None and self.gamma < 1:
+            old = before.to(threshold)
+            threshold = torch.where(torch.isnan(old), threshold, old + self.gamma * (threshold - old))
+            s = (losses - threshold[:, None]) / tau[:, None]
+            value = threshold + tau * self.divergence.conjugate(s).mean(1)
+            weights = self.divergence.conjugate_gradient(s) / losses.shape[1]
+            visited = ~torch.isnan(old)[:, None]
+            weights = torch.where(visited, weights, risk.weights)
+            value = torch.where(visited[:, 0], value, risk.value)
+        return value, threshold, distance, weights
+
+
 class _Solved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, other, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, anchor, other, rows):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return risks, thresholds and distances of one direction."""
         ctx.save_for_backward(anchor, other)
-        ctx.settings = settings
-        parts = [solved[:3] for _, solved, _ in _solved_tiles(anchor, other, settings)]
+        ctx.rows = rows
+        parts = [solved[:3] for _, solved, *_ in rows.tiles(anchor, other)]
         value, threshold, distance = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.mark_non_differentiable(threshold, distance)
         return value, threshold, distance
@@ -298,45 +345,12 @@ class _Solved(torch.autograd.Function):
         """Solve each tile again for its weights."""
         anchor, other = ctx.saved_tensors
         to_anchor, to_other = torch.empty_like(anchor), torch.zeros_like(other)
-        for rows, (_, _, _, weights), negatives in _solved_tiles(anchor, other, ctx.settings):
+        for rows, (_, _, _, weights), negatives, positives in ctx.rows.tiles(anchor, other):
             scaled = by_value[rows, None] * weights
             full = scaled.new_zeros(negatives.shape)
             full[negatives] = scaled.flatten()
-            place = torch.arange(rows.stop - rows.start, device=full.device)
-            full[place, place + rows.start] -= scaled.sum(1)
+            full[positives] -= scaled.sum(1)
             full = full.to(anchor.dtype)
             to_anchor[rows] = full @ other
             to_other.addmm_(full.T, anchor[rows])
         return to_anchor, to_other, None
-
-
-def _solved_tiles(anchor: Tensor, other: Tensor, settings: tuple) -> Iterator[tuple[slice, tuple, Tensor]]:
-    """Yield rows, their (risk, threshold after the step, distance, weights ``[t, m]``), and the mask of negatives."""
-    divergence, rate, guide, coefficient, include_positive, before, gamma = settings
-    dtype = torch.promote_types(torch.promote_types(anchor.dtype, other.dtype), torch.float32)
-    height = _height(len(anchor), len(other))
-    rate = rate.to(dtype).expand(len(anchor))
-    for first in range(0, len(anchor), height):
-        rows = slice(first, min(first + height, len(anchor)))
-        excess = anchor[rows].to(dtype) @ other.to(dtype).T
-        if guide is not None:
-            excess = excess.addmm_(guide[0][rows].to(dtype), guide[1].to(dtype).T, alpha=-coefficient)
-        place = torch.arange(rows.stop - first, device=excess.device)
-        excess = excess - excess[place, place + first][:, None]
-        negatives = torch.ones_like(excess, dtype=torch.bool)
-        if not include_positive:
-            negatives[place, place + first] = False
-        losses, tau = excess[negatives].view(len(excess), -1), 1 / rate[rows]
-        risk = penalized_risk(losses, divergence, tau)
-        value, weights, threshold = risk.value, risk.weights, risk.threshold
-        distance = ((weights * losses).sum(1) - value) / tau
-        if before is not None and gamma < 1:
-            old = before[rows].to(threshold)
-            threshold = torch.where(torch.isnan(old), threshold, old + gamma * (threshold - old))
-            s = (losses - threshold[:, None]) / tau[:, None]
-            value = threshold + tau * divergence.conjugate(s).mean(1)
-            weights = divergence.conjugate_gradient(s) / losses.shape[1]
-            visited = ~torch.isnan(old)[:, None]
-            weights = torch.where(visited, weights, risk.weights)
-            value = torch.where(visited[:, 0], value, risk.value)
-        yield rows, (value, threshold, distance, weights), negatives

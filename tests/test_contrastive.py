@@ -508,6 +508,26 @@ def sharded_answer(place, group, tau):
     return results
 
 
+def other_answer(place, group, divergence, gamma):
+    """The same of another divergence, steered, with running dual variables."""
+    image, text, reference, _ = batch_of()
+    before = (torch.full((13,), 0.1, dtype=torch.float64), torch.full((13,), torch.nan, dtype=torch.float64))
+    own = tuple(part[place].clone().requires_grad_() for part in (image, text))
+    step = contrastive_risk(
+        *own,
+        0.3,
+        reference=tuple(part[place] for part in reference),
+        divergence=divergence,
+        threshold=tuple(part[place] for part in before),
+        gamma=gamma,
+        group=group,
+    )
+    return [step.value.detach(), *gradients(step.value, own), *step.threshold, *step.risks, *step.distances]
+
+
+OTHERS = [(ChiSquare(), 1.0), (ChiSquare(), 0.5), (CVaR(0.3), 0.5)]
+
+
 def two_level_answer(place, group):
     image, text, reference, _ = batch_of()
     own = tuple(part[place].clone().requires_grad_() for part in (image, text))
@@ -529,6 +549,7 @@ def work(rank, world, folder):
                 tiles.TILE, tiles.ROWS = tile, 1
                 answers[tau, tile] = sharded_answer(place, dist.group.WORLD, tau)
         answers["two levels"] = two_level_answer(place, dist.group.WORLD)
+        answers["others"] = [other_answer(place, dist.group.WORLD, *other) for other in OTHERS]
         torch.save(answers, Path(folder) / f"{rank}.pt")
         dist.barrier()
     finally:
@@ -555,6 +576,12 @@ def test_ranks_give_the_value_and_gradients_of_one_process(world, tmp_path):
     assert all(abs(part[0] - expected[0]) <= 1e-12 for part in joint)
     for field in (1, 2, 3):
         close([torch.cat([part[field] for part in joint])], [expected[field][:total]], 1e-9)
+    parts = zip(*(answer.pop("others") for answer in answers), strict=True)
+    for other, found in zip(OTHERS, parts, strict=True):
+        value, *fields = other_answer(slice(0, total), None, *other)
+        assert all(abs(part[0] - value) <= 1e-12 for part in found)
+        joined = [torch.cat([part[number] for part in found]) for number in range(1, len(fields) + 1)]
+        close(joined, [field[:total] for field in fields], 1e-12)
     for key in answers[0]:
         alone = [
             [field if field.ndim == 0 else field[:total] for field in result]

@@ -1,0 +1,85 @@
+"""Rows of a batch that is spread over ranks, in any number per rank: gather them, and bring their gradients home."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def row_counts(own: int, group: Any, device: torch.device) -> list[int]:
+    """Return the number of rows of every rank."""
+    if group is None:
+        return [own]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([own], device=device), group=group)
+    return [int(count) for count in counts]
+
+
+def first_row(counts: Sequence[int], group: Any) -> int:
+    """Return the place of this rank's first row among all."""
+    return 0 if group is None else sum(counts[: dist.get_rank(group)])
+
+
+def gathered(own: Tensor, counts: Sequence[int], group: Any) -> Tensor:
+    """Return all ranks' rows in the order of ranks; no gradient passes."""
+    if group is None:
+        return own
+    padded = own.new_zeros(max(counts), *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def summed_home(rows: Tensor, counts: Sequence[int], group: Any) -> Tensor:
+    """Return the sum over ranks of this rank's rows, from every rank's terms for the rows of all.
+
+    The terms are exchanged and added in the order of ranks, so that the sum is the same in every run, with half the
+    traffic of an all-reduce.
+    """
+    if group is None:
+        return rows
+    own = counts[dist.get_rank(group)]
+    received = rows.new_empty(len(counts), own, *rows.shape[1:])
+    dist.all_to_all_single(
+        received.view(len(counts) * own, *rows.shape[1:]),
+        rows.contiguous(),
+        [own] * len(counts),
+        list(counts),
+        group=group,
+    )
+    return received.sum(0)
+
+
+def gathered_with_gradient(own: Tensor, counts: Sequence[int], group: Any) -> Tensor:
+    """Return all ranks' rows; the backward pass sums over ranks what each of them found for this rank's rows."""
+    return own if group is None else _Gathered.apply(own, counts, group)  # pyright: ignore[reportReturnType]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, own, counts, group):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gather."""
+        ctx.counts, ctx.group = counts, group
+        return gathered(own, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Bring the gradients home."""
+        return summed_home(grad, ctx.counts, ctx.group), None, None
+
+
+def mean_over_ranks(terms: Tensor, group: Any) -> Tensor:
+    """Return the mean of all ranks' terms, differentiable in this rank's."""
+    if group is None:
+        return terms.mean()
+    both = torch.stack([terms.detach().sum(), torch.full_like(terms[0].detach(), len(terms))])
+    dist.all_reduce(both, group=group)
+    own = terms.sum() / both[1]
+    return own + (both[0] / both[1] - own.detach())
