@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
-from drrho.ranks import mean_over_ranks
+from drrho.ranks import mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.tiles import Pairs, kl_anchors, robust_anchors
+from drrho.tiles import Pairs, kl_anchors, robust_anchors, whole
 
 _KL = KL()
 _Two = tuple[Tensor, Tensor]
@@ -52,6 +52,7 @@ class ContrastiveStep(NamedTuple):
     distances: _Two
 
 
+@whole
 def contrastive_risk(
     image: Tensor,
     text: Tensor,
@@ -164,6 +165,51 @@ def contrastive_risk(
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
 
 
+@whole
+def info_nce(
+    image: Tensor,
+    text: Tensor,
+    temperature: Any,
+    *,
+    reference: _Two | None = None,
+    coefficient: float = 1.0,
+    group: Any = None,
+) -> Tensor:
+    """Compute CLIP's loss, the cross-entropy of the pairs in the batch: ``mean_i log sum_j exp(l_ij / tau)``.
+
+    It is the contrastive risk with the positive among the negatives, ``F_i / tau + log b``, averaged over both
+    directions; unlike F_i, it makes a learned temperature meaningful without a radius. With a reference, the pair
+    losses are in excess of the reference's.
+
+    Parameters
+    ----------
+    temperature : float or scalar tensor
+        tau = 1 / logit scale; a tensor that requires a gradient gets it.
+    image, text, reference, coefficient, group
+        As for `contrastive_risk`.
+
+    Returns
+    -------
+    Tensor
+        The loss in nats, differentiable once.
+
+    Raises
+    ------
+    ValueError
+        As for `contrastive_risk`.
+    """
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, True, group)
+    with torch.autocast(image.device.type, enabled=False):
+        anchors = kl_anchors(pairs)
+        terms = [
+            log_g - (tau / tau.detach() - 1) * mean_exponent
+            for tau, log_g, mean_exponent in zip(taus, anchors.log_g, anchors.mean_exponent, strict=True)
+        ]
+    count = sum(row_counts(len(image), group, image.device))
+    return mean_over_ranks(torch.cat(terms), group) + math.log(count)
+
+
+@whole
 def anchor_values(
     image: Tensor,
     text: Tensor,
@@ -260,7 +306,7 @@ def anchor_risks(
 
     Parameters and errors are those of `contrastive_risk`.
     """
-    _check_pairs(image, text, "image", "text", alone=True)
+    check_pairs(image, text, "image", "text", alone=True)
     taus = _temperatures(temperature, image)
     both = _excess_pair_losses(image, text, reference, coefficient, include_positive)
     first, second = (penalized_risk(losses, divergence, tau) for losses, tau in zip(both, taus, strict=True))
@@ -297,9 +343,9 @@ def _prepared(
     """Return temperatures and checked pairs."""
     if not abs(coefficient) < math.inf:
         raise ValueError(f"coefficient must be finite, got {coefficient}")
-    _check_pairs(image, text, "image", "text", alone=group is None)
+    check_pairs(image, text, "image", "text", alone=group is None)
     if reference is not None:
-        _check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
+        check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
         if len(reference[0]) != len(image):
             raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
         reference = reference[0].detach(), reference[1].detach()
@@ -335,25 +381,29 @@ def _running_term(
 
 def _temperatures(temperature: Any, image: Tensor) -> _Two:
     """Return the temperatures of image and text anchors, scalars or ``[b]``."""
-    dtype = torch.promote_types(image.dtype, torch.float32)
     given = temperature if isinstance(temperature, tuple) else (temperature, temperature)
-    both = []
-    for values in given:
-        tau = torch.as_tensor(values, device=image.device, dtype=dtype)
-        if tau.numel() == 1:
-            tau = tau.reshape(())
-        elif tau.shape != image.shape[:1]:
-            raise ValueError(f"temperature must be one number or have shape [{len(image)}], got {list(tau.shape)}")
-        if not bool(((tau > 0) & (tau < math.inf)).all()):
-            wrong = tau[~((tau > 0) & (tau < math.inf))].flatten()[0]
-            raise ValueError(f"temperature must be finite and > 0, got {wrong.item()}")
-        both.append(tau)
-    if len(both) != 2:
-        raise ValueError(f"temperature must be a pair of image and text anchors' temperatures, got {len(both)} of them")
-    return both[0], both[1]
+    if len(given) != 2:
+        raise ValueError(
+            f"temperature must be a pair of image and text anchors' temperatures, got {len(given)} of them"
+        )
+    return temperature_of(given[0], image), temperature_of(given[1], image)
 
 
-def _check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *, alone: bool) -> None:
+def temperature_of(values: Any, image: Tensor) -> Tensor:
+    """Return a temperature as a checked tensor, a scalar or ``[b]``, in float32 or wider."""
+    tau = torch.as_tensor(values, device=image.device, dtype=torch.promote_types(image.dtype, torch.float32))
+    if tau.numel() == 1:
+        tau = tau.reshape(())
+    elif tau.shape != image.shape[:1]:
+        raise ValueError(f"temperature must be one number or have shape [{len(image)}], got {list(tau.shape)}")
+    valid = (tau > 0) & (tau < math.inf)
+    if not bool(valid.all()):
+        raise ValueError(f"temperature must be finite and > 0, got {tau[~valid].flatten()[0].item()}")
+    return tau
+
+
+def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *, alone: bool) -> None:
+    """Refuse features that are not pairs, ``[b, d]`` each, or not finite; ``alone``: without other ranks' pairs."""
     least = 2 if alone else 1
     if image.ndim != 2 or image.shape != text.shape or len(image) < least:
         raise ValueError(

@@ -26,6 +26,9 @@ TILE = 2**21  # similarities at a time, if that is
 ROWS = 512  # rows, or more: products of flatter tiles are slower
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp leaves the type
 
+#: For functions that torch.compile should call as they are: loops over tiles and checks of values are nothing to trace.
+whole = torch.compiler.disable
+
 
 class Anchors(NamedTuple):
     """Of this rank's anchors, ``[b]`` each: ``log mean exp(l_ij / tau)`` over negatives, and the mean exponent.
@@ -66,7 +69,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, image_rate, text_rate, image_guide, text_guide, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return normalizers and mean exponents of both directions."""
-        matrix = _Matrix(image, text, image_rate, text_rate, image_guide, text_guide, *settings)
+        matrix = SimilarityTiles(image, text, image_rate, text_rate, image_guide, text_guide, *settings)
         rows, columns = matrix.sums()
         ctx.save_for_backward(image, text, image_rate, text_rate, image_guide, text_guide, *rows, *columns)
         ctx.settings = settings
@@ -80,7 +83,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Form the weights again, and their products with the features."""
         image, text, image_rate, text_rate, image_guide, text_guide, *saved = ctx.saved_tensors
-        matrix = _Matrix(image, text, image_rate, text_rate, image_guide, text_guide, *ctx.settings)
+        matrix = SimilarityTiles(image, text, image_rate, text_rate, image_guide, text_guide, *ctx.settings)
         by_row, by_column = (
             torch.zeros(len(image), dtype=matrix.dtype, device=image.device) if grad is None else grad
             for grad in grads[:2]
@@ -97,7 +100,7 @@ class _Total(NamedTuple):
     mean: Tensor
 
 
-class _Matrix:
+class SimilarityTiles:
     """The similarities of this rank's images with all texts, in tiles of rows."""
 
     def __init__(

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, hybrid_risk, penalized_risk, tiles
-from drrho.contrastive import anchor_risks, anchor_values, contrastive_risk, project_temperature, two_level_risk
+from drrho.contrastive import (
+    anchor_risks,
+    anchor_values,
+    contrastive_risk,
+    info_nce,
+    project_temperature,
+    two_level_risk,
+)
+from drrho.distillation import distillation_loss
 
 CASES = np.load(Path(__file__).parent / "fixtures" / "contrastive_reference_cases.npz")
 
@@ -270,15 +277,6 @@ def test_tiles_of_other_divergences(divergence, tile, include_positive, monkeypa
         assert torch.allclose(threshold, risk.threshold, rtol=0, atol=1e-12)
 
 
-def test_infonce_is_open_clip_s():
-    """With the positive counted, the KL risk is InfoNCE up to the constant log b."""
-    image, text = (part.requires_grad_() for part in features(32, 16, 30, torch.float32))
-    theirs = open_clip.ClipLoss()(image, text, torch.tensor(1 / 0.07))
-    ours = contrastive_risk(image, text, 0.07, include_positive=True).value / 0.07 + math.log(32)
-    assert abs(ours - theirs) <= 1e-5
-    close(gradients(ours, (image, text)), gradients(theirs, (image, text)), 1e-5)
-
-
 def test_a_shift_of_an_anchor_s_similarities_changes_nothing():
     image, text = features(9, 6, 31)
     plain = contrastive_risk(image, text, 0.1)
@@ -479,6 +477,32 @@ def test_running_dual_variable(divergence):
     dual_text = second + 0.2 * divergence.conjugate((by_text - second[:, None]) / 0.2).mean(1)
     (expected,) = gradients((dual.mean() + dual_text.mean()) / 2, (image,))
     close([ours], [expected], 1e-12)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch looks at it, between graphs
+@pytest.mark.parametrize("divergence", [KL(), ChiSquare()])
+def test_a_compiled_step_is_the_plain_step(divergence):
+    torch.manual_seed(0)
+    tower = torch.nn.Linear(8, 6)
+    image, (_, text), guide = torch.randn(12, 8), features(12, 6, 70, torch.float32), features(12, 4, 71, torch.float32)
+
+    def step(image, text):
+        own = torch.nn.functional.normalize(tower(image), dim=1)
+        risk = contrastive_risk(own, text, 0.1, reference=guide, divergence=divergence)
+        return 2 * risk.value + distillation_loss(own, text, 0.1, reference=guide) + info_nce(own, text, 0.1)
+
+    def weight_gradient(function):
+        value = function(image, text)
+        return value, *gradients(value, tower.parameters())
+
+    expected = weight_gradient(step)
+    close(weight_gradient(torch.compile(step)), expected, 1e-6)
+    # The model around the losses is traced, and each loss is one call between its graphs.
+    report = torch._dynamo.explain(step)(image, text)
+    assert report.graph_break_count <= 3
 
 
 # --- over ranks -------------------------------------------------------------------------------------------------------

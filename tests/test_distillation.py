@@ -1,0 +1,233 @@
+"""Distillation, InfoNCE and the adaptive coefficient against their definitions and open_clip's losses."""
+
+import math
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.nn.functional import normalize
+
+from drrho import tiles
+from drrho.coefficient import AdaptiveCoefficient, within_anchors
+from drrho.contrastive import contrastive_risk, info_nce
+from drrho.distillation import distillation_loss
+
+
+def features(pairs, width, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    image, text = normalize(torch.randn(2, pairs, width, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+    return image, text
+
+
+def agree(actual, expected, tolerance):
+    size = max(float(part.abs().max()) for part in expected)
+    assert size > 0
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= tolerance * size
+
+
+def leaves(pairs=17, width=8, scale=9.0):
+    image, text = features(pairs, width, 0)
+    return image.requires_grad_(), text.requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+
+
+def test_info_nce_is_open_clip_s_loss_with_its_temperature_gradient():
+    image, text, scale = leaves()
+    expected = open_clip.ClipLoss()(image, text, scale)
+    ours = info_nce(image, text, 1 / scale)
+    assert abs(ours - expected) <= 1e-12 * abs(expected)
+    agree(torch.autograd.grad(ours, leaves_of := (image, text, scale)), torch.autograd.grad(expected, leaves_of), 1e-12)
+
+
+def test_steered_info_nce_is_the_cross_entropy_of_excess_similarities():
+    image, text, scale = leaves()
+    guide = features(17, 5, 1)
+    logits = scale * (image @ text.T - 0.7 * (guide[0] @ guide[1].T))
+    labels = torch.arange(17)
+    expected = (
+        torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+    ) / 2
+    ours = info_nce(image, text, 1 / scale, reference=guide, coefficient=0.7)
+    agree(torch.autograd.grad(ours, parts := (image, text, scale)), torch.autograd.grad(expected, parts), 1e-12)
+    assert abs(ours - expected) <= 1e-12 * abs(expected)
+
+
+@pytest.mark.parametrize("tile", [1, 40, 2**21])
+def test_distillation_is_open_clip_s_loss(tile, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", tile)
+    monkeypatch.setattr(tiles, "ROWS", 1)
+    image, text, scale = leaves()
+    guide = features(17, 5, 1)
+    arguments = (image, text, scale, *guide, torch.tensor(30.0, dtype=torch.float64))
+    contrastive, expected = open_clip.DistillClipLoss()(*arguments)
+    ours = distillation_loss(image, text, 1 / scale, reference=guide, reference_temperature=1 / 30)
+    assert abs(ours - expected) <= 1e-12 * expected
+    agree(torch.autograd.grad(ours, parts := (image, text, scale)), torch.autograd.grad(expected, parts), 1e-12)
+    # A sum with another loss, each with a weight of its own.
+    both = info_nce(image, text, 1 / scale) + 2 * distillation_loss(
+        image, text, 1 / scale, reference=guide, reference_temperature=1 / 30
+    )
+    contrastive, distilled = open_clip.DistillClipLoss()(*arguments)
+    agree(torch.autograd.grad(both, parts), torch.autograd.grad(contrastive + 2 * distilled, parts), 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 10.0])
+def test_distillation_of_the_target_itself_is_its_entropy_and_has_no_gradient(temperature):
+    image, text = (part.requires_grad_() for part in features(12, 6, 2))
+    loss = distillation_loss(image, text, temperature, reference=(image, text))
+    logits = (image @ text.T / temperature).detach()
+    entropy = -sum((x.softmax(1) * x.log_softmax(1)).sum(1).mean() for x in (logits, logits.T)) / 2
+    assert abs(loss - entropy) <= 1e-14 / temperature + 1e-13  # exponents are of size 1 / tau
+    assert all(part.abs().max() <= 1e-13 / temperature for part in torch.autograd.grad(loss, (image, text)))
+
+
+def test_distillation_in_lower_precision():
+    image, text = features(64, 32, 3)
+    guide = features(64, 16, 4)
+    exact = distillation_loss(image, text, 0.05, reference=guide)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        own = [part.to(dtype).requires_grad_() for part in (image, text)]
+        loss = distillation_loss(*own, 0.05, reference=tuple(part.to(dtype) for part in guide))
+        assert loss.dtype == torch.float32
+        assert abs(loss - exact) <= tolerance * exact
+        assert all(part.dtype == dtype for part in torch.autograd.grad(loss, own))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+        ({"temperature": torch.ones(6)}, "single numbers, got one per anchor"),
+        ({"reference": features(5, 3, 1)}, "reference must hold 6 pairs like image and text, got 5"),
+        ({"text": features(5, 4, 1)[1]}, "image and text must both have shape"),
+        ({"image": features(6, 4, 1)[0] * math.nan}, "image and text must be finite"),
+    ],
+)
+def test_refusals(change, message):
+    image, text = features(6, 4, 0)
+    arguments = {"image": image, "text": text, "temperature": 0.1, "reference": features(6, 3, 1)} | change
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(**arguments)
+
+
+# --- the adaptive coefficient -----------------------------------------------------------------------------------------
+
+
+def moments_by_definition(a, b):
+    """Covariance over each anchor's negatives, one anchor after the other, and the mean over all of them."""
+    first, second = a[0] @ a[1].T, b[0] @ b[1].T
+    total = []
+    for s, r in ((first, second), (first.T, second.T)):
+        for i in range(len(s)):
+            negatives = [j for j in range(len(s)) if j != i]
+            x, y = s[i, negatives] - s[i, i], r[i, negatives] - r[i, i]
+            total.append(((x - x.mean()) * (y - y.mean())).mean())
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 19])
+def test_moments_are_those_of_the_negatives(pairs):
+    own, guide = features(pairs, 6, 5), features(pairs, 4, 6)
+    for model in (guide, own):
+        expected = moments_by_definition(model, guide)
+        assert abs(within_anchors(model, guide) - expected) <= 1e-13
+
+
+def test_coefficient_minimizes_the_variance_of_the_excess():
+    own, guide = features(40, 6, 7), features(40, 4, 8)
+    own = tuple(normalize(torch.cat([x, 0.8 * y], 1), dim=1) for x, y in zip(own, guide, strict=True))
+    best = AdaptiveCoefficient().update(*own, reference=guide)
+    assert 0.1 < best < 0.9
+
+    def spread(c):
+        first, second, third = (moments_by_definition(*models) for models in ((own, own), (own, guide), (guide, guide)))
+        return first - 2 * c * second + c * c * third
+
+    assert spread(best) <= min(spread(best - 1e-3), spread(best + 1e-3))
+    # Subtracting it is what the option does.
+    step = contrastive_risk(*own, 0.1, reference=guide, coefficient=best)
+    assert step.risks[0].mean() < contrastive_risk(*own, 0.1).risks[0].mean()
+
+
+def test_coefficient_averages_is_clipped_and_comes_back_from_its_state():
+    guide = features(20, 4, 9)
+    opposite = (guide[0], -guide[1])
+    coefficient = AdaptiveCoefficient(rate=0.25)
+    assert coefficient.value == 0.0
+    assert coefficient.update(*guide, reference=guide) == pytest.approx(1.0, abs=1e-12)
+    assert coefficient.update(*opposite, reference=guide) == pytest.approx(0.75 - 0.25, abs=1e-12)
+    again = AdaptiveCoefficient(rate=0.25)
+    again.load_state_dict(coefficient.state_dict())
+    assert again.value == coefficient.value
+    for _ in range(9):
+        coefficient.update(*opposite, reference=guide)
+        again.update(*opposite, reference=guide)
+    assert coefficient.value == again.value == 0.0
+    doubled = AdaptiveCoefficient()
+    assert doubled.update(3 * guide[0], guide[1], reference=guide) == 1.0
+    constant = torch.ones_like(guide[0]) / 2
+    assert AdaptiveCoefficient().update(*guide, reference=(constant, constant)) == 0.0
+
+
+def test_coefficient_refusals_leave_it_as_it_was():
+    guide = features(8, 4, 10)
+    coefficient = AdaptiveCoefficient()
+    coefficient.update(*guide, reference=guide)
+    with pytest.raises(ValueError, match="must be finite"):
+        coefficient.update(guide[0] * math.inf, guide[1], reference=guide)
+    with pytest.raises(ValueError, match="moments"):
+        coefficient.load_state_dict({"moments": torch.tensor([1.0, math.inf])})
+    assert coefficient.value == pytest.approx(1.0, abs=1e-12)
+    with pytest.raises(ValueError, match=r"rate must lie in \(0, 1\], got 0"):
+        AdaptiveCoefficient(0)
+
+
+# --- over ranks -------------------------------------------------------------------------------------------------------
+
+SIZES = {2: (5, 8), 4: (3, 1, 7, 2)}
+
+
+def answer(place, group):
+    own = features(13, 6, 60)
+    image, text = (part[place].clone().requires_grad_() for part in own)
+    guide = tuple(normalize(part + own[side][:, :4], dim=1)[place] for side, part in enumerate(features(13, 4, 61)))
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    results = []
+    for loss in (
+        distillation_loss(image, text, tau, reference=guide, group=group),
+        info_nce(image, text, tau, reference=guide, group=group),
+    ):
+        results += [loss.detach(), *torch.autograd.grad(loss, (image, text, tau))]
+    c = AdaptiveCoefficient().update(image, text, reference=guide, group=group)
+    return [*results, torch.tensor(c, dtype=torch.float64)]
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        first = sum(SIZES[world][:rank])
+        tiles.TILE, tiles.ROWS = 20, 1
+        torch.save(answer(slice(first, first + SIZES[world][rank]), dist.group.WORLD), Path(folder) / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_ranks_give_the_values_and_gradients_of_one_process(world, tmp_path):
+    multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)
+    parts = list(zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True))
+    expected = answer(slice(0, 13), None)
+    for number, alone in enumerate(expected):
+        of_ranks = parts[number]
+        if number in (0, 4, 8):
+            agree(of_ranks, [alone] * world, 1e-12)
+        elif number in (3, 7):
+            agree([sum(of_ranks)], [alone], 1e-12)
+        else:
+            agree([torch.cat(of_ranks)], [alone], 1e-12)
