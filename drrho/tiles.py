@@ -10,8 +10,8 @@ all columns; normalizers of columns are reduced over ranks, and so are gradients
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,16 @@ from drrho.divergences import Divergence
 from drrho.ranks import first_row, gathered, gathered_with_gradient, row_counts, summed_home
 from drrho.risk import penalized_risk
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 TILE = 2**21  # similarities at a time, if that is
 ROWS = 512  # rows, or more: products of flatter tiles are slower
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp leaves the type
 
-#: For functions that torch.compile should call as they are: loops over tiles and checks of values are nothing to trace.
-whole = torch.compiler.disable
+
+def whole(function: _F) -> _F:
+    """Have torch.compile call the function as it is: loops over tiles and checks of values are nothing to trace."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 class Anchors(NamedTuple):
