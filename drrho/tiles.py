@@ -75,8 +75,9 @@ class _Tiled(torch.autograd.Function):
         """Return normalizers and mean exponents of both directions."""
         matrix = SimilarityTiles(image, text, image_rate, text_rate, image_guide, text_guide, *settings)
         rows, columns = matrix.sums()
-        ctx.save_for_backward(image, text, image_rate, text_rate, image_guide, text_guide, *rows, *columns)
-        ctx.settings = settings
+        # What was gathered stays with the matrix; features are saved so that a change in place is noticed.
+        ctx.matrix = matrix
+        ctx.save_for_backward(image, text, *rows, *columns)
         outputs = (*(total.log_mean for total in (rows, columns)), *(total.mean for total in (rows, columns)))
         ctx.mark_non_differentiable(*outputs[2:])
         ctx.set_materialize_grads(False)
@@ -86,13 +87,12 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Form the weights again, and their products with the features."""
-        image, text, image_rate, text_rate, image_guide, text_guide, *saved = ctx.saved_tensors
-        matrix = SimilarityTiles(image, text, image_rate, text_rate, image_guide, text_guide, *ctx.settings)
+        image, text, *saved = ctx.saved_tensors
         by_row, by_column = (
-            torch.zeros(len(image), dtype=matrix.dtype, device=image.device) if grad is None else grad
+            torch.zeros(len(image), dtype=ctx.matrix.dtype, device=image.device) if grad is None else grad
             for grad in grads[:2]
         )
-        to_image, to_text = matrix.gradients(_Total(*saved[:3]), _Total(*saved[3:]), by_row, by_column)
+        to_image, to_text = ctx.matrix.gradients(_Total(*saved[:3]), _Total(*saved[3:]), by_row, by_column)
         return to_image.to(image.dtype), to_text.to(text.dtype), *[None] * 5
 
 
