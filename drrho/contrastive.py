@@ -33,7 +33,8 @@ class ContrastiveStep(NamedTuple):
     ----------
     value : Tensor, scalar
         Mean over all anchors of F_i, averaged over the two directions (the published loss is twice this), plus
-        ``rho`` times the mean temperature. Its gradient is the running-estimate estimator of the full-data gradient.
+        ``rho`` times the mean temperature; of ``F_i / tau`` if asked for. Its gradient is the running-estimate
+        estimator of the full-data gradient.
     log_u : (Tensor, Tensor) or None
         Running estimates after the step; None for divergences other than KL.
     threshold : (Tensor, Tensor) or None
@@ -68,6 +69,7 @@ def contrastive_risk(
     coefficient: float = 1.0,
     include_positive: bool = False,
     rho: float = 0.0,
+    per_temperature: bool = False,
     published_temperature_gradient: bool = False,
     group: Any = None,
 ) -> ContrastiveStep:
@@ -106,6 +108,9 @@ def contrastive_risk(
         Whether an anchor's own pair (of loss 0) counts among its negatives.
     rho : float
         Radius of the constrained form ``min_tau F_i + rho tau`` (here a bound on KL itself, as FastCLIP v3 has it).
+    per_temperature : bool
+        Minimize ``F_i / tau`` instead: SogCLR and FastCLIP v0, whose learned temperature needs no radius. KL only, and
+        without rho.
     published_temperature_gradient : bool
         Count the similarity part of the temperature's gradient twice, as the published code does (and as its values
         of rho suppose).
@@ -129,14 +134,17 @@ def contrastive_risk(
     is_kl = isinstance(divergence, KL)
     if log_u is not None and not is_kl:
         raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer; use threshold")
+    if per_temperature and not (is_kl and rho == 0):
+        raise ValueError(f"per_temperature needs divergence=KL() and rho=0, got {divergence} and rho={rho}")
     if threshold is not None and is_kl:
         raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
     taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
             anchors = kl_anchors(pairs)
+            slopes = 2 if published_temperature_gradient else 1
             step = [
-                _running_term(*part, gamma, log_step, eps, published_temperature_gradient, f"log_u[{side}]")
+                _running_term(*part, gamma, log_step, eps, slopes, per_temperature, f"log_u[{side}]")
                 for side, part in enumerate(
                     zip(
                         anchors.log_g,
@@ -198,15 +206,17 @@ def info_nce(
     ValueError
         As for `contrastive_risk`.
     """
-    taus, pairs = _prepared(image, text, temperature, reference, coefficient, True, group)
-    with torch.autocast(image.device.type, enabled=False):
-        anchors = kl_anchors(pairs)
-        terms = [
-            log_g - (tau / tau.detach() - 1) * mean_exponent
-            for tau, log_g, mean_exponent in zip(taus, anchors.log_g, anchors.mean_exponent, strict=True)
-        ]
-    count = sum(row_counts(len(image), group, image.device))
-    return mean_over_ranks(torch.cat(terms), group) + math.log(count)
+    step = contrastive_risk(
+        image,
+        text,
+        temperature,
+        reference=reference,
+        coefficient=coefficient,
+        include_positive=True,
+        per_temperature=True,
+        group=group,
+    )
+    return step.value + math.log(sum(row_counts(len(image), group, image.device)))
 
 
 @whole
@@ -362,20 +372,24 @@ def _running_term(
     gamma: float,
     log_step: float | None,
     eps: float,
-    doubled: bool,
+    slopes: int,
+    per_temperature: bool,
     name: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the anchors' risks ``[b]`` with the estimator's gradient, and log u after the step.
 
     With respect to features that is ``g / (eps + u)`` times the risk's; with respect to the temperature
-    ``log(eps + u) - g / (eps + u) E_p[l / tau]``.
+    ``log(eps + u) - g / (eps + u) E_p[l / tau]``. Of the risk per temperature the logarithm falls away.
     """
     value = log_g.detach()
     after = _averaged(log_u, value, gamma, log_step, name)
     smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
     scale = torch.exp(value - smoothed)  # at most 1 / rate, since u >= rate * g
     fixed = tau.detach()
-    by_temperature = smoothed - (2 if doubled else 1) * scale * mean_exponent
+    by_similarity = slopes * scale * mean_exponent
+    if per_temperature:
+        return value + scale * (log_g - value) - (tau / fixed - 1) * by_similarity, after
+    by_temperature = smoothed - by_similarity
     return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
 
 

@@ -350,6 +350,24 @@ def test_published_temperature_gradient_counts_the_similarities_twice():
     assert published == pytest.approx((right - mean_exponent).item(), rel=1e-9)
 
 
+def test_risk_per_temperature_is_the_scaled_one_divided_and_its_estimator_follows_u():
+    image, text = (part.requires_grad_() for part in features(9, 5, 33))
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    plain = contrastive_risk(image, text, tau, per_temperature=True).value
+    expected = contrastive_risk(image, text, tau).value / tau
+    inputs = (image, text, tau)
+    close(gradients(plain, inputs), gradients(expected, inputs), 1e-12)
+    # With estimates: mean_i g_i / u_i times the gradient of log g_i, u held.
+    log_u = (torch.full((9,), 0.3, dtype=torch.float64), torch.full((9,), -0.4, dtype=torch.float64))
+    step = contrastive_risk(image, text, tau, log_u=log_u, gamma=0.25, per_temperature=True)
+    log_g = [risk.value / tau for risk in anchor_risks(image, text, tau)]
+    weights = [torch.exp(g.detach() - u) for g, u in zip(log_g, step.log_u, strict=True)]
+    estimator = sum((w * g).mean() for w, g in zip(weights, log_g, strict=True)) / 2
+    close(gradients(step.value, inputs), gradients(estimator, inputs), 1e-12)
+    with pytest.raises(ValueError, match=r"per_temperature needs divergence=KL\(\) and rho=0"):
+        contrastive_risk(image, text, tau, per_temperature=True, rho=0.1)
+
+
 def test_projection_counts_what_it_moves():
     tau = torch.tensor([0.001, 0.05, 3.0], requires_grad=True)
     assert project_temperature(tau, 0.01, 1.0) == 2
