@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
 
 
 class RunningEstimates:
@@ -48,28 +49,16 @@ class RunningEstimates:
     """
 
     def __init__(self, samples: int, device: torch.device | str = "cpu", group: Any = None) -> None:
-        if samples < 1:
-            raise ValueError(f"samples must be >= 1, got {samples}")
-        self._samples, self._group = samples, group
-        self._ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-        self._block = math.ceil(samples / self._ranks)
-        self._start, self._stop = (min(k * self._block, samples) for k in (rank, rank + 1))
-        rows = self._stop - self._start
-        self._log_u = torch.full((2, rows), -torch.inf, dtype=torch.float32, device=device)
+        self._rows = ShardedRows(samples, (-torch.inf, -torch.inf), "log_u", "running estimates", device, group)
 
     def __len__(self) -> int:
-        return self._samples
+        return len(self._rows)
 
     @property
     def visited(self) -> int:
         """Number of samples seen at least once, over all ranks."""
-        parts = self._log_u[0].split(2**24)  # a mask of all rows at once would be an eighth of the state
-        here = sum(int(torch.count_nonzero(part > -torch.inf)) for part in parts)
-        if self._group is None:
-            return here
-        count = torch.tensor(here, device=_wire(self._group))
-        dist.all_reduce(count, group=self._group)
-        return int(count)
+        parts = self._rows.own[0].split(2**24)  # a mask of all rows at once would be an eighth of the state
+        return self._rows.total(sum(int(torch.count_nonzero(part > -torch.inf)) for part in parts))
 
     def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``log u`` of the samples ``index``, both directions, each ``[b]`` on the device of the estimates.
@@ -84,10 +73,7 @@ class RunningEstimates:
         ValueError
             If ``index`` on some rank has another shape or dtype, or an entry outside ``[0, n)``.
         """
-        index, fault = self._checked(index)
-        route = self._route(index, fault)
-        rows = route.to_owners(index) - self._start
-        image, text = route.back(self._log_u.index_select(1, rows).T).T.contiguous()
+        image, text = self._rows.lookup(index)
         return image, text
 
     def update(self, index: Tensor, log_u: tuple[Tensor, Tensor]) -> None:
@@ -113,13 +99,12 @@ class RunningEstimates:
             If on some rank ``index`` is refused by `lookup`, ``log_u`` has another shape than ``index``, or an
             estimate is not finite.
         """
-        index, fault = self._checked(index)
-        directions = [values.detach().to(self._log_u) for values in log_u]
-        route = self._route(index, fault or _fault_of_estimates(index, directions))
-        pairs = torch.stack(directions, 1).view(torch.int64)  # the bits of two float32, to travel with their index
-        index, pairs = route.to_owners(torch.cat([index[:, None], pairs], 1)).split(1, 1)
-        rows, fresh = _averaged_over_repeats(index[:, 0] - self._start, pairs.contiguous().view(torch.float32).T)
-        self._log_u.index_copy_(1, rows, fresh.to(self._log_u))
+        index, fault = self._rows.checked(index)
+        directions = [values.detach().to(self._rows.own) for values in log_u]
+        for direction, values in enumerate(directions):
+            fault = fault or fault_of_values(index, values, f"log_u[{direction}]", "finite in float32 after a step")
+        rows, fresh = _averaged_over_repeats(*self._rows.collect(index, directions, fault))
+        self._rows.own.index_copy_(1, rows, fresh.to(self._rows.own))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of this rank's rows, and which they are.
@@ -129,8 +114,7 @@ class RunningEstimates:
         dict of Tensor
             ``log_u`` ``[2, rows]``, float32; ``offset``, the sample of the first row; ``samples``, n. Not collective.
         """
-        place = {"offset": torch.tensor(self._start), "samples": torch.tensor(len(self))}
-        return {"log_u": self._log_u.clone(), **place}
+        return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
         """Take over the rows of states of any number of ranks, bit for bit.
@@ -147,126 +131,13 @@ class RunningEstimates:
             If on some rank the states do not cover the samples it keeps, overlap, belong to another number of samples,
             or hold NaN or ``inf``.
         """
-        states = [state] if isinstance(state, Mapping) else state
-        self._announce(self._fault_of_states(states), [0] * self._ranks)
-        for part in states:
-            mine, theirs = self._common_rows(part)
-            mine.copy_(theirs)
-
-    def _checked(self, index: Tensor) -> tuple[Tensor, str]:
-        """Return the index in int64, where the estimates live, and what is wrong with it, if anything."""
-        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            return index, f"index must have shape [b] and an integer dtype, got {list(index.shape)} and {index.dtype}"
-        index = index.to(self._log_u.device, torch.int64)
-        outside = (index < 0) | (index >= len(self))
-        wrong = f"index must lie in [0, {len(self)}), got {int(index[outside][0])}" if bool(outside.any()) else ""
-        return index, wrong
-
-    def _route(self, index: Tensor, fault: str) -> _Route:
-        """Return the way of a batch to the owners of its rows, or raise on every rank if one has a fault."""
-        if self._group is None or fault:
-            order, give = index, [0] * self._ranks
-        else:
-            index, order = index.sort()
-            give = torch.bincount(index // self._block, minlength=self._ranks).tolist()
-        return _Route(order, give, self._announce(fault, give), self._group)
-
-    def _announce(self, fault: str, give: list[int]) -> list[int]:
-        """Return how many rows come from each rank, given how many go there; raise on every rank if one has a fault."""
-        take = give
-        if self._group is not None:
-            ones = [1] * self._ranks
-            numbers = torch.tensor([-1] * self._ranks if fault else give, device=_wire(self._group))
-            take = _exchange(numbers, ones, ones, self._group).tolist()
-        if fault:
-            raise ValueError(fault)
-        if -1 in take:
-            raise ValueError(
-                f"every rank must give arguments that are accepted, but those of rank {take.index(-1)} are refused "
-                "there: see its message"
-            )
-        return take
-
-    def _common_rows(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the part of the own rows that a state holds, and the same part of the state, both ``[2, rows]``."""
-        start, stop = _span(state)
-        first = max(start, self._start)
-        last = max(first, min(stop, self._stop))
-        return self._log_u[:, first - self._start : last - self._start], state["log_u"][:, first - start : last - start]
-
-    def _fault_of_states(self, states: Sequence[Mapping[str, Tensor]]) -> str:
-        for state in states:
-            shape = list(state["log_u"].shape)
-            if len(shape) != 2 or shape[0] != 2:
-                return f"state must hold log_u of shape [2, rows], got {shape}"
-            samples = int(state.get("samples", shape[1]))
-            if samples != len(self):
-                return f"state must hold running estimates for {len(self)} samples, got {samples}: it is of other data"
-            start, stop = _span(state)
-            if start < 0 or stop > samples:
-                return f"state must hold samples of [0, {samples}), got [{start}, {stop})"
-            for values in self._common_rows(state)[1]:
-                if values.numel() and not float(values.max()) < math.inf:
-                    return f"state must be finite, or -inf where never visited, got a maximum of {float(values.max())}"
-        reached = self._start
-        end = 0
-        for start, stop in sorted(map(_span, states)):
-            if start < end:
-                return f"states must not overlap, got samples [{start}, {min(end, stop)}) twice"
-            if reached < start < self._stop:
-                return f"states must cover all samples, but [{reached}, {start}) are missing"
-            end, reached = stop, max(reached, stop)
-        if reached < self._stop:
-            return f"states must cover all samples, but [{reached}, {self._stop}) are missing"
-        return ""
+        self._rows.load_state_dict(state, _fault_of_state)
 
 
-class _Route(NamedTuple):
-    """The way of a batch's rows to their owners and back; without a group they stay where and as they are.
-
-    ``order`` ``[b]`` sorts the rows by owner; ``give[k]`` of them go to rank k, which sends ``take[k]`` of its own.
-    """
-
-    order: Tensor
-    give: list[int]
-    take: list[int]
-    group: Any
-
-    def to_owners(self, rows: Tensor) -> Tensor:
-        """Return what the ranks send here of their ``rows`` ``[b, ...]``, in the order of ranks."""
-        return rows if self.group is None else _exchange(rows[self.order], self.give, self.take, self.group)
-
-    def back(self, answers: Tensor) -> Tensor:
-        """Return the answers to this rank's rows, in their own order, from answers in the order of `to_owners`."""
-        if self.group is None:
-            return answers
-        received = _exchange(answers, self.take, self.give, self.group)
-        return torch.empty_like(received).index_copy_(0, self.order, received)
-
-
-def _exchange(rows: Tensor, give: list[int], take: list[int], group: Any) -> Tensor:
-    """Send the first ``give[0]`` rows to rank 0, the next to rank 1, ...; return the ``take[k]`` of every rank k."""
-    sent = rows.to(_wire(group)).contiguous()
-    received = sent.new_empty((sum(take), *sent.shape[1:]))
-    dist.all_to_all_single(received, sent, take, give, group=group)
-    return received.to(rows.device)
-
-
-def _wire(group: Any) -> str:
-    """Return the device whose memory the group exchanges."""
-    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-
-
-def _fault_of_estimates(index: Tensor, log_u: Sequence[Tensor]) -> str:
-    for direction, values in enumerate(log_u):
-        if values.shape != index.shape:
-            return f"log_u[{direction}] must have shape {list(index.shape)} like index, got {list(values.shape)}"
-        wrong = ~torch.isfinite(values)
-        if bool(wrong.any()):
-            return (
-                f"log_u[{direction}] must be finite in float32 after a step, got {float(values[wrong][0])} "
-                f"for sample {int(index[wrong][0])}"
-            )
+def _fault_of_state(log_u: Tensor) -> str:
+    for values in log_u:
+        if not float(values.max()) < math.inf:
+            return f"state must be finite, or -inf where never visited, got a maximum of {float(values.max())}"
     return ""
 
 
@@ -275,16 +146,9 @@ def _averaged_over_repeats(index: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor
     single, place, counts = index.unique(return_inverse=True, return_counts=True)
     if len(single) == len(index):
         return index, log_u
-    values, place = log_u.double(), place.expand(2, -1)
-    peak = values.new_full((2, len(single)), -torch.inf).scatter_reduce(1, place, values, "amax")
-    total = torch.zeros_like(peak).scatter_add(1, place, torch.exp(values - peak.gather(1, place)))
-    return single, peak + torch.log(total / counts)
-
-
-def _span(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the first sample of a state and the one after its last."""
-    start = int(state.get("offset", 0))
-    return start, start + state["log_u"].shape[1]
+    values = log_u.double()
+    peak = values.new_full((2, len(single)), -torch.inf).scatter_reduce(1, place.expand(2, -1), values, "amax")
+    return single, peak + torch.log(mean_over_repeats(torch.exp(values - peak[:, place]), place, counts))
 
 
 def moving_average(log_u: Tensor, log_g: Tensor, log_rate: Tensor | float, log_keep: Tensor | float) -> Tensor:

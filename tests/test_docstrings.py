@@ -17,6 +17,7 @@ MODULES = [
     "running",
     "selection",
     "stochastic",
+    "temperature",
     "variance",
 ]
 

@@ -1,0 +1,269 @@
+"""Rows of float32 numbers, one per sample of the data, in blocks over ranks: fetch and send those of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ShardedRows:
+    """k columns of float32 for n samples.
+
+    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples, the last ones what is left, and
+    a step sends what a batch says of its samples to their owners. Then ``total``, ``lookup``, ``collect`` and
+    ``load_state_dict`` are collective: every rank of the group calls them, with arguments of its own. What one rank
+    refuses, all refuse, each with a ``ValueError``.
+
+    Parameters
+    ----------
+    samples : int
+        Number of samples n over all ranks, >= 1; indices run from 0 to n - 1. A rank keeps ``4 k ceil(n / ranks)``
+        bytes.
+    fill : sequence of float
+        What each of the k columns holds at first.
+    name, noun : str
+        Key of the columns in a state, and what messages about a state call them.
+    device : torch.device or str
+        Where this rank's rows live; any backend of the group goes with any device.
+    group : torch.distributed.ProcessGroup, optional
+        Ranks that share the samples; by default this process keeps all.
+
+    Attributes
+    ----------
+    own : Tensor ``[k, rows]``
+        The columns of this rank's samples, to be changed in place.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        fill: Sequence[float],
+        name: str,
+        noun: str,
+        device: torch.device | str = "cpu",
+        group: Any = None,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples must be >= 1, got {samples}")
+        self._samples, self._name, self._noun, self._group = samples, name, noun, group
+        self._ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        self._block = math.ceil(samples / self._ranks)
+        self._start, self._stop = (min(k * self._block, samples) for k in (rank, rank + 1))
+        columns = torch.tensor(fill, dtype=torch.float32, device=device)[:, None]
+        self.own = columns.repeat(1, self._stop - self._start)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def total(self, count: int) -> int:
+        """Return the sum of all ranks' counts."""
+        if self._group is None:
+            return count
+        counts = torch.tensor(count, device=_wire(self._group))
+        dist.all_reduce(counts, group=self._group)
+        return int(counts)
+
+    def checked(self, index: Tensor) -> tuple[Tensor, str]:
+        """Return the index in int64, where the rows live, and what is wrong with it, if anything."""
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            return index, f"index must have shape [b] and an integer dtype, got {list(index.shape)} and {index.dtype}"
+        index = index.to(self.own.device, torch.int64)
+        outside = (index < 0) | (index >= len(self))
+        wrong = f"index must lie in [0, {len(self)}), got {int(index[outside][0])}" if bool(outside.any()) else ""
+        return index, wrong
+
+    def lookup(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Return columns ``[k, b]`` of the samples ``index`` ``[b]``, integers in any order, also repeated.
+
+        Raises
+        ------
+        ValueError
+            If ``index`` on some rank has another shape or dtype, or an entry outside ``[0, n)``.
+        """
+        index, fault = self.checked(index)
+        route = self._route(index, fault)
+        rows = route.to_owners(index) - self._start
+        return route.back(self.own[columns].index_select(1, rows).T).T.contiguous()
+
+    def collect(self, index: Tensor, values: Sequence[Tensor], fault: str) -> tuple[Tensor, Tensor]:
+        """Return what all ranks say of this rank's samples: their places in `own`, ``[c]``, and values ``[m, c]``.
+
+        Parameters
+        ----------
+        index : Tensor ``[b]``
+            From `checked`.
+        values : sequence of m Tensors ``[b]``
+            Of one floating dtype, returned in float64; not looked at if there is a fault.
+        fault : str
+            What is wrong with the arguments, if anything.
+
+        Raises
+        ------
+        ValueError
+            If there is a fault on some rank.
+        """
+        route = self._route(index, fault)
+        # In the width of the index, whose bits then travel with theirs.
+        wide = torch.stack(list(values), 1).to(self.own.device, torch.float64)
+        index, wide = route.to_owners(torch.cat([index[:, None], wide.view(torch.int64)], 1)).tensor_split([1], 1)
+        return index[:, 0] - self._start, wide.contiguous().view(torch.float64).T
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of this rank's rows, and which they are.
+
+        Returns
+        -------
+        dict of Tensor
+            The columns by their name, ``[k, rows]``, float32; ``offset``, the sample of the first row; ``samples``, n.
+            Not collective.
+        """
+        place = {"offset": torch.tensor(self._start), "samples": torch.tensor(len(self))}
+        return {self._name: self.own.clone(), **place}
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], fault_of: Callable[[Tensor], str]
+    ) -> None:
+        """Take over the rows of states of any number of ranks, bit for bit.
+
+        Parameters
+        ----------
+        state : mapping, or sequence of mappings
+            What `state_dict` returned, on one rank or on several, in any order; of memory-mapped tensors only this
+            rank's rows are read. Without ``offset`` and ``samples`` a state starts at sample 0 and is all there is.
+        fault_of : callable
+            Says what is wrong with columns ``[k, rows]``, rows >= 1, of a state, if anything.
+
+        Raises
+        ------
+        ValueError
+            If on some rank the states do not cover the samples it keeps, overlap, belong to another number of samples,
+            or hold columns with a fault.
+        """
+        states = [state] if isinstance(state, Mapping) else state
+        self._announce(self._fault_of_states(states, fault_of), [0] * self._ranks)
+        for part in states:
+            mine, theirs = self._common_rows(part)
+            mine.copy_(theirs)
+
+    def _route(self, index: Tensor, fault: str) -> _Route:
+        """Return the way of a batch to the owners of its rows, or raise on every rank if one has a fault."""
+        if self._group is None or fault:
+            order, give = index, [0] * self._ranks
+        else:
+            index, order = index.sort()
+            give = torch.bincount(index // self._block, minlength=self._ranks).tolist()
+        return _Route(order, give, self._announce(fault, give), self._group)
+
+    def _announce(self, fault: str, give: list[int]) -> list[int]:
+        """Return how many rows come from each rank, given how many go there; raise on every rank if one has a fault."""
+        take = give
+        if self._group is not None:
+            ones = [1] * self._ranks
+            numbers = torch.tensor([-1] * self._ranks if fault else give, device=_wire(self._group))
+            take = _exchange(numbers, ones, ones, self._group).tolist()
+        if fault:
+            raise ValueError(fault)
+        if -1 in take:
+            raise ValueError(
+                f"every rank must give arguments that are accepted, but those of rank {take.index(-1)} are refused "
+                "there: see its message"
+            )
+        return take
+
+    def _common_rows(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the part of the own rows that a state holds, and the same part of the state, both ``[k, rows]``."""
+        start, stop = self._span(state)
+        first = max(start, self._start)
+        last = max(first, min(stop, self._stop))
+        mine = self.own[:, first - self._start : last - self._start]
+        return mine, state[self._name][:, first - start : last - start]
+
+    def _span(self, state: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return the first sample of a state and the one after its last."""
+        start = int(state.get("offset", 0))
+        return start, start + state[self._name].shape[1]
+
+    def _fault_of_states(self, states: Sequence[Mapping[str, Tensor]], fault_of: Callable[[Tensor], str]) -> str:
+        for state in states:
+            shape = list(state[self._name].shape)
+            if len(shape) != 2 or shape[0] != len(self.own):
+                return f"state must hold {self._name} of shape [{len(self.own)}, rows], got {shape}"
+            samples = int(state.get("samples", shape[1]))
+            if samples != len(self):
+                return f"state must hold {self._noun} for {len(self)} samples, got {samples}: it is of other data"
+            start, stop = self._span(state)
+            if start < 0 or stop > samples:
+                return f"state must hold samples of [0, {samples}), got [{start}, {stop})"
+            theirs = self._common_rows(state)[1]
+            if theirs.numel() and (fault := fault_of(theirs)):
+                return fault
+        reached = self._start
+        end = 0
+        for start, stop in sorted(map(self._span, states)):
+            if start < end:
+                return f"states must not overlap, got samples [{start}, {min(end, stop)}) twice"
+            if reached < start < self._stop:
+                return f"states must cover all samples, but [{reached}, {start}) are missing"
+            end, reached = stop, max(reached, stop)
+        if reached < self._stop:
+            return f"states must cover all samples, but [{reached}, {self._stop}) are missing"
+        return ""
+
+
+def fault_of_values(index: Tensor, values: Tensor, name: str, law: str, limit: float = math.inf) -> str:
+    """Return what is wrong with the values ``[b]`` of samples ``index`` ``[b]``, if anything.
+
+    ``law`` says in words that they must be less than ``limit`` in magnitude.
+    """
+    if values.shape != index.shape:
+        return f"{name} must have shape {list(index.shape)} like index, got {list(values.shape)}"
+    wrong = ~(values.abs() < limit)
+    if bool(wrong.any()):
+        return f"{name} must be {law}, got {float(values[wrong][0])} for sample {int(index[wrong][0])}"
+    return ""
+
+
+def mean_over_repeats(values: Tensor, place: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean ``[k, m]`` of ``values`` ``[k, c]`` over occurrences, of which ``counts[j]`` have ``place`` j."""
+    return values.new_zeros(len(values), len(counts)).index_add_(1, place, values) / counts
+
+
+class _Route(NamedTuple):
+    """The way of a batch's rows to their owners and back; without a group they stay where and as they are.
+
+    ``order`` ``[b]`` sorts the rows by owner; ``give[k]`` of them go to rank k, which sends ``take[k]`` of its own.
+    """
+
+    order: Tensor
+    give: list[int]
+    take: list[int]
+    group: Any
+
+    def to_owners(self, rows: Tensor) -> Tensor:
+        """Return what the ranks send here of their ``rows`` ``[b, ...]``, in the order of ranks."""
+        return rows if self.group is None else _exchange(rows[self.order], self.give, self.take, self.group)
+
+    def back(self, answers: Tensor) -> Tensor:
+        """Return the answers to this rank's rows, in their own order, from answers in the order of `to_owners`."""
+        if self.group is None:
+            return answers
+        received = _exchange(answers, self.take, self.give, self.group)
+        return torch.empty_like(received).index_copy_(0, self.order, received)
+
+
+def _exchange(rows: Tensor, give: list[int], take: list[int], group: Any) -> Tensor:
+    """Send the first ``give[0]`` rows to rank 0, the next to rank 1, ...; return the ``take[k]`` of every rank k."""
+    sent = rows.to(_wire(group)).contiguous()
+    received = sent.new_empty((sum(take), *sent.shape[1:]))
+    dist.all_to_all_single(received, sent, take, give, group=group)
+    return received.to(rows.device)
+
+
+def _wire(group: Any) -> str:
+    """Return the device whose memory the group exchanges."""
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"

@@ -1,0 +1,246 @@
+"""A learned temperature for every sample and direction: FastCLIP v2, the individual temperatures of iSogCLR.
+
+For anchor i with contrastive risk ``F_i(tau) = max_p <p, l_i> - tau KL(p || uniform)`` (`drrho.contrastive`) this is
+``min F_i(tau_i) + rho tau_i`` over ``tau_i`` in ``[low, high]``. Without the bounds it is, by duality, the risk of the
+ball, ``max <p, l_i>`` over ``KL(p || uniform) <= rho``. The slope is ``rho - KL_i``, so that at the optimum ``KL_i`` is
+rho, or at most rho at ``low``, or at least rho at ``high``.
+
+Sources: Qiu et al. (ICML 2023), iSogCLR; Wei et al. (2024), FastCLIP, arXiv 2407.01445, v2; Kingma & Ba (2015), Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drrho.contrastive import project_temperature
+from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class IndividualTemperatures:
+    """``min F_i(tau_i) + rho tau_i`` over tau_i in ``[low, high]``, by Adam of each sample and direction.
+
+    A visit with gradient g moves one temperature by::
+
+        m <- beta_1 m + (1 - beta_1) g          v <- beta_2 v + (1 - beta_2) g^2
+        tau <- tau - learning_rate m_hat / (sqrt(v_hat) + eps)
+
+    where ``m_hat = m / (1 - beta_1^t)`` and ``v_hat = v / (1 - beta_2^t)``, and t counts this sample's own visits.
+    Steps are computed in float64 and kept in float32. (The code published with DRRho-CLIP divides by ``v_hat + eps``,
+    without the root.)
+
+    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples, the last ones what is left, and
+    all methods but ``state_dict`` are collective: every rank calls them, with arguments of its own. What one rank
+    refuses, all refuse, each with a ``ValueError``, and nothing changes anywhere.
+
+    Parameters
+    ----------
+    samples : int
+        Number of samples n over all ranks, >= 1; indices run from 0 to n - 1. A rank keeps ``28 ceil(n / ranks)``
+        bytes: tau, m and v of both directions, and the number of visits.
+    initial : float
+        Temperature of a sample until its first visit, in ``[low, high]``; in units of similarity, as all temperatures.
+    learning_rate : float
+        > 0, in units of similarity: the size of a first step, and about that of later ones.
+    low, high : float
+        Bounds of the temperatures, 0 < low <= high, kept in float32.
+    betas : (float, float)
+        Decay rates of m and v, in [0, 1).
+    eps : float
+        > 0, in units of the gradient, which has none (it is a difference of divergences).
+    device : torch.device or str
+        Where this rank's temperatures live; any backend of the group goes with any device.
+    group : torch.distributed.ProcessGroup, optional
+        Ranks that share the samples, the same that `contrastive_risk` gets; by default this process keeps all.
+
+    Raises
+    ------
+    ValueError
+        For a parameter out of range.
+
+    Examples
+    --------
+    Two pairs have one negative each, so that KL_i is 0, less than rho: temperatures fall.
+
+    >>> import torch
+    >>> from drrho.contrastive import contrastive_risk
+    >>> temperatures = IndividualTemperatures(4, 0.1, learning_rate=0.01, low=0.05, high=1.0)
+    >>> index = torch.tensor([3, 1])
+    >>> taus = temperatures.lookup(index)
+    >>> contrastive_risk(torch.eye(2), torch.eye(2), taus, rho=0.5).value.backward()
+    >>> temperatures.step(index, taus)
+    0
+    >>> image, text = temperatures.lookup(torch.arange(4))
+    >>> [round(tau, 4) for tau in image.tolist()]
+    [0.1, 0.09, 0.1, 0.09]
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        initial: float,
+        *,
+        learning_rate: float,
+        low: float,
+        high: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        device: torch.device | str = "cpu",
+        group: Any = None,
+    ) -> None:
+        # What is kept is what is compared: a bound that float32 cannot hold would move entries that lie on it.
+        self._low, start, self._high = torch.tensor([low, initial, high], dtype=torch.float32).tolist()
+        if not 0 < self._low <= start <= self._high < math.inf:
+            raise ValueError(
+                f"low, initial and high must satisfy 0 < low <= initial <= high < inf in float32, got {low}, {initial} "
+                f"and {high}"
+            )
+        for number, name in ((learning_rate, "learning_rate"), (eps, "eps")):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} must be finite and > 0, got {number}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        self._learning_rate, self._betas, self._eps = learning_rate, betas, eps
+        fill = (start, start, 0.0, 0.0, 0.0, 0.0, 0.0)
+        self._rows = ShardedRows(samples, fill, "temperatures", "individual temperatures", device, group)
+
+    def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the temperatures of image and text anchors of the samples ``index``, ``[b]`` each, float32.
+
+        They are leaves that require a gradient, to be passed as ``temperature`` to `contrastive_risk` and, after
+        backward, to `step`.
+
+        Parameters
+        ----------
+        index : Tensor ``[b]`` of integers
+            Samples of all data, in any order, also repeated; b >= 0 may differ from rank to rank.
+
+        Raises
+        ------
+        ValueError
+            If ``index`` on some rank has another shape or dtype, or an entry outside ``[0, n)``.
+        """
+        image, text = self._rows.lookup(index, slice(2))
+        return image.requires_grad_(), text.requires_grad_()
+
+    def step(self, index: Tensor, temperatures: tuple[Tensor, Tensor]) -> int:
+        """Take one Adam step with the gradients of looked-up temperatures, and project to ``[low, high]``.
+
+        Gradients are those of a mean over both directions of all ranks' samples, as ``contrastive_risk(...).value``
+        is; multiplied by its number of terms, each is that of the sample's own ``F_i + rho tau_i``. Steps start from
+        what is kept, whatever the values of ``temperatures``.
+
+        A sample that occurs several times, on one rank or on several, counts one visit. Each occurrence takes its step
+        from what was kept before; tau, m and v become the means of the results, of which tau is then projected,
+        whatever the order and the rank of the occurrences, but for rounding of a float64 sum.
+
+        Parameters
+        ----------
+        index : Tensor ``[b]`` of integers
+            As in `lookup`.
+        temperatures : (Tensor, Tensor), each ``[b]``
+            From `lookup` of the same index, with ``grad`` filled by backward.
+
+        Returns
+        -------
+        int
+            Number of temperatures that the projection moved, over all ranks, to be logged.
+
+        Raises
+        ------
+        ValueError
+            If on some rank ``index`` is refused by `lookup`, or a gradient is missing, has another shape than
+            ``index``, or is not finite, nor its square, in float32.
+        """
+        index, fault = self._rows.checked(index)
+        terms = 2 * self._rows.total(index.numel())
+        gradients, missing = self._gradients(temperatures, terms)
+        fault = fault or missing
+        for side, values in enumerate(gradients):
+            law = "finite in float32, and its square"
+            name = f"temperatures[{side}].grad times the {terms} terms of the mean"
+            fault = fault or fault_of_values(index, values, name, law, limit=math.sqrt(_LARGEST))
+        rows, gradients = self._rows.collect(index, gradients, fault)
+        single, place, counts = rows.unique(return_inverse=True, return_counts=True)
+        kept = self._rows.own.index_select(1, single).double()
+        visits = kept[6] + 1
+        fresh = mean_over_repeats(self._stepped(kept[:6, place], visits[place], gradients), place, counts)
+        fresh = torch.cat([fresh, visits[None]]).to(self._rows.own)
+        moved = project_temperature(fresh[:2], self._low, self._high)
+        self._rows.own.index_copy_(1, single, fresh)
+        return self._rows.total(moved)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of this rank's rows, and which they are.
+
+        Returns
+        -------
+        dict of Tensor
+            ``temperatures`` ``[7, rows]``, float32: tau, m and v of image and text anchors, and visits; ``offset``, the
+            sample of the first row; ``samples``, n. Not collective.
+        """
+        return self._rows.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over the rows of states of any number of ranks, bit for bit.
+
+        Parameters
+        ----------
+        state : mapping, or sequence of mappings
+            What `state_dict` returned, on one rank or on several, in any order; of memory-mapped tensors only this
+            rank's rows are read. Without ``offset`` and ``samples`` a state starts at sample 0 and is all there is.
+
+        Raises
+        ------
+        ValueError
+            If on some rank the states do not cover the samples it keeps, overlap, belong to another number of samples,
+            hold temperatures outside ``[low, high]``, or moments or visits that no step leaves.
+        """
+        self._rows.load_state_dict(state, self._fault_of_state)
+
+    def _gradients(self, temperatures: tuple[Tensor, Tensor], terms: int) -> tuple[list[Tensor], str]:
+        """Return the gradients of each temperature's own term, float32, and what is missing, if anything."""
+        if len(temperatures) != 2:
+            return [], f"temperatures must be the pair of lookup, got {len(temperatures)} of them"
+        gradients = []
+        for side, values in enumerate(temperatures):
+            # torch warns where a tensor that is no leaf is asked for its gradient.
+            gradient = values.grad if values.is_leaf else None
+            if gradient is None:
+                return [], (
+                    f"temperatures[{side}].grad must be filled by backward, got None: pass what lookup returned, after "
+                    "backward of a loss that it went into"
+                )
+            gradients.append(gradient.to(self._rows.own) * terms)
+        return gradients, ""
+
+    def _stepped(self, kept: Tensor, visits: Tensor, gradients: Tensor) -> Tensor:
+        """Return tau, m and v ``[6, c]`` after Adam's step number ``visits`` ``[c]``, for ``gradients`` ``[2, c]``."""
+        tau, m, v = kept.split(2)
+        first, second = self._betas
+        m = first * m + (1 - first) * gradients
+        v = second * v + (1 - second) * gradients**2
+        size = (v / (1 - second**visits)).sqrt() + self._eps
+        return torch.cat([tau - self._learning_rate * m / (1 - first**visits) / size, m, v])
+
+    def _fault_of_state(self, columns: Tensor) -> str:
+        bounds = [
+            *[(f"temperatures of {side} anchors", self._low, self._high) for side in ("image", "text")],
+            *[(f"first moments of {side} anchors", -_LARGEST, _LARGEST) for side in ("image", "text")],
+            *[(f"second moments of {side} anchors", 0.0, _LARGEST) for side in ("image", "text")],
+            ("visits", 0.0, _LARGEST),
+        ]
+        for values, (name, low, high) in zip(columns, bounds, strict=True):
+            least, most = (float(value) for value in values.aminmax())
+            if not low <= least <= most <= high:
+                return (
+                    f"state must hold {name} in [{low:.9g}, {high:.9g}], got [{least:.9g}, {most:.9g}]: give bounds "
+                    "that hold the temperatures, or a state that was saved by training"
+                )
+        return ""
