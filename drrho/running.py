@@ -141,6 +141,51 @@ def _fault_of_state(log_u: Tensor) -> str:
     return ""
 
 
+class RunningThresholds:
+    """The running dual variables of divergences other than KL, for n samples and the two directions.
+
+    They are what `drrho.contrastive.contrastive_risk` takes and returns as ``threshold``, in units of similarity, and
+    are kept, looked up, sharded and loaded as `RunningEstimates` are. A sample that was never visited holds NaN. A
+    sample that occurs several times in a batch gets the mean.
+
+    Parameters
+    ----------
+    samples, device, group
+        As for `RunningEstimates`.
+    """
+
+    def __init__(self, samples: int, device: torch.device | str = "cpu", group: Any = None) -> None:
+        self._rows = ShardedRows(samples, (math.nan, math.nan), "threshold", "running thresholds", device, group)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the thresholds of the samples ``index`` ``[b]``; errors as of `RunningEstimates.lookup`."""
+        image, text = self._rows.lookup(index)
+        return image, text
+
+    def update(self, index: Tensor, threshold: tuple[Tensor, Tensor]) -> None:
+        """Store thresholds ``[b]`` of both directions; errors as of `RunningEstimates.update`."""
+        index, fault = self._rows.checked(index)
+        directions = [values.detach().to(self._rows.own) for values in threshold]
+        for direction, values in enumerate(directions):
+            fault = fault or fault_of_values(index, values, f"threshold[{direction}]", "finite in float32 after a step")
+        rows, values = self._rows.collect(index, directions, fault)
+        single, place, counts = rows.unique(return_inverse=True, return_counts=True)
+        self._rows.own.index_copy_(1, single, mean_over_repeats(values, place, counts).to(self._rows.own))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of this rank's rows: ``threshold`` ``[2, rows]``, ``offset`` and ``samples``."""
+        return self._rows.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over the rows of states of any number of ranks; errors as of `RunningEstimates.load_state_dict`."""
+        self._rows.load_state_dict(
+            state, lambda columns: "state must not hold infinite thresholds" if bool(columns.isinf().any()) else ""
+        )
+
+
 def _averaged_over_repeats(index: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor]:
     """Return each entry of ``index`` ``[b]`` once, and the log of the mean of its u, from ``log_u`` ``[2, b]``."""
     single, place, counts = index.unique(return_inverse=True, return_counts=True)

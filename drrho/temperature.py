@@ -1,9 +1,10 @@
-"""A learned temperature for every sample and direction: FastCLIP v2, the individual temperatures of iSogCLR.
+"""Learned temperatures: one for every sample and direction (FastCLIP v2, iSogCLR), or one for all (FastCLIP v3, v0).
 
-For anchor i with contrastive risk ``F_i(tau) = max_p <p, l_i> - tau KL(p || uniform)`` (`drrho.contrastive`) this is
-``min F_i(tau_i) + rho tau_i`` over ``tau_i`` in ``[low, high]``. Without the bounds it is, by duality, the risk of the
-ball, ``max <p, l_i>`` over ``KL(p || uniform) <= rho``. The slope is ``rho - KL_i``, so that at the optimum ``KL_i`` is
-rho, or at most rho at ``low``, or at least rho at ``high``.
+For anchor i with contrastive risk ``F_i(tau) = max_p <p, l_i> - tau KL(p || uniform)`` (`drrho.contrastive`) a learned
+temperature solves ``min F_i(tau_i) + rho tau_i`` over ``tau_i`` in ``[low, high]``. Without the bounds it is, by
+duality, the risk of the ball, ``max <p, l_i>`` over ``KL(p || uniform) <= rho``. The slope is ``rho - KL_i``, so that
+at the optimum ``KL_i`` is rho, or at most rho at ``low``, or at least rho at ``high``; of one temperature for all, it
+is the mean of the ``KL_i``.
 
 Sources: Qiu et al. (ICML 2023), iSogCLR; Wei et al. (2024), FastCLIP, arXiv 2407.01445, v2; Kingma & Ba (2015), Adam.
 """
@@ -15,12 +16,104 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from drrho.contrastive import project_temperature
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
 
 _LARGEST = torch.finfo(torch.float32).max
+
+
+class GlobalTemperature:
+    """``min mean_i F_i(tau) + rho tau`` over one tau in ``[low, high]``, by Adam.
+
+    Its use is that of `IndividualTemperatures`, which see for the parameters and their units; ``index`` plays no part.
+    With a group, ``step`` is collective: it sums the gradients of all ranks' parts of the one value.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.contrastive import contrastive_risk
+    >>> temperature = GlobalTemperature(0.1, learning_rate=0.01, low=0.05, high=1.0)
+    >>> index = torch.tensor([3, 1])
+    >>> tau = temperature.lookup(index)
+    >>> contrastive_risk(torch.eye(2), torch.eye(2), tau, rho=0.5).value.backward()
+    >>> temperature.step(index, tau)
+    0
+    >>> round(temperature.lookup(index).item(), 4)
+    0.09
+    """
+
+    def __init__(
+        self,
+        initial: float,
+        *,
+        learning_rate: float,
+        low: float,
+        high: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        device: torch.device | str = "cpu",
+        group: Any = None,
+    ) -> None:
+        self._low, start, self._high = _checked(initial, learning_rate, low, high, betas, eps)
+        self._tau = torch.tensor(start, device=device, requires_grad=True)
+        self._adam = torch.optim.Adam([self._tau], lr=learning_rate, betas=betas, eps=eps)
+        self._group = group
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return the temperature, a scalar leaf that requires a gradient; what it had gathered before is forgotten."""
+        self._tau.grad = None
+        return self._tau
+
+    def step(self, index: Tensor, temperature: Tensor) -> int:
+        """Take one Adam step with the temperature's gradient, project; return how often the projection moved it.
+
+        Raises
+        ------
+        ValueError
+            If the gradient is missing or, summed over ranks, not finite; then nothing changes.
+        """
+        gradient = self._tau.grad
+        total = torch.full_like(self._tau.detach(), math.nan) if gradient is None else gradient.detach().clone()
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        if not bool(torch.isfinite(total)):
+            raise ValueError(
+                f"temperature.grad must be filled by backward, and finite, got {gradient} (over ranks: {total}): pass "
+                " what lookup returned, after backward of a loss that it went into"
+            )
+        self._tau.grad = total
+        self._adam.step()
+        return project_temperature(self._tau, self._low, self._high)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return ``temperature`` ``[4]``, float64: tau, the moments m and v, and the number of steps."""
+        state = self._adam.state.get(self._tau)
+        parts = [0.0] * 3 if not state else [float(state[key]) for key in ("exp_avg", "exp_avg_sq", "step")]
+        return {"temperature": torch.tensor([float(self._tau.detach()), *parts], dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            If it does not hold those four numbers, finite, with tau in ``[low, high]``.
+        """
+        stored = state.get("temperature")
+        if stored is None or stored.shape != (4,) or not bool(torch.isfinite(stored).all()):
+            raise ValueError(f"state must hold temperature, four finite numbers, got {stored}")
+        tau, first, second, steps = stored.tolist()
+        if not self._low <= tau <= self._high:
+            raise ValueError(
+                f"state must hold a temperature in [{self._low}, {self._high}], got {tau}: widen the bounds"
+            )
+        with torch.no_grad():
+            self._tau.fill_(tau)
+        values = {"step": torch.tensor(steps), "exp_avg": self._tau.new_tensor(first)}
+        self._adam.state[self._tau] = values | {"exp_avg_sq": self._tau.new_tensor(second)}
 
 
 class IndividualTemperatures:
@@ -94,18 +187,7 @@ class IndividualTemperatures:
         device: torch.device | str = "cpu",
         group: Any = None,
     ) -> None:
-        # What is kept is what is compared: a bound that float32 cannot hold would move entries that lie on it.
-        self._low, start, self._high = torch.tensor([low, initial, high], dtype=torch.float32).tolist()
-        if not 0 < self._low <= start <= self._high < math.inf:
-            raise ValueError(
-                f"low, initial and high must satisfy 0 < low <= initial <= high < inf in float32, got {low}, {initial} "
-                f"and {high}"
-            )
-        for number, name in ((learning_rate, "learning_rate"), (eps, "eps")):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name} must be finite and > 0, got {number}")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        self._low, start, self._high = _checked(initial, learning_rate, low, high, betas, eps)
         self._learning_rate, self._betas, self._eps = learning_rate, betas, eps
         fill = (start, start, 0.0, 0.0, 0.0, 0.0, 0.0)
         self._rows = ShardedRows(samples, fill, "temperatures", "individual temperatures", device, group)
@@ -244,3 +326,24 @@ class IndividualTemperatures:
                     "that hold the temperatures, or a state that was saved by training"
                 )
         return ""
+
+
+def _checked(
+    initial: float, learning_rate: float, low: float, high: float, betas: tuple[float, float], eps: float
+) -> tuple[float, float, float]:
+    """Return low, initial and high as float32 has them, or refuse a parameter by name.
+
+    What is kept is what is compared: a bound that float32 cannot hold would move entries that lie on it.
+    """
+    least, start, most = torch.tensor([low, initial, high], dtype=torch.float32).tolist()
+    if not 0 < least <= start <= most < math.inf:
+        raise ValueError(
+            f"low, initial and high must satisfy 0 < low <= initial <= high < inf in float32, got {low}, {initial} "
+            f"and {high}"
+        )
+    for number, name in ((learning_rate, "learning_rate"), (eps, "eps")):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {number}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    return least, start, most

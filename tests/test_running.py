@@ -15,6 +15,7 @@ import torch.multiprocessing as multiprocessing
 
 from drrho.running import (
     RunningEstimates,
+    RunningThresholds,
     adaptive_log_rates,
     cosine_gamma,
     moving_average,
@@ -329,6 +330,27 @@ def test_what_one_rank_refuses_all_refuse_and_nothing_changes(saved):
             assert (culprits[culprit] if rank == culprit else f"rank {culprit} are refused") in message
         before, after = (loaded(saved / f"{name}-{rank}.pt") for name in ("state-5-4", "moved-5-4-4"))
         assert torch.equal(before["log_u"], after["log_u"])
+
+
+def test_thresholds_are_kept_by_sample_and_repeats_get_the_mean():
+    thresholds = RunningThresholds(5)
+    assert len(thresholds) == 5
+    index = torch.tensor([3, 0, 3])
+    thresholds.update(index, (torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.0, 0.5])))
+    image, text = thresholds.lookup(torch.tensor([0, 3, 4]))
+    assert image[:2].tolist() == [-2.0, 2.0]
+    assert text[:2].tolist() == [0.0, 0.5]
+    assert bool(image[2].isnan()) and bool(text[2].isnan())
+    again = RunningThresholds(5)
+    again.load_state_dict(thresholds.state_dict())
+    assert torch.equal(again.lookup(index)[0], thresholds.lookup(index)[0])
+    with pytest.raises(
+        ValueError, match=r"threshold\[1\] must be finite in float32 after a step, got nan for sample 0"
+    ):
+        thresholds.update(torch.tensor([0]), (torch.tensor([1.0]), torch.tensor([math.nan])))
+    assert thresholds.lookup(torch.tensor([0]))[0].tolist() == [-2.0]
+    with pytest.raises(ValueError, match="state must not hold infinite thresholds"):
+        again.load_state_dict({"threshold": torch.full((2, 5), math.inf)})
 
 
 def test_adaptive_rates_are_the_proximal_step_and_one_at_the_first_visit():

@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 
 from drrho import KL, constrained_risk
 from drrho.contrastive import contrastive_risk
-from drrho.temperature import IndividualTemperatures
+from drrho.temperature import GlobalTemperature, IndividualTemperatures
 
 ULP = 2.0**-23
 LOW, INITIAL, HIGH, RATE = 0.05, 0.2, 0.6, 0.02
@@ -281,6 +281,58 @@ def test_states_of_other_data_or_shape_are_refused():
         made().load_state_dict({"temperatures": torch.ones(2, 11)})
 
 
+def test_a_global_temperature_makes_the_mean_divergence_rho_and_goes_on_from_its_state():
+    image, text = features(24, 8, 3)
+    index = torch.arange(24)
+    temperature = GlobalTemperature(0.3, learning_rate=0.02, low=0.01, high=2.0, eps=2e-2)
+    for visit in range(600):
+        tau = temperature.lookup(index)
+        step = contrastive_risk(image, text, tau, rho=0.4)
+        step.value.backward()
+        assert temperature.step(index, tau) == 0
+        if visit == 20:
+            state = {key: value.clone() for key, value in temperature.state_dict().items()}
+            after_20 = float(tau.detach())
+    assert abs(torch.cat(step.distances).mean() - 0.4) <= 1e-4
+    # Torch's own Adam, from the state of one in the middle.
+    again = GlobalTemperature(0.3, learning_rate=0.02, low=0.01, high=2.0, eps=2e-2)
+    again.load_state_dict(state)
+    assert float(again.lookup(index).detach()) == after_20
+    free = torch.nn.Parameter(torch.tensor(after_20))
+    adam = torch.optim.Adam([free], lr=0.02, eps=2e-2)
+    adam.state[free] = dict(
+        zip(("exp_avg", "exp_avg_sq", "step"), state["temperature"][1:].float().unbind(), strict=True)
+    )
+    for _ in range(5):
+        for tau in (free, again.lookup(index)):
+            tau.grad = None
+            contrastive_risk(image, text, tau, rho=0.4).value.backward()
+        adam.step()
+        again.step(index, tau)
+        assert float(free.detach()) == float(again.lookup(index).detach())
+
+
+def test_a_global_temperature_is_projected_and_refuses_what_it_cannot_step_with():
+    temperature = GlobalTemperature(0.1, learning_rate=1.0, low=0.05, high=0.2)
+    tau = temperature.lookup(torch.arange(2))
+    with pytest.raises(ValueError, match=r"temperature\.grad must be filled by backward, and finite, got None"):
+        temperature.step(torch.arange(2), tau)
+    (tau * math.inf).backward()
+    with pytest.raises(ValueError, match="finite, got inf"):
+        temperature.step(torch.arange(2), tau)
+    tau = temperature.lookup(torch.arange(2))
+    assert float(tau.detach()) == pytest.approx(0.1)
+    tau.backward()
+    assert temperature.step(torch.arange(2), tau) == 1
+    assert float(temperature.lookup(torch.arange(2)).detach()) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match=r"must hold a temperature in \[.*, got 0.3"):
+        temperature.load_state_dict({"temperature": torch.tensor([0.3, 0.0, 0.0, 1.0])})
+    with pytest.raises(ValueError, match="four finite numbers"):
+        temperature.load_state_dict({"temperature": torch.tensor([0.1, math.nan, 0.0, 1.0])})
+    with pytest.raises(ValueError, match="low, initial and high"):
+        GlobalTemperature(0.3, learning_rate=1.0, low=0.05, high=0.2)
+
+
 def all_batches():
     """What occurs in each step on all ranks: index with many repeats, and slopes of both directions."""
     generator = torch.Generator().manual_seed(3)
@@ -323,6 +375,17 @@ def trained(group=None, place=slice(None)):
     return all_taus(temperatures)
 
 
+def trained_globally(group=None, place=slice(None)):
+    """One temperature for all, learned from the contrastive risk of this rank's part."""
+    image, text = features(12, 6, 8)
+    temperature = GlobalTemperature(0.3, learning_rate=0.02, low=0.01, high=2.0, group=group)
+    for _ in range(5):
+        tau = temperature.lookup(torch.arange(12)[place])
+        contrastive_risk(image[place], text[place], tau, rho=0.4, group=group).value.backward()
+        temperature.step(torch.arange(12)[place], tau)
+    return temperature.lookup(torch.arange(12)).detach().clone()
+
+
 def refusals(temperatures, rank):
     """The messages about one rank's wrong index, gradient, missing gradient and state."""
     fine = torch.tensor([0, 1])
@@ -362,6 +425,10 @@ def work(rank, folder):
         if 2 in places:
             part = slice(0, 5) if places[2] == 0 else slice(5, 8)
             torch.save(trained(groups[2], part), folder / f"trained-{places[2]}.pt")
+            torch.save(
+                trained_globally(groups[2], slice(5) if part.start == 0 else slice(5, 12)),
+                folder / f"global-{places[2]}.pt",
+            )
         for origin, world in itertools.pairwise([1, 2, 4, 1]):
             dist.barrier()  # the states to be read are written
             if world in places:
@@ -411,6 +478,10 @@ def test_two_ranks_learn_from_the_contrastive_risk_what_one_process_learns(saved
     assert (expected - INITIAL).abs().max() > 3 * RATE
     for rank in range(2):
         torch.testing.assert_close(loaded(saved / f"trained-{rank}.pt"), expected, rtol=50 * ULP, atol=0)
+    for rank in range(2):
+        tau = loaded(saved / f"global-{rank}.pt")
+        torch.testing.assert_close(tau, trained_globally(), rtol=50 * ULP, atol=0)
+        assert abs(float(tau) - 0.3) > RATE
 
 
 def test_states_go_from_one_rank_to_two_to_four_and_back_bit_for_bit(saved):
