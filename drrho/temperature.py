@@ -82,7 +82,7 @@ class GlobalTemperature:
         if not bool(torch.isfinite(total)):
             raise ValueError(
                 f"temperature.grad must be filled by backward, and finite, got {gradient} (over ranks: {total}): pass "
-                " what lookup returned, after backward of a loss that it went into"
+                "what lookup returned, after backward of a loss that it went into"
             )
         self._tau.grad = total
         self._adam.step()

@@ -34,20 +34,54 @@ class Data:
     """Folder of shards and reference features; it can be moved."""
 
 
+MethodName = Literal["openclip", "siglip", "fastclip", "drrho", "two-level"]
+DivergenceName = Literal["kl", "chi-square", "cvar"]
+
+
 @dataclass(frozen=True)
 class Loss:
     """The training method."""
 
-    method: Literal["openclip", "fastclip", "drrho"] = "drrho"
-    """InfoNCE with learnable temperature; the global contrastive risk; the same steered by a reference."""
+    method: MethodName = "drrho"
+    """InfoNCE with learnable temperature; the pairwise sigmoid loss; the global contrastive risk; the same steered by a
+    reference; the DRRho risk over samples, from each sample's contrastive risk in excess of the reference's."""
     temperature: float | Literal["auto"] = "auto"
-    """tau of fastclip and drrho, in units of similarity; auto (drrho): 0.3 of the spread of the reference's margins."""
+    """tau of fastclip, drrho and two-level, in units of similarity, or where learning it starts; auto (with a
+    reference): 0.3 of the spread of the reference's margins."""
+    temperature_scheme: Literal["constant", "global", "individual", "per-temperature"] = "constant"
+    """How fastclip and drrho treat tau: constant (FastCLIP v1), one learned with the radius --rho (v3), one learned per
+    sample and direction (v2), or one learned for the risk divided by tau (v0)."""
+    rho: float = 0.0
+    """Radius of the KL ball over an anchor's negatives, in nats, for learned temperatures."""
+    temperature_lr: float = 1e-3
+    """Adam's learning rate of a learned tau, in units of similarity."""
+    temperature_bounds: tuple[float, float] = (0.01, 1.0)
+    """Between which a learned tau is kept, in units of similarity."""
+    divergence: DivergenceName = "kl"
+    """The ball over negatives of fastclip and drrho, over samples of two-level."""
+    level: float = 0.1
+    """Share of the negatives, or samples, that cvar averages over."""
+    strength: float = 0.1
+    """Penalty on the divergence over samples of two-level, in units of similarity; cvar has none."""
+    coefficient: float | Literal["adaptive"] = 1.0
+    """How much of the reference's margins drrho subtracts; adaptive: what leaves the least variance, estimated."""
     final_gamma: float = 0.6
     """Rate of the running estimates in the last epoch; it decays from 1 by a cosine over the epochs."""
+    log_step: float | None = None
+    """Instead of gamma, logarithm of SCENT's step: each estimate has a rate of its own."""
     eps: float = 1e-8
     """Added to the running estimate where the gradient divides by it."""
+    distill: float = 0.0
+    """Weight of the reference's distillation (cross-entropy of its softmax similarities), added to any method."""
+    distill_temperature: float | Literal["auto"] = "auto"
+    """Of both softmaxes, in units of similarity; auto: the reference's own."""
     reference: Path = SHIPPED_REFERENCE
-    """Folder of the reference model of drrho, in open_clip's local-dir layout."""
+    """Folder of the reference model, in open_clip's local-dir layout."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's features are needed."""
+        return self.method in ("drrho", "two-level") or self.distill > 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +152,8 @@ class Evaluate:
     """Which held-out pairs."""
 
 
+_DEFAULT_LOSS = Loss()
+
 PRESETS: dict[str, Train] = {
     "glyph-reference": Train(
         model="glyph-base",
@@ -183,6 +219,9 @@ def _check(options: Train) -> None:
     """Refuse numbers out of range, by the name of their option."""
     optimization, loss = options.optimization, options.loss
     tau = 1.0 if loss.temperature == "auto" else loss.temperature
+    distill_tau = 1.0 if loss.distill_temperature == "auto" else loss.distill_temperature
+    share = 1.0 if loss.coefficient == "adaptive" else loss.coefficient
+    low, high = loss.temperature_bounds
     for flag, value, is_right, meaning in (
         ("epochs", optimization.epochs, optimization.epochs >= 1, "at least 1"),
         ("batch-size", optimization.batch_size, optimization.batch_size >= 2, "at least 2: a negative"),
@@ -192,12 +231,56 @@ def _check(options: Train) -> None:
         ("temperature", loss.temperature, 0 < tau < math.inf, "positive, or auto"),
         ("final-gamma", loss.final_gamma, 0 < loss.final_gamma <= 1, "in (0, 1]"),
         ("eps", loss.eps, 0 <= loss.eps < math.inf, ">= 0"),
+        ("accumulation", optimization.accumulation, 1 <= optimization.accumulation, "at least 1"),
+        ("rho", loss.rho, 0 <= loss.rho < math.inf, ">= 0"),
+        ("temperature-lr", loss.temperature_lr, 0 < loss.temperature_lr < math.inf, "positive"),
+        ("temperature-bounds", loss.temperature_bounds, 0 < low <= high < math.inf, "two numbers, 0 < low <= high"),
+        ("level", loss.level, 0 < loss.level <= 1, "in (0, 1]"),
+        ("strength", loss.strength, 0 < loss.strength < math.inf, "positive"),
+        ("coefficient", loss.coefficient, abs(share) < math.inf, "a finite number, or adaptive"),
+        ("distill", loss.distill, 0 <= loss.distill < math.inf, ">= 0"),
+        ("distill-temperature", loss.distill_temperature, 0 < distill_tau < math.inf, "positive, or auto"),
         ("checkpoint-minutes", options.checkpoint_minutes, options.checkpoint_minutes > 0, "positive"),
         ("validations", options.validations, options.validations >= 1, "at least 1"),
         ("seed", options.seed, options.seed >= 0, ">= 0"),
     ):
         if not is_right:
             raise UserError(f"--{flag} must be {meaning}, got {value}")
+    _check_meaning(loss)
+
+
+def _check_meaning(loss: Loss) -> None:
+    """Refuse options that the chosen method would ignore: what is given must take part."""
+    contrastive = loss.method in ("fastclip", "drrho")
+    learned = contrastive and loss.temperature_scheme != "constant"
+    with_radius = learned and loss.temperature_scheme != "per-temperature"
+    is_kl = loss.divergence == "kl"
+    for name, takes_part, where in (
+        ("temperature", contrastive or loss.method == "two-level", "--method fastclip, drrho or two-level"),
+        ("temperature_scheme", contrastive, "--method fastclip or drrho"),
+        ("rho", with_radius, "--temperature-scheme global or individual"),
+        ("temperature_lr", learned, "a learned --temperature-scheme"),
+        ("temperature_bounds", learned, "a learned --temperature-scheme"),
+        ("divergence", contrastive or loss.method == "two-level", "--method fastclip, drrho or two-level"),
+        ("level", loss.divergence == "cvar", "--divergence cvar"),
+        ("strength", loss.method == "two-level" and loss.divergence != "cvar", "--method two-level, without cvar"),
+        ("coefficient", loss.method == "drrho", "--method drrho"),
+        ("final_gamma", contrastive and loss.log_step is None, "--method fastclip or drrho, without --log-step"),
+        ("log_step", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
+        ("eps", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
+        ("distill_temperature", loss.distill > 0, "--distill"),
+        ("reference", loss.needs_reference, "--method drrho or two-level, or with --distill"),
+    ):
+        value = getattr(loss, name)
+        if not takes_part and value != getattr(_DEFAULT_LOSS, name):
+            raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for {where}")
+    if loss.temperature_scheme == "per-temperature" and not is_kl:
+        raise UserError(f"--temperature-scheme per-temperature needs --divergence kl, got {loss.divergence}")
+    if contrastive and loss.temperature == "auto" and not loss.needs_reference:
+        raise UserError(f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1")
+    low, high = loss.temperature_bounds
+    if learned and loss.temperature != "auto" and not low <= loss.temperature <= high:
+        raise UserError(f"--temperature {loss.temperature} must lie within --temperature-bounds {low} {high}")
 
 
 def _pop_preset(arguments: list[str]) -> Train:

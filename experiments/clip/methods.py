@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
-import open_clip
 import torch
+import torch.distributed as dist
+from open_clip.loss import SigLipLoss
 from torch import Tensor
 
-from drrho.contrastive import contrastive_risk
-from drrho.running import RunningEstimates, cosine_gamma
+from drrho import KL, Divergence
+from drrho.coefficient import AdaptiveCoefficient
+from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
+from drrho.distillation import distillation_loss
+from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from experiments.clip.feature_cache import FeatureCache
 
 
@@ -20,14 +25,25 @@ class Loss(NamedTuple):
     log: dict[str, float]
 
 
+class Head(NamedTuple):
+    """The model's own logit scale, ``exp(logit_scale)``, and bias, if it has one."""
+
+    scale: Tensor
+    bias: Tensor | None = None
+
+
 class Method(Protocol):
     """What the training loop asks of a method."""
 
     #: Whether the model's own learnable temperature takes part.
-    learns_temperature: bool
+    learns_scale: bool
 
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, scale: Tensor, epoch: int) -> Loss:
-        """Return the loss of unit features ``[b, d]`` of samples ``index``; ``scale`` is exp(logit_scale)."""
+    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+        """Return the loss of unit features ``[b, d]`` of samples ``index``."""
+        ...
+
+    def step(self) -> dict[str, float]:
+        """Move what the method itself learns, after backward; return what is worth logging."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -39,92 +55,223 @@ class Method(Protocol):
         ...
 
 
-class OpenCLIP:
-    """InfoNCE over the batch with a learnable temperature: open_clip's own ``ClipLoss``."""
+class _Stateless:
+    """A method that learns nothing of its own."""
 
-    learns_temperature = True
-
-    def __init__(self) -> None:
-        self._loss = open_clip.ClipLoss()
-
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, scale: Tensor, epoch: int) -> Loss:
-        """Return InfoNCE at the model's temperature."""
-        return Loss(self._loss(image, text, scale), {"temperature": 1 / scale.item()})
+    def step(self) -> dict[str, float]:
+        """Move nothing."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: the temperature is the model's."""
+        """Return nothing: what is learned is the model's."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Accept nothing."""
 
 
-class FastCLIP:
-    """The global contrastive risk at a constant temperature with running estimates (FastCLIP v1).
+class OpenCLIP(_Stateless):
+    """InfoNCE over the batch with the model's learnable temperature, as open_clip trains."""
+
+    learns_scale = True
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+        """Return InfoNCE at the model's temperature."""
+        tau = 1 / head.scale
+        return Loss(info_nce(image, text, tau, group=self._group), {"temperature": tau.item()})
+
+
+class SigLIP(_Stateless):
+    """The pairwise sigmoid loss with the model's learnable scale and bias: open_clip's own ``SigLipLoss``."""
+
+    learns_scale = True
+
+    def __init__(self, group: Any = None) -> None:
+        ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self._loss = SigLipLoss(rank=ranks[0], world_size=ranks[1])
+
+    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+        """Return the sigmoid loss."""
+        value = self._loss(image, text, head.scale, head.bias)
+        return Loss(value, {"temperature": 1 / head.scale.item()})
+
+
+class ConstantTemperature:
+    """One temperature that is not learned, with the methods of those that are."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def lookup(self, index: Tensor) -> float:
+        """Return it."""
+        return self._value
+
+    def step(self, index: Tensor, temperature: float) -> int:
+        """Move nothing."""
+        return 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Accept nothing."""
+
+
+class GlobalContrastive:
+    """The global contrastive risk: FastCLIP v0 to v3; with a reference, DRRho-CLIP; of any divergence.
 
     Parameters
     ----------
     samples : int
-        Size of the training split; sizes the running estimates.
+        Size of the training split; sizes the running state.
     epochs : int
         Length of the training, over which gamma decays from 1 to ``final_gamma``.
-    temperature, final_gamma, eps : float
-        As in `drrho.contrastive.contrastive_risk`.
+    temperature : ConstantTemperature, or GlobalTemperature or IndividualTemperatures of `drrho.temperature`
+        FastCLIP v1, v3 (v0 with ``per_temperature``) and v2.
+    features : FeatureCache, optional
+        The reference's features of all samples.
+    coefficient : float or AdaptiveCoefficient
+        How much of the reference's margins to subtract.
+    final_gamma, log_step, eps, divergence, rho, per_temperature, group
+        As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
     """
 
-    learns_temperature = False
-
-    def __init__(self, samples: int, epochs: int, temperature: float, final_gamma: float, eps: float) -> None:
-        self.temperature = temperature
-        self._epochs = epochs
-        self._final_gamma = final_gamma
-        self._eps = eps
-        self._estimates = RunningEstimates(samples)
-
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the reference's features of these samples; this method has none."""
-        return None
-
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, scale: Tensor, epoch: int) -> Loss:
-        """Return the contrastive risk and move the running estimates of these samples."""
-        gamma = cosine_gamma(epoch, self._epochs, self._final_gamma)
-        step = contrastive_risk(
-            image,
-            text,
-            self.temperature,
-            reference=self.reference(index),
-            log_u=self._estimates.lookup(index),
-            gamma=gamma,
-            eps=self._eps,
-        )
-        self._estimates.update(index, step.log_u)
-        effective = (len(index) - 1) * torch.exp(-torch.cat(step.distances)).mean()
-        return Loss(step.value, {"gamma": gamma, "effective_negatives": effective.item()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the running estimates."""
-        return self._estimates.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the running estimates."""
-        self._estimates.load_state_dict(state)
-
-
-class DRRhoCLIP(FastCLIP):
-    """FastCLIP steered by a reference model: the risk of the excess pair losses (Wei et al., ICML 2025)."""
+    learns_scale = False
 
     def __init__(
         self,
         samples: int,
         epochs: int,
-        temperature: float,
-        final_gamma: float,
-        eps: float,
-        features: FeatureCache,
+        temperature: Any,
+        *,
+        features: FeatureCache | None = None,
+        coefficient: float | AdaptiveCoefficient = 1.0,
+        final_gamma: float = 1.0,
+        log_step: float | None = None,
+        eps: float = 0.0,
+        divergence: Divergence | None = None,
+        rho: float = 0.0,
+        per_temperature: bool = False,
+        group: Any = None,
     ) -> None:
-        super().__init__(samples, epochs, temperature, final_gamma, eps)
-        self._features = features
+        self._temperature, self._features, self._coefficient = temperature, features, coefficient
+        self._epochs, self._final_gamma = epochs, final_gamma
+        divergence = KL() if divergence is None else divergence
+        self._is_kl = isinstance(divergence, KL)
+        self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, group=group)
+        own = {"log_step": log_step, "eps": eps, "per_temperature": per_temperature} if self._is_kl else {}
+        self._options = {"divergence": divergence, "rho": rho, "group": group, **own}
+        self._group = group
+        self._looked_up: tuple[Tensor, Any] | None = None
 
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the reference's cached features of these samples."""
-        return self._features.rows(index)
+    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+        """Return the contrastive risk and move the running state of these samples."""
+        adaptive = self._options.get("log_step") is not None
+        gamma = 1.0 if adaptive else cosine_gamma(epoch, self._epochs, self._final_gamma)
+        reference = None if self._features is None else self._features.rows(index)
+        log = {} if adaptive else {"gamma": gamma}
+        options = self._options | {"gamma": gamma}
+        if reference is not None:
+            options |= {"reference": reference, "coefficient": self._coefficient}
+            if isinstance(self._coefficient, AdaptiveCoefficient):
+                options["coefficient"] = self._coefficient.update(image, text, reference=reference, group=self._group)
+                log["coefficient"] = options["coefficient"]
+        temperature = self._temperature.lookup(index)
+        self._looked_up = index, temperature
+        state = self._running.lookup(index)
+        step = contrastive_risk(image, text, temperature, **{"log_u" if self._is_kl else "threshold": state}, **options)
+        self._running.update(index, step.log_u if self._is_kl else step.threshold)  # pyright: ignore[reportArgumentType]
+        effective = (len(index) - 1) * torch.exp(-torch.cat(step.distances)).mean()
+        return Loss(step.value, {**log, "effective_negatives": effective.item()})
+
+    def step(self) -> dict[str, float]:
+        """Move learned temperatures; log their mean over the batch, and how many met a bound."""
+        if self._looked_up is None or isinstance(self._temperature, ConstantTemperature):
+            return {}
+        index, taus = self._looked_up
+        both = taus if isinstance(taus, tuple) else (taus,)
+        mean = torch.cat([tau.detach().reshape(-1) for tau in both]).mean().item()
+        return {"temperature": mean, "temperatures_bounded": self._temperature.step(index, taus)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return running state, learned temperatures and the adaptive coefficient."""
+        return {
+            f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take them up."""
+        for name, part in self._parts().items():
+            prefix = f"{name}."
+            part.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            )
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"running": self._running, "temperature": self._temperature}
+        if isinstance(self._coefficient, AdaptiveCoefficient):
+            parts["coefficient"] = self._coefficient
+        return parts
+
+
+class TwoLevel(_Stateless):
+    """The DRRho risk over samples: weights from each sample's own contrastive risk in excess of the reference's."""
+
+    learns_scale = False
+
+    def __init__(
+        self, temperature: float, outer: Divergence, strength: float, features: FeatureCache, group: Any = None
+    ) -> None:
+        self._temperature, self._outer, self._features, self._group = temperature, outer, features, group
+        self._strength = strength if outer.has_radius else None
+
+    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+        """Return the outer risk over the batch."""
+        risk = two_level_risk(
+            image,
+            text,
+            self._temperature,
+            self._outer,
+            reference=self._features.rows(index),
+            strength=self._strength,
+            group=self._group,
+        )
+        squares = risk.weights.detach().square().sum()
+        if self._group is not None:
+            dist.all_reduce(squares, group=self._group)
+        return Loss(risk.value, {"effective_samples": 1 / squares.item()})
+
+
+class Distilled:
+    """Another method's loss plus a multiple of the distillation of the reference's similarities."""
+
+    def __init__(
+        self, method: Method, weight: float, temperature: float, features: FeatureCache, group: Any = None
+    ) -> None:
+        self._method, self._weight, self._temperature = method, weight, temperature
+        self._features, self._group = features, group
+        self.learns_scale = method.learns_scale
+
+    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+        """Return the sum."""
+        own = self._method.loss(image, text, index, head, epoch)
+        distilled = distillation_loss(
+            image, text, self._temperature, reference=self._features.rows(index), group=self._group
+        )
+        return Loss(own.value + self._weight * distilled, {**own.log, "distillation": distilled.item()})
+
+    def step(self) -> dict[str, float]:
+        """Move what the other method learns."""
+        return self._method.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the other method's."""
+        return self._method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Hand it to the other method."""
+        self._method.load_state_dict(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ open_clip.add_model_config(Path(__file__).parent / "model_configs")
 SHIPPED_REFERENCE = Path(__file__).parent / "reference"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+_SIGMOID_BIAS = -10.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,17 @@ class Clip:
         return self.model.encode_text(self.tokenize(list(captions)), normalize=True)
 
 
-def new_model(name: str, seed: int) -> Clip:
-    """Build a registered open_clip model with weights drawn from ``seed``."""
+def new_model(name: str, seed: int, *, sigmoid: bool = False) -> Clip:
+    """Build a registered open_clip model with weights drawn from ``seed``.
+
+    ``sigmoid`` gives it SigLIP's head: a logit bias of -10 and a scale of 10 to start from.
+    """
     if name not in open_clip.list_models():
         raise UserError(f"no model is called {name!r}: open_clip.list_models() and the glyph models are known")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        head = {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(10)} if sigmoid else {}
+        model, _, preprocess = open_clip.create_model_and_transforms(name, **head)
         return Clip(name, model, preprocess, open_clip.get_tokenizer(name))
 
 
@@ -80,8 +86,9 @@ def load_model(folder: Path) -> Clip:
 
 def export_model(clip: Clip, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write ``clip`` as a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads."""
+    head = {} if clip.model.logit_bias is None else {"init_logit_bias": _SIGMOID_BIAS}
     config = {
-        "model_cfg": open_clip.get_model_config(clip.name),
+        "model_cfg": {**open_clip.get_model_config(clip.name), **head},
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip.model),
     }
     state = {key: value.detach().to(dtype).contiguous() for key, value in clip.model.state_dict().items()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from drrho import KL, ChiSquare, CVaR
+from drrho.coefficient import AdaptiveCoefficient
+from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip import report
 from experiments.clip.config import (
     PRESETS,
@@ -40,7 +45,15 @@ from experiments.clip.evaluate import Evaluation, evaluate
 from experiments.clip.feature_cache import FeatureCache, cache_features, open_features
 from experiments.clip.files import ensure_writable, write_json
 from experiments.clip.glyphs import faces, glyph_splits
-from experiments.clip.methods import DRRhoCLIP, FastCLIP, Method, OpenCLIP
+from experiments.clip.methods import (
+    ConstantTemperature,
+    Distilled,
+    GlobalContrastive,
+    Method,
+    OpenCLIP,
+    SigLIP,
+    TwoLevel,
+)
 from experiments.clip.models import Clip, export_model, load_model, new_model
 from experiments.clip.shards import Manifest, open_dataset, write_dataset
 from experiments.clip.stream import Pairs
@@ -146,22 +159,58 @@ def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest) -> Evaluation:
     return evaluate(clip.encode_image, clip.encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
 
 
-def build_method(loss: Loss, epochs: int, pairs: Pairs, features: FeatureCache | None) -> tuple[Method, dict[str, Any]]:
+def build_method(
+    loss: Loss, epochs: int, samples: int, reference: Clip | None, features: FeatureCache | None
+) -> tuple[Method, dict[str, Any]]:
     """Return the method and the numbers it was resolved to."""
-    if loss.method == "openclip":
-        return OpenCLIP(), {"loss": "openclip"}
-    temperature = loss.temperature
-    chosen: dict[str, Any] = {"loss": loss.method, "final_gamma": loss.final_gamma, "eps": loss.eps}
+    chosen: dict[str, Any] = {key: value for key, value in as_settings(loss).items() if key != "reference"}
     if features is not None:
         spread = features.spread()
         console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
-        temperature = round(SPREAD_SHARE * spread, 3) if temperature == "auto" else temperature
-    if temperature == "auto":
-        raise UserError(f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1")
-    chosen["temperature"] = temperature
-    arguments = (len(pairs), epochs, temperature, loss.final_gamma, loss.eps)
-    method = FastCLIP(*arguments) if features is None else DRRhoCLIP(*arguments, features)
+        if loss.temperature == "auto":
+            chosen["temperature"] = tau = round(SPREAD_SHARE * spread, 3)
+            low, high = loss.temperature_bounds if loss.temperature_scheme != "constant" else (0.0, math.inf)
+            if not low <= tau <= high:
+                raise UserError(
+                    f"--temperature auto is {tau} here, outside --temperature-bounds {low} {high}: widen them"
+                )
+    method = _method(loss, epochs, samples, chosen["temperature"], features)
+    if reference is not None and features is not None and loss.distill > 0:
+        if loss.distill_temperature == "auto":
+            chosen["distill_temperature"] = round(1 / reference.model.logit_scale.exp().item(), 6)
+        method = Distilled(method, loss.distill, chosen["distill_temperature"], features)
     return method, chosen
+
+
+def _method(loss: Loss, epochs: int, samples: int, tau: Any, features: FeatureCache | None) -> Method:
+    divergence = {"kl": KL, "chi-square": ChiSquare, "cvar": partial(CVaR, loss.level)}[loss.divergence]()
+    if loss.method == "openclip":
+        return OpenCLIP()
+    if loss.method == "siglip":
+        return SigLIP()
+    if loss.method == "two-level" and features is not None:
+        return TwoLevel(tau, divergence, loss.strength, features)
+    low, high = loss.temperature_bounds
+    learning = {"learning_rate": loss.temperature_lr, "low": low, "high": high}
+    if loss.temperature_scheme == "constant":
+        temperature = ConstantTemperature(tau)
+    elif loss.temperature_scheme == "individual":
+        temperature = IndividualTemperatures(samples, tau, **learning)
+    else:
+        temperature = GlobalTemperature(tau, **learning)
+    return GlobalContrastive(
+        samples,
+        epochs,
+        temperature,
+        features=features if loss.method == "drrho" else None,
+        coefficient=AdaptiveCoefficient() if loss.coefficient == "adaptive" else loss.coefficient,
+        final_gamma=loss.final_gamma,
+        log_step=loss.log_step,
+        eps=loss.eps,
+        divergence=divergence,
+        rho=loss.rho,
+        per_temperature=loss.temperature_scheme == "per-temperature",
+    )
 
 
 class Trained(NamedTuple):
@@ -178,16 +227,16 @@ class Trained(NamedTuple):
 
 def run_training(options: Train) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
-    clip = new_model(options.model, options.seed)
-    reference = load_model(options.loss.reference) if options.loss.method == "drrho" else None
+    clip = new_model(options.model, options.seed, sigmoid=options.loss.method == "siglip")
+    reference = load_model(options.loss.reference) if options.loss.needs_reference else None
     if reference is not None and options.split != "train":
-        raise UserError(f"--split {options.split} has no cached reference features: drrho trains on --split train")
+        raise UserError(f"--split {options.split} has no cached reference features: steered runs use --split train")
     ensure_writable(options.out)
     manifest = prepare(options.data)
     features = reference_features(reference, manifest, options.data) if reference is not None else None
     pairs = load_pairs(manifest, options.split, clip)
     held_out = load_pairs(manifest, "validation", clip)
-    method, chosen = build_method(options.loss, options.optimization.epochs, pairs, features)
+    method, chosen = build_method(options.loss, options.optimization.epochs, len(pairs), reference, features)
     identity = {
         "model": options.model,
         "data": manifest.fingerprint,
@@ -261,7 +310,9 @@ def demo_run(options: Demo, preset: Train, data: Data, name: str) -> Train:
     return dataclasses.replace(
         preset,
         data=data,
-        loss=dataclasses.replace(preset.loss, reference=options.reference),
+        loss=dataclasses.replace(preset.loss, reference=options.reference)
+        if preset.loss.needs_reference
+        else preset.loss,
         optimization=optimization,
         seed=options.seed,
         out=options.out / name,

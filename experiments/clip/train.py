@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from drrho.accumulation import accumulate
 from experiments.clip.checkpoint import load_checkpoint, save_checkpoint
 from experiments.clip.errors import UserError
-from experiments.clip.methods import Method
+from experiments.clip.methods import Head, Loss, Method
 from experiments.clip.models import Clip
 from experiments.clip.stream import Pairs, epoch_order, steps_per_epoch
 
@@ -32,6 +34,8 @@ class Optimization:
     """Decoupled weight decay of matrices; gains, biases and the temperature have none."""
     warmup: int = 50
     """Steps of linear warm-up, before a cosine decay to 0."""
+    accumulation: int = 1
+    """Parts of a batch that go through the towers one after the other; the loss still sees the whole batch."""
 
 
 Record = dict[str, float]
@@ -89,23 +93,20 @@ def train(
     saved = time.monotonic()
     for epoch in range(step // per_epoch, optimization.epochs):
         for index in epoch_order(len(pairs), optimization.batch_size, seed, epoch)[step - epoch * per_epoch :]:
-            batch = pairs.batch(index)
-            image = model.encode_image(batch.image, normalize=True)  # [b, d]
-            text = model.encode_text(batch.text, normalize=True)  # [b, d]
-            loss = method.loss(image, text, index, model.logit_scale.exp(), epoch)
+            optimizer.zero_grad(set_to_none=True)
+            loss = _loss(clip, method, pairs, index, optimization.accumulation, epoch)
             if not bool(torch.isfinite(loss.value)):
                 raise UserError(f"the loss is {loss.value.item()} at step {step}: lower --lr")
-            optimizer.zero_grad(set_to_none=True)
-            loss.value.backward()
+            log = loss.log | method.step()
             lr = _learning_rate(step, total, optimization)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             step += 1
 
-            on_step(step, total, {"loss": loss.value.item(), "lr": lr, **loss.log})
+            on_step(step, total, {"loss": loss.value.item(), "lr": lr, **log})
             if step in due:
-                history.append({"step": step, "loss": loss.value.item(), **loss.log, **validate()})
+                history.append({"step": step, "loss": loss.value.item(), **log, **validate()})
             if stop():
                 save()
                 raise Interrupted(f"stopped after step {step} of {total}; {checkpoint} holds the state")
@@ -116,8 +117,27 @@ def train(
     return history
 
 
+def _loss(clip: Clip, method: Method, pairs: Pairs, index: Tensor, parts: int, epoch: int) -> Loss:
+    """Return the loss of a batch, its gradient left in the parameters."""
+    model = clip.model
+
+    def encode(part: Tensor) -> list[Tensor]:
+        batch = pairs.batch(part)
+        image = model.encode_image(batch.image, normalize=True)  # [b, d]
+        text = model.encode_text(batch.text, normalize=True)  # [b, d]
+        bias = [] if model.logit_bias is None else [model.logit_bias]
+        return [image, text, model.logit_scale.exp(), *bias]
+
+    def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
+        if not bool(torch.isfinite(image.sum() + text.sum())):
+            raise UserError("the features are not finite: lower --lr")
+        return method.loss(image, text, index, Head(*head), epoch)
+
+    return accumulate(encode, index.tensor_split(min(parts, len(index))), loss, model=model)
+
+
 def _optimizer(model: torch.nn.Module, method: Method, optimization: Optimization) -> torch.optim.AdamW:
-    model.logit_scale.requires_grad_(method.learns_temperature)
+    model.logit_scale.requires_grad_(method.learns_scale)
     decayed, plain = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
