@@ -32,6 +32,7 @@ bench-core: $(READY)
 
 bench-contrastive: $(READY)
 	$(BIN)/python experiments/benchmarks/contrastive.py
+	$(BIN)/python experiments/benchmarks/contrastive_ranks.py
 	$(BIN)/python experiments/benchmarks/running_state.py
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
