@@ -1,35 +1,108 @@
-"""Training state in one safetensors file: weights, optimizer, method, progress; never pickle."""
+"""Training state in safetensors files, one folder per step: weights, optimizer, method, progress; never pickle.
+
+``step-00000120/`` holds ``training.safetensors`` (what all ranks share) and ``method-K-of-N.safetensors`` (rank K's
+rows of running state). It is written under another name and renamed when every rank is done, so that a folder of
+this name is whole.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.files import write_atomically
+from experiments.clip.files import sync_folder, write_atomically
 from experiments.clip.methods import Method
+
+_STEP = re.compile(r"step-(\d{8,})")
+_PARTIAL = ".partial-step-"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_LOADING = StateDictOptions(full_state_dict=True)
+_OF = "|"  # between a parameter's name and the optimizer's
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the folder of the last finished step, if there is one."""
+    steps = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return max(steps, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def save_checkpoint(
-    path: Path,
+    folder: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     method: Method,
+    extra: Mapping[str, torch.Tensor],
     progress: dict[str, Any],
     settings: dict[str, Any],
+    ranks: Ranks,
+    *,
+    keep: int = 2,
 ) -> None:
-    """Replace the checkpoint at ``path``; an interruption leaves the previous one."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    tensors |= {f"method.{key}": value for key, value in method.state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
-    metadata = {"progress": json.dumps(progress), "settings": json.dumps(settings, sort_keys=True)}
-    write_atomically(path, save({key: value.contiguous() for key, value in tensors.items()}, metadata))
+    """Write the state after ``progress["step"]`` steps and remove all but the last ``keep``; every rank calls.
+
+    A failure on any rank, such as a full disk, leaves the earlier ones; the rank that failed raises its error, the
+    others a `UserError` that says so.
+    """
+    name = f"step-{progress['step']:08d}"
+    partial = folder / f"{_PARTIAL}{name}"
+    shared = {f"model.{key}": value for key, value in get_model_state_dict(model, options=_WHOLE).items()}
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
+    shared |= {
+        f"optimizer.{name}{_OF}{key}": torch.as_tensor(value)
+        for name, values in state.items()
+        for key, value in values.items()
+    }
+    shared |= {f"extra.{key}": value for key, value in extra.items()}
+    failure: Exception | None = None
+    try:
+        if ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        ranks.wait()
+        _write(partial / f"method-{ranks.rank}-of-{ranks.count}.safetensors", method.state_dict(), {"format": "pt"})
+        if ranks.leads:
+            metadata = {"progress": json.dumps(progress), "settings": json.dumps(settings, sort_keys=True)}
+            _write(partial / "training.safetensors", shared, metadata)
+    except UserError as error:
+        failure = error
+    if ranks.most(int(failure is not None)):
+        if ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise failure or UserError(f"another rank could not write its part of {partial}: see its message")
+    if ranks.leads:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.rename(partial, folder / name)
+        sync_folder(folder)
+        _remove_old(folder, keep)
+    ranks.wait()
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(path, save(whole, metadata))
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    steps = sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name))
+    for path in steps[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -38,29 +111,42 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     method: Method,
     settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Restore a checkpoint made with equal ``settings`` and return its progress."""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Restore a step's folder made with equal ``settings``, by any number of ranks; return its progress and extras."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors, metadata = _read(path / "training.safetensors")
         stored = json.loads(metadata["settings"])
         progress = json.loads(metadata["progress"])
+        parts = [_read(part)[0] for part in _method_parts(path)]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}): delete it to start anew") from error
+        raise UserError(f"checkpoint {path} is damaged ({error}): delete it to go on from the one before") from error
     check_settings(path, stored, settings)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-    model.load_state_dict(part("model."))
-    method.load_state_dict(part("method."))
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    set_model_state_dict(model, part("model."), options=_LOADING)
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in part("optimizer.").items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return progress
+        name, _, field = key.partition(_OF)
+        state.setdefault(name, {})[field] = value
+    # The groups' settings are those of this run.
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_LOADING)
+    method.load_state_dict(parts)
+    return progress, part("extra.")
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+def _method_parts(path: Path) -> list[Path]:
+    """Return the files of all ranks, in order; a missing one is an error."""
+    found = sorted(path.glob("method-*-of-*.safetensors"))
+    count = int(found[0].stem.rpartition("-of-")[2]) if found else 1
+    return [path / f"method-{rank}-of-{count}.safetensors" for rank in range(count)]
 
 
 def check_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -16,8 +16,10 @@ import tyro
 
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs import Captions
+from experiments.clip.logs import LogName
 from experiments.clip.models import SHIPPED_REFERENCE
-from experiments.clip.train import Optimization
+from experiments.clip.optimization import Optimization, check_optimizer
+from experiments.clip.train import Execution
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -95,6 +97,7 @@ class Train:
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     optimization: Optimization = field(default_factory=Optimization)
+    execution: Execution = field(default_factory=Execution)
     seed: int = 0
     """Seed of the initial weights and of the order of the pairs."""
     out: Path = Path("outputs/train")
@@ -103,6 +106,10 @@ class Train:
     """Minutes between checkpoints."""
     validations: int = 5
     """How many times to score the model on the validation split, evenly spaced."""
+    logs: tuple[LogName, ...] = ("jsonl",)
+    """Where numbers of the run go, within --out: lines of JSON, TensorBoard's events, Weights & Biases."""
+    log_every: int = 10
+    """Steps over which a line of the log is the mean."""
     weights: Literal["float32", "float16"] = "float32"
     """Precision of the exported weights."""
 
@@ -152,6 +159,23 @@ class Evaluate:
     """Which held-out pairs."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Say what a run would take: parameters, operations, memory of a rank by part, disk, time."""
+
+    train: Train = field(default_factory=Train)
+    samples: int = 23_635
+    """Pairs of the training data."""
+    ranks: int = 1
+    """Processes, one per device."""
+    teraflops: float = 312.0
+    """Peak rate of a device at the towers' precision, 10^12 operations per second (A100, bfloat16: 312)."""
+    utilization: float = 0.4
+    """Share of that rate which training reaches."""
+    reference_width: int = 512
+    """Width of the reference's features, where the run has a reference."""
+
+
 _DEFAULT_LOSS = Loss()
 
 PRESETS: dict[str, Train] = {
@@ -180,10 +204,11 @@ COMMANDS: dict[str, type] = {
     "cache-reference": CacheReference,
     "train": Train,
     "evaluate": Evaluate,
+    "plan": Plan,
 }
 
 
-def parse(arguments: Sequence[str]) -> Demo | Prepare | CacheReference | Train | Evaluate:
+def parse(arguments: Sequence[str]) -> Any:
     """Turn a command line into options; without a command it is the demo's.
 
     Raises
@@ -199,7 +224,10 @@ def parse(arguments: Sequence[str]) -> Demo | Prepare | CacheReference | Train |
     name = rest.pop(0) if rest and not rest[0].startswith("-") else "demo"
     if name not in COMMANDS:
         raise UserError(f"no command is called {name!r}: choose one of {', '.join(COMMANDS)}")
-    default = _pop_preset(rest) if name == "train" else None
+    default = None
+    if name in ("train", "plan"):
+        preset = _pop_preset(rest)
+        default = preset if name == "train" else Plan(preset)
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -210,8 +238,8 @@ def parse(arguments: Sequence[str]) -> Demo | Prepare | CacheReference | Train |
         if not stop.code:
             raise
         raise UserError(f"{_first_message(refusal.getvalue())}: see `run.py {name} --help`") from None
-    if isinstance(options, Train):
-        _check(options)
+    if isinstance(options, (Train, Plan)):
+        _check(options if isinstance(options, Train) else options.train)
     return options
 
 
@@ -231,6 +259,14 @@ def _check(options: Train) -> None:
         ("temperature", loss.temperature, 0 < tau < math.inf, "positive, or auto"),
         ("final-gamma", loss.final_gamma, 0 < loss.final_gamma <= 1, "in (0, 1]"),
         ("eps", loss.eps, 0 <= loss.eps < math.inf, ">= 0"),
+        ("log-every", options.log_every, options.log_every >= 1, "at least 1"),
+        ("lr-min", optimization.lr_min, 0 <= optimization.lr_min <= optimization.lr, "between 0 and --lr"),
+        ("betas", optimization.betas, all(0 <= beta < 1 for beta in optimization.betas), "two numbers in [0, 1)"),
+        ("adam-eps", optimization.adam_eps, 0 < optimization.adam_eps < math.inf, "positive"),
+        ("cooldown-steps", optimization.cooldown_steps, optimization.cooldown_steps >= 0, ">= 0"),
+        ("clip-norm", optimization.clip_norm, optimization.clip_norm is None or optimization.clip_norm > 0, "positive"),
+        ("ema", optimization.ema, optimization.ema is None or 0 <= optimization.ema < 1, "in [0, 1)"),
+        ("exchange-minutes", options.execution.exchange_minutes, options.execution.exchange_minutes > 0, "positive"),
         ("accumulation", optimization.accumulation, 1 <= optimization.accumulation, "at least 1"),
         ("rho", loss.rho, 0 <= loss.rho < math.inf, ">= 0"),
         ("temperature-lr", loss.temperature_lr, 0 < loss.temperature_lr < math.inf, "positive"),
@@ -246,6 +282,14 @@ def _check(options: Train) -> None:
     ):
         if not is_right:
             raise UserError(f"--{flag} must be {meaning}, got {value}")
+    check_optimizer(optimization.optimizer)
+    if (optimization.schedule == "cooldown") != (optimization.cooldown_steps > 0):
+        raise UserError(
+            f"--schedule cooldown and --cooldown-steps need each other, got {optimization.schedule} and "
+            f"{optimization.cooldown_steps} steps"
+        )
+    if optimization.schedule == "constant" and optimization.lr_min:
+        raise UserError(f"--lr-min {optimization.lr_min} has no part in this run: --schedule constant stays at --lr")
     _check_meaning(loss)
 
 
@@ -312,4 +356,6 @@ def as_settings(options: Any) -> dict[str, Any]:
 def _as_setting(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.relative_to(_CHECKOUT) if value.is_relative_to(_CHECKOUT) else value)
+    if isinstance(value, tuple):
+        return [_as_setting(part) for part in value]
     return as_settings(value) if dataclasses.is_dataclass(value) else value

@@ -41,8 +41,8 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._present)
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image and text features ``[b, d]`` of samples ``index`` ``[b]``, float32.
+    def rows(self, index: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Return image and text features ``[b, d]`` of samples ``index`` ``[b]``, float32, on ``device``.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class FeatureCache:
                 f"the reference features of sample {int(index[absent][0])} are missing: "
                 "run `run.py cache-reference` on this data again"
             )
-        return self._image[index].float(), self._text[index].float()
+        return self._image[index].to(device).float(), self._text[index].to(device).float()
 
     def spread(self, sample: int = 1024) -> float:
         """Return the standard deviation of the reference's margins ``r_ij - r_ii``, j != i, over its first pairs.

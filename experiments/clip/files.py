@@ -25,6 +25,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the file system keep the names in ``folder``, as fsync does for a file's content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def ensure_writable(folder: Path) -> None:
     """Create ``folder`` and prove that a file can be written there, so that hours of work do not end in an error."""
     probe = folder / ".writable"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,9 @@ from drrho import KL, Divergence
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
+from drrho.ranks import mean_over_ranks, row_counts
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
+from drrho.temperature import IndividualTemperatures
 from experiments.clip.feature_cache import FeatureCache
 
 
@@ -42,23 +44,31 @@ class Method(Protocol):
         """Return the loss of unit features ``[b, d]`` of samples ``index``."""
         ...
 
-    def step(self) -> dict[str, float]:
-        """Move what the method itself learns, after backward; return what is worth logging."""
+    def step(self, scale: float) -> dict[str, float]:
+        """Move what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must keep."""
         ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up a checkpoint's state."""
+    def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take up a checkpoint's state: what `state_dict` returned on every rank that wrote it, in order."""
+        ...
+
+    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the reference's features of these samples, if the method has a reference."""
         ...
 
 
 class _Stateless:
     """A method that learns nothing of its own."""
 
-    def step(self) -> dict[str, float]:
+    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return None: there is no reference."""
+        return None
+
+    def step(self, scale: float) -> dict[str, float]:
         """Move nothing."""
         return {}
 
@@ -66,7 +76,7 @@ class _Stateless:
         """Return nothing: what is learned is the model's."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Accept nothing."""
 
 
@@ -90,13 +100,17 @@ class SigLIP(_Stateless):
     learns_scale = True
 
     def __init__(self, group: Any = None) -> None:
-        ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self._loss = SigLipLoss(rank=ranks[0], world_size=ranks[1])
+        self._group = group
+        rank, self._ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self._loss = SigLipLoss(rank=rank, world_size=self._ranks)
 
     def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
-        """Return the sigmoid loss."""
-        value = self._loss(image, text, head.scale, head.bias)
-        return Loss(value, {"temperature": 1 / head.scale.item()})
+        """Return the sigmoid loss: the mean of the ranks' own, each this rank's images against all texts."""
+        own = self._loss(image, text, head.scale, head.bias) / self._ranks
+        total = own.detach().clone()
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return Loss(own + (total - own.detach()), {"temperature": 1 / head.scale.item()})
 
 
 class ConstantTemperature:
@@ -121,6 +135,9 @@ class ConstantTemperature:
         """Accept nothing."""
 
 
+_BY_SAMPLE = (RunningEstimates, RunningThresholds, IndividualTemperatures)
+
+
 class GlobalContrastive:
     """The global contrastive risk: FastCLIP v0 to v3; with a reference, DRRho-CLIP; of any divergence.
 
@@ -138,6 +155,8 @@ class GlobalContrastive:
         How much of the reference's margins to subtract.
     final_gamma, log_step, eps, divergence, rho, per_temperature, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
+    device : torch.device or str
+        Where the target's features are, the running state is kept and the reference's features go.
     """
 
     learns_scale = False
@@ -157,22 +176,23 @@ class GlobalContrastive:
         rho: float = 0.0,
         per_temperature: bool = False,
         group: Any = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._temperature, self._features, self._coefficient = temperature, features, coefficient
         self._epochs, self._final_gamma = epochs, final_gamma
         divergence = KL() if divergence is None else divergence
         self._is_kl = isinstance(divergence, KL)
-        self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, group=group)
+        self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, device, group)
         own = {"log_step": log_step, "eps": eps, "per_temperature": per_temperature} if self._is_kl else {}
         self._options = {"divergence": divergence, "rho": rho, "group": group, **own}
-        self._group = group
+        self._group, self._device = group, device
         self._looked_up: tuple[Tensor, Any] | None = None
 
     def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
         """Return the contrastive risk and move the running state of these samples."""
         adaptive = self._options.get("log_step") is not None
         gamma = 1.0 if adaptive else cosine_gamma(epoch, self._epochs, self._final_gamma)
-        reference = None if self._features is None else self._features.rows(index)
+        reference = self.reference(index)
         log = {} if adaptive else {"gamma": gamma}
         options = self._options | {"gamma": gamma}
         if reference is not None:
@@ -185,15 +205,22 @@ class GlobalContrastive:
         state = self._running.lookup(index)
         step = contrastive_risk(image, text, temperature, **{"log_u" if self._is_kl else "threshold": state}, **options)
         self._running.update(index, step.log_u if self._is_kl else step.threshold)  # pyright: ignore[reportArgumentType]
-        effective = (len(index) - 1) * torch.exp(-torch.cat(step.distances)).mean()
-        return Loss(step.value, {**log, "effective_negatives": effective.item()})
+        share = mean_over_ranks(torch.exp(-torch.cat(step.distances)), self._group)
+        negatives = sum(row_counts(len(image), self._group, image.device)) - 1
+        return Loss(step.value, {**log, "effective_negatives": negatives * share.item()})
 
-    def step(self) -> dict[str, float]:
+    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the reference's features of these samples, if there is one."""
+        return None if self._features is None else self._features.rows(index, self._device)
+
+    def step(self, scale: float) -> dict[str, float]:
         """Move learned temperatures; log their mean over the batch, and how many met a bound."""
         if self._looked_up is None or isinstance(self._temperature, ConstantTemperature):
             return {}
         index, taus = self._looked_up
         both = taus if isinstance(taus, tuple) else (taus,)
+        for tau in both:
+            tau.grad /= scale
         mean = torch.cat([tau.detach().reshape(-1) for tau in both]).mean().item()
         return {"temperature": mean, "temperatures_bounded": self._temperature.step(index, taus)}
 
@@ -203,13 +230,15 @@ class GlobalContrastive:
             f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take them up."""
+    def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take them up: rows of samples from all ranks' states, what ranks share from the first."""
         for name, part in self._parts().items():
             prefix = f"{name}."
-            part.load_state_dict(
+            own = [
                 {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            )
+                for state in states
+            ]
+            part.load_state_dict(own if isinstance(part, _BY_SAMPLE) else own[0])
 
     def _parts(self) -> dict[str, Any]:
         parts = {"running": self._running, "temperature": self._temperature}
@@ -224,10 +253,21 @@ class TwoLevel(_Stateless):
     learns_scale = False
 
     def __init__(
-        self, temperature: float, outer: Divergence, strength: float, features: FeatureCache, group: Any = None
+        self,
+        temperature: float,
+        outer: Divergence,
+        strength: float,
+        features: FeatureCache,
+        group: Any = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._temperature, self._outer, self._features, self._group = temperature, outer, features, group
+        self._temperature, self._outer, self._features = temperature, outer, features
+        self._group, self._device = group, device
         self._strength = strength if outer.has_radius else None
+
+    def reference(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reference's features of these samples."""
+        return self._features.rows(index, self._device)
 
     def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
         """Return the outer risk over the batch."""
@@ -236,7 +276,7 @@ class TwoLevel(_Stateless):
             text,
             self._temperature,
             self._outer,
-            reference=self._features.rows(index),
+            reference=self.reference(index),
             strength=self._strength,
             group=self._group,
         )
@@ -250,28 +290,38 @@ class Distilled:
     """Another method's loss plus a multiple of the distillation of the reference's similarities."""
 
     def __init__(
-        self, method: Method, weight: float, temperature: float, features: FeatureCache, group: Any = None
+        self,
+        method: Method,
+        weight: float,
+        temperature: float,
+        features: FeatureCache,
+        group: Any = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._method, self._weight, self._temperature = method, weight, temperature
-        self._features, self._group = features, group
+        self._features, self._group, self._device = features, group, device
         self.learns_scale = method.learns_scale
+
+    def reference(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reference's features of these samples."""
+        return self._features.rows(index, self._device)
 
     def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
         """Return the sum."""
         own = self._method.loss(image, text, index, head, epoch)
         distilled = distillation_loss(
-            image, text, self._temperature, reference=self._features.rows(index), group=self._group
+            image, text, self._temperature, reference=self.reference(index), group=self._group
         )
         return Loss(own.value + self._weight * distilled, {**own.log, "distillation": distilled.item()})
 
-    def step(self) -> dict[str, float]:
+    def step(self, scale: float) -> dict[str, float]:
         """Move what the other method learns."""
-        return self._method.step()
+        return self._method.step(scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the other method's."""
         return self._method.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Hand it to the other method."""
-        self._method.load_state_dict(state)
+        self._method.load_state_dict(states)

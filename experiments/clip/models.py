@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,26 +42,32 @@ class Clip:
     tokenize: Callable[[Sequence[str]], Tensor]
     fingerprint: str = ""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.logit_scale.device
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Return unit features ``[b, d]`` of preprocessed images ``[b, 3, h, w]``."""
-        return self.model.encode_image(images, normalize=True)
+        return self.model.encode_image(images.to(self.device), normalize=True)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Return unit features ``[b, d]`` of captions."""
-        return self.model.encode_text(self.tokenize(list(captions)), normalize=True)
+        return self.model.encode_text(self.tokenize(list(captions)).to(self.device), normalize=True)
 
 
-def new_model(name: str, seed: int, *, sigmoid: bool = False) -> Clip:
+def new_model(name: str, seed: int, *, sigmoid: bool = False, **options: Any) -> Clip:
     """Build a registered open_clip model with weights drawn from ``seed``.
 
-    ``sigmoid`` gives it SigLIP's head: a logit bias of -10 and a scale of 10 to start from.
+    ``sigmoid`` gives it SigLIP's head: a logit bias of -10 and a scale of 10 to start from. ``options`` go to
+    ``open_clip.create_model_and_transforms``.
     """
     if name not in open_clip.list_models():
         raise UserError(f"no model is called {name!r}: open_clip.list_models() and the glyph models are known")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         head = {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(10)} if sigmoid else {}
-        model, _, preprocess = open_clip.create_model_and_transforms(name, **head)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, **head, **options)
         return Clip(name, model, preprocess, open_clip.get_tokenizer(name))
 
 
@@ -84,14 +90,23 @@ def load_model(folder: Path) -> Clip:
     return Clip(str(folder), model, preprocess, tokenizer, digest.hexdigest())
 
 
-def export_model(clip: Clip, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``clip`` as a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads."""
+def export_model(
+    clip: Clip, folder: Path, dtype: torch.dtype = torch.float32, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``clip`` as a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads.
+
+    ``weights``, whole tensors, are written instead of the model's own if given.
+    """
     head = {} if clip.model.logit_bias is None else {"init_logit_bias": _SIGMOID_BIAS}
     config = {
         "model_cfg": {**open_clip.get_model_config(clip.name), **head},
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip.model),
     }
-    state = {key: value.detach().to(dtype).contiguous() for key, value in clip.model.state_dict().items()}
+    given = clip.model.state_dict() if weights is None else weights
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in given.items()}
+    for name in ("logit_scale", "logit_bias"):  # of shape [1] where parameters are sharded
+        if name in state:
+            state[name] = state[name].reshape(())
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_FILE, save(state, {"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from drrho import KL, ChiSquare, CVaR
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip import report
+from experiments.clip.checkpoint import latest_checkpoint
 from experiments.clip.config import (
     PRESETS,
     CacheReference,
@@ -35,16 +37,19 @@ from experiments.clip.config import (
     Demo,
     Evaluate,
     Loss,
+    Plan,
     Prepare,
     Train,
     as_settings,
     parse,
 )
+from experiments.clip.distributed import Ranks, joined_ranks, launched
 from experiments.clip.errors import UserError
 from experiments.clip.evaluate import Evaluation, evaluate
 from experiments.clip.feature_cache import FeatureCache, cache_features, open_features
 from experiments.clip.files import ensure_writable, write_json
 from experiments.clip.glyphs import faces, glyph_splits
+from experiments.clip.logs import Logs
 from experiments.clip.methods import (
     ConstantTemperature,
     Distilled,
@@ -55,11 +60,13 @@ from experiments.clip.methods import (
     TwoLevel,
 )
 from experiments.clip.models import Clip, export_model, load_model, new_model
+from experiments.clip.plan import check_positive, cost_of, described, make_plan
 from experiments.clip.shards import Manifest, open_dataset, write_dataset
-from experiments.clip.stream import Pairs
-from experiments.clip.train import Interrupted, Record, train
+from experiments.clip.stream import MemoryStream, Pairs
+from experiments.clip.train import Interrupted, Record, train, whole
 
 console = Console(highlight=False, soft_wrap=True)
+ALONE = Ranks()
 
 PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
@@ -110,6 +117,16 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def leader_first(ranks: Ranks) -> Iterator[None]:
+    """Have the leading rank do something before the others, which then find it done."""
+    if not ranks.leads:
+        ranks.wait()
+    yield
+    if ranks.leads:
+        ranks.wait()
+
+
 def prepare(data: Data) -> Manifest:
     """Return the shards of the glyph-name pairs, drawing and writing them if they are not there yet."""
     folder = data.cache / f"glyphs-{data.captions}-{data.size}"
@@ -153,14 +170,20 @@ def reference_features(reference: Clip, manifest: Manifest, data: Data) -> Featu
     return open_features(reference, manifest, "train", folder)
 
 
-def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest) -> Evaluation:
-    """Score a model on held-out pairs: naming over all names, attributes, retrieval."""
+def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = ALONE) -> Evaluation:
+    """Score a model on held-out pairs: naming over all names, attributes, retrieval; ranks share the encoding."""
     clip.model.eval()
-    return evaluate(clip.encode_image, clip.encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
+    encode_image, encode_text = ranks.sharing(clip.encode_image), ranks.sharing(clip.encode_text)
+    return evaluate(encode_image, encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
 
 
 def build_method(
-    loss: Loss, epochs: int, samples: int, reference: Clip | None, features: FeatureCache | None
+    loss: Loss,
+    epochs: int,
+    samples: int,
+    reference: Clip | None,
+    features: FeatureCache | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Method, dict[str, Any]]:
     """Return the method and the numbers it was resolved to."""
     chosen: dict[str, Any] = {key: value for key, value in as_settings(loss).items() if key != "reference"}
@@ -174,24 +197,27 @@ def build_method(
                 raise UserError(
                     f"--temperature auto is {tau} here, outside --temperature-bounds {low} {high}: widen them"
                 )
-    method = _method(loss, epochs, samples, chosen["temperature"], features)
+    place = {"group": ranks.group, "device": ranks.device}
+    method = _method(loss, epochs, samples, chosen["temperature"], features, place)
     if reference is not None and features is not None and loss.distill > 0:
         if loss.distill_temperature == "auto":
             chosen["distill_temperature"] = round(1 / reference.model.logit_scale.exp().item(), 6)
-        method = Distilled(method, loss.distill, chosen["distill_temperature"], features)
+        method = Distilled(method, loss.distill, chosen["distill_temperature"], features, **place)
     return method, chosen
 
 
-def _method(loss: Loss, epochs: int, samples: int, tau: Any, features: FeatureCache | None) -> Method:
+def _method(
+    loss: Loss, epochs: int, samples: int, tau: Any, features: FeatureCache | None, place: dict[str, Any]
+) -> Method:
     divergence = {"kl": KL, "chi-square": ChiSquare, "cvar": partial(CVaR, loss.level)}[loss.divergence]()
     if loss.method == "openclip":
-        return OpenCLIP()
+        return OpenCLIP(place["group"])
     if loss.method == "siglip":
-        return SigLIP()
+        return SigLIP(place["group"])
     if loss.method == "two-level" and features is not None:
-        return TwoLevel(tau, divergence, loss.strength, features)
+        return TwoLevel(tau, divergence, loss.strength, features, **place)
     low, high = loss.temperature_bounds
-    learning = {"learning_rate": loss.temperature_lr, "low": low, "high": high}
+    learning = {"learning_rate": loss.temperature_lr, "low": low, "high": high, **place}
     if loss.temperature_scheme == "constant":
         temperature = ConstantTemperature(tau)
     elif loss.temperature_scheme == "individual":
@@ -210,7 +236,17 @@ def _method(loss: Loss, epochs: int, samples: int, tau: Any, features: FeatureCa
         divergence=divergence,
         rho=loss.rho,
         per_temperature=loss.temperature_scheme == "per-temperature",
+        **place,
     )
+
+
+def _check_ranks(options: Train, ranks: Ranks) -> None:
+    """Refuse what cannot be spread over that many ranks."""
+    batch = options.optimization.batch_size
+    if batch < ranks.count:
+        raise UserError(f"--batch-size {batch} is less than the {ranks.count} ranks: every rank needs a pair")
+    if options.loss.method == "siglip" and ranks.count > 1:
+        raise UserError("--method siglip runs in one process: open_clip's loss needs ranks with equal numbers of pairs")
 
 
 class Trained(NamedTuple):
@@ -225,18 +261,23 @@ class Trained(NamedTuple):
         return {"settings": self.identity, "history": self.history}
 
 
-def run_training(options: Train) -> Trained:
+def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
-    clip = new_model(options.model, options.seed, sigmoid=options.loss.method == "siglip")
+    sharded = ranks.group is not None and options.execution.parallel == "fsdp"
+    clip = new_model(
+        options.model, options.seed, sigmoid=options.loss.method == "siglip", nonscalar_logit_scale=sharded
+    )
     reference = load_model(options.loss.reference) if options.loss.needs_reference else None
     if reference is not None and options.split != "train":
         raise UserError(f"--split {options.split} has no cached reference features: steered runs use --split train")
-    ensure_writable(options.out)
-    manifest = prepare(options.data)
-    features = reference_features(reference, manifest, options.data) if reference is not None else None
+    _check_ranks(options, ranks)
+    with leader_first(ranks):
+        ensure_writable(options.out)
+        manifest = prepare(options.data)
+        features = reference_features(reference, manifest, options.data) if reference is not None else None
     pairs = load_pairs(manifest, options.split, clip)
     held_out = load_pairs(manifest, "validation", clip)
-    method, chosen = build_method(options.loss, options.optimization.epochs, len(pairs), reference, features)
+    method, chosen = build_method(options.loss, options.optimization.epochs, len(pairs), reference, features, ranks)
     identity = {
         "model": options.model,
         "data": manifest.fingerprint,
@@ -244,35 +285,48 @@ def run_training(options: Train) -> Trained:
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         "validations": options.validations,
-        **dataclasses.asdict(options.optimization),
+        "precision": options.execution.precision,
+        **as_settings(options.optimization),
         **chosen,
     }
-    checkpoint = options.out / "checkpoint.safetensors"
-    if checkpoint.is_file():
-        console.print(f"training   going on from {checkpoint}")
+    checkpoints = options.out / "checkpoints"
+    if (found := latest_checkpoint(checkpoints)) is not None:
+        console.print(f"training   going on from {found}")
 
     def validate() -> Record:
-        naming = evaluate_model(clip, held_out, manifest).naming
+        naming = evaluate_model(clip, held_out, manifest, ranks).naming
         clip.model.train()
         return {"naming_top1": naming.top1, "naming_top5": naming.top5}
 
+    logs = Logs(options.out, options.logs, identity) if ranks.leads else None
     with stop_on_signal() as stop, progress_bar(f"training {options.out.name}") as advance:
-        history = train(
+        history, average = train(
             clip,
             method,
-            pairs,
+            MemoryStream(pairs, options.optimization.batch_size, options.seed, ranks.rank, ranks.count),
             options.optimization,
+            ranks=ranks,
+            execution=options.execution,
             seed=options.seed,
-            checkpoint=checkpoint,
+            checkpoints=checkpoints,
             checkpoint_seconds=60 * options.checkpoint_minutes,
             settings=identity,
             validate=validate,
             validations=options.validations,
+            logs=logs,
+            log_every=options.log_every,
             on_step=lambda step, total, log: advance(step, total, f"loss {log['loss']:.4f}"),
             stop=stop,
         )
-    export_model(clip, options.out / "model", getattr(torch, options.weights))
-    console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
+    if logs is not None:
+        logs.close()
+    weights = {key: whole(value) for key, value in clip.model.state_dict().items()}
+    if ranks.leads:
+        dtype = getattr(torch, options.weights)
+        export_model(clip, options.out / "model", dtype, weights)
+        if average:
+            export_model(clip, options.out / "model-ema", dtype, average)
+        console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
     return Trained(clip, history, identity)
 
 
@@ -328,29 +382,70 @@ def evaluate_command(options: Evaluate) -> None:
     console.print(report.scores_table({clip.name: evaluate_model(clip, pairs, manifest).as_dict()}))
 
 
+def plan(options: Plan) -> None:
+    """Print what a run would take."""
+    train, loss = options.train, options.train.loss
+    check_positive(
+        samples=options.samples,
+        ranks=options.ranks,
+        teraflops=options.teraflops,
+        utilization=options.utilization,
+        reference_width=options.reference_width,
+    )
+    made = make_plan(
+        cost_of(train.model, checkpointing=train.execution.activation_checkpointing),
+        samples=options.samples,
+        samples_seen=options.samples * train.optimization.epochs,
+        batch_size=train.optimization.batch_size,
+        accumulation=train.optimization.accumulation,
+        ranks=options.ranks,
+        execution=train.execution,
+        teraflops=options.teraflops,
+        utilization=options.utilization,
+        reference_width=options.reference_width if loss.needs_reference else 0,
+        individual_temperatures=loss.temperature_scheme == "individual",
+        running=loss.method in ("fastclip", "drrho"),
+        ema=train.optimization.ema is not None,
+    )
+    console.print(described(made))
+
+
 def run(command: Any) -> None:
     """Carry out one command."""
+    if isinstance(command, Train):
+        execution = command.execution
+        with joined_ranks(execution.device, execution.exchange_minutes) as ranks:
+            console.quiet = not ranks.leads
+            trained = run_training(command, ranks)
+            if ranks.leads:
+                write_json(command.out / "run.json", {"options": as_settings(command), **trained.record()})
+        return
+    if (count := launched(os.environ)[1]) > 1:
+        raise UserError(f"only train runs on several ranks, here are {count}: start this command in one process")
     match command:
         case Demo():
             demo(command)
-        case Train():
-            trained = run_training(command)
-            write_json(command.out / "run.json", {"options": as_settings(command), **trained.record()})
         case Prepare():
             prepare(command.data)
         case CacheReference():
             reference_features(load_model(command.reference), prepare(command.data), command.data)
         case Evaluate():
             evaluate_command(command)
+        case Plan():
+            plan(command)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; return its exit status: 2 for what the user can mend, 130 after Ctrl-C."""
     again = " ".join(["python experiments/clip/run.py", *arguments])
+    chosen = None
     try:
-        run(parse(arguments))
+        chosen = parse(arguments)
+        run(chosen)
     except UserError as error:
-        print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # What is wrong with the options is wrong on every rank: the first says so. What a rank meets later is its own.
+        if chosen or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         print(f"run.py: {interruption}; go on with: {again}", file=sys.stderr)

@@ -89,3 +89,25 @@ def epoch_order(samples: int, batch_size: int, seed: int, epoch: int) -> list[Te
     """
     order = np.random.default_rng([seed, epoch]).permutation(samples)
     return [torch.from_numpy(part) for part in np.array_split(order, steps_per_epoch(samples, batch_size))]
+
+
+class MemoryStream:
+    """An epoch's batches of pairs in memory; this rank has its share of each.
+
+    Parameters
+    ----------
+    batch_size : int
+        Pairs per step over all ranks, at most.
+    rank, ranks : int
+        This rank and how many there are; a batch is cut into contiguous parts, equal up to one.
+    """
+
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        self._pairs, self._batch_size, self._seed = pairs, batch_size, seed
+        self._rank, self._ranks = rank, ranks
+        self.steps_per_epoch = steps_per_epoch(len(pairs), batch_size)
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
+        for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
+            yield self._pairs.batch(index.tensor_split(self._ranks)[self._rank])

@@ -1,44 +1,65 @@
-"""The training loop."""
+"""The training loop, on one process or many."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
-from experiments.clip.checkpoint import load_checkpoint, save_checkpoint
+from drrho.coefficient import within_anchors
+from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
+from experiments.clip.logs import Logs
 from experiments.clip.methods import Head, Loss, Method
 from experiments.clip.models import Clip
-from experiments.clip.stream import Pairs, epoch_order, steps_per_epoch
+from experiments.clip.optimization import MovingAverage, Optimization, build_optimizer, learning_rate
+from experiments.clip.stream import Batch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAVE, _STOP = 1, 2
+
+Record = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Optimization:
-    """How long and how to train."""
+class Execution:
+    """On what and how the towers run."""
 
-    epochs: int = 16
-    """Passes over the training pairs."""
-    batch_size: int = 512
-    """Pairs per step, at most: an epoch is cut into batches of equal size up to one."""
-    lr: float = 2e-3
-    """Peak learning rate of AdamW (betas 0.9 and 0.98, eps 1e-6)."""
-    weight_decay: float = 0.2
-    """Decoupled weight decay of matrices; gains, biases and the temperature have none."""
-    warmup: int = 50
-    """Steps of linear warm-up, before a cosine decay to 0."""
-    accumulation: int = 1
-    """Parts of a batch that go through the towers one after the other; the loss still sees the whole batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over ranks (torchrun or srun): whole copies of the model, or its parameters sharded (FSDP2)."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the towers, by autocast; float16 scales the loss. Similarities and losses are float32 always."""
+    compile: bool = False
+    """Compile the towers with torch.compile."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of blocks alone and compute them again in the backward pass."""
+    exchange_minutes: float = 10.0
+    """How long a rank waits for another before it stops with an error."""
 
 
-Record = dict[str, float]
+class Stream(Protocol):
+    """Batches of this rank: what comes is a function of seed, epoch and step alone."""
+
+    #: Steps of an epoch, on every rank.
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
+        ...
 
 
 class Interrupted(Exception):
@@ -48,19 +69,23 @@ class Interrupted(Exception):
 def train(
     clip: Clip,
     method: Method,
-    pairs: Pairs,
+    stream: Stream,
     optimization: Optimization,
     *,
+    ranks: Ranks,
+    execution: Execution,
     seed: int,
-    checkpoint: Path,
+    checkpoints: Path,
     checkpoint_seconds: float,
     settings: dict[str, Any],
     validate: Callable[[], Record],
     validations: int,
+    logs: Logs | None,
+    log_every: int,
     on_step: Callable[[int, int, Record], None],
     stop: Callable[[], bool],
-) -> list[Record]:
-    """Train ``clip.model`` in place and return the history: one record per validation.
+) -> tuple[list[Record], dict[str, Tensor]]:
+    """Train ``clip.model`` in place; return one record per validation, and the weights' moving average if there is one.
 
     A checkpoint is written every ``checkpoint_seconds``, when ``stop`` says so and at the end; if one made with the
     same ``settings`` is there, training goes on from it and, on one machine, ends at the same weights bit by bit.
@@ -71,86 +96,210 @@ def train(
         All that the weights depend on, in JSON's types; a checkpoint made with others is refused.
     validate : callable
         Scores the model as it stands; called ``validations`` times, evenly spaced, the last time at the end.
+    logs : Logs, optional
+        Receives means over ``log_every`` steps, on the rank that leads.
     on_step : callable
         Receives the number of finished steps, their total and the step's log.
     stop : callable
-        Asked after every step; true ends the run with a checkpoint and `Interrupted`.
+        Asked after every step, on every rank; true on one ends the run with a checkpoint and `Interrupted`.
     """
-    model = clip.model
-    optimizer = _optimizer(model, method, optimization)
-    per_epoch = steps_per_epoch(len(pairs), optimization.batch_size)
+    clip.model.logit_scale.requires_grad_(method.learns_scale)
+    towers = Towers(clip, execution, ranks)
+    optimizer = build_optimizer(clip.model, optimization)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=execution.precision == "float16")
+    average = None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema)
+    per_epoch = stream.steps_per_epoch
     total = per_epoch * optimization.epochs
     due = {round(total * (k + 1) / validations) for k in range(validations)}
     step: int = 0
     history: list[Record] = []
 
     def save() -> None:
-        save_checkpoint(checkpoint, model, optimizer, method, {"step": step, "history": history}, settings)
+        extra = {} if average is None else {f"ema.{key}": whole(v) for key, v in average.state_dict().items()}
+        if scaler.is_enabled():
+            extra |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
+        progress = {"step": step, "history": history}
+        save_checkpoint(checkpoints, clip.model, optimizer, method, extra, progress, settings, ranks)
 
-    if checkpoint.is_file():
-        progress = load_checkpoint(checkpoint, model, optimizer, method, settings)
+    if (found := latest_checkpoint(checkpoints)) is not None:
+        progress, extra = load_checkpoint(found, clip.model, optimizer, method, settings)
         step, history = progress["step"], progress["history"]
+        if average is not None:
+            average.load_state_dict({k.removeprefix("ema."): v for k, v in extra.items() if k.startswith("ema.")})
+        if scaler.is_enabled():
+            scaler.load_state_dict({k.removeprefix("scaler."): v.item() for k, v in extra.items() if k[:3] == "sca"})
+    one = torch.ones((), device=ranks.device)
     saved = time.monotonic()
+    interval = Interval(ranks)
     for epoch in range(step // per_epoch, optimization.epochs):
-        for index in epoch_order(len(pairs), optimization.batch_size, seed, epoch)[step - epoch * per_epoch :]:
+        for batch in interval.timed(stream.batches(epoch, step - epoch * per_epoch)):
+            # Dropout is a function of seed, step and rank, so that a run that goes on needs no generators' states.
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, ranks.rank]).generate_state(1)[0]))
             optimizer.zero_grad(set_to_none=True)
-            loss = _loss(clip, method, pairs, index, optimization.accumulation, epoch)
+            scale = ranks.count * float(scaler.scale(one))
+            loss, features = towers.backward(method, batch, optimization.accumulation, epoch, scale)
             if not bool(torch.isfinite(loss.value)):
                 raise UserError(f"the loss is {loss.value.item()} at step {step}: lower --lr")
-            log = loss.log | method.step()
-            lr = _learning_rate(step, total, optimization)
+            scaler.unscale_(optimizer)
+            norm = _clipped_norm(clip.model, optimization.clip_norm)
+            lr = learning_rate(step, total, optimization)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
+            if math.isfinite(norm):
+                log |= method.step(scale)
+            elif not scaler.is_enabled():
+                raise UserError(f"the gradient's norm is {norm} at step {step}: lower --lr, or set --clip-norm")
+            scaler.step(optimizer)
+            scaler.update()
+            if average is not None:
+                average.update(clip.model.state_dict())
             step += 1
 
-            on_step(step, total, {"loss": loss.value.item(), "lr": lr, **log})
+            interval.add(len(batch.index), log)
+            on_step(step, total, log)
+            if step % log_every == 0 or step == total:
+                spread = _spread(features, method.reference(batch.index), ranks)
+                values = interval.finish() | spread
+                if logs is not None:
+                    logs.write(step, {**values, "epoch": step / per_epoch})
             if step in due:
-                history.append({"step": step, "loss": loss.value.item(), **log, **validate()})
-            if stop():
-                save()
-                raise Interrupted(f"stopped after step {step} of {total}; {checkpoint} holds the state")
-            if time.monotonic() - saved > checkpoint_seconds:
+                history.append({"step": step, **log, **validate()})
+                if logs is not None:
+                    logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
+            wanted = _STOP if stop() else _SAVE if time.monotonic() - saved > checkpoint_seconds else 0
+            wanted = ranks.most(wanted)
+            if wanted:
                 save()
                 saved = time.monotonic()
+            if wanted == _STOP:
+                raise Interrupted(f"stopped after step {step} of {total}; {checkpoints} holds the state")
     save()
-    return history
+    return history, {} if average is None else {key: whole(value) for key, value in average.average.items()}
 
 
-def _loss(clip: Clip, method: Method, pairs: Pairs, index: Tensor, parts: int, epoch: int) -> Loss:
-    """Return the loss of a batch, its gradient left in the parameters."""
-    model = clip.model
+class Towers:
+    """The model as it runs: on a device, compiled, copied or sharded over ranks."""
 
-    def encode(part: Tensor) -> list[Tensor]:
-        batch = pairs.batch(part)
-        image = model.encode_image(batch.image, normalize=True)  # [b, d]
-        text = model.encode_text(batch.text, normalize=True)  # [b, d]
-        bias = [] if model.logit_bias is None else [model.logit_bias]
-        return [image, text, model.logit_scale.exp(), *bias]
+    def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
+        model = clip.model.to(ranks.device)
+        model.train()
+        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
+        if execution.activation_checkpointing:
+            model.set_grad_checkpointing()
+        if execution.compile:
+            model.compile()  # in place: names of parameters stay what they are
+        self.model: Any = model
+        if ranks.group is not None and execution.parallel == "fsdp":
+            policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
+            for block in _blocks(model):
+                fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+            for method in ("encode_image", "encode_text"):  # which evaluation calls instead of forward
+                register_fsdp_forward_method(model, method)
+        elif ranks.group is not None:
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self.model = DistributedDataParallel(model, device_ids=devices)
 
-    def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
-        if not bool(torch.isfinite(image.sum() + text.sum())):
-            raise UserError("the features are not finite: lower --lr")
-        return method.loss(image, text, index, Head(*head), epoch)
+    def backward(
+        self, method: Method, batch: Batch, parts: int, epoch: int, scale: float
+    ) -> tuple[Loss, tuple[Tensor, Tensor]]:
+        """Return the batch's loss and features; the gradient of ``scale`` times the loss is left in the parameters.
 
-    return accumulate(encode, index.tensor_split(min(parts, len(index))), loss, model=model)
+        DistributedDataParallel and FSDP2 average it over ranks.
+        """
+        kept: list[Tensor] = []
+
+        def encode(part: tuple[Tensor, Tensor]) -> list[Tensor]:
+            image, text, *head = self.model(*(x.to(self._ranks.device, non_blocking=True) for x in part))
+            return [image, text, *(number.reshape(()) for number in head)]
+
+        def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
+            if not bool(torch.isfinite(image.sum() + text.sum())):
+                raise UserError("the features are not finite: lower --lr")
+            kept[:] = image.detach(), text.detach()
+            return method.loss(image, text, batch.index, Head(*head), epoch)
+
+        parts = min(parts, len(batch.index))
+        chunks = list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+        with torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            found = accumulate(encode, chunks, loss, model=self.model, gradient_scale=scale)
+        return found, (kept[0], kept[1])
 
 
-def _optimizer(model: torch.nn.Module, method: Method, optimization: Optimization) -> torch.optim.AdamW:
-    model.logit_scale.requires_grad_(method.learns_scale)
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": optimization.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optimization.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the transformers' blocks, in the order in which they run."""
+    for module in model.modules():
+        if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
+            yield module
 
 
-def _learning_rate(step: int, total: int, optimization: Optimization) -> float:
-    if step < optimization.warmup:
-        return optimization.lr * (step + 1) / optimization.warmup
-    progress = (step - optimization.warmup) / max(1, total - optimization.warmup)
-    return optimization.lr * (1 + math.cos(math.pi * progress)) / 2
+def _clipped_norm(model: torch.nn.Module, most: float | None) -> float:
+    """Return the gradient's norm, after scaling it down to ``most``."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+    return float(whole(norm))
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a sharded tensor whole, on every rank."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def _spread(features: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor] | None, ranks: Ranks) -> Record:
+    """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref) and their correlation."""
+    own = features[0].float(), features[1].float()
+    variance = within_anchors(own, own, ranks.group)
+    if reference is None:
+        return {"variance_of_losses": variance}
+    guide = reference[0].to(own[0]), reference[1].to(own[1])
+    covariance, reference_variance = within_anchors(own, guide, ranks.group), within_anchors(guide, guide, ranks.group)
+    return {
+        "variance_of_losses": variance,
+        "variance_of_excess": variance - 2 * covariance + reference_variance,
+        "correlation_with_reference": covariance / math.sqrt(max(variance * reference_variance, 1e-300)),
+    }
+
+
+class Interval:
+    """Means of the numbers between two lines of the log, and where the time went."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._waited = time.monotonic(), 0.0
+        self._samples, self._sums, self._steps = 0, {}, 0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, counting how long they are waited for."""
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, samples: int, log: Record) -> None:
+        """Take in a step."""
+        self._samples += samples
+        self._steps += 1
+        for key, value in log.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def finish(self) -> Record:
+        """Return the means and start anew; samples are those of this rank."""
+        seconds = time.monotonic() - self._start
+        means = {key: value / self._steps for key, value in self._sums.items()}
+        found = {
+            **means,
+            "pairs_per_second_per_rank": self._samples / seconds,
+            "share_of_time_waiting_for_data": self._waited / seconds,
+        }
+        if self._ranks.device.type == "cuda":
+            found["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._ranks.device) / 1e9
+        self._reset()
+        return found

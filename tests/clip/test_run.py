@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from experiments.clip.checkpoint import latest_checkpoint
 from experiments.clip.config import PRESETS, parse
 from experiments.clip.files import write_atomically
 from experiments.clip.run import main
@@ -27,12 +28,12 @@ def start(*arguments):
 def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
     arguments = ("--quick", "--cache", tmp_path / "cache", "--out", tmp_path / "out")
     process = start(*arguments)
-    checkpoint = tmp_path / "out" / "unsteered" / "checkpoint.safetensors"
+    checkpoints = tmp_path / "out" / "unsteered" / "checkpoints"
     deadline = time.monotonic() + 120
     while not (tmp_path / "cache" / "glyphs-swapped-small" / "manifest.json").is_file():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    while process.poll() is None and not checkpoint.is_file():
+    while process.poll() is None and latest_checkpoint(checkpoints) is None:
         process.send_signal(signal.SIGINT)
         process.wait(90)
     _, errors = process.communicate()
@@ -84,6 +85,12 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
         (["train", "--temperature-bounds", "0.5", "0.1"], "--temperature-bounds must be two numbers, 0 < low <= high"),
         (["train", "--temperature", "2", "--temperature-scheme", "global"], "--temperature 2.0 must lie within"),
         (["train", "--method", "fastclip"], "--temperature auto needs a reference, which fastclip has not"),
+        (["train", "--optimizer", "nosuch"], "--optimizer nosuch is not known"),
+        (["train", "--schedule", "cooldown"], "--schedule cooldown and --cooldown-steps need each other"),
+        (["train", "--schedule", "constant", "--lr-min", "1e-5"], "--lr-min 1e-05 has no part"),
+        (["train", "--clip-norm", "-1"], "--clip-norm must be positive, got -1"),
+        (["train", "--ema", "1"], "--ema must be in"),
+        (["train", "--device", "cuda"], "--device cuda needs a GPU"),
         (["evaluate"], "Missing"),
         (["evaluate", "nowhere"], "nowhere has no open_clip_config.json"),
         (["--reference", "nowhere"], "nowhere has no open_clip_config.json"),

@@ -1,21 +1,26 @@
 """The loop and its methods on real pairs: what a step computes, and stopping without loss."""
 
+import dataclasses
+import json
 import math
 
 import pytest
 import torch
 
 from drrho import KL, penalized_risk
-from experiments.clip.checkpoint import load_checkpoint
+from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint
 from experiments.clip.config import parse
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.feature_cache import cache_features, open_features
+from experiments.clip.logs import Logs
 from experiments.clip.methods import ConstantTemperature, GlobalContrastive, Head, OpenCLIP, SigLIP
 from experiments.clip.models import export_model, load_model, new_model
+from experiments.clip.optimization import MovingAverage, Optimization, learning_rate
 from experiments.clip.run import build_method
 from experiments.clip.shards import read_samples
-from experiments.clip.stream import Pairs, epoch_order
-from experiments.clip.train import Interrupted, Optimization, train
+from experiments.clip.stream import MemoryStream, Pairs, epoch_order
+from experiments.clip.train import Execution, Interrupted, train
 
 SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
 
@@ -39,23 +44,28 @@ def contrastive(samples=150, epochs=2, features=None):
     return GlobalContrastive(samples, epochs, ConstantTemperature(0.1), features=features, final_gamma=0.6, eps=1e-8)
 
 
-def run(pairs, method, checkpoint, stop=lambda: False, optimization=SHORT, seed=0):
-    clip = new_model("glyph-small", seed, sigmoid=isinstance(method, SigLIP))
-    history = train(
+def run(pairs, method, checkpoints, stop=lambda: False, optimization=SHORT, seed=0, **options):
+    sigmoid = isinstance(method, SigLIP)
+    clip = new_model("glyph-small", seed, sigmoid=sigmoid)
+    history, average = train(
         clip,
         method,
-        pairs,
+        MemoryStream(pairs, optimization.batch_size, seed),
         optimization,
+        ranks=Ranks(),
+        execution=Execution(**options),
         seed=seed,
-        checkpoint=checkpoint,
+        checkpoints=checkpoints,
         checkpoint_seconds=1e9,
         settings={"method": type(method).__name__, "seed": seed},
         validate=lambda: {},
         validations=2,
+        logs=Logs(checkpoints.parent, ("jsonl",), {}),
+        log_every=3,
         on_step=lambda step, total, log: None,
         stop=stop,
     )
-    return clip, history
+    return clip, history, average
 
 
 @torch.no_grad()
@@ -132,14 +142,14 @@ def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, feature
         guide = (reference, features) if options.needs_reference else (None, None)
         return build_method(options, SHORT.epochs, len(pairs), *guide)[0]
 
-    whole, history = run(pairs, method(), tmp_path / "whole")
+    whole, history, _ = run(pairs, method(), tmp_path / "whole")
     assert len(history) == 2
     checkpoint = tmp_path / "parts"
     for steps in (3, 4):
         left = iter([False] * (steps - 1) + [True])
         with pytest.raises(Interrupted, match="of 10"):
             run(pairs, method(), checkpoint, stop=lambda left=left: next(left))
-    resumed, _ = run(pairs, method(), checkpoint)
+    resumed, *_ = run(pairs, method(), checkpoint)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert all(math.isfinite(value) for record in history for value in record.values())
@@ -153,14 +163,14 @@ def test_a_batch_in_parts_takes_the_same_steps(name, pairs, features, reference,
         guide = (reference, features) if options.needs_reference else (None, None)
         method, _ = build_method(options, 1, len(pairs), *guide)
         optimization = Optimization(epochs=1, batch_size=32, lr=1e-3, warmup=2, accumulation=parts)
-        clip, history = run(pairs, method, tmp_path / f"{parts}", optimization=optimization)
+        clip, history, _ = run(pairs, method, tmp_path / f"{parts}", optimization=optimization)
         ends.append((history[-1]["loss"], torch.cat([value.flatten() for value in clip.model.state_dict().values()])))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
     assert (ends[0][1] - ends[1][1]).abs().max() <= 2e-4  # a fifth of one step of Adam
 
 
 def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
-    clip, _ = run(pairs, SigLIP(), tmp_path / "c")
+    clip, *_ = run(pairs, SigLIP(), tmp_path / "c")
     export_model(clip, tmp_path / "model")
     again = load_model(tmp_path / "model").model
     assert torch.equal(again.logit_bias, clip.model.logit_bias)
@@ -168,8 +178,11 @@ def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
 
 
 def test_training_lowers_the_loss(pairs, tmp_path):
-    _, history = run(
-        pairs, contrastive(len(pairs), 12), tmp_path / "c", optimization=Optimization(12, 32, 2e-3, 0.2, 5)
+    _, history, _ = run(
+        pairs,
+        contrastive(len(pairs), 12),
+        tmp_path / "c",
+        optimization=Optimization(epochs=12, batch_size=32, lr=2e-3, warmup=5),
     )
     assert history[-1]["loss"] < history[0]["loss"] - 0.01
 
@@ -183,9 +196,102 @@ def test_checkpoint_of_other_settings_is_refused(pairs, tmp_path):
 
 
 def test_damaged_checkpoint_is_refused(pairs, tmp_path):
-    clip, _ = run(pairs, OpenCLIP(), tmp_path / "c")
-    data = (tmp_path / "c").read_bytes()
-    (tmp_path / "c").write_bytes(data[: len(data) // 2])
+    clip, *_ = run(pairs, OpenCLIP(), tmp_path / "c")
+    found = latest_checkpoint(tmp_path / "c")
+    data = (found / "training.safetensors").read_bytes()
+    (found / "training.safetensors").write_bytes(data[: len(data) // 2])
     optimizer = torch.optim.AdamW(clip.model.parameters())
     with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(tmp_path / "c", clip.model, optimizer, OpenCLIP(), {})
+        load_checkpoint(found, clip.model, optimizer, OpenCLIP(), {})
+
+
+def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
+    def interrupted(steps):
+        left = iter([False] * (steps - 1) + [True])
+        with pytest.raises(Interrupted):
+            run(pairs, contrastive(len(pairs)), tmp_path / "c", stop=lambda: next(left))
+
+    for steps in (2, 1, 3):
+        interrupted(steps)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000003", "step-00000006"]
+    # One that was not finished counts for nothing.
+    (tmp_path / "c" / ".partial-step-step-00000009").mkdir()
+    assert latest_checkpoint(tmp_path / "c").name == "step-00000006"
+    files = {path.name for path in latest_checkpoint(tmp_path / "c").iterdir()}
+    assert files == {"training.safetensors", "method-0-of-1.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bfloat16"}, {"precision": "float16"}, {"activation_checkpointing": True}]
+)
+def test_towers_in_other_precisions_stay_near_float32(options, pairs, features, tmp_path):
+    _, history, _ = run(pairs, contrastive(len(pairs), features=features), tmp_path / "a")
+    found, other, _ = run(pairs, contrastive(len(pairs), features=features), tmp_path / "b", **options)
+    tolerance = 0.05 if "precision" in options else 1e-5
+    assert other[-1]["loss"] == pytest.approx(history[-1]["loss"], abs=tolerance * abs(history[0]["loss"]))
+    assert all(value.dtype == torch.float32 for value in found.model.state_dict().values() if value.is_floating_point())
+
+
+def test_the_moving_average_is_that_of_the_weights_and_is_resumed(pairs, tmp_path):
+    optimization = dataclasses.replace(SHORT, ema=0.9, clip_norm=0.5)
+    _, _, whole = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
+    left = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization, stop=lambda: next(left))
+    clip, _, again = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
+    assert whole.keys() == again.keys() == clip.model.state_dict().keys()
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    moved = [torch.equal(whole[key], value) for key, value in clip.model.state_dict().items()]
+    assert not all(moved)
+    # Against its definition, on two steps of one number.
+    average = MovingAverage({"w": torch.tensor(0.0)}, 0.9)
+    average.update({"w": torch.tensor(1.0)})
+    assert float(average.average["w"]) == pytest.approx(0.9)  # the first decay is 1 / 10
+    average.update({"w": torch.tensor(0.0)})
+    assert float(average.average["w"]) == pytest.approx(0.9 * 2 / 11)
+
+
+def test_schedules():
+    cosine = Optimization(lr=1.0, warmup=4, lr_min=0.1)
+    assert [learning_rate(step, 24, cosine) for step in (0, 3, 4, 14)] == pytest.approx([0.25, 1.0, 1.0, 0.55])
+    assert learning_rate(24, 24, cosine) == pytest.approx(0.1)
+    cooldown = Optimization(lr=1.0, warmup=0, schedule="cooldown", cooldown_steps=4)
+    assert [learning_rate(step, 20, cooldown) for step in (0, 16, 18, 19)] == pytest.approx([1.0, 1.0, 0.5, 0.25])
+    assert learning_rate(19, 20, Optimization(lr=1.0, warmup=0, schedule="constant")) == 1.0
+
+
+def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
+    run(pairs, contrastive(len(pairs), features=features), tmp_path / "c")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "lr" in line]
+    assert [line["step"] for line in steps] == [3, 6, 9, 10]
+    for line in steps:
+        assert 0 < line["variance_of_losses"] and 0 < line["variance_of_excess"]
+        assert -1 <= line["correlation_with_reference"] <= 1
+        assert 1 <= line["effective_negatives"] <= 29
+        assert line["pairs_per_second_per_rank"] > 0
+        assert 0 <= line["share_of_time_waiting_for_data"] <= 1
+        assert line["gradient_norm"] > 0
+    assert sum("validation/loss" in line for line in lines) == 2
+
+
+def test_a_timm_optimizer_trains(pairs, tmp_path):
+    optimization = dataclasses.replace(SHORT, optimizer="lion", lr=1e-4)
+    whole, *_ = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
+    left = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization, stop=lambda: next(left))
+    again, *_ = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_tensorboard_and_unknown_writers(pairs, tmp_path):
+    logs = Logs(tmp_path, ("tensorboard",), {})
+    logs.write(3, {"loss": 0.5})
+    logs.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+    assert not (tmp_path / "log.jsonl").exists()
+    with pytest.raises(UserError, match="--logs wandb needs the package wandb"):
+        Logs(tmp_path, ("wandb",), {})

@@ -1,0 +1,122 @@
+"""One process or many: what torchrun or srun say of this process, and the group of all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from drrho.ranks import gathered
+from experiments.clip.errors import UserError
+
+_LAUNCHERS = (
+    ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+    ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
+)
+
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among all.
+
+    ``group`` is None where there is one process; ``device`` is this process's own.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = _CPU
+    group: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that speaks and writes what all share."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait for all."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def sharing(self, encode: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """Return ``encode``, of which every rank does a part of each batch and has the whole answer."""
+        if self.group is None:
+            return encode
+
+        def encode_part(items: Any) -> Tensor:
+            if len(items) < self.count:
+                return encode(items)
+            bounds = [len(items) * k // self.count for k in range(self.count + 1)]
+            own = encode(items[bounds[self.rank] : bounds[self.rank + 1]])
+            return gathered(own.contiguous(), [b - a for a, b in itertools.pairwise(bounds)], self.group)
+
+        return encode_part
+
+    def most(self, number: int) -> int:
+        """Return the largest number of any rank; every rank calls."""
+        if self.group is None:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+
+def launched(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return rank, number of ranks and rank on this node, from the launcher's variables; 0, 1, 0 without one.
+
+    srun's count: inside an allocation but not under srun, SLURM sets no SLURM_PROCID, and this is one process.
+    """
+    for launcher, names in _LAUNCHERS:
+        values = [environment.get(name) for name in names]
+        if values[0] is None:
+            continue
+        try:
+            rank, count, local = map(int, values)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError):
+            stated = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+            raise UserError(f"{launcher} must set {', '.join(names)} to numbers, got {stated}") from None
+        if count > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+            raise UserError(f"{count} ranks need MASTER_ADDR and MASTER_PORT: torchrun sets them, for srun export them")
+        return rank, count, local
+    return 0, 1, 0
+
+
+@contextmanager
+def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
+    """Join the other processes of this launch, and leave them at the end.
+
+    Parameters
+    ----------
+    device : "auto", "cpu" or "cuda"
+        auto takes a GPU where there is one.
+    minutes : float
+        How long a rank waits for the others in an exchange before it stops with an error.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU that torch sees, but there is none: choose --device cpu")
+    rank, count, local = launched(os.environ)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and local >= torch.cuda.device_count():
+        raise UserError(f"rank {rank} is number {local} of its node, which has {torch.cuda.device_count()} GPUs")
+    own = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(own)
+    if count == 1:
+        yield Ranks(device=own)
+        return
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=count, timeout=timedelta(minutes=minutes))
+    try:
+        yield Ranks(rank, count, own, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()

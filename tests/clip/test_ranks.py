@@ -1,0 +1,107 @@
+"""Training on several gloo ranks, started by torchrun, against one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.clip.distributed import launched
+from experiments.clip.errors import UserError
+
+PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
+OPTIONS = ("--size", "small", "--captions", "clean", "--epochs", "1", "--batch-size", "128", "--log-every", "1")
+OPTIONS = (*OPTIONS, "--validations", "1", "--lr", "5e-4", "--warmup", "20")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(ranks, *arguments):
+    """Run the program on that many ranks, as torchrun starts them; return status and standard error."""
+    command = [sys.executable, str(PROGRAM), "train", *map(str, arguments)]
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        environment = os.environ | own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    errors = [process.communicate(timeout=900)[1].decode() for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "lr" in line]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    statuses, errors = start(1, *OPTIONS, "--cache", cache, "--out", folder)
+    assert statuses == [0], errors
+    return folder
+
+
+@pytest.mark.parametrize("ranks, parallel", [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache, tmp_path):
+    statuses, errors = start(ranks, *OPTIONS, "--cache", cache, "--out", tmp_path, "--parallel", parallel)
+    assert statuses == [0] * ranks, errors
+    expected, found = losses(alone), losses(tmp_path)
+    assert len(expected) == len(found) >= 50
+    assert all(abs(a - b) <= 1e-5 for a, b in zip(expected[:50], found[:50], strict=True))
+    weights, others = (load_file(f / "model" / "open_clip_model.safetensors") for f in (alone, tmp_path))
+    assert weights.keys() == others.keys()
+    assert all(weights[key].shape == others[key].shape for key in weights)
+    settings, records = json.loads((tmp_path / "run.json").read_text()), json.loads((alone / "run.json").read_text())
+    assert settings["history"][-1]["naming_top1"] == pytest.approx(records["history"][-1]["naming_top1"], abs=0.02)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_go_on_from_other_numbers_of_ranks(parallel, alone, cache, tmp_path):
+    """The last checkpoint of one process, taken up by two: nothing is left to train, and the model is the same."""
+    (tmp_path / "out").mkdir()
+    subprocess.run(["cp", "-r", alone / "checkpoints", tmp_path / "out"], check=True)
+    statuses, errors = start(2, *OPTIONS, "--cache", cache, "--out", tmp_path / "out", "--parallel", parallel)
+    assert statuses == [0, 0], errors
+    weights, others = (load_file(f / "model" / "open_clip_model.safetensors") for f in (alone, tmp_path / "out"))
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+    parts = sorted(path.name for path in (tmp_path / "out" / "checkpoints").glob("*/method-*"))
+    assert parts == ["method-0-of-2.safetensors", "method-1-of-2.safetensors"]
+    one = load_file(next((alone / "checkpoints").glob("*/method-0-of-1.safetensors")))
+    two = [load_file(path) for path in sorted((tmp_path / "out" / "checkpoints").glob("*/method-*"))]
+    assert torch.equal(torch.cat([part["running.log_u"] for part in two], 1), one["running.log_u"])
+
+
+def test_wrong_options_are_said_once_and_all_stop(cache, tmp_path):
+    statuses, errors = start(2, "--batch-size", "1", "--cache", cache, "--out", tmp_path)
+    assert statuses == [2, 2]
+    assert [bool(error) for error in errors] == [True, False]
+    assert "--batch-size must be at least 2" in errors[0]
+
+
+def test_the_launcher_s_variables():
+    assert launched({}) == (0, 1, 0)
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert launched(torchrun) == (3, 8, 1)
+    srun = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert launched(srun) == (5, 8, 2)
+    with pytest.raises(UserError, match="8 ranks need MASTER_ADDR and MASTER_PORT"):
+        launched({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"})
+    with pytest.raises(UserError, match="torchrun must set RANK, WORLD_SIZE, LOCAL_RANK to numbers, got RANK=x"):
+        launched({"RANK": "x", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    with pytest.raises(UserError, match="LOCAL_RANK=None"):
+        launched({"RANK": "1", "WORLD_SIZE": "8"})
