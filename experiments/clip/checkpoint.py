@@ -125,11 +125,16 @@ def load_checkpoint(
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-    set_model_state_dict(model, part("model."), options=_LOADING)
+    # A single number, the logit scale, has shape [1] where parameters are sharded and none elsewhere.
+    shapes = {name: value.shape for name, value in model.state_dict().items() if value.numel() == 1}
+    weights = part("model.")
+    weights |= {name: weights[name].reshape(shape) for name, shape in shapes.items() if name in weights}
+    set_model_state_dict(model, weights, options=_LOADING)
     state: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in part("optimizer.").items():
         name, _, field = key.partition(_OF)
-        state.setdefault(name, {})[field] = value
+        moment = name in shapes and field != "step"
+        state.setdefault(name, {})[field] = value.reshape(shapes[name]) if moment else value
     # The groups' settings are those of this run.
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_LOADING)

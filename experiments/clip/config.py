@@ -87,6 +87,28 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Shards:
+    """Pairs of a catalog, instead of the embedded ones; for methods without a reference."""
+
+    catalog: Path | None = None
+    """Folder made by `run.py catalog`."""
+    workers: int = 0
+    """Processes of a rank that read and decode; what comes is the same for any number."""
+    source_weights: str | None = None
+    """How often each source is visited in an epoch, joined by ::, like 1::2; fractions need --resampled."""
+    resampled: bool = False
+    """Draw samples with replacement, instead of each once per epoch."""
+    epoch_samples: int | None = None
+    """Samples of an epoch when resampled; all by default."""
+    block_shards: int = 16
+    """Shards whose samples are shuffled together."""
+    skip_limit: float = 0.1
+    """Share of samples that may turn out to be unusable before the run stops."""
+    tasks: tuple[Path, ...] = ()
+    """Folders of zero-shot tasks in CLIP_benchmark's layout, to validate on."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train one model; ``--preset NAME`` starts from a named setting, other options override it."""
 
@@ -95,6 +117,7 @@ class Train:
     split: Literal["train", "reference"] = "train"
     """The pool of pairs to train on; the two are disjoint."""
     data: Data = field(default_factory=Data)
+    shards: Shards = field(default_factory=Shards)
     loss: Loss = field(default_factory=Loss)
     optimization: Optimization = field(default_factory=Optimization)
     execution: Execution = field(default_factory=Execution)
@@ -157,6 +180,34 @@ class Evaluate:
     data: Data = field(default_factory=Data)
     split: Literal["validation", "test"] = "test"
     """Which held-out pairs."""
+    tasks: tuple[Path, ...] = ()
+    """Folders of zero-shot tasks in CLIP_benchmark's layout, instead of the held-out pairs."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Count the samples of shards once and give each an index, for `train --catalog`."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Patterns of webdataset shards like data/{00000..00099}.tar, also remote; tables (.csv, .tsv, .parquet) of image
+    paths and captions; or synthetic:N."""
+    out: Path = Path("catalog")
+    """Folder of the catalog."""
+    caption_key: tuple[str, ...] = ("txt",)
+    """Members that are captions; json:FIELD is a field of the member json."""
+    workers: int = 2
+    """Processes that scan."""
+    run_pipe_commands: bool = False
+    """Run the shell commands of sources that start with pipe:, which are refused otherwise."""
+
+
+@dataclass(frozen=True)
+class GlyphTasks:
+    """Write the held-out glyph pairs as zero-shot tasks in CLIP_benchmark's layout."""
+
+    data: Data = field(default_factory=Data)
+    out: Path = Path("glyph-tasks")
+    """Folder of the tasks."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +256,8 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "plan": Plan,
+    "catalog": Catalog,
+    "glyph-tasks": GlyphTasks,
 }
 
 
@@ -291,6 +344,29 @@ def _check(options: Train) -> None:
     if optimization.schedule == "constant" and optimization.lr_min:
         raise UserError(f"--lr-min {optimization.lr_min} has no part in this run: --schedule constant stays at --lr")
     _check_meaning(loss)
+    _check_shards(options)
+
+
+def _check_shards(options: Train) -> None:
+    """Refuse options of the pairs that would be ignored."""
+    shards = options.shards
+    if shards.catalog is None:
+        for name, value in vars(shards).items():
+            if value != getattr(Shards(), name):
+                raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for --catalog")
+        return
+    if options.loss.needs_reference:
+        raise UserError("--catalog has no reference features yet: choose a method without a reference")
+    if options.split != "train" or options.data != Data():
+        raise UserError("--catalog takes the place of --split, --captions, --size and --cache: leave those out")
+    for flag, value, is_right, meaning in (
+        ("workers", shards.workers, shards.workers >= 0, ">= 0"),
+        ("epoch-samples", shards.epoch_samples, shards.epoch_samples is None or shards.epoch_samples >= 1, ">= 1"),
+        ("block-shards", shards.block_shards, shards.block_shards >= 1, "at least 1"),
+        ("skip-limit", shards.skip_limit, 0 <= shards.skip_limit <= 1, "in [0, 1]"),
+    ):
+        if not is_right:
+            raise UserError(f"--{flag} must be {meaning}, got {value}")
 
 
 def _check_meaning(loss: Loss) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from experiments.clip.errors import UserError
-from experiments.clip.files import write_atomically
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -33,7 +30,7 @@ class Clip:
 
     ``preprocess`` maps a PIL image to the model's normalized input; ``tokenize`` a list of captions to ``[b, length]``.
     ``name`` is the registered name or the folder; ``fingerprint`` identifies weights, preprocessing and tokenizer of
-    a model that was loaded, and is empty for a new one.
+    a model that was loaded, and is empty for a new one. ``augment`` is the preprocessing for training, of a new model.
     """
 
     name: str
@@ -41,6 +38,7 @@ class Clip:
     preprocess: Callable[[Any], Tensor]
     tokenize: Callable[[Sequence[str]], Tensor]
     fingerprint: str = ""
+    augment: Callable[[Any], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +65,8 @@ def new_model(name: str, seed: int, *, sigmoid: bool = False, **options: Any) ->
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         head = {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(10)} if sigmoid else {}
-        model, _, preprocess = open_clip.create_model_and_transforms(name, **head, **options)
-        return Clip(name, model, preprocess, open_clip.get_tokenizer(name))
+        model, augment, preprocess = open_clip.create_model_and_transforms(name, **head, **options)
+        return Clip(name, model, preprocess, open_clip.get_tokenizer(name), augment=augment)
 
 
 def load_model(folder: Path) -> Clip:
@@ -88,28 +86,6 @@ def load_model(folder: Path) -> Clip:
         raise UserError(f"{folder} does not load as an open_clip model ({reason}): make or copy it again") from error
     model.eval()
     return Clip(str(folder), model, preprocess, tokenizer, digest.hexdigest())
-
-
-def export_model(
-    clip: Clip, folder: Path, dtype: torch.dtype = torch.float32, weights: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write ``clip`` as a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads.
-
-    ``weights``, whole tensors, are written instead of the model's own if given.
-    """
-    head = {} if clip.model.logit_bias is None else {"init_logit_bias": _SIGMOID_BIAS}
-    config = {
-        "model_cfg": {**open_clip.get_model_config(clip.name), **head},
-        "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip.model),
-    }
-    given = clip.model.state_dict() if weights is None else weights
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in given.items()}
-    for name in ("logit_scale", "logit_bias"):  # of shape [1] where parameters are sharded
-        if name in state:
-            state[name] = state[name].reshape(())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS_FILE, save(state, {"format": "pt"}))
-    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
 
 
 class _quiet:

@@ -12,9 +12,11 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from open_clip import get_model_preprocess_cfg
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,18 +26,23 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 
 from drrho import KL, ChiSquare, CVaR
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip import report
+from experiments.clip.benchmark_tasks import evaluate_task, write_glyph_tasks
+from experiments.clip.catalog import make_catalog, open_catalog
 from experiments.clip.checkpoint import latest_checkpoint
 from experiments.clip.config import (
     PRESETS,
     CacheReference,
+    Catalog,
     Data,
     Demo,
     Evaluate,
+    GlyphTasks,
     Loss,
     Plan,
     Prepare,
@@ -46,9 +53,11 @@ from experiments.clip.config import (
 from experiments.clip.distributed import Ranks, joined_ranks, launched
 from experiments.clip.errors import UserError
 from experiments.clip.evaluate import Evaluation, evaluate
+from experiments.clip.export import export_checkpoint, export_model
 from experiments.clip.feature_cache import FeatureCache, cache_features, open_features
 from experiments.clip.files import ensure_writable, write_json
 from experiments.clip.glyphs import faces, glyph_splits
+from experiments.clip.loader import Loader
 from experiments.clip.logs import Logs
 from experiments.clip.methods import (
     ConstantTemperature,
@@ -59,11 +68,12 @@ from experiments.clip.methods import (
     SigLIP,
     TwoLevel,
 )
-from experiments.clip.models import Clip, export_model, load_model, new_model
+from experiments.clip.models import Clip, load_model, new_model
 from experiments.clip.plan import check_positive, cost_of, described, make_plan
 from experiments.clip.shards import Manifest, open_dataset, write_dataset
+from experiments.clip.sources import parse_weights
 from experiments.clip.stream import MemoryStream, Pairs
-from experiments.clip.train import Interrupted, Record, train, whole
+from experiments.clip.train import Interrupted, Record, Stream, train, whole
 
 console = Console(highlight=False, soft_wrap=True)
 ALONE = Ranks()
@@ -261,6 +271,74 @@ class Trained(NamedTuple):
         return {"settings": self.identity, "history": self.history}
 
 
+class Material(NamedTuple):
+    """What a run trains and is validated on: a stream, its number of samples and identity, scores of the model."""
+
+    stream: Stream
+    samples: int
+    identity: dict[str, Any]
+    validate: Callable[[], Record]
+    features: FeatureCache | None = None
+
+
+def glyph_material(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> Material:
+    """Return the embedded pairs, in memory, with the reference's features."""
+    with leader_first(ranks):
+        manifest = prepare(options.data)
+        features = reference_features(reference, manifest, options.data) if reference is not None else None
+    pairs = load_pairs(manifest, options.split, clip)
+    held_out = load_pairs(manifest, "validation", clip)
+
+    def validate() -> Record:
+        naming = evaluate_model(clip, held_out, manifest, ranks).naming
+        clip.model.train()
+        return {"naming_top1": naming.top1, "naming_top5": naming.top5}
+
+    stream = MemoryStream(pairs, options.optimization.batch_size, options.seed, ranks.rank, ranks.count)
+    identity = {"data": manifest.fingerprint, "split": options.split}
+    return Material(stream, len(pairs), identity, validate, features)
+
+
+def catalog_material(options: Train, clip: Clip, folder: Path, ranks: Ranks) -> Material:
+    """Return the pairs of a catalog, read while training, and the zero-shot tasks to validate on."""
+    shards = options.shards
+    catalog = open_catalog(folder)
+    weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
+    chosen = {
+        "resampled": shards.resampled,
+        "epoch_samples": shards.epoch_samples,
+        "block_shards": shards.block_shards,
+    }
+    loader = Loader(
+        catalog,
+        clip.preprocess if clip.augment is None else clip.augment,
+        clip.tokenize,
+        batch_size=options.optimization.batch_size,
+        seed=options.seed,
+        workers=shards.workers,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        weights=weights,
+        skip_limit=shards.skip_limit,
+        pin_memory=ranks.device.type == "cuda",
+        **chosen,
+    )
+    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
+
+    def validate() -> Record:
+        return dict(task_scores(clip, shards.tasks, ranks))
+
+    return Material(loader, len(catalog), {"data": catalog.fingerprint, "weights": weights, **chosen}, validate)
+
+
+def task_scores(clip: Clip, tasks: Sequence[Path], ranks: Ranks = ALONE) -> Iterator[tuple[str, float]]:
+    """Yield the name and value of every metric of these tasks."""
+    for folder in tasks:
+        scores = evaluate_task(clip, folder, group=ranks.group)
+        for metric, value in scores.metrics.items():
+            yield f"{scores.name}/{metric}", value
+
+
 def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     sharded = ranks.group is not None and options.execution.parallel == "fsdp"
@@ -273,15 +351,17 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     _check_ranks(options, ranks)
     with leader_first(ranks):
         ensure_writable(options.out)
-        manifest = prepare(options.data)
-        features = reference_features(reference, manifest, options.data) if reference is not None else None
-    pairs = load_pairs(manifest, options.split, clip)
-    held_out = load_pairs(manifest, "validation", clip)
-    method, chosen = build_method(options.loss, options.optimization.epochs, len(pairs), reference, features, ranks)
+    folder = options.shards.catalog
+    if folder is None:
+        material = glyph_material(options, clip, reference, ranks)
+    else:
+        material = catalog_material(options, clip, folder, ranks)
+    method, chosen = build_method(
+        options.loss, options.optimization.epochs, material.samples, reference, material.features, ranks
+    )
     identity = {
         "model": options.model,
-        "data": manifest.fingerprint,
-        "split": options.split,
+        **material.identity,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         "validations": options.validations,
@@ -292,18 +372,12 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     checkpoints = options.out / "checkpoints"
     if (found := latest_checkpoint(checkpoints)) is not None:
         console.print(f"training   going on from {found}")
-
-    def validate() -> Record:
-        naming = evaluate_model(clip, held_out, manifest, ranks).naming
-        clip.model.train()
-        return {"naming_top1": naming.top1, "naming_top5": naming.top5}
-
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
     with stop_on_signal() as stop, progress_bar(f"training {options.out.name}") as advance:
         history, average = train(
             clip,
             method,
-            MemoryStream(pairs, options.optimization.batch_size, options.seed, ranks.rank, ranks.count),
+            material.stream,
             options.optimization,
             ranks=ranks,
             execution=options.execution,
@@ -311,7 +385,7 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
             checkpoints=checkpoints,
             checkpoint_seconds=60 * options.checkpoint_minutes,
             settings=identity,
-            validate=validate,
+            validate=material.validate,
             validations=options.validations,
             logs=logs,
             log_every=options.log_every,
@@ -322,12 +396,20 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
         logs.close()
     weights = {key: whole(value) for key, value in clip.model.state_dict().items()}
     if ranks.leads:
-        dtype = getattr(torch, options.weights)
-        export_model(clip, options.out / "model", dtype, weights)
-        if average:
-            export_model(clip, options.out / "model-ema", dtype, average)
-        console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
+        write_exports(options, clip, weights, average)
     return Trained(clip, history, identity)
+
+
+def write_exports(options: Train, clip: Clip, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:
+    """Write the trained model, and the moving average of its weights, for open_clip and CLIP_benchmark."""
+    dtype, epoch = getattr(torch, options.weights), options.optimization.epochs
+    preprocess = get_model_preprocess_cfg(clip.model)
+    for name, state in (("model", weights), ("model-ema", average)):
+        if state:
+            export_model(clip, options.out / name, dtype, state)
+            path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
+            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
+    console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
 
 
 def demo(options: Demo) -> None:
@@ -375,11 +457,31 @@ def demo_run(options: Demo, preset: Train, data: Data, name: str) -> Train:
 
 
 def evaluate_command(options: Evaluate) -> None:
-    """Print the three evaluations of one model."""
+    """Print the three evaluations of one model, or its scores on zero-shot tasks."""
     clip = load_model(options.model)
+    if options.tasks:
+        for name, value in task_scores(clip, options.tasks):
+            console.print(f"{name:<48} {value:.4f}")
+        return
     manifest = prepare(options.data)
     pairs = load_pairs(manifest, options.split, clip)
     console.print(report.scores_table({clip.name: evaluate_model(clip, pairs, manifest).as_dict()}))
+
+
+def count_samples(options: Catalog) -> None:
+    """Make a catalog and say what it holds and what it left out."""
+    with progress_bar("scanning") as advance:
+        catalog = make_catalog(
+            list(options.sources),
+            options.out,
+            caption_key=options.caption_key,
+            workers=options.workers,
+            progress=advance,
+            run_pipe_commands=options.run_pipe_commands,
+        )
+    console.print(f"catalog    {len(catalog)} pairs in {len(catalog.shards)} shards: {catalog.folder}")
+    for reason, count in catalog.left_out.items():
+        console.print(f"left out   {count} for {reason}")
 
 
 def plan(options: Plan) -> None:
@@ -433,6 +535,11 @@ def run(command: Any) -> None:
             evaluate_command(command)
         case Plan():
             plan(command)
+        case Catalog():
+            count_samples(command)
+        case GlyphTasks():
+            for folder in write_glyph_tasks(prepare(command.data), command.out):
+                console.print(f"task       {folder}")
 
 
 def main(arguments: Sequence[str]) -> int:

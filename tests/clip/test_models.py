@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from experiments.clip.errors import UserError
-from experiments.clip.models import SHIPPED_REFERENCE, WEIGHTS_FILE, export_model, load_model, new_model
+from experiments.clip.export import export_model
+from experiments.clip.models import SHIPPED_REFERENCE, WEIGHTS_FILE, load_model, new_model
 from experiments.clip.shards import read_samples
 from experiments.clip.stream import Pairs
 

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from drrho.running import RunningEstimates
 from drrho.temperature import IndividualTemperatures
 from experiments.clip.config import parse
-from experiments.clip.models import export_model, new_model
+from experiments.clip.export import export_model
+from experiments.clip.models import new_model
 from experiments.clip.plan import cost_of, make_plan
 from experiments.clip.run import main
 from experiments.clip.train import Execution

@@ -56,7 +56,7 @@ def alone(cache, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("ranks, parallel", [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+@pytest.mark.parametrize("ranks, parallel", [(4, "ddp"), (2, "fsdp")])
 def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache, tmp_path):
     statuses, errors = start(ranks, *OPTIONS, "--cache", cache, "--out", tmp_path, "--parallel", parallel)
     assert statuses == [0] * ranks, errors
@@ -70,12 +70,11 @@ def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache,
     assert settings["history"][-1]["naming_top1"] == pytest.approx(records["history"][-1]["naming_top1"], abs=0.02)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_go_on_from_other_numbers_of_ranks(parallel, alone, cache, tmp_path):
+def test_ranks_go_on_from_other_numbers_of_ranks(alone, cache, tmp_path):
     """The last checkpoint of one process, taken up by two: nothing is left to train, and the model is the same."""
     (tmp_path / "out").mkdir()
     subprocess.run(["cp", "-r", alone / "checkpoints", tmp_path / "out"], check=True)
-    statuses, errors = start(2, *OPTIONS, "--cache", cache, "--out", tmp_path / "out", "--parallel", parallel)
+    statuses, errors = start(2, *OPTIONS, "--cache", cache, "--out", tmp_path / "out", "--parallel", "fsdp")
     assert statuses == [0, 0], errors
     weights, others = (load_file(f / "model" / "open_clip_model.safetensors") for f in (alone, tmp_path / "out"))
     assert all(torch.equal(weights[key], others[key]) for key in weights)

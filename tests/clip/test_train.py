@@ -12,10 +12,11 @@ from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint
 from experiments.clip.config import parse
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
+from experiments.clip.export import export_model
 from experiments.clip.feature_cache import cache_features, open_features
 from experiments.clip.logs import Logs
 from experiments.clip.methods import ConstantTemperature, GlobalContrastive, Head, OpenCLIP, SigLIP
-from experiments.clip.models import export_model, load_model, new_model
+from experiments.clip.models import load_model, new_model
 from experiments.clip.optimization import MovingAverage, Optimization, learning_rate
 from experiments.clip.run import build_method
 from experiments.clip.shards import read_samples

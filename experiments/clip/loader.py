@@ -1,0 +1,246 @@
+"""Batches of training pairs from a catalog, in an order that neither workers nor ranks nor interruptions change.
+
+The stream is a pure function of (seed, epoch, position). An epoch's order (`experiments.clip.order`) is cut into
+global batches of sizes equal up to one, and each of these into contiguous parts, one per rank. What is random about a
+sample, its augmentation and its choice among several captions, follows from (seed, epoch, index, occurrence).
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from experiments.clip.catalog import Catalog
+from experiments.clip.errors import UserError
+from experiments.clip.order import Order, Visits
+from experiments.clip.reading import Reader, Skip, decode
+from experiments.clip.workers import Workers
+
+# So many samples may be skipped before their share counts.
+SKIPS_ALLOWED = 64
+
+
+class Batch(NamedTuple):
+    """A rank's part of a global batch.
+
+    Attributes
+    ----------
+    image : Tensor ``[b, 3, h, w]``
+        Transformed images.
+    text : Tensor ``[b, length]``
+        Tokens.
+    index : Tensor ``[b]``
+        Sample indices of the catalog.
+    skipped : dict
+        How many samples of this part could not be used, by reason.
+    """
+
+    image: Tensor
+    text: Tensor
+    index: Tensor
+    skipped: dict[str, int]
+
+
+class Loader:
+    """The batches of a catalog's samples.
+
+    Parameters
+    ----------
+    transform : callable
+        Maps a PIL image to the model's input; it may draw from the global generators of torch, NumPy and Python.
+    tokenize : callable
+        Maps a list of captions to tokens ``[b, length]``.
+    batch_size : int
+        Of the global batch, over all ranks, at most.
+    workers : int
+        Processes of this rank that read and decode; 0 for this one.
+    weights : sequence of float
+        Of the sources, see `Order`.
+    resampled : bool
+        Draw samples with replacement, ``epoch_samples`` an epoch.
+    block_shards : int
+        Shards whose samples are shuffled together.
+    skip_limit : float
+        Share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
+    pin_memory : bool
+        Whether batches are put into page-locked memory, for copies to a GPU.
+
+    Attributes
+    ----------
+    samples : int
+        Visits per epoch, over all ranks.
+    steps_per_epoch : int
+        Batches per epoch.
+    skipped : Counter
+        Samples skipped so far on this rank, by reason.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        transform: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[Sequence[str]], Tensor],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        weights: Sequence[float] | None = None,
+        resampled: bool = False,
+        epoch_samples: int | None = None,
+        block_shards: int = 16,
+        skip_limit: float = 0.1,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
+        if batch_size < ranks:
+            raise UserError(f"the global batch size must be at least the number of ranks, {ranks}, got {batch_size}")
+        order = Order(
+            [shard.samples for shard in catalog.shards],
+            seed=seed,
+            weights=catalog.shard_weights(weights),
+            block_shards=block_shards,
+            resampled=resampled,
+            epoch_samples=epoch_samples,
+        )
+        self.samples = order.samples
+        self.steps_per_epoch = -(-self.samples // batch_size)
+        self.skipped: Counter[str] = Counter()
+        self._seen = 0
+        self._skip_limit, self._ranks = skip_limit, ranks
+        part = _Part(order, self.steps_per_epoch, rank, ranks)
+        # Workers are in two neighboring blocks at a time.
+        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed)
+        self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches from step ``first`` on; starting late costs no more than starting at 0.
+
+        Parts differ in size by one, and by what was skipped; with several ranks one may be empty.
+
+        Raises
+        ------
+        UserError
+            If too many samples are skipped, a batch of all ranks has none left, or a worker dies.
+        """
+        if not 0 <= first <= self.steps_per_epoch:
+            raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
+        keys = [(epoch, step) for step in range(first, self.steps_per_epoch)]
+        for (_, step), batch in zip(keys, self._workers.map(keys), strict=True):
+            self._count(batch, step)
+            yield batch
+
+    def close(self) -> None:
+        """End the workers."""
+        self._workers.close()
+
+    def _count(self, batch: Batch, step: int) -> None:
+        self._seen += len(batch.index) + sum(batch.skipped.values())
+        self.skipped.update(batch.skipped)
+        lost = self.skipped.total()
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
+        if not len(batch.index) and self._ranks == 1:
+            raise UserError(f"no sample of the batch at step {step} can be used ({reasons}): check the data")
+        if lost > max(SKIPS_ALLOWED, self._skip_limit * self._seen):
+            raise UserError(
+                f"{lost} of the {self._seen} samples so far cannot be used ({reasons}): "
+                f"mend the data, or raise the limit of {self._skip_limit:g}"
+            )
+
+
+class _Part(NamedTuple):
+    """A rank's part of every batch."""
+
+    order: Order
+    steps: int
+    rank: int
+    ranks: int
+
+    def visits(self, epoch: int, step: int) -> Visits:
+        start, stop = _bounds(self.order.samples, self.steps, step)
+        first, last = _bounds(stop - start, self.ranks, self.rank)
+        return self.order.visits(epoch, start + first, start + last)
+
+
+def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Return where a part begins and ends if ``total`` is cut into parts equal up to one, the larger ones first."""
+    size, larger = divmod(total, parts)
+    start = part * size + min(part, larger)
+    return start, start + size + (part < larger)
+
+
+class _BatchMaker:
+    """Makes the batch of (epoch, step), in whatever process."""
+
+    def __init__(
+        self,
+        part: _Part,
+        reader: Reader,
+        transform: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[Sequence[str]], Tensor],
+        seed: int,
+    ) -> None:
+        self._part, self._reader, self._seed = part, reader, seed
+        self._transform, self._tokenize = transform, tokenize
+
+    def __call__(self, key: tuple[int, int]) -> Batch:
+        epoch, step = key
+        images: list[Tensor] = []
+        captions: list[str] = []
+        indices: list[int] = []
+        skipped: Counter[str] = Counter()
+        visits = self._part.visits(epoch, step)
+        with _random_state_restored():
+            for raw, occurrence in zip(
+                self._reader.read_many(visits.index.tolist()), visits.occurrence.tolist(), strict=True
+            ):
+                for_torch, for_numpy, for_python, draw = _draws(self._seed, epoch, raw.index, occurrence)
+                pair = raw if isinstance(raw, Skip) else decode(raw, draw)
+                if isinstance(pair, Skip):
+                    skipped[pair.reason] += 1
+                    continue
+                torch.default_generator.manual_seed(for_torch)
+                np.random.seed(for_numpy % 2**32)  # noqa: NPY002 (timm draws from the global generator)
+                random.seed(for_python)
+                images.append(self._transform(pair.image))
+                captions.append(pair.caption)
+                indices.append(pair.index)
+            if not images:
+                return self._empty(skipped)
+            # default_collate writes into shared memory in a worker.
+            image = default_collate(images)
+        return Batch(image, self._tokenize(captions), torch.tensor(indices), dict(skipped))
+
+    def _empty(self, skipped: Counter[str]) -> Batch:
+        """Return a batch of no sample, of the same shapes otherwise."""
+        image = self._transform(Image.new("RGB", (64, 64)))[None]
+        return Batch(image[:0], self._tokenize(["none"])[:0], torch.empty(0, dtype=torch.int64), dict(skipped))
+
+
+def _draws(*place: int) -> tuple[int, int, int, int]:
+    """Return four random 64-bit numbers that belong to (seed, epoch, index, occurrence)."""
+    return struct.unpack("<4Q", blake2b(struct.pack("<4Q", *place), digest_size=32).digest())
+
+
+@contextmanager
+def _random_state_restored() -> Iterator[None]:
+    before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
