@@ -10,7 +10,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -302,6 +302,9 @@ def glyph_material(options: Train, clip: Clip, reference: Clip | None, ranks: Ra
 def catalog_material(options: Train, clip: Clip, folder: Path, ranks: Ranks) -> Material:
     """Return the pairs of a catalog, read while training, and the zero-shot tasks to validate on."""
     shards = options.shards
+    for task in shards.tasks:
+        if not task.is_dir():
+            raise UserError(f"--tasks {task} is no folder: name folders in CLIP_benchmark's layout")
     catalog = open_catalog(folder)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
     chosen = {
@@ -373,7 +376,8 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     if (found := latest_checkpoint(checkpoints)) is not None:
         console.print(f"training   going on from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
-    with stop_on_signal() as stop, progress_bar(f"training {options.out.name}") as advance:
+    title = f"training {options.out.name}"
+    with closing(material.stream), stop_on_signal() as stop, progress_bar(title) as advance:
         history, average = train(
             clip,
             method,

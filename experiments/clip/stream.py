@@ -111,3 +111,6 @@ class MemoryStream:
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
             yield self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
+
+    def close(self) -> None:
+        """End nothing: the pairs are in memory."""

@@ -61,6 +61,10 @@ class Stream(Protocol):
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         ...
 
+    def close(self) -> None:
+        """End what reads."""
+        ...
+
 
 class Interrupted(Exception):
     """Training was asked to stop; the checkpoint is written."""

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from experiments.clip.checkpoint import latest_checkpoint
 from experiments.clip.config import PRESETS, parse
@@ -143,3 +145,33 @@ def test_presets_are_overridden_by_options():
     assert options.seed == 3
     assert options.loss == PRESETS["glyph-reference"].loss
     assert options.split == "reference"
+
+
+def test_training_from_a_catalog_validated_on_tasks_and_exported(tmp_path, capsys):
+    """From made-up pairs to scores, command by command; a wrong task ends the run at once, workers and all."""
+    catalog, out = tmp_path / "catalog", tmp_path / "out"
+    assert main(["catalog", "synthetic:96:32", "--out", str(catalog), "--workers", "0"]) == 0
+    assert "96 pairs" in capsys.readouterr().out
+    assert (
+        main(["glyph-tasks", "--size", "small", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "t")]) == 0
+    )
+    task = str(tmp_path / "t" / "glyph-script")
+    options = ["train", "--method", "openclip", "--catalog", str(catalog), "--batch-size", "32", "--epochs", "1"]
+    options += ["--validations", "1", "--workers", "1", "--out", str(out)]
+    assert main([*options, "--tasks", str(tmp_path / "t" / "tasks.json")]) == 2
+    assert "tasks.json is no folder" in capsys.readouterr().err
+    assert main([*options, "--tasks", task]) == 0
+    capsys.readouterr()
+    history = json.loads((out / "run.json").read_text())["history"]
+    assert main(["evaluate", str(out / "model"), "--tasks", task]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(printed["glyph-script/acc1"]) == pytest.approx(history[-1]["glyph-script/acc1"], abs=1e-4)
+    weights = torch.load(out / "epoch_1.pt", weights_only=True)["state_dict"]
+    assert all(
+        torch.equal(value, load_file(out / "model" / "open_clip_model.safetensors")[key])
+        for key, value in weights.items()
+    )
+    assert main(["train", "--catalog", str(catalog)]) == 2
+    assert "--catalog has no reference features yet" in capsys.readouterr().err
+    assert main(["train", "--tasks", task]) == 2
+    assert "has no part in this run: it is for --catalog" in capsys.readouterr().err
