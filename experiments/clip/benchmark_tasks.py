@@ -37,7 +37,7 @@ from webdataset.writer import TarWriter
 
 from experiments.clip.errors import UserError
 from experiments.clip.evaluate import RECALL_AT, glyph_attributes
-from experiments.clip.files import sync_folder, write_atomically
+from experiments.clip.files import sync, write_atomically
 from experiments.clip.models import Clip
 from experiments.clip.shards import MAX_PIXELS, Manifest, read_samples
 from experiments.clip.tar import Damaged, tar_members
@@ -561,9 +561,9 @@ def write_glyph_tasks(manifest: Manifest, folder: Path, *, shard_size: int = 100
             _write_task(scratch / name, kind, classes, templates, rows, shard_size)
         write_atomically(scratch / _MARKER, json.dumps(marker, indent=2).encode() + b"\n")
         for path in (*(path for path in scratch.rglob("*") if path.is_dir()), scratch):
-            sync_folder(path)
+            sync(path)
         os.rename(scratch, folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write the tasks {folder} ({error.strerror}): choose another folder") from error
     finally:

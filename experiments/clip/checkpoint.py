@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.files import sync_folder, write_atomically
+from experiments.clip.files import sync, write_atomically
 from experiments.clip.methods import Method
 
 _STEP = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial-step-"
+_PARTIAL = ".partial-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOADING = StateDictOptions(full_state_dict=True)
 _OF = "|"  # between a parameter's name and the optimizer's
@@ -74,7 +74,7 @@ def save_checkpoint(
     failure: Exception | None = None
     try:
         if ranks.leads:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(folder)  # what a killed run left, too
         ranks.wait()
         _write(partial / f"method-{ranks.rank}-of-{ranks.count}.safetensors", method.state_dict(), {"format": "pt"})
         if ranks.leads:
@@ -84,12 +84,14 @@ def save_checkpoint(
         failure = error
     if ranks.most(int(failure is not None)):
         if ranks.leads:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(folder)
         raise failure or UserError(f"another rank could not write its part of {partial}: see its message")
     if ranks.leads:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).exists():  # this step again, as by another number of ranks
+            os.rename(folder / name, folder / f"{_PARTIAL}old-{name}")
         os.rename(partial, folder / name)
-        sync_folder(folder)
+        sync(folder)
+        _remove_partial(folder)
         _remove_old(folder, keep)
     ranks.wait()
 
@@ -97,6 +99,11 @@ def save_checkpoint(
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(path, save(whole, metadata))
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_old(folder: Path, keep: int) -> None:

@@ -25,9 +25,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the file system keep the names in ``folder``, as fsync does for a file's content."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the file system keep a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -22,6 +22,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from experiments.clip.errors import UserError
+from experiments.clip.files import sync
 
 Progress = Callable[[int], None]
 
@@ -182,22 +183,14 @@ def _write_split(
 def _publish(scratch: Path, folder: Path, manifest: str) -> None:
     (scratch / _MANIFEST).write_text(manifest, encoding="utf-8")
     for path in (*scratch.rglob("*"), scratch):
-        _sync(path)
+        sync(path)
     try:
         os.rename(scratch, folder)
     except OSError as error:
         # Another writer was first: our caller takes what it wrote.
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -216,8 +216,12 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
         interrupted(steps)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000003", "step-00000006"]
     # One that was not finished counts for nothing.
-    (tmp_path / "c" / ".partial-step-step-00000009").mkdir()
+    (tmp_path / "c" / ".partial-step-00000009").mkdir()
     assert latest_checkpoint(tmp_path / "c").name == "step-00000006"
+    run(pairs, contrastive(len(pairs)), tmp_path / "c")
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000006", "step-00000010"]
+    run(pairs, contrastive(len(pairs)), tmp_path / "c")  # nothing is left to do; its last step is written again
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000006", "step-00000010"]
     files = {path.name for path in latest_checkpoint(tmp_path / "c").iterdir()}
     assert files == {"training.safetensors", "method-0-of-1.safetensors"}
 
