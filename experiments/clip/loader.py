@@ -25,31 +25,11 @@ from experiments.clip.catalog import Catalog
 from experiments.clip.errors import UserError
 from experiments.clip.order import Order, Visits
 from experiments.clip.reading import Reader, Skip, decode
+from experiments.clip.stream import Batch
 from experiments.clip.workers import Workers
 
 # So many samples may be skipped before their share counts.
 SKIPS_ALLOWED = 64
-
-
-class Batch(NamedTuple):
-    """A rank's part of a global batch.
-
-    Attributes
-    ----------
-    image : Tensor ``[b, 3, h, w]``
-        Transformed images.
-    text : Tensor ``[b, length]``
-        Tokens.
-    index : Tensor ``[b]``
-        Sample indices of the catalog.
-    skipped : dict
-        How many samples of this part could not be used, by reason.
-    """
-
-    image: Tensor
-    text: Tensor
-    index: Tensor
-    skipped: dict[str, int]
 
 
 class Loader:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,24 @@ from experiments.clip.shards import Manifest, read_samples
 
 
 class Batch(NamedTuple):
-    """Preprocessed images ``[b, 3, h, w]``, tokens ``[b, length]``, sample indices ``[b]``."""
+    """A rank's part of a global batch.
+
+    Attributes
+    ----------
+    image : Tensor ``[b, 3, h, w]``
+        Preprocessed images.
+    text : Tensor ``[b, length]``
+        Tokens.
+    index : Tensor ``[b]``
+        Sample indices.
+    skipped : mapping
+        How many samples of this part could not be used, by reason.
+    """
 
     image: Tensor
     text: Tensor
     index: Tensor
+    skipped: Mapping[str, int] = MappingProxyType({})
 
 
 class Pairs:

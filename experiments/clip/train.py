@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def train(
                 average.update(clip.model.state_dict())
             step += 1
 
-            interval.add(len(batch.index), log)
+            interval.add(batch, log)
             on_step(step, total, log)
             if step % log_every == 0 or step == total:
                 spread = _spread(features, method.reference(batch.index), ranks)
@@ -276,6 +277,7 @@ class Interval:
     def _reset(self) -> None:
         self._start, self._waited = time.monotonic(), 0.0
         self._samples, self._sums, self._steps = 0, {}, 0
+        self._skipped: Counter[str] = Counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, counting how long they are waited for."""
@@ -287,21 +289,23 @@ class Interval:
                 return
             yield batch
 
-    def add(self, samples: int, log: Record) -> None:
+    def add(self, batch: Batch, log: Record) -> None:
         """Take in a step."""
-        self._samples += samples
+        self._samples += len(batch.index)
+        self._skipped.update(batch.skipped)
         self._steps += 1
         for key, value in log.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
 
     def finish(self) -> Record:
-        """Return the means and start anew; samples are those of this rank."""
+        """Return the means and start anew; samples, and counts of those skipped by reason, are this rank's."""
         seconds = time.monotonic() - self._start
         means = {key: value / self._steps for key, value in self._sums.items()}
         found = {
             **means,
             "pairs_per_second_per_rank": self._samples / seconds,
             "share_of_time_waiting_for_data": self._waited / seconds,
+            **{f"skipped/{reason}": count for reason, count in self._skipped.items()},
         }
         if self._ranks.device.type == "cuda":
             found["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._ranks.device) / 1e9
