@@ -115,7 +115,7 @@ def contrastive_risk(
         Count the similarity part of the temperature's gradient twice, as the published code does (and as its values
         of rho suppose).
     group : torch.distributed.ProcessGroup, optional
-        Ranks over which the batch is spread, any number >= 1 of pairs each: every rank passes its own pairs, which
+        Ranks over which the batch is spread, any number of pairs each: every rank passes its own pairs, which
         are compared with all ranks' negatives. ``value`` is that of the whole batch; gradients are those of the one
         value with respect to this rank's features. Every rank must call, and call backward.
 
@@ -272,7 +272,8 @@ def two_level_risk(
     reference_temperature : float, optional
         The reference's own; that of the target if not given.
     image, text, temperature, include_positive, group
-        As for `contrastive_risk`. With a group, weights are those of this rank's samples, and the ball is over all.
+        As for `contrastive_risk`, but with a group at least one pair a rank. Weights are those of this rank's samples,
+        and the ball is over all.
 
     Returns
     -------
@@ -418,7 +419,7 @@ def temperature_of(values: Any, image: Tensor) -> Tensor:
 
 def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *, alone: bool) -> None:
     """Refuse features that are not pairs, ``[b, d]`` each, or not finite; ``alone``: without other ranks' pairs."""
-    least = 2 if alone else 1
+    least = 2 if alone else 0
     if image.ndim != 2 or image.shape != text.shape or len(image) < least:
         raise ValueError(
             f"{image_name} and {text_name} must both have shape [b, d] with b >= {least} (an anchor needs a negative), "

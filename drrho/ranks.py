@@ -79,7 +79,8 @@ def mean_over_ranks(terms: Tensor, group: Any) -> Tensor:
     """Return the mean of all ranks' terms, differentiable in this rank's."""
     if group is None:
         return terms.mean()
-    both = torch.stack([terms.detach().sum(), torch.full_like(terms[0].detach(), len(terms))])
+    own = terms.detach().sum()
+    both = torch.stack([own, torch.full_like(own, len(terms))])
     dist.all_reduce(both, group=group)
     own = terms.sum() / both[1]
     return own + (both[0] / both[1] - own.detach())

@@ -59,6 +59,7 @@ class GlobalTemperature:
     ) -> None:
         self._low, start, self._high = _checked(initial, learning_rate, low, high, betas, eps)
         self._tau = torch.tensor(start, device=device, requires_grad=True)
+        self._learning_rate = learning_rate
         self._adam = torch.optim.Adam([self._tau], lr=learning_rate, betas=betas, eps=eps)
         self._group = group
 
@@ -67,8 +68,10 @@ class GlobalTemperature:
         self._tau.grad = None
         return self._tau
 
-    def step(self, index: Tensor, temperature: Tensor) -> int:
+    def step(self, index: Tensor, temperature: Tensor, rate: float = 1.0) -> int:
         """Take one Adam step with the temperature's gradient, project; return how often the projection moved it.
+
+        ``rate`` multiplies the learning rate of this step.
 
         Raises
         ------
@@ -85,6 +88,7 @@ class GlobalTemperature:
                 "what lookup returned, after backward of a loss that it went into"
             )
         self._tau.grad = total
+        self._adam.param_groups[0]["lr"] = self._learning_rate * rate
         self._adam.step()
         return project_temperature(self._tau, self._low, self._high)
 
@@ -211,7 +215,7 @@ class IndividualTemperatures:
         image, text = self._rows.lookup(index, slice(2))
         return image.requires_grad_(), text.requires_grad_()
 
-    def step(self, index: Tensor, temperatures: tuple[Tensor, Tensor]) -> int:
+    def step(self, index: Tensor, temperatures: tuple[Tensor, Tensor], rate: float = 1.0) -> int:
         """Take one Adam step with the gradients of looked-up temperatures, and project to ``[low, high]``.
 
         Gradients are those of a mean over both directions of all ranks' samples, as ``contrastive_risk(...).value``
@@ -228,6 +232,8 @@ class IndividualTemperatures:
             As in `lookup`.
         temperatures : (Tensor, Tensor), each ``[b]``
             From `lookup` of the same index, with ``grad`` filled by backward.
+        rate : float
+            Multiplies the learning rate of this step.
 
         Returns
         -------
@@ -252,7 +258,7 @@ class IndividualTemperatures:
         single, place, counts = rows.unique(return_inverse=True, return_counts=True)
         kept = self._rows.own.index_select(1, single).double()
         visits = kept[6] + 1
-        fresh = mean_over_repeats(self._stepped(kept[:6, place], visits[place], gradients), place, counts)
+        fresh = mean_over_repeats(self._stepped(kept[:6, place], visits[place], gradients, rate), place, counts)
         fresh = torch.cat([fresh, visits[None]]).to(self._rows.own)
         moved = project_temperature(fresh[:2], self._low, self._high)
         self._rows.own.index_copy_(1, single, fresh)
@@ -302,14 +308,14 @@ class IndividualTemperatures:
             gradients.append(gradient.to(self._rows.own) * terms)
         return gradients, ""
 
-    def _stepped(self, kept: Tensor, visits: Tensor, gradients: Tensor) -> Tensor:
+    def _stepped(self, kept: Tensor, visits: Tensor, gradients: Tensor, rate: float) -> Tensor:
         """Return tau, m and v ``[6, c]`` after Adam's step number ``visits`` ``[c]``, for ``gradients`` ``[2, c]``."""
         tau, m, v = kept.split(2)
         first, second = self._betas
         m = first * m + (1 - first) * gradients
         v = second * v + (1 - second) * gradients**2
         size = (v / (1 - second**visits)).sqrt() + self._eps
-        return torch.cat([tau - self._learning_rate * m / (1 - first**visits) / size, m, v])
+        return torch.cat([tau - rate * self._learning_rate * m / (1 - first**visits) / size, m, v])
 
     def _fault_of_state(self, columns: Tensor) -> str:
         bounds = [

@@ -132,7 +132,8 @@ class SimilarityTiles:
 
     def _bound(self) -> float:
         """Return what no exponent exceeds, on any rank."""
-        largest = [tensor.norm(dim=1).amax() for tensor in (self.image, self.text, *(self.guide or ()))]
+        norms = [tensor.norm(dim=1) for tensor in (self.image, self.text, *(self.guide or ()))]
+        largest = [norm.amax() if len(norm) else norm.sum() for norm in norms]  # a rank may have no pairs
         if self.group is not None:
             together = torch.stack(largest)
             dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
@@ -140,7 +141,7 @@ class SimilarityTiles:
         bound = largest[0] * largest[1]
         if self.guide is not None:
             bound = bound + abs(self.coefficient) * largest[2] * largest[3]
-        return float(bound * self.image_rate[0])
+        return float(bound * self.text_rate[0])
 
     def gathered(self, own: Tensor) -> Tensor:
         """Return all ranks' rows, in the order of ranks."""
@@ -247,7 +248,7 @@ def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
 
 def _height(own: int, count: int) -> int:
     """Return the rows of a tile."""
-    return min(own, max(1, ROWS, TILE // count))
+    return max(1, min(own, max(ROWS, TILE // count)))
 
 
 def robust_anchors(
@@ -341,7 +342,7 @@ class _Solved(torch.autograd.Function):
         """Return risks, thresholds and distances of one direction."""
         ctx.save_for_backward(anchor, other)
         ctx.rows = rows
-        parts = [solved[:3] for _, solved, *_ in rows.tiles(anchor, other)]
+        parts = [solved[:3] for _, solved, *_ in rows.tiles(anchor, other)] or [(anchor.new_empty(0),) * 3]
         value, threshold, distance = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.mark_non_differentiable(threshold, distance)
         return value, threshold, distance

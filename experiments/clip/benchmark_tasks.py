@@ -24,25 +24,24 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from webdataset.writer import TarWriter
 
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluate import RECALL_AT, glyph_attributes
+from experiments.clip.evaluate import RECALL_AT, Rows, glyph_attributes
 from experiments.clip.files import sync, write_atomically
 from experiments.clip.models import Clip
 from experiments.clip.shards import MAX_PIXELS, Manifest, read_samples
 from experiments.clip.tar import Damaged, tar_members
 
-T = TypeVar("T")
 Kind = Literal["classification", "multilabel", "retrieval"]
 Progress = Callable[[int, int], None]
 
@@ -53,9 +52,10 @@ _TYPE, _CLASSES, _TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_cl
 _MAX_IMAGE, _MAX_LABEL = 2**28, 2**20  # bytes
 # As webdataset splits a member's name: the type is what follows the first dot of the last part.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
-_QUERIES, _ITEMS = 1024, 8192  # a tile of scores
+_QUERIES, _ITEMS = 1024, 2048  # a tile of scores, which stays in a cache
 _AGAIN = "copy the task again"
 _MARKER = "tasks.json"
+_ALONE = Ranks()
 
 
 class TaskScores(NamedTuple):
@@ -73,10 +73,10 @@ class TaskScores(NamedTuple):
 def evaluate_task(
     clip: Clip,
     folder: Path,
+    ranks: Ranks = _ALONE,
     *,
     batch_size: int = 64,
     workers: int = 0,
-    group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> TaskScores:
     """Score a model on one task, in evaluation mode; nothing is downloaded and no pickle is read.
@@ -93,13 +93,14 @@ def evaluate_task(
         The model.
     folder
         The task. Its name is the task's.
+    ranks
+        Processes that share the work: each encodes every sample of some batches, all have all scores, the same to the
+        last bit as one process. Every rank calls. Of an error, the rank that meets it says what it is, the others which
+        rank that was.
     batch_size
         Images, or prompts, per call of the model.
     workers
         Processes that decode images; 0 decodes in this one.
-    group
-        Ranks that share the work: each encodes every sample of some batches, all have all scores, the same to the last
-        bit as one process. Every rank calls, and gets the same error if there is one on any.
     progress
         Called after each batch with how many of the samples are done, and how many there are.
 
@@ -108,7 +109,6 @@ def evaluate_task(
     UserError
         If a file of the task is missing, damaged, or at odds with another; if features are not finite.
     """
-    ranks = _Ranks(clip.device, group)
     task = ranks.agreed(lambda: _open_task(Path(folder), batch_size))
     was_training = clip.model.training
     clip.model.eval()
@@ -278,7 +278,7 @@ class _Batches(Dataset):
             if label.shape != (len(task.classes),) or not np.isin(label, (0, 1)).all():
                 stated = f"{_CLASSES} has {len(task.classes)} lines"
                 raise ValueError(f"not 0 or 1 for each class, but an array of shape {label.shape}; {stated}")
-            return label.astype(np.float32)
+            return label.astype(np.uint8)
         text = data.decode("ascii").strip()
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(task.classes):
             raise ValueError(f"class {text[:20]!r}; {_CLASSES} has lines for 0 to {len(task.classes) - 1}")
@@ -316,50 +316,6 @@ def _reason(error: Exception) -> str:
 # --- the work of several ranks ----------------------------------------------------------------------------------
 
 
-class _Ranks:
-    """The ranks that share a task, and which of them this is; alone without a group."""
-
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        self.device, self._group = device, group
-        self.rank = dist.get_rank(group) if group is not None else 0
-        self.count = dist.get_world_size(group) if group is not None else 1
-
-    def own(self, number: int) -> range:
-        """Return this rank's share of ``range(number)``."""
-        return range(self.rank, number, self.count)
-
-    def rounds(self, number: int) -> int:
-        """Return the largest length of any rank's share."""
-        return -(-number // self.count)
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Add up in place what the ranks have: exact for counts, and where only one has other than zero."""
-        if self._group is not None:
-            dist.all_reduce(part, group=self._group)
-        return part
-
-    def agree(self, error: UserError | None) -> None:
-        """Raise on every rank if there is an error on any; every rank calls."""
-        if self._group is None:
-            if error is not None:
-                raise error
-        elif self.sum(torch.tensor(int(error is not None), device=self.device)).item():
-            messages: list[str | None] = [None] * self.count
-            dist.all_gather_object(messages, None if error is None else str(error), group=self._group)
-            raise UserError(next(message for message in messages if message is not None))
-
-    def agreed(self, action: Callable[[], T]) -> T:
-        """Return what ``action`` returns, if it raised a `UserError` on no rank."""
-        result = error = None
-        try:
-            result = action()
-        except UserError as raised:
-            error = raised
-        self.agree(error)
-        assert result is not None
-        return result
-
-
 class _Encoded(NamedTuple):
     """Unit features and labels of the rows from ``first`` on."""
 
@@ -368,12 +324,12 @@ class _Encoded(NamedTuple):
     labels: list[Any]
 
 
-def _encoded(clip: Clip, task: _Task, ranks: _Ranks, workers: int, progress: Progress | None) -> Iterator[_Encoded]:
+def _encoded(clip: Clip, task: _Task, ranks: Ranks, workers: int, progress: Progress | None) -> Iterator[_Encoded]:
     """Yield this rank's batches, equally many on every rank: a model in parts needs all for each call.
 
     A rank that has no batch in the last round encodes a blank image and yields no row.
     """
-    own = ranks.own(len(task.batches))
+    own = ranks.share(len(task.batches))
     loader = iter(DataLoader(_Batches(task, clip.preprocess), batch_size=None, sampler=own, num_workers=workers))
     for turn in range(ranks.rounds(len(task.batches))):
         item = next(loader) if turn < len(own) else None
@@ -390,7 +346,7 @@ def _encoded(clip: Clip, task: _Task, ranks: _Ranks, workers: int, progress: Pro
             progress(last.first + len(last.spans), task.samples)
 
 
-def _unit(features: Tensor, what: str, ranks: _Ranks) -> Tensor:  # [b, d] -> [b, d]
+def _unit(features: Tensor, what: str, ranks: Ranks) -> Tensor:  # [b, d] -> [b, d]
     bad = int((~features.isfinite()).any(dim=1).sum())
     problem = (
         f"the model gives {bad} of {len(features)} {what} features that are not finite: take an earlier checkpoint"
@@ -402,19 +358,19 @@ def _unit(features: Tensor, what: str, ranks: _Ranks) -> Tensor:  # [b, d] -> [b
 # --- the metrics ------------------------------------------------------------------------------------------------
 
 
-def _classifier(clip: Clip, task: _Task, ranks: _Ranks, batch_size: int) -> Tensor:  # [c, d]
+def _classifier(clip: Clip, task: _Task, ranks: Ranks, batch_size: int) -> Tensor:  # [c, d]
     """Return the unit vector of each class; classes of one name have the same to the last bit."""
     names = list(dict.fromkeys(task.classes))
     per_call = max(1, batch_size // len(task.templates))
     chunks = [names[start : start + per_call] for start in range(0, len(names), per_call)]
-    own = ranks.own(len(chunks))
+    own = ranks.share(len(chunks))
     vectors = torch.empty(0)
     for turn in range(ranks.rounds(len(chunks))):
         chunk = chunks[own[turn]] if turn < len(own) else chunks[-1]
         prompts = [template.replace("{c}", name) for name in chunk for template in task.templates]
         features = _unit(clip.encode_text(prompts), "text", ranks).unflatten(0, (len(chunk), len(task.templates)))
         if not vectors.numel():
-            vectors = torch.zeros(len(names), features.shape[-1], device=ranks.device)
+            vectors = torch.zeros(len(names), features.shape[-1], device=clip.device)
         if turn < len(own):
             start = own[turn] * per_call
             vectors[start : start + len(chunk)] = F.normalize(features.mean(dim=1), dim=-1)
@@ -423,14 +379,14 @@ def _classifier(clip: Clip, task: _Task, ranks: _Ranks, batch_size: int) -> Tens
     return vectors[[position[name] for name in task.classes]]
 
 
-def _classification(task: _Task, ranks: _Ranks, classifier: Tensor, batches: Iterable[_Encoded]) -> dict[str, float]:
+def _classification(task: _Task, ranks: Ranks, classifier: Tensor, batches: Iterable[_Encoded]) -> dict[str, float]:
     classes = len(classifier)
-    numbers = torch.arange(classes, device=ranks.device)
+    numbers = torch.arange(classes, device=classifier.device)
     # Of each class: its samples, those whose class is first, those whose class is among the first 5.
-    counts = torch.zeros(3, classes, dtype=torch.int64, device=ranks.device)
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=classifier.device)
     for batch in batches:
         if batch.labels:
-            labels = torch.tensor(batch.labels, device=ranks.device)
+            labels = torch.tensor(batch.labels, device=classifier.device)
             ahead = wrong_items_ahead(batch.images, classifier, labels, numbers)
             for row, chosen in enumerate((labels, labels[ahead < 1], labels[ahead < 5])):
                 counts[row] += chosen.bincount(minlength=classes)
@@ -442,44 +398,49 @@ def _classification(task: _Task, ranks: _Ranks, classifier: Tensor, batches: Ite
     return metrics | {"mean_per_class_recall": (first[present] / samples[present]).mean().item()}
 
 
-def _multilabel(task: _Task, ranks: _Ranks, classifier: Tensor, batches: Iterable[_Encoded]) -> dict[str, float]:
-    table = torch.zeros(2, task.samples, len(classifier), device=ranks.device)  # scores, labels
-    for first, images, labels in batches:
-        if labels:
-            rows = slice(first, first + len(labels))
-            table[0, rows] = images @ classifier.T
-            table[1, rows] = torch.stack(labels).to(ranks.device)
-    scores, labels = ranks.sum(table)
-    order = scores.argsort(dim=0, descending=True, stable=True)
-    labels = labels.gather(0, order).double()
-    precision = labels.cumsum(dim=0) / torch.arange(1, task.samples + 1, device=ranks.device)[:, None]
-    average = (precision * labels).sum(dim=0) / labels.sum(dim=0).clamp(min=1)
-    return {"mean_average_precision": average.mean().item()}
+def _multilabel(task: _Task, ranks: Ranks, classifier: Tensor, batches: Iterable[_Encoded]) -> dict[str, float]:
+    scores = torch.zeros(len(classifier), task.samples, device=classifier.device)
+    labels = torch.zeros(scores.shape, dtype=torch.uint8, device=classifier.device)
+    for first, images, own in batches:
+        if own:
+            rows = slice(first, first + len(own))
+            scores[:, rows] = classifier @ images.T
+            labels[:, rows] = torch.stack(own, dim=1).to(classifier.device)
+    ranks.sum(scores)
+    ranks.sum(labels)
+    places = torch.arange(1, task.samples + 1, device=classifier.device)
+    total = 0.0
+    for some, truth in zip(scores, labels, strict=True):
+        sorted_truth = truth[some.argsort(descending=True, stable=True)].double()
+        total += (sorted_truth.cumsum(dim=0) / places * sorted_truth).sum().item() / max(int(truth.sum()), 1)
+    return {"mean_average_precision": total / len(classifier)}
 
 
-def _retrieval(clip: Clip, task: _Task, ranks: _Ranks, batches: Iterable[_Encoded]) -> dict[str, float]:
+def _retrieval(clip: Clip, task: _Task, ranks: Ranks, batches: Iterable[_Encoded]) -> dict[str, float]:
     images = torch.empty(0)
-    captions = torch.zeros(task.samples, dtype=torch.int64, device=ranks.device)  # how many each image has
-    own: list[tuple[int, Tensor]] = []
+    captions = torch.zeros(task.samples, dtype=torch.int64, device=clip.device)  # how many each image has
+    own = Rows()  # this rank's captions
+    is_own = torch.zeros(task.samples, dtype=torch.bool, device=clip.device)
     for first, features, labels in batches:
         flat = [caption for some in labels for caption in some]
         text = _unit(clip.encode_text(flat or [""]), "text", ranks)
         if not images.numel():
-            images = torch.zeros(task.samples, text.shape[1], device=ranks.device)
+            images = torch.zeros(task.samples, text.shape[1], device=clip.device)
         if labels:
             rows = slice(first, first + len(labels))
             images[rows] = features
-            captions[rows] = torch.tensor([len(some) for some in labels], device=ranks.device)
-            own.append((first, text))
+            captions[rows] = torch.tensor([len(some) for some in labels], device=clip.device)
+            own.add(text)
+            is_own[rows] = True
     ranks.sum(images)
-    starts = ranks.sum(captions).cumsum(dim=0) - captions
-    texts = torch.zeros(int(captions.sum()), images.shape[1], device=ranks.device)
-    while own:
-        first, text = own.pop()
-        start = int(starts[first])
-        texts[start : start + len(text)] = text
+    ranks.sum(captions)
+    texts = torch.zeros(int(captions.sum()), images.shape[1], device=clip.device)
+    places = is_own.repeat_interleave(captions).nonzero()[:, 0]
+    for block in own.take():
+        texts[places[: len(block)]] = block
+        places = places[len(block) :]
     ranks.sum(texts)
-    numbers = torch.arange(task.samples, device=ranks.device)
+    numbers = torch.arange(task.samples, device=clip.device)
     owners = numbers.repeat_interleave(captions)
     found = {
         "image": _recalls(texts, images, owners, numbers, ranks),
@@ -489,12 +450,12 @@ def _retrieval(clip: Clip, task: _Task, ranks: _Ranks, batches: Iterable[_Encode
 
 
 def _recalls(
-    queries: Tensor, items: Tensor, query_labels: Tensor, item_labels: Tensor, ranks: _Ranks
+    queries: Tensor, items: Tensor, query_labels: Tensor, item_labels: Tensor, ranks: Ranks
 ) -> dict[int, float]:
     """Return R@k for each k that there are items for."""
-    found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=ranks.device)
+    found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=queries.device)
     tiles = queries.split(_QUERIES)
-    for number in ranks.own(len(tiles)):
+    for number in ranks.share(len(tiles)):
         labels = query_labels[number * _QUERIES : (number + 1) * _QUERIES]
         ahead = wrong_items_ahead(tiles[number], items, labels, item_labels)
         found += torch.stack([(ahead < k).sum() for k in RECALL_AT])
@@ -516,16 +477,23 @@ def wrong_items_ahead(
     best = queries.new_full((len(queries),), -torch.inf)
     place = torch.full((len(queries),), len(items), device=queries.device)
     ahead = torch.zeros_like(place)
-    parts = list(zip(range(0, len(items), tile), items.split(tile), item_labels.split(tile), strict=True))
-    for start, some, labels in parts:
-        score, position = (queries @ some.T).masked_fill(query_labels[:, None] != labels, -torch.inf).max(dim=1)
+    starts = range(0, len(items), tile)
+    parts = list(zip(starts, items.split(tile), item_labels.split(tile), strict=True))
+    low, high = query_labels.min(), query_labels.max()
+    may_be_right = torch.stack([(labels.max() >= low) & (labels.min() <= high) for _, _, labels in parts]).tolist()
+    for start, some, labels in itertools.compress(parts, may_be_right):
+        score, position = (queries @ some.T).masked_fill_(query_labels[:, None] != labels, -torch.inf).max(dim=1)
         place = torch.where(score > best, position + start, place)
         best = best.maximum(score)
-    for start, some, labels in parts:
+    # What is higher than the best right item, or the same and before the first such, is wrong: labels do not matter.
+    at_least = best.nextafter(torch.full_like(best, -torch.inf))  # more than this
+    for start, some, _ in parts:
         scores = queries @ some.T
-        before = torch.arange(start, start + len(some), device=queries.device) < place[:, None]
-        is_ahead = (scores > best[:, None]) | ((scores == best[:, None]) & before)
-        ahead += (is_ahead & (query_labels[:, None] != labels)).sum(dim=1)
+        before = place - start  # items of this tile
+        ahead += (scores > torch.where(before > 0, at_least, best)[:, None]).sum(dim=1, dtype=torch.int32)
+        rows = ((before > 0) & (before < len(some))).nonzero()[:, 0]
+        behind = torch.arange(len(some), device=queries.device) >= before[rows, None]
+        ahead[rows] -= ((scores[rows] == best[rows, None]) & behind).sum(dim=1)
     return ahead
 
 

@@ -59,7 +59,7 @@ def save_checkpoint(
     """Write the state after ``progress["step"]`` steps and remove all but the last ``keep``; every rank calls.
 
     A failure on any rank, such as a full disk, leaves the earlier ones; the rank that failed raises its error, the
-    others a `UserError` that says so.
+    others one that names it.
     """
     name = f"step-{progress['step']:08d}"
     partial = folder / f"{_PARTIAL}{name}"
@@ -71,7 +71,7 @@ def save_checkpoint(
         for key, value in values.items()
     }
     shared |= {f"extra.{key}": value for key, value in extra.items()}
-    failure: Exception | None = None
+    failure: UserError | None = None
     try:
         if ranks.leads:
             _remove_partial(folder)  # what a killed run left, too
@@ -82,10 +82,12 @@ def save_checkpoint(
             _write(partial / "training.safetensors", shared, metadata)
     except UserError as error:
         failure = error
-    if ranks.most(int(failure is not None)):
+    try:
+        ranks.agree(failure)
+    except UserError:
         if ranks.leads:
             _remove_partial(folder)
-        raise failure or UserError(f"another rank could not write its part of {partial}: see its message")
+        raise
     if ranks.leads:
         if (folder / name).exists():  # this step again, as by another number of ranks
             os.rename(folder / name, folder / f"{_PARTIAL}old-{name}")

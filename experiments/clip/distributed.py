@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,8 @@ _LAUNCHERS = (
     ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
 )
 
-
 _CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,41 @@ class Ranks:
         largest = torch.tensor(number, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Add up in place what the ranks have: exact for counts, and where only one has other than zero."""
+        if self.group is not None:
+            dist.all_reduce(part, group=self.group)
+        return part
+
+    def share(self, number: int) -> range:
+        """Return this rank's share of ``range(number)``: every ``count``-th."""
+        return range(self.rank, number, self.count)
+
+    def rounds(self, number: int) -> int:
+        """Return the largest length of any rank's share."""
+        return -(-number // self.count)
+
+    def agree(self, error: UserError | None) -> None:
+        """Raise on every rank if there is an error on any, and nothing otherwise; every rank calls.
+
+        A rank that has an error raises it, the others one that names the first such rank.
+        """
+        failed = self.most(0 if error is None else self.count - self.rank)
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError(f"stopped because rank {self.count - failed} did: see its message")
+
+    def agreed(self, action: Callable[[], T]) -> T:
+        """Return what ``action`` returns, if it raised a `UserError` on no rank."""
+        try:
+            result = action()
+        except UserError as error:
+            self.agree(error)
+            raise  # agree has raised it
+        self.agree(None)
+        return result
 
 
 def launched(environment: Mapping[str, str]) -> tuple[int, int, int]:

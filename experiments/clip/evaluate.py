@@ -8,7 +8,7 @@ have collapsed to one point scores zero instead of one.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ _ACCENTED_LATIN = re.compile(r"latin (?:small|capital) letter ([a-z]) with .+")
 
 # A matrix product may round equal rows differently at the edge of a block, so cosines this close are ties.
 _TIE = 1e-6
+_QUERIES, _ITEMS = 1024, 4096  # a tile of cosines
+_BLOCK = 2**14  # rows
 
 
 class Naming(NamedTuple):
@@ -109,7 +111,7 @@ def naming(
     image_features: Tensor,  # [n, d]
     caption_features: Tensor,  # [c, d]
     labels: Tensor,  # [n], positions among the captions
-    chunk: int = 1024,
+    chunk: int = _QUERIES,
 ) -> Naming:
     """Score every image against every caption of the vocabulary, ``chunk`` images at a time."""
     ranks = _classification_ranks("caption_features", image_features, caption_features, labels, chunk)
@@ -150,7 +152,7 @@ def zero_shot(
     image_features: Tensor,  # [n, d]
     classifier: Tensor,  # [c, d]
     labels: Tensor,  # [n], positions among the classes
-    chunk: int = 1024,
+    chunk: int = _QUERIES,
 ) -> ZeroShot:
     """Score the images against the class vectors; classes without samples compete but have no recall."""
     ranks = _classification_ranks("classifier", image_features, classifier, labels, chunk)
@@ -167,14 +169,14 @@ def retrieval(
     text_features: Tensor,  # [m, d]
     image_labels: Tensor,  # [n]
     text_labels: Tensor,  # [m]
-    chunk: int = 1024,
+    chunk: int = _QUERIES,
 ) -> Retrieval:
     """Return R@k both ways, where an image and a text match when their labels are equal.
 
     R@k is the share of queries with at least one right item in the top k, as in CLIP_benchmark.
     """
-    images = _unit("image_features", image_features)
-    texts = _unit("text_features", text_features)
+    images = _checked("image_features", image_features)
+    texts = _checked("text_features", text_features)
     image_labels = _labels("image_labels", image_labels, images)
     text_labels = _labels("text_labels", text_labels, texts)
     for name, own, other in (
@@ -195,11 +197,11 @@ def predictions(
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [n, k], [n, k]
     """Return the k highest cosines of each image, best first, and the positions of their captions."""
-    images, captions = _unit("image_features", image_features), _unit("caption_features", caption_features)
+    images, captions = _checked("image_features", image_features), _unit("caption_features", caption_features)
     if not 1 <= k <= len(captions):
         raise ValueError(f"k is {k}; choose it from 1 to the number of captions, {len(captions)}")
-    scores, indices = (images @ captions.T).topk(k)
-    return scores, indices
+    best = [(F.normalize(some, dim=-1) @ captions.T).topk(k) for some in images.split(_QUERIES)]
+    return torch.cat([some.values for some in best]), torch.cat([some.indices for some in best])
 
 
 def glyph_attributes(captions: Sequence[str], minimum: int = 20) -> list[AttributeTask]:
@@ -282,10 +284,12 @@ def encode_images(
     image_batches: Iterable[Tensor],  # each [b, 3, h, w]
 ) -> Tensor:  # [n, d]
     """Return the unit-length float32 features of all images."""
-    features = [_unit("image_features", encode_image(batch)) for batch in image_batches]
-    if not features:
+    features = Rows()
+    for batch in image_batches:
+        features.add(_unit("image_features", encode_image(batch)))
+    if not len(features):
         raise ValueError("image_batches is empty; pass at least one batch")
-    return torch.cat(features)
+    return features.joined()
 
 
 @torch.no_grad()
@@ -295,11 +299,53 @@ def encode_texts(
     batch_size: int = 512,
 ) -> Tensor:  # [n, d]
     """Return the unit-length float32 features of all texts, ``batch_size`` texts per call."""
-    starts = range(0, len(texts), batch_size)
-    features = [_unit("text_features", encode_text(list(texts[i : i + batch_size]))) for i in starts]
-    if not features:
+    features = Rows()
+    for start in range(0, len(texts), batch_size):
+        features.add(_unit("text_features", encode_text(list(texts[start : start + batch_size]))))
+    if not len(features):
         raise ValueError("texts is empty; pass at least one text")
-    return torch.cat(features)
+    return features.joined()
+
+
+class Rows:
+    """Rows that arrive in batches, kept in blocks.
+
+    Many small tensors that stay, among larger ones that go, leave holes in the heap of several times their size.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, rows: Tensor) -> None:
+        """Copy some rows behind those there are."""
+        while len(rows):
+            place = self._count % _BLOCK
+            if place == 0:
+                self._blocks.append(rows.new_empty(_BLOCK, *rows.shape[1:]))
+            some, rows = rows[: _BLOCK - place], rows[_BLOCK - place :]
+            self._blocks[-1][place : place + len(some)] = some
+            self._count += len(some)
+
+    def take(self) -> Iterator[Tensor]:
+        """Return all rows, a block after the other; each goes when the next is asked for."""
+        left, self._count = self._count, 0
+        while left:
+            block = self._blocks.pop(0)[:left]
+            left -= len(block)
+            yield block
+
+    def joined(self) -> Tensor:
+        """Return all rows in one tensor, and keep none."""
+        whole = self._blocks[0].new_empty(self._count, *self._blocks[0].shape[1:])
+        start = 0
+        for block in self.take():
+            whole[start : start + len(block)] = block
+            start += len(block)
+        return whole
 
 
 def _script(caption: str) -> str:
@@ -320,16 +366,20 @@ def _attribute_task(
 
 
 def _unit(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+    return F.normalize(_checked(name, features), dim=-1)
+
+
+def _checked(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"{name} has shape {tuple(features.shape)}; pass at least one feature as [n, d]")
     features = features.detach().float()
-    bad = int((~features.isfinite()).any(dim=1).sum())
+    bad = int(sum((~some.isfinite()).any(dim=1).sum() for some in features.split(_ITEMS)))
     if bad:
         raise ValueError(
             f"{name} has non-finite values in {bad} of {len(features)} rows; "
             "evaluate a checkpoint from before the model diverged"
         )
-    return F.normalize(features, dim=-1)
+    return features
 
 
 def _labels(name: str, labels: Tensor, features: Tensor) -> Tensor:  # [n], [n, d] -> [n]
@@ -345,7 +395,7 @@ def _classification_ranks(
     labels: Tensor,  # [n]
     chunk: int,
 ) -> Tensor:  # [n]
-    images, classifier = _unit("image_features", image_features), _unit(classifier_name, classifier)
+    images, classifier = _checked("image_features", image_features), _checked(classifier_name, classifier)
     labels = _labels("labels", labels, images)
     classes = torch.arange(len(classifier), device=images.device)
     outside = labels[(labels < 0) | (labels >= len(classes))]
@@ -361,14 +411,30 @@ def _ranks(
     item_labels: Tensor,  # [m]
     chunk: int,
 ) -> Tensor:  # [n]
-    """Count, for each query, the wrong items that score at least as high as its best right item."""
-    ranks = []
-    for some, some_labels in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
-        scores = some @ items.T
-        right = some_labels[:, None] == item_labels
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append((~right & (scores >= best - _TIE)).sum(dim=1))
-    return torch.cat(ranks).cpu()
+    """Count, for each query, the wrong items that score at least as high as its best right item.
+
+    Takes memory for ``chunk`` queries by `_ITEMS` items.
+    """
+    ranks = torch.zeros_like(query_labels)
+    for some, labels, ahead in zip(queries.split(chunk), query_labels.split(chunk), ranks.split(chunk), strict=True):
+        some = F.normalize(some, dim=-1)
+        best = some.new_full((len(some), 1), -torch.inf)
+        for scores, right in _scores(some, items, labels, item_labels):
+            best = best.maximum(scores.masked_fill_(~right, -torch.inf).amax(dim=1, keepdim=True))
+        for scores, right in _scores(some, items, labels, item_labels):
+            ahead += (~right & (scores >= best - _TIE)).sum(dim=1)
+    return ranks.cpu()
+
+
+def _scores(
+    queries: Tensor,  # [b, d]
+    items: Tensor,  # [m, d]
+    query_labels: Tensor,  # [b]
+    item_labels: Tensor,  # [m]
+) -> Iterator[tuple[Tensor, Tensor]]:  # [b, k], [b, k]
+    """Yield the cosines of some items after the other, and which of them are right."""
+    for some, labels in zip(items.split(_ITEMS), item_labels.split(_ITEMS), strict=True):
+        yield queries @ F.normalize(some, dim=-1).T, query_labels[:, None] == labels
 
 
 def _recall(ranks: Tensor, k: int) -> float:  # [n]

@@ -7,29 +7,23 @@ sample, its augmentation and its choice among several captions, follows from (se
 
 from __future__ import annotations
 
-import random
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from hashlib import blake2b
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from experiments.clip.catalog import Catalog
+from experiments.clip.draws import Draws, random_state_restored, visit_draws
 from experiments.clip.errors import UserError
+from experiments.clip.guide import Guide
 from experiments.clip.order import Order, Visits
-from experiments.clip.reading import Reader, Skip, decode
+from experiments.clip.reading import SKIPS_ALLOWED, Reader, Skip, decode
 from experiments.clip.stream import Batch
 from experiments.clip.workers import Workers
-
-# So many samples may be skipped before their share counts.
-SKIPS_ALLOWED = 64
 
 
 class Loader:
@@ -55,6 +49,8 @@ class Loader:
         Share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
     pin_memory : bool
         Whether batches are put into page-locked memory, for copies to a GPU.
+    guide : Guide, optional
+        The reference, for which a batch carries what it needs.
 
     Attributes
     ----------
@@ -83,6 +79,7 @@ class Loader:
         block_shards: int = 16,
         skip_limit: float = 0.1,
         pin_memory: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
@@ -103,7 +100,7 @@ class Loader:
         self._skip_limit, self._ranks = skip_limit, ranks
         part = _Part(order, self.steps_per_epoch, rank, ranks)
         # Workers are in two neighboring blocks at a time.
-        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed)
+        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, guide)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -172,8 +169,9 @@ class _BatchMaker:
         transform: Callable[[Image.Image], Tensor],
         tokenize: Callable[[Sequence[str]], Tensor],
         seed: int,
+        guide: Guide | None,
     ) -> None:
-        self._part, self._reader, self._seed = part, reader, seed
+        self._part, self._reader, self._seed, self._guide = part, reader, seed, guide
         self._transform, self._tokenize = transform, tokenize
 
     def __call__(self, key: tuple[int, int]) -> Batch:
@@ -181,46 +179,38 @@ class _BatchMaker:
         images: list[Tensor] = []
         captions: list[str] = []
         indices: list[int] = []
+        drawn: list[Draws] = []
+        guided: list[Tensor | None] = []
         skipped: Counter[str] = Counter()
         visits = self._part.visits(epoch, step)
-        with _random_state_restored():
+        with random_state_restored():
             for raw, occurrence in zip(
                 self._reader.read_many(visits.index.tolist()), visits.occurrence.tolist(), strict=True
             ):
-                for_torch, for_numpy, for_python, draw = _draws(self._seed, epoch, raw.index, occurrence)
-                pair = raw if isinstance(raw, Skip) else decode(raw, draw)
+                draws = visit_draws(self._seed, epoch, raw.index, occurrence)
+                if self._guide is not None:
+                    draws = self._guide.draws(raw.index, draws)
+                pair = raw if isinstance(raw, Skip) else decode(raw, draws.choice)
                 if isinstance(pair, Skip):
                     skipped[pair.reason] += 1
                     continue
-                torch.default_generator.manual_seed(for_torch)
-                np.random.seed(for_numpy % 2**32)  # noqa: NPY002 (timm draws from the global generator)
-                random.seed(for_python)
+                draws.seed_generators()
                 images.append(self._transform(pair.image))
                 captions.append(pair.caption)
                 indices.append(pair.index)
+                drawn.append(draws)
+                if self._guide is not None:
+                    guided.append(self._guide.image(pair.image, draws))
             if not images:
                 return self._empty(skipped)
             # default_collate writes into shared memory in a worker.
-            image = default_collate(images)
-        return Batch(image, self._tokenize(captions), torch.tensor(indices), dict(skipped))
+            image, index = default_collate(images), torch.tensor(indices)
+        carried = None if self._guide is None else self._guide.collected(index, drawn, guided, captions)
+        return Batch(image, self._tokenize(captions), index, dict(skipped), carried)
 
     def _empty(self, skipped: Counter[str]) -> Batch:
         """Return a batch of no sample, of the same shapes otherwise."""
         image = self._transform(Image.new("RGB", (64, 64)))[None]
-        return Batch(image[:0], self._tokenize(["none"])[:0], torch.empty(0, dtype=torch.int64), dict(skipped))
-
-
-def _draws(*place: int) -> tuple[int, int, int, int]:
-    """Return four random 64-bit numbers that belong to (seed, epoch, index, occurrence)."""
-    return struct.unpack("<4Q", blake2b(struct.pack("<4Q", *place), digest_size=32).digest())
-
-
-@contextmanager
-def _random_state_restored() -> Iterator[None]:
-    before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
+        index = torch.empty(0, dtype=torch.int64)
+        carried = None if self._guide is None else self._guide.nothing()
+        return Batch(image[:0], self._tokenize(["none"])[:0], index, dict(skipped), carried)

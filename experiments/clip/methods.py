@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,13 @@ from drrho.distillation import distillation_loss
 from drrho.ranks import mean_over_ranks, row_counts
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import IndividualTemperatures
-from experiments.clip.feature_cache import FeatureCache
+
+Features = tuple[Tensor, Tensor]  # of images and texts, unit vectors ``[b, d]``
+
+
+TemperatureSchedule = Literal["constant", "model", "threshold"]
+# Of "threshold", as FastCLIP-v3 has it (Wei et al., 2024, arXiv:2407.01445).
+_LATE_TEMPERATURE, _LATE_RATE = 0.03, 1 / 3
 
 
 class Loss(NamedTuple):
@@ -40,12 +46,15 @@ class Method(Protocol):
     #: Whether the model's own learnable temperature takes part.
     learns_scale: bool
 
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
-        """Return the loss of unit features ``[b, d]`` of samples ``index``."""
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
+        """Return the loss of the target's features of samples ``index``, and the reference's if it is steered."""
         ...
 
-    def step(self, scale: float) -> dict[str, float]:
-        """Move what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log."""
+    def step(self, scale: float, rate: float) -> dict[str, float]:
+        """Move what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log.
+
+        ``rate`` is the model's learning rate in units of its peak.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -56,19 +65,11 @@ class Method(Protocol):
         """Take up a checkpoint's state: what `state_dict` returned on every rank that wrote it, in order."""
         ...
 
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the reference's features of these samples, if the method has a reference."""
-        ...
-
 
 class _Stateless:
     """A method that learns nothing of its own."""
 
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return None: there is no reference."""
-        return None
-
-    def step(self, scale: float) -> dict[str, float]:
+    def step(self, scale: float, rate: float) -> dict[str, float]:
         """Move nothing."""
         return {}
 
@@ -88,10 +89,10 @@ class OpenCLIP(_Stateless):
     def __init__(self, group: Any = None) -> None:
         self._group = group
 
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return InfoNCE at the model's temperature."""
         tau = 1 / head.scale
-        return Loss(info_nce(image, text, tau, group=self._group), {"temperature": tau.item()})
+        return Loss(info_nce(*own, tau, group=self._group), {"temperature": tau.item()})
 
 
 class SigLIP(_Stateless):
@@ -104,13 +105,13 @@ class SigLIP(_Stateless):
         rank, self._ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._loss = SigLipLoss(rank=rank, world_size=self._ranks)
 
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return the sigmoid loss: the mean of the ranks' own, each this rank's images against all texts."""
-        own = self._loss(image, text, head.scale, head.bias) / self._ranks
-        total = own.detach().clone()
+        part = self._loss(*own, head.scale, head.bias) / self._ranks
+        total = part.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
-        return Loss(own + (total - own.detach()), {"temperature": 1 / head.scale.item()})
+        return Loss(part + (total - part.detach()), {"temperature": 1 / head.scale.item()})
 
 
 class ConstantTemperature:
@@ -123,7 +124,7 @@ class ConstantTemperature:
         """Return it."""
         return self._value
 
-    def step(self, index: Tensor, temperature: float) -> int:
+    def step(self, index: Tensor, temperature: float, rate: float) -> int:
         """Move nothing."""
         return 0
 
@@ -145,18 +146,18 @@ class GlobalContrastive:
     ----------
     samples : int
         Size of the training split; sizes the running state.
-    epochs : int
-        Length of the training, over which gamma decays from 1 to ``final_gamma``.
+    gamma_epochs : int
+        The epoch, counted from 0, in which gamma arrives at ``final_gamma``, by a cosine from 1 in the first.
     temperature : ConstantTemperature, or GlobalTemperature or IndividualTemperatures of `drrho.temperature`
         FastCLIP v1, v3 (v0 with ``per_temperature``) and v2.
-    features : FeatureCache, optional
-        The reference's features of all samples.
     coefficient : float or AdaptiveCoefficient
         How much of the reference's margins to subtract.
-    final_gamma, log_step, eps, divergence, rho, per_temperature, group
+    final_gamma, log_step, eps, divergence, rho, per_temperature, published_temperature_gradient, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
+    temperature_schedule : "constant", "model" or "threshold"
+        Of a learned temperature's rate: constant, in step with the model's, or a third below a temperature of 0.03.
     device : torch.device or str
-        Where the target's features are, the running state is kept and the reference's features go.
+        Where the running state is kept and its rows go.
     """
 
     learns_scale = False
@@ -164,10 +165,9 @@ class GlobalContrastive:
     def __init__(
         self,
         samples: int,
-        epochs: int,
+        gamma_epochs: int,
         temperature: Any,
         *,
-        features: FeatureCache | None = None,
         coefficient: float | AdaptiveCoefficient = 1.0,
         final_gamma: float = 1.0,
         log_step: float | None = None,
@@ -175,45 +175,49 @@ class GlobalContrastive:
         divergence: Divergence | None = None,
         rho: float = 0.0,
         per_temperature: bool = False,
+        published_temperature_gradient: bool = False,
+        temperature_schedule: TemperatureSchedule = "constant",
         group: Any = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._temperature, self._features, self._coefficient = temperature, features, coefficient
-        self._epochs, self._final_gamma = epochs, final_gamma
+        self._temperature, self._coefficient = temperature, coefficient
+        self._schedule = temperature_schedule
+        self._gamma_epochs, self._final_gamma = gamma_epochs, final_gamma
         divergence = KL() if divergence is None else divergence
         self._is_kl = isinstance(divergence, KL)
         self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, device, group)
-        own = {"log_step": log_step, "eps": eps, "per_temperature": per_temperature} if self._is_kl else {}
-        self._options = {"divergence": divergence, "rho": rho, "group": group, **own}
-        self._group, self._device = group, device
+        for_kl = {
+            "log_step": log_step,
+            "eps": eps,
+            "per_temperature": per_temperature,
+            "published_temperature_gradient": published_temperature_gradient,
+        }
+        self._options = {"divergence": divergence, "rho": rho, "group": group, **(for_kl if self._is_kl else {})}
+        self._group = group
         self._looked_up: tuple[Tensor, Any] | None = None
 
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return the contrastive risk and move the running state of these samples."""
         adaptive = self._options.get("log_step") is not None
-        gamma = 1.0 if adaptive else cosine_gamma(epoch, self._epochs, self._final_gamma)
-        reference = self.reference(index)
+        last = self._gamma_epochs
+        gamma = 1.0 if adaptive else cosine_gamma(min(epoch, last), last + 1, self._final_gamma)
         log = {} if adaptive else {"gamma": gamma}
         options = self._options | {"gamma": gamma}
         if reference is not None:
             options |= {"reference": reference, "coefficient": self._coefficient}
             if isinstance(self._coefficient, AdaptiveCoefficient):
-                options["coefficient"] = self._coefficient.update(image, text, reference=reference, group=self._group)
+                options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
                 log["coefficient"] = options["coefficient"]
         temperature = self._temperature.lookup(index)
         self._looked_up = index, temperature
         state = self._running.lookup(index)
-        step = contrastive_risk(image, text, temperature, **{"log_u" if self._is_kl else "threshold": state}, **options)
+        step = contrastive_risk(*own, temperature, **{"log_u" if self._is_kl else "threshold": state}, **options)
         self._running.update(index, step.log_u if self._is_kl else step.threshold)  # pyright: ignore[reportArgumentType]
         share = mean_over_ranks(torch.exp(-torch.cat(step.distances)), self._group)
-        negatives = sum(row_counts(len(image), self._group, image.device)) - 1
+        negatives = sum(row_counts(len(index), self._group, own[0].device)) - 1
         return Loss(step.value, {**log, "effective_negatives": negatives * share.item()})
 
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the reference's features of these samples, if there is one."""
-        return None if self._features is None else self._features.rows(index, self._device)
-
-    def step(self, scale: float) -> dict[str, float]:
+    def step(self, scale: float, rate: float) -> dict[str, float]:
         """Move learned temperatures; log their mean over the batch, and how many met a bound."""
         if self._looked_up is None or isinstance(self._temperature, ConstantTemperature):
             return {}
@@ -222,7 +226,11 @@ class GlobalContrastive:
         for tau in both:
             tau.grad /= scale
         mean = torch.cat([tau.detach().reshape(-1) for tau in both]).mean().item()
-        return {"temperature": mean, "temperatures_bounded": self._temperature.step(index, taus)}
+        if self._schedule == "constant":
+            rate = 1.0
+        elif self._schedule == "threshold":
+            rate = _LATE_RATE if mean < _LATE_TEMPERATURE else 1.0
+        return {"temperature": mean, "temperatures_bounded": self._temperature.step(index, taus, rate)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return running state, learned temperatures and the adaptive coefficient."""
@@ -257,26 +265,18 @@ class TwoLevel(_Stateless):
         temperature: float,
         outer: Divergence,
         strength: float,
-        features: FeatureCache,
         group: Any = None,
-        device: torch.device | str = "cpu",
     ) -> None:
-        self._temperature, self._outer, self._features = temperature, outer, features
-        self._group, self._device = group, device
+        self._temperature, self._outer, self._group = temperature, outer, group
         self._strength = strength if outer.has_radius else None
 
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reference's features of these samples."""
-        return self._features.rows(index, self._device)
-
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return the outer risk over the batch."""
         risk = two_level_risk(
-            image,
-            text,
+            *own,
             self._temperature,
             self._outer,
-            reference=self.reference(index),
+            reference=reference,
             strength=self._strength,
             group=self._group,
         )
@@ -287,36 +287,24 @@ class TwoLevel(_Stateless):
 
 
 class Distilled:
-    """Another method's loss plus a multiple of the distillation of the reference's similarities."""
+    """Another method's loss, steered or not, plus a multiple of the distillation of the reference's similarities."""
 
     def __init__(
-        self,
-        method: Method,
-        weight: float,
-        temperature: float,
-        features: FeatureCache,
-        group: Any = None,
-        device: torch.device | str = "cpu",
+        self, method: Method, weight: float, temperature: float, group: Any = None, *, is_steered: bool = True
     ) -> None:
         self._method, self._weight, self._temperature = method, weight, temperature
-        self._features, self._group, self._device = features, group, device
+        self._group, self._is_steered = group, is_steered
         self.learns_scale = method.learns_scale
 
-    def reference(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reference's features of these samples."""
-        return self._features.rows(index, self._device)
-
-    def loss(self, image: Tensor, text: Tensor, index: Tensor, head: Head, epoch: int) -> Loss:
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return the sum."""
-        own = self._method.loss(image, text, index, head, epoch)
-        distilled = distillation_loss(
-            image, text, self._temperature, reference=self.reference(index), group=self._group
-        )
-        return Loss(own.value + self._weight * distilled, {**own.log, "distillation": distilled.item()})
+        first = self._method.loss(own, index, head, epoch, reference if self._is_steered else None)
+        distilled = distillation_loss(*own, self._temperature, reference=reference, group=self._group)
+        return Loss(first.value + self._weight * distilled, {**first.log, "distillation": distilled.item()})
 
-    def step(self, scale: float) -> dict[str, float]:
+    def step(self, scale: float, rate: float) -> dict[str, float]:
         """Move what the other method learns."""
-        return self._method.step(scale)
+        return self._method.step(scale, rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the other method's."""

@@ -23,16 +23,22 @@ from experiments.clip.storage import Ranges
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_CAPTION_BYTES = 2**20
+# Of the text: no tokenizer's context reaches as far, and open_clip's takes time quadratic in the length of a word.
+MAX_CAPTION_CHARACTERS = 4096
 MAX_PIXELS = 64 * 2**20
+# Every scan of a progressive JPEG goes over all of its pixels, and a small file can have a million scans.
+MAX_SCANNED_PIXELS = 32 * MAX_PIXELS
 # Resizing the shorter side would make a line of pixels as large as any bomb.
 MAX_ASPECT = 200
+# So many samples may be skipped before their share counts.
+SKIPS_ALLOWED = 64
 
 Reason = Literal[
     "too many bytes",  # of the image, or of a caption
     "cut off",  # the file ends before the sample does
     "no image file",  # where a table says that it is
     "unreadable image",  # damaged, or of another format than JPEG, PNG and WebP
-    "too many pixels",
+    "too many pixels",  # or, of a progressive JPEG, too many scans over them
     "extreme aspect ratio",
     "invalid caption",  # not UTF-8, not JSON, without the field
     "empty caption",
@@ -177,7 +183,7 @@ class _Plan(NamedTuple):
 
 
 def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
-    """Return image and caption.
+    """Return image and caption, the latter at most `MAX_CAPTION_CHARACTERS` long.
 
     Parameters
     ----------
@@ -205,10 +211,13 @@ def _caption(members: Sequence[tuple[bytes, str | None]], draw: int) -> str | _R
             value = text if name is None else json.loads(text)[name]
             captions += value if isinstance(value, list) else [value]
         # JSON can spell halves of surrogate pairs, which are no text.
-        captions = [caption for caption in captions if caption.encode("utf-8").strip()]
+        captions = [caption for caption in captions if caption.encode("utf-8") and caption.strip()]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return _Refused("invalid caption")
-    return captions[draw % len(captions)] if captions else _Refused("empty caption")
+    if not captions:
+        return _Refused("empty caption")
+    caption = captions[draw % len(captions)]
+    return caption if len(caption) <= MAX_CAPTION_CHARACTERS else caption.strip()[:MAX_CAPTION_CHARACTERS]
 
 
 def _image(data: bytes) -> Image.Image | _Refused:
@@ -217,7 +226,9 @@ def _image(data: bytes) -> Image.Image | _Refused:
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
+            scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS or pixels * scans > MAX_SCANNED_PIXELS:
                 return _Refused("too many pixels")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 return _Refused("extreme aspect ratio")

@@ -26,7 +26,7 @@ from webdataset.tariterators import base_plus_ext
 from experiments.clip.errors import UserError
 from experiments.clip.files import write_atomically
 from experiments.clip.sources import Source, Table, table_rows
-from experiments.clip.storage import is_remote, open_seekable
+from experiments.clip.storage import is_remote, open_seekable, retry
 from experiments.clip.tar import BLOCK, Damaged, Member, tar_members
 
 FORMAT = 1
@@ -38,7 +38,6 @@ _JSON_FIELD = "json:"
 _ABSENT = (0, -1)
 _MAX_NAME = 4096
 
-# webdataset passes over names like __this__.
 _META = re.compile(r"__[^/]*__($|/)")
 _HOSTILE = re.compile(r"[\x00-\x1f\x7f]|^/|(^|[/\\])\.\.([/\\]|$)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
@@ -49,6 +48,7 @@ LeftOut = Literal[
     "link or device",  # in the place of an image or a caption
     "hostile name",  # absolute, climbing with .., with control characters, or of more than 4,096 bytes
     "name without a type",  # a member, not a sample
+    "reserved name",  # like __this__, or in such a folder: webdataset keeps them for itself
     "damaged shard",  # a shard whose end could not be read; ``Shard.damage`` says where
 ]
 
@@ -113,7 +113,10 @@ class Job:
 
 def scan(job: Job) -> list[dict[str, Any]]:
     """Scan a tar file or table, write index files into the catalog's folder, return the fields of the `Shard` s."""
-    shards = _scan_table(job, job.source) if isinstance(job.source, Table) else [_scan_tar(job)]
+    if isinstance(job.source, Table):
+        shards = _scan_table(job, job.source)
+    else:
+        shards = [retry(lambda: _scan_tar(job), job.path)]
     return [dataclasses.asdict(shard) for shard in shards]
 
 
@@ -156,7 +159,10 @@ class _Grouping:
 
     def add(self, member: Member) -> list[_Row]:
         """Take the next member; return the sample that it ends, if it does and the sample is whole."""
-        if member.kind == "folder" or _META.match(member.name):
+        if member.kind == "folder":
+            return []
+        if _META.match(member.name):
+            self._left_out["reserved name"] += 1
             return []
         key, suffix = base_plus_ext(member.name)
         if key is None or suffix is None:

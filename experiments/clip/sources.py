@@ -8,7 +8,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from experiments.clip.storage import filesystem, is_remote
 PIPE = "pipe:"
 _TABLES = (".csv", ".tsv", ".parquet")
 _SYNTHETIC = "synthetic:"
+# A row after the last one, which a quote that is not closed would swallow.
+_END = "\x1c"
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def table_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
 
 
 def _text_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
-    reader = None
+    line = 1
     try:
         # What is not UTF-8 is found by who reads the caption.
         with open(table.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -155,13 +157,18 @@ def _text_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
             else:
                 raise _no_columns(table, header.strip())
             places = [names.index(name) for name in wanted]
-            reader = csv.reader(file, delimiter=separator)
-            for row in reader:
+            reader = csv.reader(chain(file, [_END]), delimiter=separator)
+            row: list[str] = []
+            start = line = 2
+            for following in reader:
                 if row:
                     image, *captions = (row[place] if place < len(row) else None for place in places)
                     yield image or "", captions
+                row, start, line = following, line, reader.line_num + 2
+            if row != [_END]:
+                line = start
+                raise csv.Error("a quote is not closed")
     except csv.Error as error:
-        line = reader.line_num + 1 if reader is not None else 1
         raise UserError(f"the table {table.path} breaks off at line {line} ({error}): mend it") from error
     except OSError as error:
         raise UserError(f"cannot read the table {table.path} ({error.strerror})") from error
@@ -169,6 +176,7 @@ def _text_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
 
 def _parquet_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
     try:
+        pyarrow: Any = importlib.import_module("pyarrow")
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise UserError(f"reading {table.path} needs pyarrow: pip install pyarrow, or save it as CSV") from error
@@ -181,8 +189,9 @@ def _parquet_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
                 columns = [[str(v) if v is not None else None for v in batch[name].to_pylist()] for name in wanted]
                 for image, *captions in zip_longest(*columns):
                     yield image or "", captions
-    except (OSError, ValueError) as error:  # what pyarrow raises is derived from these
-        raise UserError(f"cannot read the table {table.path} ({error}): make it again") from error
+    except (OSError, ValueError, LookupError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the table {table.path} ({reason}): make it again") from error
 
 
 def _no_columns(table: Table, header: str) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,8 +22,8 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 
 
 def is_remote(path: str) -> bool:
-    """Whether ``path`` is a URL."""
-    return "://" in path
+    """Whether ``path`` is a URL; a local path may hold anything."""
+    return "://" in path and not path.startswith("/")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -58,10 +59,19 @@ def retry(action: Callable[[], T], path: str) -> T:
 
 
 def file_size(path: str) -> int:
-    """Return a file's number of bytes."""
+    """Return a file's number of bytes.
+
+    Raises
+    ------
+    UserError
+        Also for a folder, and for a pipe, whose reader would wait for ever.
+    """
     if is_remote(path):
         return retry(lambda: int(filesystem(path)[0].size(filesystem(path)[1])), path)
-    return retry(lambda: os.path.getsize(path), path)
+    status = retry(lambda: os.stat(path), path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is no file: name one that can be read from any place")
+    return status.st_size
 
 
 def open_seekable(path: str) -> BinaryIO:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.clip.errors import UserError
+from experiments.clip.feature_cache import FeatureCache
 from experiments.clip.models import Clip
 from experiments.clip.shards import Manifest, read_samples
 
@@ -29,12 +30,15 @@ class Batch(NamedTuple):
         Sample indices.
     skipped : mapping
         How many samples of this part could not be used, by reason.
+    carried : tuple of Tensor, optional
+        What `experiments.clip.guide.Guide.features` makes the reference's features from.
     """
 
     image: Tensor
     text: Tensor
     index: Tensor
     skipped: Mapping[str, int] = MappingProxyType({})
+    carried: tuple[Tensor, Tensor] | None = None
 
 
 class Pairs:
@@ -114,17 +118,28 @@ class MemoryStream:
         Pairs per step over all ranks, at most.
     rank, ranks : int
         This rank and how many there are; a batch is cut into contiguous parts, equal up to one.
+    features : FeatureCache, optional
+        The reference's, of these pairs.
     """
 
-    def __init__(self, pairs: Pairs, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
-        self._pairs, self._batch_size, self._seed = pairs, batch_size, seed
+    def __init__(
+        self,
+        pairs: Pairs,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        features: FeatureCache | None = None,
+    ) -> None:
+        self._pairs, self._batch_size, self._seed, self._features = pairs, batch_size, seed, features
         self._rank, self._ranks = rank, ranks
         self.steps_per_epoch = steps_per_epoch(len(pairs), batch_size)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
-            yield self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
+            batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
+            yield batch if self._features is None else batch._replace(carried=self._features.rows(batch.index))
 
     def close(self) -> None:
         """End nothing: the pairs are in memory."""

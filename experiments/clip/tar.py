@@ -20,7 +20,7 @@ _EXTENSIONS = (
     tarfile.SOLARIS_XHDTYPE,
     tarfile.XGLTYPE,
 )
-# Tar writers fill up their last record with zeros.
+# Tar writers fill up their last record with zeros; more of them are a hole, that may have swallowed samples.
 _TAIL = 2**20
 
 
@@ -54,16 +54,17 @@ def tar_members(file: BinaryIO, size: int) -> Iterator[Member]:
         At what is not a header, at a member that is cut off, at an end without the mark of one, at data after it.
     """
     position = 0
-    long_name = ""
+    long_name: str | None = None
     extended: dict[str, str] = {}
     while True:
         header = _read(file, position, BLOCK)
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            if len(header) == BLOCK and not any(header):
+            is_end = len(header) == BLOCK and not any(header)
+            if is_end and long_name is None and not extended:
                 break
-            problem = f"{error}" if header else "no end mark"
+            problem = "no member after its extended header" if is_end else f"{error}" if header else "no end mark"
             raise Damaged(position, problem) from error
         start = position + BLOCK
         if info.size < 0:
@@ -99,12 +100,12 @@ def tar_members(file: BinaryIO, size: int) -> Iterator[Member]:
         if has_content and start + length > size:
             raise Damaged(position, f"a member of {length} bytes that is cut off")
         kind = "folder" if info.isdir() else "file" if info.isreg() and not is_sparse else "other"
-        name = extended.get("path", long_name or info.name)
+        name = extended.get("path", info.name if long_name is None else long_name)
         yield Member(name, kind, start, length if has_content else 0)
         position = start + (_blocks(length) if has_content else 0)
-        long_name, extended = "", {}
+        long_name, extended = None, {}
 
-    if any(_read(file, position, _TAIL)):
+    if size - position > _TAIL or any(_read(file, position, _TAIL)):
         raise Damaged(position, "data after the end mark")
 
 

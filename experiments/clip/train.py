@@ -22,14 +22,16 @@ from drrho.coefficient import within_anchors
 from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
+from experiments.clip.guide import Guide
 from experiments.clip.logs import Logs
-from experiments.clip.methods import Head, Loss, Method
-from experiments.clip.models import Clip
+from experiments.clip.methods import Features, Head, Loss, Method
+from experiments.clip.models import Clip, at_least_one
 from experiments.clip.optimization import MovingAverage, Optimization, build_optimizer, learning_rate
 from experiments.clip.stream import Batch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAVE, _STOP = 1, 2
+# What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
+_SAVE = 1
 
 Record = dict[str, float]
 
@@ -68,7 +70,11 @@ class Stream(Protocol):
 
 
 class Interrupted(Exception):
-    """Training was asked to stop; the checkpoint is written."""
+    """Training was asked to stop, by the signal of number ``signal``; the checkpoint is written."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def train(
@@ -77,6 +83,7 @@ def train(
     stream: Stream,
     optimization: Optimization,
     *,
+    guide: Guide | None,
     ranks: Ranks,
     execution: Execution,
     seed: int,
@@ -88,7 +95,7 @@ def train(
     logs: Logs | None,
     log_every: int,
     on_step: Callable[[int, int, Record], None],
-    stop: Callable[[], bool],
+    stop: Callable[[], int],
 ) -> tuple[list[Record], dict[str, Tensor]]:
     """Train ``clip.model`` in place; return one record per validation, and the weights' moving average if there is one.
 
@@ -97,6 +104,8 @@ def train(
 
     Parameters
     ----------
+    guide : Guide, optional
+        Gives the reference's features of a batch.
     settings : dict
         All that the weights depend on, in JSON's types; a checkpoint made with others is refused.
     validate : callable
@@ -106,7 +115,8 @@ def train(
     on_step : callable
         Receives the number of finished steps, their total and the step's log.
     stop : callable
-        Asked after every step, on every rank; true on one ends the run with a checkpoint and `Interrupted`.
+        Asked after every step, on every rank, for the number of a signal; other than 0 on one, it ends the run with a
+        checkpoint and `Interrupted`.
     """
     clip.model.logit_scale.requires_grad_(method.learns_scale)
     towers = Towers(clip, execution, ranks)
@@ -142,7 +152,11 @@ def train(
             torch.manual_seed(int(np.random.SeedSequence([seed, step, ranks.rank]).generate_state(1)[0]))
             optimizer.zero_grad(set_to_none=True)
             scale = ranks.count * float(scaler.scale(one))
-            loss, features = towers.backward(method, batch, optimization.accumulation, epoch, scale)
+            reference = None
+            if guide is not None and batch.carried is not None:
+                with towers.autocast():
+                    reference = guide.features(batch.carried, ranks.device)
+            loss, features = towers.backward(method, batch, reference, optimization.accumulation, epoch, scale)
             if not bool(torch.isfinite(loss.value)):
                 raise UserError(f"the loss is {loss.value.item()} at step {step}: lower --lr")
             scaler.unscale_(optimizer)
@@ -152,7 +166,7 @@ def train(
                 group["lr"] = lr
             log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
             if math.isfinite(norm):
-                log |= method.step(scale)
+                log |= method.step(scale, lr / optimization.lr)
             elif not scaler.is_enabled():
                 raise UserError(f"the gradient's norm is {norm} at step {step}: lower --lr, or set --clip-norm")
             scaler.step(optimizer)
@@ -164,7 +178,7 @@ def train(
             interval.add(batch, log)
             on_step(step, total, log)
             if step % log_every == 0 or step == total:
-                spread = _spread(features, method.reference(batch.index), ranks)
+                spread = _spread(features, reference, ranks)
                 values = interval.finish() | spread
                 if logs is not None:
                     logs.write(step, {**values, "epoch": step / per_epoch})
@@ -172,13 +186,15 @@ def train(
                 history.append({"step": step, **log, **validate()})
                 if logs is not None:
                     logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
-            wanted = _STOP if stop() else _SAVE if time.monotonic() - saved > checkpoint_seconds else 0
-            wanted = ranks.most(wanted)
+            asked, is_due = stop(), time.monotonic() - saved > checkpoint_seconds
+            wanted = ranks.most(_SAVE + asked if asked else _SAVE * is_due)
             if wanted:
                 save()
                 saved = time.monotonic()
-            if wanted == _STOP:
-                raise Interrupted(f"stopped after step {step} of {total}; {checkpoints} holds the state")
+            if wanted > _SAVE:
+                raise Interrupted(
+                    f"stopped after step {step} of {total}; {checkpoints} holds the state", wanted - _SAVE
+                )
     save()
     return history, {} if average is None else {key: whole(value) for key, value in average.average.items()}
 
@@ -206,9 +222,13 @@ class Towers:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=devices)
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which towers run."""
+        return torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
     def backward(
-        self, method: Method, batch: Batch, parts: int, epoch: int, scale: float
-    ) -> tuple[Loss, tuple[Tensor, Tensor]]:
+        self, method: Method, batch: Batch, reference: Features | None, parts: int, epoch: int, scale: float
+    ) -> tuple[Loss, Features]:
         """Return the batch's loss and features; the gradient of ``scale`` times the loss is left in the parameters.
 
         DistributedDataParallel and FSDP2 average it over ranks.
@@ -216,18 +236,20 @@ class Towers:
         kept: list[Tensor] = []
 
         def encode(part: tuple[Tensor, Tensor]) -> list[Tensor]:
-            image, text, *head = self.model(*(x.to(self._ranks.device, non_blocking=True) for x in part))
-            return [image, text, *(number.reshape(()) for number in head)]
+            inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
+            image, text, *head = self.model(*inputs)
+            count = len(part[0])  # 0 where a rank's samples were all skipped
+            return [image[:count], text[:count], *(number.reshape(()) for number in head)]
 
         def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
             if not bool(torch.isfinite(image.sum() + text.sum())):
                 raise UserError("the features are not finite: lower --lr")
             kept[:] = image.detach(), text.detach()
-            return method.loss(image, text, batch.index, Head(*head), epoch)
+            return method.loss((image, text), batch.index, Head(*head), epoch, reference)
 
-        parts = min(parts, len(batch.index))
+        parts = max(1, min(parts, len(batch.index)))
         chunks = list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
-        with torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with self.autocast():
             found = accumulate(encode, chunks, loss, model=self.model, gradient_scale=scale)
         return found, (kept[0], kept[1])
 
@@ -252,7 +274,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _spread(features: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor] | None, ranks: Ranks) -> Record:
+def _spread(features: Features, reference: Features | None, ranks: Ranks) -> Record:
     """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref) and their correlation."""
     own = features[0].float(), features[1].float()
     variance = within_anchors(own, own, ranks.group)

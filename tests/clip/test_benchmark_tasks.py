@@ -1,13 +1,16 @@
 """Tasks in CLIP_benchmark's layout: its own numbers, its definitions, several ranks, damage."""
 
+import gc
 import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +18,12 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.clip import benchmark_tasks
+from experiments.clip import evaluate as evaluate_module
 from experiments.clip.benchmark_tasks import evaluate_task, write_glyph_tasks, wrong_items_ahead
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluate import evaluate
 from experiments.clip.models import SHIPPED_REFERENCE, load_model
@@ -91,6 +98,15 @@ def multilabel(folder):
 
 
 TASKS = {"classification": classification, "retrieval": retrieval, "multilabel": multilabel}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models gain nothing from more, and the ranks have one each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=TASKS)
@@ -223,13 +239,24 @@ def test_wrong_items_ahead_is_a_stable_sort(tile):
     assert torch.equal(ahead, expected)
 
 
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns, in numbers."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple | list) else [result]
+        self.size = max([self.size, *(part.numel() for part in made if isinstance(part, torch.Tensor))])
+        return result
+
+
 def test_wrong_items_ahead_never_holds_all_scores():
     queries, items = torch.randn(8, 4), torch.randn(100_000, 4)
     labels = torch.arange(100_000)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with Largest() as largest:
         wrong_items_ahead(queries, items, labels[:8], labels, 1000)
-    largest = max(event.self_cpu_memory_usage / max(event.count, 1) for event in profile.key_averages())
-    assert largest < 8 * 1000 * 4 * 2
+    assert largest.size == 8 * 1000
 
 
 def test_classes_of_one_name_tie_and_the_first_wins(reference, tmp_path):
@@ -271,59 +298,132 @@ def test_members_of_other_kinds_are_passed_over_unread(reference, task, tmp_path
     assert evaluate_task(reference, task) == expected
 
 
+def held():
+    """Return how many bytes of tensors there are."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if type(item) is torch.Tensor]
+    return sum({some.untyped_storage().data_ptr(): some.untyped_storage().nbytes() for some in tensors}.values())
+
+
+WIDTH = 8
+
+
+@pytest.fixture(scope="module")
+def tiny(reference):
+    vision = {"layers": 1, "width": 16, "head_width": 8, "image_size": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(embed_dim=WIDTH, vision_cfg=vision, text_cfg=text)
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+
+    def preprocess(image):
+        return torch.tensor(np.array(image.resize((16, 16)))).permute(2, 0, 1) / 255
+
+    return replace(reference, name="tiny", model=model, preprocess=preprocess, tokenize=tokenizer)
+
+
+@pytest.mark.parametrize("kind, suffix", [("classification", "cls"), ("retrieval", "txt")])
+def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_tasks, "_QUERIES", 32)
+    monkeypatch.setattr(benchmark_tasks, "_ITEMS", 64)
+    monkeypatch.setattr(evaluate_module, "_BLOCK", 32)
+    image, few, many, batch = picture(0), 128, 1024, 64
+    made, kept = [], []
+    for count in (few, many):
+        members = []
+        for number in range(count):
+            members += [(f"{number}.png", image), (f"{number}.{suffix}", b"%d" % (number % len(CLASSES)))]
+        folder = write_task(tmp_path / str(count), [members], kind if kind == "retrieval" else None)
+        before, last = held(), []
+
+        def look(done, total, last=last, before=before):
+            if done == total:
+                last.append(held() - before)
+
+        with Largest() as largest:
+            evaluate_task(tiny, folder, batch_size=batch, progress=look)
+        made.append(largest.size)
+        kept += last
+    if kind == "classification":
+        assert made[0] == made[1]
+        assert kept[0] == kept[1]
+    else:
+        assert made[1] == max(made[0], many * WIDTH)  # and no square
+        # Of each sample: two features, the number of its captions, whether this rank has them.
+        assert kept[1] - kept[0] == (many - few) * (2 * WIDTH * 4 + 8 + 1)
+
+
 # --- several ranks --------------------------------------------------------------------------------------------
 
 
-def work(rank, world, batch_size, folder):
-    """One process: score every task, then meet a damaged one."""
+@pytest.fixture(scope="module")
+def rank_answers(tmp_path_factory):
+    """What 2 ranks with batches of 2, and 3 with batches of 6, say of each task; all in one start of three processes.
+
+    Of 6, the captions are fewer batches than ranks.
+    """
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, write in TASKS.items():
+        write(folder / name)
+    damaged = classification(folder / "damaged")
+    write_task(folder / "other", [samples([b"1", b"6", b"1"], "cls")])
+    shutil.copy(folder / "other" / "test" / "0.tar", damaged / "test" / "1.tar")
+    # The three are forks of one process that has imported what takes long.
+    multiprocessing.set_forkserver_preload(["experiments.clip.benchmark_tasks", "sklearn.metrics", "pytest"])
+    multiprocessing.start_processes(work, args=(str(folder),), nprocs=3, start_method="forkserver")
+    return folder
+
+
+def work(rank, folder):
+    """One process: score every task, then meet a damaged one, as one of two and one of three."""
     torch.set_num_threads(1)
-    rendezvous, patience = f"file://{folder}/rendezvous{world}", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=patience)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", patience, rank=rank, world_size=3)
     try:
         clip = load_model(SHIPPED_REFERENCE)
-        answers = {}
-        for name in TASKS:
-            steps = []
-            scores = evaluate_task(
-                clip,
-                Path(folder) / name,
-                batch_size=batch_size,
-                group=dist.group.WORLD,
-                progress=lambda done, total, steps=steps: steps.append((done, total)),
-            )
-            answers[name] = (*scores, steps[-1])
-        try:
-            evaluate_task(clip, Path(folder) / "damaged", batch_size=batch_size, group=dist.group.WORLD)
-        except UserError as error:
-            answers["damaged"] = str(error)
-        torch.save(answers, Path(folder) / f"answers{world}-{rank}.pt")
+        pair = dist.new_group([0, 1])
+        for world, batch_size, group in ((2, 2, pair), (3, 6, dist.group.WORLD)):
+            if rank < world:
+                ranks = Ranks(rank, world, clip.device, group)
+                torch.save(answers(clip, Path(folder), batch_size, ranks), Path(folder) / f"{world}-{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world, batch_size", [(2, 2), (3, 6)])  # of 6, the captions are fewer batches than ranks
-def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, tmp_path):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("needs gloo")
-    for name, write in TASKS.items():
-        write(tmp_path / name)
-    damaged = classification(tmp_path / "damaged")
-    bad = samples([b"1", b"6", b"1"], "cls")
-    write_task(tmp_path / "other", [bad])
-    shutil.copy(tmp_path / "other" / "test" / "0.tar", damaged / "test" / "1.tar")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def answers(clip, folder, batch_size, ranks):
+    found = {}
+    for name in TASKS:
+        steps = []
+        scores = evaluate_task(
+            clip,
+            folder / name,
+            ranks,
+            batch_size=batch_size,
+            progress=lambda done, total, steps=steps: steps.append((done, total)),
+        )
+        found[name] = (*scores, steps[-1])
     try:
-        alone = {name: evaluate_task(reference, tmp_path / name, batch_size=batch_size) for name in TASKS}
-    finally:
-        torch.set_num_threads(threads)
-    multiprocessing.spawn(work, args=(world, batch_size, str(tmp_path)), nprocs=world)
-    for rank in range(world):
-        answers = torch.load(tmp_path / f"answers{world}-{rank}.pt")
-        for name in TASKS:
-            assert answers[name] == (*alone[name], (alone[name].samples,) * 2)
-        assert "s0000001.cls" in answers["damaged"]
+        evaluate_task(clip, folder / "damaged", ranks, batch_size=batch_size)
+    except UserError as error:
+        found["damaged"] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("world, batch_size", [(2, 2), (3, 6)])
+def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, rank_answers):
+    alone = {name: evaluate_task(reference, rank_answers / name, batch_size=batch_size) for name in TASKS}
+    found = [torch.load(rank_answers / f"{world}-{rank}.pt") for rank in range(world)]
+    for name in TASKS:
+        for of_rank in found:
+            assert of_rank[name] == (*alone[name], (alone[name].samples,) * 2)
+    messages = [of_rank["damaged"] for of_rank in found]
+    (stopped,) = [rank for rank, message in enumerate(messages) if "s0000001.cls" in message]
+    others = [message for rank, message in enumerate(messages) if rank != stopped]
+    assert others == [f"stopped because rank {stopped} did: see its message"] * (world - 1)
 
 
 # --- damage ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from experiments.clip.evaluate import (
     BASE_LETTERS,
     Naming,
     ZeroShot,
+    encode_images,
     encode_texts,
     evaluate,
     glyph_attributes,
@@ -402,6 +403,21 @@ def test_bad_labels_are_refused():
         naming(features(2, 0), features(3, 1), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"labels has shape \(1,\) for 2 features"):
         naming(features(2, 0), features(3, 1), torch.tensor([0]))
+
+
+def test_tiles_and_blocks_do_not_matter(monkeypatch):
+    images, texts, labels = features(40, 3), features(25, 4), integers(0, 25, 40, 5)
+    seen = labels.unique()
+
+    def scores():
+        encoded = encode_images(lambda batch: batch, images.split(7)), encode_texts(lambda some: texts, ["a"])
+        found = naming(*encoded, labels), retrieval(encoded[0], encoded[1][seen], labels, seen)
+        return *found, *(part.tolist() for part in (*encoded, predictions(*encoded, 3)[1]))
+
+    expected = scores()
+    for name, size in (("_ITEMS", 6), ("_QUERIES", 9), ("_BLOCK", 11)):
+        monkeypatch.setattr(f"experiments.clip.evaluate.{name}", size)
+    assert scores() == expected
 
 
 def test_predictions_are_the_best_captions_in_order():

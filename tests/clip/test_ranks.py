@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 from experiments.clip.distributed import launched
 from experiments.clip.errors import UserError
+from experiments.clip.order import Order
+from experiments.clip.run import main
+from tests.clip.tars import image_bytes, write_tar
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
 OPTIONS = ("--size", "small", "--captions", "clean", "--epochs", "1", "--batch-size", "128", "--log-every", "1")
@@ -25,9 +28,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(ranks, *arguments):
+def start(ranks, *arguments, command="train"):
     """Run the program on that many ranks, as torchrun starts them; return status and standard error."""
-    command = [sys.executable, str(PROGRAM), "train", *map(str, arguments)]
+    command = [sys.executable, str(PROGRAM), command, *map(str, arguments)]
     port = str(free_port())
     processes = []
     for rank in range(ranks):
@@ -83,6 +86,35 @@ def test_ranks_go_on_from_other_numbers_of_ranks(alone, cache, tmp_path):
     one = load_file(next((alone / "checkpoints").glob("*/method-0-of-1.safetensors")))
     two = [load_file(path) for path in sorted((tmp_path / "out" / "checkpoints").glob("*/method-*"))]
     assert torch.equal(torch.cat([part["running.log_u"] for part in two], 1), one["running.log_u"])
+
+
+def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_path):
+    """Two ranks share the caching and have the losses of one process, though one's part of a batch is all skipped."""
+    for shard in range(2):
+        members = []
+        for k in range(8):
+            image = image_bytes(31 * k + 7 * shard, (48, 48)) if shard == 0 or k > 1 else b"damaged"
+            members += [(f"{k}.png", image), (f"{k}.txt", f"letter {chr(97 + k + 8 * shard)}".encode())]
+        write_tar(tmp_path / "shards" / f"{shard}.tar", members)
+    assert main(["catalog", str(tmp_path / "shards" / "{0..1}.tar"), "--out", str(tmp_path / "catalog")]) == 0
+    common = ("--catalog", tmp_path / "catalog")
+    statuses, errors = start(2, *common, "--out", tmp_path / "features", command="cache-reference")
+    assert statuses == [0, 0], errors
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    # Batches of 4, in which ranks have 2 pairs: with this seed both damaged ones are one rank's part.
+    seed = 31
+    order = Order([8, 8], seed=seed).visits(0, 0, 16).index.reshape(8, 2).tolist()
+    assert [8, 9] in [sorted(part) for part in order]
+    for reference in ("cached", "live"):
+        given = ("--reference-features", tmp_path / "features") if reference == "cached" else ()
+        options = (*common, *given, "--epochs", "1", "--batch-size", "4", "--log-every", "1", "--seed", seed)
+        options = (*options, "--validations", "1", "--temperature", "0.1", "--lr", "1e-4")
+        for ranks in (1, 2):
+            statuses, errors = start(ranks, *options, "--out", tmp_path / f"{reference}{ranks}")
+            assert statuses == [0] * ranks, errors
+        expected, found = losses(tmp_path / f"{reference}1"), losses(tmp_path / f"{reference}2")
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert len(expected) == 4
 
 
 def test_wrong_options_are_said_once_and_all_stop(cache, tmp_path):

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from experiments.clip.checkpoint import latest_checkpoint
-from experiments.clip.config import PRESETS, parse
+from experiments.clip.config import parse
 from experiments.clip.files import write_atomically
+from experiments.clip.presets import PRESETS
 from experiments.clip.run import main
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
@@ -171,7 +172,76 @@ def test_training_from_a_catalog_validated_on_tasks_and_exported(tmp_path, capsy
         torch.equal(value, load_file(out / "model" / "open_clip_model.safetensors")[key])
         for key, value in weights.items()
     )
-    assert main(["train", "--catalog", str(catalog)]) == 2
-    assert "--catalog has no reference features yet" in capsys.readouterr().err
     assert main(["train", "--tasks", task]) == 2
     assert "has no part in this run: it is for --catalog" in capsys.readouterr().err
+
+
+def test_steered_training_on_a_catalog_repeated_from_its_configuration(tmp_path, capsys):
+    """Features computed beside the target, or cached in two views; locked, started from weights, patches dropped."""
+    catalog, features = str(tmp_path / "catalog"), str(tmp_path / "features")
+    assert main(["catalog", "synthetic:96:48", "--out", catalog, "--workers", "0"]) == 0
+    short = ["train", "--catalog", catalog, "--batch-size", "32", "--epochs", "1", "--validations", "1"]
+    assert main([*short, "--out", str(tmp_path / "live")]) == 0
+    assert main(["cache-reference", "--catalog", catalog, "--out", features, "--views", "2"]) == 0
+    cached = [*short, "--reference-features", features, "--workers", "1", "--patch-dropout", "0.25", "--lock", "image"]
+    cached += ["--pretrained", str(tmp_path / "live" / "epoch_1.pt"), "--seed", "3"]
+    assert main([*cached, "--out", str(tmp_path / "a")]) == 0
+    assert main(["train", "--config", str(tmp_path / "a" / "config.json"), "--out", str(tmp_path / "b")]) == 0
+    assert "views of a sample: 2" in capsys.readouterr().out
+    live, first, again = (
+        load_file(tmp_path / name / "model" / "open_clip_model.safetensors") for name in ("live", "a", "b")
+    )
+    for key, value in first.items():
+        assert torch.equal(again[key], value), key
+        if key.startswith("visual."):
+            assert torch.equal(live[key], value), key
+    assert not torch.equal(live["text_projection"], first["text_projection"])
+    settings = json.loads((tmp_path / "a" / "run.json").read_text())["settings"]
+    assert (settings["reference_views"], settings["lock"]) == (2, ["image"])
+    # Another reference's features are refused, and a checkpoint of other settings is not taken up.
+    other = ["--reference", str(tmp_path / "live" / "model"), "--out", str(tmp_path / "d")]
+    assert main([*cached, *other]) == 2
+    assert "were made for another reference" in capsys.readouterr().err
+    assert main([*cached, "--out", str(tmp_path / "a"), "--patch-dropout", "0.5"]) == 2
+    assert "was made with patch_dropout=0.25, now it is 0.5" in capsys.readouterr().err
+    assert main([*cached, "--out", str(tmp_path / "e"), "--pretrained", str(tmp_path / "none.pt")]) == 2
+    assert "there is no file of weights" in capsys.readouterr().err
+
+
+def test_a_job_at_the_end_of_its_time_writes_its_state_and_is_queued_again(tmp_path):
+    """The sbatch script itself, with srun and scontrol as a node has them: one task, and a note of what is asked."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    stated = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    (bin / "srun").write_text(
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec env "
+        + " ".join(f"{key}={value}" for key, value in stated.items())
+        + ' "$@"\n'
+    )
+    (bin / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    for path in bin.iterdir():
+        path.chmod(0o755)
+    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    environment |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1"}
+    out = tmp_path / "out"
+    options = ("--method", "openclip", "--size", "small", "--cache", tmp_path / "cache", "--out", out)
+    process = subprocess.Popen(
+        ["bash", PROGRAM.parent / "slurm" / "train.sbatch", *map(str, options)],
+        cwd=PROGRAM.parents[2],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (out / "log.jsonl").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    (task,) = subprocess.check_output(["pgrep", "-g", str(os.getpgid(process.pid)), "-f", "run.py"], text=True).split()
+    os.kill(int(task), signal.SIGUSR1)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == os.EX_TEMPFAIL, errors
+    assert latest_checkpoint(out / "checkpoints") is not None
+    assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames n1", "requeue 77"]
+    assert "back into the queue" in output

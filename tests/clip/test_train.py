@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from drrho import KL, penalized_risk
+from experiments.clip.building import build_method
 from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint
 from experiments.clip.config import parse
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.export import export_model
-from experiments.clip.feature_cache import cache_features, open_features
+from experiments.clip.guide import CachedGuide
 from experiments.clip.logs import Logs
+from experiments.clip.material import glyph_features
 from experiments.clip.methods import ConstantTemperature, GlobalContrastive, Head, OpenCLIP, SigLIP
 from experiments.clip.models import load_model, new_model
 from experiments.clip.optimization import MovingAverage, Optimization, learning_rate
-from experiments.clip.run import build_method
 from experiments.clip.shards import read_samples
 from experiments.clip.stream import MemoryStream, Pairs, epoch_order
 from experiments.clip.train import Execution, Interrupted, train
@@ -33,26 +34,25 @@ def pairs(manifest):
 
 @pytest.fixture(scope="module")
 def features(manifest, reference, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("features")
-    cache_features(reference, manifest, "train", folder)
-    return open_features(reference, manifest, "train", folder)
+    return glyph_features(reference, manifest, tmp_path_factory.mktemp("features"))
 
 
 HEAD = Head(torch.tensor(1.0))
 
 
-def contrastive(samples=150, epochs=2, features=None):
-    return GlobalContrastive(samples, epochs, ConstantTemperature(0.1), features=features, final_gamma=0.6, eps=1e-8)
+def contrastive(samples=150, epochs=2):
+    return GlobalContrastive(samples, epochs - 1, ConstantTemperature(0.1), final_gamma=0.6, eps=1e-8)
 
 
-def run(pairs, method, checkpoints, stop=lambda: False, optimization=SHORT, seed=0, **options):
+def run(pairs, method, checkpoints, features=None, stop=lambda: False, optimization=SHORT, seed=0, **options):
     sigmoid = isinstance(method, SigLIP)
     clip = new_model("glyph-small", seed, sigmoid=sigmoid)
     history, average = train(
         clip,
         method,
-        MemoryStream(pairs, optimization.batch_size, seed),
+        MemoryStream(pairs, optimization.batch_size, seed, features=features),
         optimization,
+        guide=None if features is None else CachedGuide(features),
         ranks=Ranks(),
         execution=Execution(**options),
         seed=seed,
@@ -79,10 +79,10 @@ def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_sample
     captions = [samples[k].caption for k in index.tolist()]
     image, text = clip.encode_image(images).double(), clip.encode_text(captions).double()
     tau = 0.1
-    method = contrastive(len(samples), features=features)
-    loss = method.loss(image, text, index, HEAD, epoch=0)
-
     rows = [features.rows(torch.tensor([k])) for k in index.tolist()]
+    guided = CachedGuide(features).features(features.rows(index), torch.device("cpu"))
+    loss = contrastive(len(samples)).loss((image, text), index, HEAD, 0, guided)
+
     ref_image, ref_text = (torch.cat(part).double() for part in zip(*rows, strict=True))
     views = torch.stack([reference.preprocess(samples[k].image) for k in index.tolist()])
     assert torch.allclose(ref_image, reference.encode_image(views).double(), rtol=0, atol=1e-3)
@@ -97,10 +97,10 @@ def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_sample
     assert abs(loss.value - torch.stack(risks).mean()) <= 1e-10
 
 
-def test_estimates_belong_to_the_samples_of_the_batch(features):
-    method = contrastive(features=features)
+def test_estimates_belong_to_the_samples_of_the_batch():
+    method = contrastive()
     image, text = torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=-1)
-    method.loss(image, text, torch.tensor([7, 149, 20]), HEAD, epoch=0)
+    method.loss((image, text), torch.tensor([7, 149, 20]), HEAD, 0, None)
     visited = torch.isfinite(method.state_dict()["running.log_u"]).all(0).nonzero().flatten()
     assert visited.tolist() == [7, 20, 149]
 
@@ -123,6 +123,11 @@ SETTINGS = {
     "fastclip v0": (*FASTCLIP, "--temperature-scheme", "per-temperature"),
     "fastclip v2": (*FASTCLIP, "--temperature-scheme", "individual", "--rho", "0.5"),
     "fastclip v3": (*FASTCLIP, "--temperature-scheme", "global", "--rho", "0.5"),
+    "fastclip v3, as published": (
+        *FASTCLIP,
+        *("--temperature-scheme", "global", "--rho", "0.5", "--temperature-lr-schedule", "threshold"),
+        *("--published-temperature-gradient", "--gamma-epochs", "1"),
+    ),
     "fastclip with chi-square": (*FASTCLIP, "--divergence", "chi-square"),
     "fastclip with cvar": (*FASTCLIP, "--divergence", "cvar", "--level", "0.2"),
     "scent": (*FASTCLIP, "--log-step", "0.5"),
@@ -139,18 +144,20 @@ def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, feature
     """Every method, as the command line builds it."""
     options = parse(["train", *SETTINGS[name]]).loss
 
-    def method():
-        guide = (reference, features) if options.needs_reference else (None, None)
-        return build_method(options, SHORT.epochs, len(pairs), *guide)[0]
+    guide = (reference, CachedGuide(features)) if options.needs_reference else (None, None)
+    given = features if options.needs_reference else None
 
-    whole, history, _ = run(pairs, method(), tmp_path / "whole")
+    def method():
+        return build_method(options, SHORT.epochs, len(pairs), *guide, Ranks())[0]
+
+    whole, history, _ = run(pairs, method(), tmp_path / "whole", given)
     assert len(history) == 2
     checkpoint = tmp_path / "parts"
     for steps in (3, 4):
         left = iter([False] * (steps - 1) + [True])
         with pytest.raises(Interrupted, match="of 10"):
-            run(pairs, method(), checkpoint, stop=lambda left=left: next(left))
-    resumed, *_ = run(pairs, method(), checkpoint)
+            run(pairs, method(), checkpoint, given, stop=lambda left=left: next(left))
+    resumed, *_ = run(pairs, method(), checkpoint, given)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert all(math.isfinite(value) for record in history for value in record.values())
@@ -161,10 +168,11 @@ def test_a_batch_in_parts_takes_the_same_steps(name, pairs, features, reference,
     options = parse(["train", *SETTINGS[name]]).loss
     ends = []
     for parts in (1, 3):
-        guide = (reference, features) if options.needs_reference else (None, None)
-        method, _ = build_method(options, 1, len(pairs), *guide)
+        guide = (reference, CachedGuide(features)) if options.needs_reference else (None, None)
+        given = features if options.needs_reference else None
+        method, _ = build_method(options, 1, len(pairs), *guide, Ranks())
         optimization = Optimization(epochs=1, batch_size=32, lr=1e-3, warmup=2, accumulation=parts)
-        clip, history, _ = run(pairs, method, tmp_path / f"{parts}", optimization=optimization)
+        clip, history, _ = run(pairs, method, tmp_path / f"{parts}", given, optimization=optimization)
         ends.append((history[-1]["loss"], torch.cat([value.flatten() for value in clip.model.state_dict().values()])))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
     assert (ends[0][1] - ends[1][1]).abs().max() <= 2e-4  # a fifth of one step of Adam
@@ -230,8 +238,8 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
     "options", [{"precision": "bfloat16"}, {"precision": "float16"}, {"activation_checkpointing": True}]
 )
 def test_towers_in_other_precisions_stay_near_float32(options, pairs, features, tmp_path):
-    _, history, _ = run(pairs, contrastive(len(pairs), features=features), tmp_path / "a")
-    found, other, _ = run(pairs, contrastive(len(pairs), features=features), tmp_path / "b", **options)
+    _, history, _ = run(pairs, contrastive(len(pairs)), tmp_path / "a", features)
+    found, other, _ = run(pairs, contrastive(len(pairs)), tmp_path / "b", features, **options)
     tolerance = 0.05 if "precision" in options else 1e-5
     assert other[-1]["loss"] == pytest.approx(history[-1]["loss"], abs=tolerance * abs(history[0]["loss"]))
     assert all(value.dtype == torch.float32 for value in found.model.state_dict().values() if value.is_floating_point())
@@ -266,7 +274,7 @@ def test_schedules():
 
 
 def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
-    run(pairs, contrastive(len(pairs), features=features), tmp_path / "c")
+    run(pairs, contrastive(len(pairs)), tmp_path / "c", features)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
     assert [line["step"] for line in steps] == [3, 6, 9, 10]

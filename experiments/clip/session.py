@@ -1,0 +1,124 @@
+"""One training, from its options to the exported model."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from open_clip import get_model_preprocess_cfg
+from torch import Tensor
+
+from experiments.clip.building import build_method, check_ranks
+from experiments.clip.checkpoint import latest_checkpoint
+from experiments.clip.config import as_settings, save_config
+from experiments.clip.distributed import Ranks
+from experiments.clip.errors import UserError
+from experiments.clip.export import export_checkpoint, export_model
+from experiments.clip.files import ensure_writable
+from experiments.clip.logs import Logs
+from experiments.clip.material import ALONE, catalog_material, glyph_material, leader_first
+from experiments.clip.models import Clip, load_model, lock_towers, new_model
+from experiments.clip.options import Train
+from experiments.clip.terminal import console, progress_bar, stop_on_signal
+from experiments.clip.train import Record, train, whole
+
+
+class Trained(NamedTuple):
+    """A trained model, one record per validation, and what identifies the run."""
+
+    clip: Clip
+    history: list[Record]
+    identity: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``run.json`` keeps of it."""
+        return {"settings": self.identity, "history": self.history}
+
+
+def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
+    """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
+    clip = _target(options, ranks)
+    loss = options.loss
+    reference = load_model(loss.reference, loss.reference_weights) if loss.needs_reference else None
+    if reference is not None and options.split != "train":
+        raise UserError(f"--split {options.split} has no cached reference features: steered runs use --split train")
+    check_ranks(options, ranks)
+    with leader_first(ranks):
+        ensure_writable(options.out)
+        if ranks.leads:
+            save_config(options.out / "config.json", options)
+    folder = options.shards.catalog
+    if folder is None:
+        material = glyph_material(options, clip, reference, ranks)
+    else:
+        material = catalog_material(options, clip, reference, folder, ranks)
+    method, chosen = build_method(loss, options.optimization.epochs, material.samples, reference, material.guide, ranks)
+    identity = {
+        "model": options.model,
+        "pretrained": clip.fingerprint,
+        "lock": list(options.lock),
+        "unlocked_groups": options.unlocked_groups,
+        "patch_dropout": options.patch_dropout,
+        **material.identity,
+        "reference": reference.fingerprint if reference is not None else "",
+        "seed": options.seed,
+        "validations": options.validations,
+        "precision": options.execution.precision,
+        **as_settings(options.optimization),
+        **chosen,
+    }
+    checkpoints = options.out / "checkpoints"
+    if (found := latest_checkpoint(checkpoints)) is not None:
+        console.print(f"training   going on from {found}")
+    logs = Logs(options.out, options.logs, identity) if ranks.leads else None
+    title = f"training {options.out.name}"
+    with closing(material.stream), stop_on_signal() as stop, progress_bar(title) as advance:
+        history, average = train(
+            clip,
+            method,
+            material.stream,
+            options.optimization,
+            guide=material.guide,
+            ranks=ranks,
+            execution=options.execution,
+            seed=options.seed,
+            checkpoints=checkpoints,
+            checkpoint_seconds=60 * options.checkpoint_minutes,
+            settings=identity,
+            validate=material.validate,
+            validations=options.validations,
+            logs=logs,
+            log_every=options.log_every,
+            on_step=lambda step, total, log: advance(step, total, f"loss {log['loss']:.4f}"),
+            stop=stop,
+        )
+    if logs is not None:
+        logs.close()
+    weights = {key: whole(value) for key, value in clip.model.state_dict().items()}
+    if ranks.leads:
+        write_exports(options, clip, weights, average)
+    return Trained(clip, history, identity)
+
+
+def _target(options: Train, ranks: Ranks) -> Clip:
+    """Return the model to be trained."""
+    more: dict[str, Any] = {"force_patch_dropout": options.patch_dropout} if options.patch_dropout else {}
+    if ranks.group is not None and options.execution.parallel == "fsdp":
+        more["nonscalar_logit_scale"] = True
+    sigmoid = options.loss.method == "siglip"
+    clip = new_model(options.model, options.seed, sigmoid=sigmoid, weights=options.pretrained, **more)
+    lock_towers(clip.model, options.lock, options.unlocked_groups)
+    return clip
+
+
+def write_exports(options: Train, clip: Clip, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:
+    """Write the trained model, and the moving average of its weights, for open_clip and CLIP_benchmark."""
+    dtype, epoch = getattr(torch, options.weights), options.optimization.epochs
+    preprocess = get_model_preprocess_cfg(clip.model)
+    for name, state in (("model", weights), ("model-ema", average)):
+        if state:
+            export_model(clip, options.out / name, dtype, state)
+            path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
+            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
+    console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
