@@ -138,6 +138,7 @@ def _check(options: Train) -> None:
         ("gamma-epochs", loss.gamma_epochs, loss.gamma_epochs is None or loss.gamma_epochs >= 0, ">= 0"),
         ("patch-dropout", options.patch_dropout, 0 <= options.patch_dropout < 1, "in [0, 1)"),
         ("unlocked-groups", options.unlocked_groups, options.unlocked_groups >= 0, ">= 0"),
+        ("nonfinite-limit", options.nonfinite_limit, options.nonfinite_limit >= 0, ">= 0"),
         ("seed", options.seed, options.seed >= 0, ">= 0"),
     ):
         if not is_right:

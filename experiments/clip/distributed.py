@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ _LAUNCHERS = (
 )
 
 _CPU = torch.device("cpu")
+# What gloo and NCCL say where another process is gone or late; gloo's errors have no type of their own.
+_EXCHANGE_FAILED = re.compile("gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out", re.ASCII)
+_HERE, _REPORT_SECONDS = "drrho/here/", 5.0
 T = TypeVar("T")
 
 
@@ -153,5 +158,28 @@ def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
     dist.init_process_group(backend, rank=rank, world_size=count, timeout=timedelta(minutes=minutes))
     try:
         yield Ranks(rank, count, own, dist.group.WORLD)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if not (isinstance(error, dist.DistError) or _EXCHANGE_FAILED.search(reason)):
+            raise
+        raise UserError(
+            f"rank {rank} lost {_lost_ranks(rank, count)} in an exchange ({reason[:120]}): see what was said there; "
+            "what was finished is kept, give the command again to go on"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _lost_ranks(rank: int, count: int) -> str:
+    """Return the names of the ranks that do not report here within some seconds: they died, or hang."""
+    lost = set(range(count)) - {rank}
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{_HERE}{rank}", "")
+        until = time.monotonic() + _REPORT_SECONDS
+        while lost and time.monotonic() < until:
+            lost -= {other for other in lost if store.check([f"{_HERE}{other}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # the store was in the first rank
+        lost = {0}
+    return ", ".join(f"rank {other}" for other in sorted(lost)) or "another rank"

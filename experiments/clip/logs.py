@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.clip.errors import UserError
+from experiments.clip.files import append_line
 
 LogName = Literal["jsonl", "tensorboard", "wandb"]
 
@@ -44,8 +45,7 @@ class Logs:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""
         if self._lines is not None:
-            with self._lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -156,6 +156,9 @@ class Train:
     """Where numbers of the run go, within --out: lines of JSON, TensorBoard's events, Weights & Biases."""
     log_every: int = 10
     """Steps over which a line of the log is the mean."""
+    nonfinite_limit: int = 0
+    """Steps whose features, loss or gradient are not finite that are passed over before such a one ends the run; the
+    samples of each are written to nonfinite.jsonl."""
     weights: Literal["float32", "float16"] = "float32"
     """Precision of the exported weights."""
 

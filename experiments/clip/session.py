@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +91,9 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
             validations=options.validations,
             logs=logs,
             log_every=options.log_every,
-            on_step=lambda step, total, log: advance(step, total, f"loss {log['loss']:.4f}"),
+            on_step=lambda step, total, log: advance(step, total, f"loss {log.get('loss', nan):.4f}"),
             stop=stop,
+            nonfinite_limit=options.nonfinite_limit,
         )
     if logs is not None:
         logs.close()

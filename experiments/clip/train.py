@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
 from drrho.coefficient import within_anchors
+from drrho.ranks import gathered, row_counts
 from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
+from experiments.clip.files import append_line
 from experiments.clip.guide import Guide
 from experiments.clip.logs import Logs
 from experiments.clip.methods import Features, Head, Loss, Method
@@ -96,6 +100,7 @@ def train(
     log_every: int,
     on_step: Callable[[int, int, Record], None],
     stop: Callable[[], int],
+    nonfinite_limit: int = 0,
 ) -> tuple[list[Record], dict[str, Tensor]]:
     """Train ``clip.model`` in place; return one record per validation, and the weights' moving average if there is one.
 
@@ -117,6 +122,9 @@ def train(
     stop : callable
         Asked after every step, on every rank, for the number of a signal; other than 0 on one, it ends the run with a
         checkpoint and `Interrupted`.
+    nonfinite_limit : int
+        Steps whose features, loss or gradient are not finite that are passed over before such a one ends the run. The
+        samples of each are written down, in ``nonfinite.jsonl`` beside the checkpoints.
     """
     clip.model.logit_scale.requires_grad_(method.learns_scale)
     towers = Towers(clip, execution, ranks)
@@ -127,18 +135,19 @@ def train(
     total = per_epoch * optimization.epochs
     due = {round(total * (k + 1) / validations) for k in range(validations)}
     step: int = 0
+    passed_over: int = 0
     history: list[Record] = []
 
     def save() -> None:
         extra = {} if average is None else {f"ema.{key}": whole(v) for key, v in average.state_dict().items()}
         if scaler.is_enabled():
             extra |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
-        progress = {"step": step, "history": history}
+        progress = {"step": step, "history": history, "passed_over": passed_over}
         save_checkpoint(checkpoints, clip.model, optimizer, method, extra, progress, settings, ranks)
 
     if (found := latest_checkpoint(checkpoints)) is not None:
         progress, extra = load_checkpoint(found, clip.model, optimizer, method, settings)
-        step, history = progress["step"], progress["history"]
+        step, history, passed_over = progress["step"], progress["history"], progress["passed_over"]
         if average is not None:
             average.load_state_dict({k.removeprefix("ema."): v for k, v in extra.items() if k.startswith("ema.")})
         if scaler.is_enabled():
@@ -146,6 +155,7 @@ def train(
     one = torch.ones((), device=ranks.device)
     saved = time.monotonic()
     interval = Interval(ranks)
+    spread: Callable[[], Record] = dict
     for epoch in range(step // per_epoch, optimization.epochs):
         for batch in interval.timed(stream.batches(epoch, step - epoch * per_epoch)):
             # Dropout is a function of seed, step and rank, so that a run that goes on needs no generators' states.
@@ -156,30 +166,42 @@ def train(
             if guide is not None and batch.carried is not None:
                 with towers.autocast():
                     reference = guide.features(batch.carried, ranks.device)
-            loss, features = towers.backward(method, batch, reference, optimization.accumulation, epoch, scale)
-            if not bool(torch.isfinite(loss.value)):
-                raise UserError(f"the loss is {loss.value.item()} at step {step}: lower --lr")
-            scaler.unscale_(optimizer)
-            norm = _clipped_norm(clip.model, optimization.clip_norm)
             lr = learning_rate(step, total, optimization)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
-            if math.isfinite(norm):
-                log |= method.step(scale, lr / optimization.lr)
-            elif not scaler.is_enabled():
-                raise UserError(f"the gradient's norm is {norm} at step {step}: lower --lr, or set --clip-norm")
-            scaler.step(optimizer)
-            scaler.update()
-            if average is not None:
-                average.update(clip.model.state_dict())
+            try:
+                loss, features = towers.backward(method, batch, reference, optimization.accumulation, epoch, scale)
+                if not bool(torch.isfinite(loss.value)):
+                    raise NotFinite(f"the loss is {loss.value.item()}")
+                scaler.unscale_(optimizer)
+                norm = _clipped_norm(clip.model, optimization.clip_norm)
+                if not math.isfinite(norm) and not scaler.is_enabled():
+                    raise NotFinite(f"the gradient's norm is {norm}")
+            except NotFinite as problem:
+                passed_over += 1
+                path = checkpoints.parent / "nonfinite.jsonl"
+                _write_down(path, step, batch, str(problem), ranks)
+                if passed_over > nonfinite_limit:
+                    raise UserError(
+                        f"{problem} at step {step}, whose samples are in {path}: look at them, lower --lr, set "
+                        "--clip-norm, or allow for such steps by --nonfinite-limit"
+                    ) from None
+                log = {"lr": lr}
+            else:
+                log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
+                if math.isfinite(norm):
+                    log |= method.step(scale, lr / optimization.lr)
+                scaler.step(optimizer)
+                scaler.update()
+                if average is not None:
+                    average.update(clip.model.state_dict())
+                spread = partial(_spread, features, reference, ranks)
             step += 1
 
             interval.add(batch, log)
             on_step(step, total, log)
             if step % log_every == 0 or step == total:
-                spread = _spread(features, reference, ranks)
-                values = interval.finish() | spread
+                values = interval.finish() | spread()
                 if logs is not None:
                     logs.write(step, {**values, "epoch": step / per_epoch})
             if step in due:
@@ -197,6 +219,18 @@ def train(
                 )
     save()
     return history, {} if average is None else {key: whole(value) for key, value in average.average.items()}
+
+
+class NotFinite(Exception):
+    """A step that cannot be taken, on every rank: what is not finite."""
+
+
+def _write_down(path: Path, step: int, batch: Batch, problem: str, ranks: Ranks) -> None:
+    """Append a step and the samples of all ranks."""
+    own = batch.index.to(ranks.device)
+    index = gathered(own, row_counts(len(own), ranks.group, ranks.device), ranks.group)
+    if ranks.leads:
+        append_line(path, json.dumps({"step": step, "problem": problem, "samples": index.tolist()}))
 
 
 class Towers:
@@ -242,8 +276,9 @@ class Towers:
             return [image[:count], text[:count], *(number.reshape(()) for number in head)]
 
         def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
-            if not bool(torch.isfinite(image.sum() + text.sum())):
-                raise UserError("the features are not finite: lower --lr")
+            # All ranks say it together: one that raised alone would leave the others waiting in the loss.
+            if self._ranks.most(int(not bool(torch.isfinite(image.sum() + text.sum())))):
+                raise NotFinite("the features are not finite")
             kept[:] = image.detach(), text.detach()
             return method.loss((image, text), batch.index, Head(*head), epoch, reference)
 
@@ -298,7 +333,8 @@ class Interval:
 
     def _reset(self) -> None:
         self._start, self._waited = time.monotonic(), 0.0
-        self._samples, self._sums, self._steps = 0, {}, 0
+        self._samples, self._sums = 0, {}
+        self._counts: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -315,14 +351,14 @@ class Interval:
         """Take in a step."""
         self._samples += len(batch.index)
         self._skipped.update(batch.skipped)
-        self._steps += 1
+        self._counts.update(log.keys())  # a step that was passed over has few numbers
         for key, value in log.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
 
     def finish(self) -> Record:
         """Return the means and start anew; samples, and counts of those skipped by reason, are this rank's."""
         seconds = time.monotonic() - self._start
-        means = {key: value / self._steps for key, value in self._sums.items()}
+        means = {key: value / self._counts[key] for key, value in self._sums.items()}
         found = {
             **means,
             "pairs_per_second_per_rank": self._samples / seconds,

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,15 +30,21 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(ranks, *arguments, command="train"):
-    """Run the program on that many ranks, as torchrun starts them; return status and standard error."""
-    command = [sys.executable, str(PROGRAM), command, *map(str, arguments)]
+def launch(ranks, *arguments):
+    """Start the program on that many ranks, as torchrun starts them."""
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
     port = str(free_port())
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         environment = os.environ | own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    return processes
+
+
+def start(ranks, *arguments, command="train"):
+    """Run the program on that many ranks; return status and standard error."""
+    processes = launch(ranks, command, *arguments)
     errors = [process.communicate(timeout=900)[1].decode() for process in processes]
     return [process.returncode for process in processes], errors
 
@@ -115,6 +123,27 @@ def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_
         expected, found = losses(tmp_path / f"{reference}1"), losses(tmp_path / f"{reference}2")
         assert found == pytest.approx(expected, abs=1e-5)
         assert len(expected) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, cache, tmp_path):
+    options = (*OPTIONS, "--cache", cache, "--out", tmp_path, "--epochs", "50", "--exchange-minutes", "0.2")
+    processes = launch(3, "train", *options)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "log.jsonl").is_file():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(number)
+    start = time.monotonic()
+    for rank in (0, 2):
+        _, errors = processes[rank].communicate(timeout=60)
+        (line,) = [line for line in errors.decode().splitlines() if line.startswith("run.py: error: ")]
+        assert processes[rank].returncode == 2
+        assert f"rank {rank} lost rank 1 in an exchange" in line
+        assert b"Traceback" not in errors
+    assert time.monotonic() - start < 45
+    processes[1].kill()
+    processes[1].communicate()
 
 
 def test_wrong_options_are_said_once_and_all_stop(cache, tmp_path):

@@ -44,7 +44,7 @@ def contrastive(samples=150, epochs=2):
     return GlobalContrastive(samples, epochs - 1, ConstantTemperature(0.1), final_gamma=0.6, eps=1e-8)
 
 
-def run(pairs, method, checkpoints, features=None, stop=lambda: False, optimization=SHORT, seed=0, **options):
+def run(pairs, method, checkpoints, features=None, stop=int, optimization=SHORT, seed=0, limit=0, **options):
     sigmoid = isinstance(method, SigLIP)
     clip = new_model("glyph-small", seed, sigmoid=sigmoid)
     history, average = train(
@@ -65,6 +65,7 @@ def run(pairs, method, checkpoints, features=None, stop=lambda: False, optimizat
         log_every=3,
         on_step=lambda step, total, log: None,
         stop=stop,
+        nonfinite_limit=limit,
     )
     return clip, history, average
 
@@ -308,3 +309,32 @@ def test_tensorboard_and_unknown_writers(pairs, tmp_path):
     assert not (tmp_path / "log.jsonl").exists()
     with pytest.raises(UserError, match="--logs wandb needs the package wandb"):
         Logs(tmp_path, ("wandb",), {})
+
+
+class Poisoned(Pairs):
+    """The pairs, of which sample 77 has an image that is not finite."""
+
+    def __init__(self, pairs):
+        self.__dict__ = pairs.__dict__
+
+    def images(self, index):
+        images = super().images(index)
+        images[index == 77] = torch.inf
+        return images
+
+
+def test_a_step_that_is_not_finite_ends_the_run_or_is_passed_over_and_its_samples_are_written_down(pairs, tmp_path):
+    poisoned = Poisoned(pairs)
+    (wrong,) = [k for k, batch in enumerate(epoch_order(150, 32, 0, 0)) if 77 in batch]
+    with pytest.raises(
+        UserError, match=f"the features are not finite at step {wrong}, whose samples are in .*nonfinite"
+    ):
+        run(poisoned, contrastive(), tmp_path / "a" / "c")
+    (line,) = (tmp_path / "a" / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["samples"] == epoch_order(150, 32, 0, 0)[wrong].tolist()
+    clip, history, _ = run(poisoned, contrastive(), tmp_path / "b" / "c", limit=2)
+    assert all(bool(torch.isfinite(value).all()) for value in clip.model.state_dict().values())
+    assert len((tmp_path / "b" / "nonfinite.jsonl").read_text().splitlines()) == 2
+    assert history[-1]["step"] == 10
+    with pytest.raises(UserError, match="the features are not finite at step"):
+        run(poisoned, contrastive(), tmp_path / "d" / "c", limit=1)
