@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions risk_gradients hybrid)
 
-.PHONY: demo test figures linear bench-core bench-contrastive clean
+.PHONY: demo test figures linear bench-core bench-contrastive bench-clip chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -34,6 +34,14 @@ bench-contrastive: $(READY)
 	$(BIN)/python experiments/benchmarks/contrastive.py
 	$(BIN)/python experiments/benchmarks/contrastive_ranks.py
 	$(BIN)/python experiments/benchmarks/running_state.py
+
+# The first makes an environment of its own for open_clip_train, of about 3 GB.
+bench-clip: $(READY)
+	$(BIN)/python experiments/benchmarks/throughput.py
+	$(BIN)/python experiments/benchmarks/validation_memory.py
+
+chaos: $(READY)
+	$(BIN)/python experiments/benchmarks/chaos.py
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
 $(READY): pyproject.toml tests/constraints.txt hatch_build.py drrho/solvers/kernels.c

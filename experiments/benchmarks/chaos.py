@@ -490,10 +490,11 @@ def main(arguments: Sequence[str]) -> int:
     text = (
         f"# Broken runs\n\n`{record['command']}`, {record['date']}. {record['machine']}, torch {torch.__version__}. "
         f"Each trial trains glyph-small on {PAIRS} pairs for {STEPS} steps, steered, with individual temperatures, a "
-        "moving average of the weights, a data worker and a checkpoint every 0.12 s; it is broken at a moment drawn from "
-        "the seed, and the same command is given again. Compared with a run that was left alone: every tensor of the "
-        "exports and of the last checkpoint (weights, optimizer, running estimates, temperatures, averages), bit by bit, "
-        f"and the samples of every step. Kills and faults hit all processes of a run unless said.\n\n{markdown(rows)}\n"
+        "moving average of the weights, a data worker and a checkpoint every 0.12 s; it is broken at a moment drawn "
+        "from the seed, and the same command is given again. Compared with a run that was left alone: every tensor of "
+        "the exports and of the last checkpoint (weights, optimizer, running estimates, temperatures, averages), bit "
+        "by bit, and the samples of every step. Kills and faults hit all processes of a run unless said.\n\n"
+        f"{markdown(rows)}\n"
     )
     print(text)
     options.output.parent.mkdir(parents=True, exist_ok=True)
