@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ _LAUNCHERS = (
 _CPU = torch.device("cpu")
 # What gloo and NCCL say where another process is gone or late; gloo's errors have no type of their own.
 _EXCHANGE_FAILED = re.compile("gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out", re.ASCII)
-_HERE, _REPORT_SECONDS = "drrho/here/", 5.0
+_PULSE, _PULSE_SECONDS = "drrho/pulse/", 1.0
 T = TypeVar("T")
 
 
@@ -156,6 +158,7 @@ def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
         return
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=count, timeout=timedelta(minutes=minutes))
+    pulse = _Pulse(rank, count)
     try:
         yield Ranks(rank, count, own, dist.group.WORLD)
     except RuntimeError as error:
@@ -163,23 +166,44 @@ def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
         if not (isinstance(error, dist.DistError) or _EXCHANGE_FAILED.search(reason)):
             raise
         raise UserError(
-            f"rank {rank} lost {_lost_ranks(rank, count)} in an exchange ({reason[:120]}): see what was said there; "
+            f"rank {rank} lost {pulse.lost()} in an exchange ({reason[:120]}): see what was said there; "
             "what was finished is kept, give the command again to go on"
         ) from error
     finally:
+        pulse.stop()
         dist.destroy_process_group()
 
 
-def _lost_ranks(rank: int, count: int) -> str:
-    """Return the names of the ranks that do not report here within some seconds: they died, or hang."""
-    lost = set(range(count)) - {rank}
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{_HERE}{rank}", "")
-        until = time.monotonic() + _REPORT_SECONDS
-        while lost and time.monotonic() < until:
-            lost -= {other for other in lost if store.check([f"{_HERE}{other}"])}
-            time.sleep(0.1)
-    except RuntimeError:  # the store was in the first rank
-        lost = {0}
-    return ", ".join(f"rank {other}" for other in sorted(lost)) or "another rank"
+class _Pulse:
+    """Tells the others that this process lives, even while it waits for one of them; a hung one has no pulse."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self._rank, self._count = rank, count
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of its own: an exchange may hold the group's.
+        self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10 * _PULSE_SECONDS))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is in the first rank, or its agent, which may be gone
+            while not self._stopped.wait(_PULSE_SECONDS):
+                self._store.add(f"{_PULSE}{self._rank}", 1)
+
+    def lost(self) -> str:
+        """Return the names of the ranks that have died or hang."""
+        others = [rank for rank in range(self._count) if rank != self._rank]
+        try:
+            before = [self._store.add(f"{_PULSE}{rank}", 0) for rank in others]
+            time.sleep(4 * _PULSE_SECONDS)
+            after = [self._store.add(f"{_PULSE}{rank}", 0) for rank in others]
+        except RuntimeError:
+            return "rank 0"
+        lost = [f"rank {rank}" for rank, a, b in zip(others, before, after, strict=True) if a == b]
+        return ", ".join(lost) or "another rank"
+
+    def stop(self) -> None:
+        """End the pulse."""
+        self._stopped.set()
+        self._thread.join()

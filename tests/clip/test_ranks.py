@@ -126,7 +126,7 @@ def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, cache, tmp_path):
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, alone, cache, tmp_path):
     options = (*OPTIONS, "--cache", cache, "--out", tmp_path, "--epochs", "50", "--exchange-minutes", "0.2")
     processes = launch(3, "train", *options)
     deadline = time.monotonic() + 300

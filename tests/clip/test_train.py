@@ -325,6 +325,8 @@ class Poisoned(Pairs):
 
 def test_a_step_that_is_not_finite_ends_the_run_or_is_passed_over_and_its_samples_are_written_down(pairs, tmp_path):
     poisoned = Poisoned(pairs)
+    for name in "abd":
+        (tmp_path / name).mkdir()
     (wrong,) = [k for k, batch in enumerate(epoch_order(150, 32, 0, 0)) if 77 in batch]
     with pytest.raises(
         UserError, match=f"the features are not finite at step {wrong}, whose samples are in .*nonfinite"
