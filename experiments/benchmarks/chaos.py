@@ -306,20 +306,25 @@ class Trials:
 
     def killed(self, stage: str) -> Verdict:
         """Kill all processes of a run at once, at a random moment of a stage, or of the writing of a checkpoint."""
-        folder = self.folder(1)
-        begun = Run(folder, self.splits)
-        if stage == "checkpoint":
-            step = self.random.randrange(1, STEPS - 2)
-            out = folder / "out"
-            begun.wait_for(lambda: (out / "log.jsonl").exists() and _lines(out / "log.jsonl") >= step)
-            begun.wait_for(lambda: any((out / "checkpoints").glob(".partial-*")))
-            time.sleep(self.random.uniform(0, 0.02))
-        else:
+        while True:
+            begun = Run(self.folder(1), self.splits)
+            self._wait_for_a_moment(begun, stage)
+            begun.signal(signal.SIGKILL)
+            if begun.finish() == [-signal.SIGKILL]:
+                return self.verdict(begun.folder, "killed")
+            shutil.rmtree(begun.folder)  # it had ended before: another moment is drawn
+
+    def _wait_for_a_moment(self, begun: Run, stage: str) -> None:
+        out = begun.folder / "out"
+        if stage not in ("train", "checkpoint"):
             begun.wait_for(lambda: begun.stage() == stage)
             time.sleep(self.random.uniform(0, self.seconds[stage]))
-        begun.signal(signal.SIGKILL)
-        (status,) = begun.finish()
-        return self.verdict(folder, "killed" if status == -signal.SIGKILL else "had ended")
+            return
+        step = self.random.randrange(STEPS - 2)
+        begun.wait_for(lambda: (out / "log.jsonl").exists() and _lines(out / "log.jsonl") >= step)
+        if stage == "checkpoint":
+            begun.wait_for(lambda: any((out / "checkpoints").glob(".partial-*")))
+        time.sleep(self.random.uniform(0, 0.02 if stage == "checkpoint" else 0.1))
 
     # --- faults -----------------------------------------------------------------------------------------------
 
