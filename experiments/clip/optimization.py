@@ -116,7 +116,8 @@ class MovingAverage:
         """Take up what `state_dict` returned."""
         self._steps = int(state["steps"])
         for key, average in self.average.items():
-            value = state[key]
+            # A single number, the logit scale, has shape [1] where parameters are sharded and none elsewhere.
+            value = state[key].reshape(average.shape)
             if isinstance(average, DTensor):
                 value = distribute_tensor(value.to(average.device), average.device_mesh, average.placements)
             average.copy_(value)

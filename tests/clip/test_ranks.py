@@ -21,7 +21,7 @@ from tests.clip.tars import image_bytes, write_tar
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
 OPTIONS = ("--size", "small", "--captions", "clean", "--epochs", "1", "--batch-size", "128", "--log-every", "1")
-OPTIONS = (*OPTIONS, "--validations", "1", "--lr", "5e-4", "--warmup", "20")
+OPTIONS = (*OPTIONS, "--validations", "1", "--lr", "5e-4", "--warmup", "20", "--ema", "0.9")
 
 
 def free_port():
@@ -74,9 +74,12 @@ def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache,
     expected, found = losses(alone), losses(tmp_path)
     assert len(expected) == len(found) >= 50
     assert all(abs(a - b) <= 1e-5 for a, b in zip(expected[:50], found[:50], strict=True))
-    weights, others = (load_file(f / "model" / "open_clip_model.safetensors") for f in (alone, tmp_path))
-    assert weights.keys() == others.keys()
-    assert all(weights[key].shape == others[key].shape for key in weights)
+    for name in ("model", "model-ema"):
+        weights, others = (load_file(f / name / "open_clip_model.safetensors") for f in (alone, tmp_path))
+        assert weights.keys() == others.keys()
+        for key, value in weights.items():
+            assert value.shape == others[key].shape
+            assert (value - others[key]).norm() <= 0.02 * value.norm(), key
     settings, records = json.loads((tmp_path / "run.json").read_text()), json.loads((alone / "run.json").read_text())
     assert settings["history"][-1]["naming_top1"] == pytest.approx(records["history"][-1]["naming_top1"], abs=0.02)
 
