@@ -45,7 +45,7 @@ def ensure_writable(folder: Path) -> None:
     """
     probe = folder / f".writable-{os.getpid()}"
     write_atomically(probe, b"")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another machine's process may have the same number
     for path in folder.glob(".*.partial"):
         # Processes on other machines may be writing here: their files are young.
         with contextlib.suppress(FileNotFoundError):
