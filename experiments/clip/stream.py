@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from experiments.clip.errors import UserError
 from experiments.clip.feature_cache import FeatureCache
+from experiments.clip.files import write_atomically
 from experiments.clip.models import Clip
 from experiments.clip.shards import Manifest, read_samples
+
+_PREPARED_FORMAT = 1
+_RESIZING = ("size", "resize_mode", "interpolation")
+_BLOCK = 256
 
 
 class Batch(NamedTuple):
@@ -44,37 +56,23 @@ class Batch(NamedTuple):
 class Pairs:
     """A split of the data in memory, resized for one model: bytes for the images, tokens for the captions.
 
-    The images are what the model's own open_clip preprocessing gives, kept as bytes before normalization.
-    Row i is the sample of index i.
+    The images are what the model's own open_clip preprocessing gives, kept as bytes before normalization. They are
+    made once: a file beside the shards holds them for the next run. Row i is the sample of index i.
     """
 
     def __init__(
         self, manifest: Manifest, split: str, clip: Clip, progress: Callable[[int], None] | None = None
     ) -> None:
         config = open_clip.get_model_preprocess_cfg(clip.model)
-        resize = open_clip.image_transform(
-            config["size"],
-            is_train=False,
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
-            resize_mode=config["resize_mode"],
-            interpolation=config["interpolation"],
-        )
-        images: list[Tensor] = []
-        self.captions: list[str] = []
-        self.names: list[str] = []
-        for sample in read_samples(manifest, split):
-            if sample.index != len(images):
-                raise UserError(
-                    f"{split} yields sample {sample.index} where {len(images)} is due: prepare the data again"
-                )
-            images.append((resize(sample.image) * 255).round().to(torch.uint8))
-            self.captions.append(sample.caption)
-            self.names.append(sample.meta.get("name", sample.caption))
-            if progress is not None and len(images) % 256 in (0, manifest.splits[split].samples % 256):
-                progress(len(images))
-        self.pixels = torch.stack(images)
-        self._tokens = clip.tokenize(self.captions).to(torch.int32)
+        path = _prepared_path(manifest, split, config)
+        prepared = _load_prepared(path) if path.exists() else None
+        if prepared is None:
+            prepared = _prepare(manifest, split, config, progress)
+            _save_prepared(path, prepared)
+        self.pixels, self.captions, self.names = prepared
+        distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
+        tokens = clip.tokenize(list(distinct)).to(torch.int32)
+        self._tokens = tokens[torch.tensor([distinct[caption] for caption in self.captions])]
         self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
         self._std = torch.tensor(config["std"]).view(3, 1, 1)
 
@@ -93,6 +91,76 @@ class Pairs:
         """Yield all images in order of their index."""
         for index in torch.arange(len(self)).split(size):
             yield self.images(index)
+
+
+class _Prepared(NamedTuple):
+    """Images ``[n, 3, h, w]`` as bytes, what is said of them, and their true names."""
+
+    pixels: Tensor
+    captions: list[str]
+    names: list[str]
+
+
+def _prepared_path(manifest: Manifest, split: str, config: dict[str, Any]) -> Path:
+    """Return where a split is kept, for this data and preprocessing."""
+    made_from = json.dumps(
+        [_PREPARED_FORMAT, manifest.fingerprint, [config[key] for key in _RESIZING], open_clip.__version__]
+    )
+    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    return manifest.folder / f"prepared-{split}-{key}.safetensors"
+
+
+def _prepare(
+    manifest: Manifest, split: str, config: dict[str, Any], progress: Callable[[int], None] | None
+) -> _Prepared:
+    transform = open_clip.image_transform(
+        config["size"],
+        is_train=False,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        resize_mode=config["resize_mode"],
+        interpolation=config["interpolation"],
+    )
+    total = manifest.splits[split].samples if split in manifest.splits else 0
+    blocks: list[Tensor] = []
+    captions: list[str] = []
+    names: list[str] = []
+    samples = read_samples(manifest, split)
+    while block := list(itertools.islice(samples, _BLOCK)):
+        for sample in block:
+            if sample.index != len(captions):
+                raise UserError(
+                    f"{split} yields sample {sample.index} where {len(captions)} is due: prepare the data again"
+                )
+            captions.append(sample.caption)
+            names.append(sample.meta.get("name", sample.caption))
+        images = torch.stack([transform(sample.image) for sample in block])
+        blocks.append((images * 255).round().to(torch.uint8))
+        if progress is not None:
+            progress(min(total, len(captions)))
+    return _Prepared(torch.cat(blocks), captions, names)
+
+
+def _save_prepared(path: Path, prepared: _Prepared) -> None:
+    texts = json.dumps([prepared.captions, prepared.names])
+    metadata = {"texts": texts, "checksum": _checksum(prepared.pixels, texts)}
+    write_atomically(path, save({"pixels": prepared.pixels}, metadata))
+
+
+def _load_prepared(path: Path) -> _Prepared | None:
+    """Return what a file holds, or None if it is damaged: it is then made again."""
+    try:
+        with safe_open(path, "pt") as file:
+            pixels, metadata = file.get_tensor("pixels"), file.metadata()
+        if _checksum(pixels, metadata["texts"]) != metadata["checksum"]:
+            return None
+        return _Prepared(pixels, *json.loads(metadata["texts"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _checksum(pixels: Tensor, texts: str) -> str:
+    return str(zlib.crc32(texts.encode(), zlib.crc32(memoryview(pixels.numpy()).cast("B"))))
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
