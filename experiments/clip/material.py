@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,16 +44,6 @@ class Material(NamedTuple):
     identity: dict[str, Any]
     validate: Callable[[], Record]
     guide: Guide | None = None
-
-
-@contextmanager
-def leader_first(ranks: Ranks) -> Iterator[None]:
-    """Have the leading rank do something before the others, which then find it done."""
-    if not ranks.leads:
-        ranks.wait()
-    yield
-    if ranks.leads:
-        ranks.wait()
 
 
 def prepare(data: Data) -> Manifest:
@@ -117,7 +106,7 @@ def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = 
 
 def glyph_material(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> Material:
     """Return the embedded pairs, in memory, with the reference's features."""
-    with leader_first(ranks):
+    with ranks.leader_first():
         manifest = prepare(options.data)
         features = None if reference is None else glyph_features(reference, manifest, options.data.cache)
     pairs = load_pairs(manifest, options.split, clip)
