@@ -391,6 +391,14 @@ class Trials:
         (status,) = begun.finish()
         return self.compared(begun.folder, "went on" if status == 0 else f"NOT CLEAR: {begun.said()}", 1, True)
 
+    def failing_writes(self, failures: int) -> Verdict:
+        """Every write that is to be kept fails with EIO, so many times; after all attempts the run stops."""
+        begun = self.in_training(sabotage=lambda: _failing_writes(failures))
+        if failures > 10**6:
+            return self.told(begun, 2, "cannot write")
+        (status,) = begun.finish()
+        return self.compared(begun.folder, "went on" if status == 0 else f"NOT CLEAR: {begun.said()}", 1, True)
+
     def damaged_checkpoint(self) -> Verdict:
         """The last checkpoint is cut off, as by a file system that loses data; it is refused until it is deleted."""
         begun = self.in_training()
@@ -427,6 +435,21 @@ def _failing_reads(failures: int) -> None:
         return read(descriptor, size, offset)
 
     os.pread = failing
+    files.WAITS = (0.01,) * len(files.WAITS)
+
+
+def _failing_writes(failures: int) -> None:
+    """Have writes of checkpoints fail, after some that succeed, as on a file system that is away for a while."""
+    keep, calls, left = os.fsync, [0], [failures]
+
+    def failing(descriptor: int) -> None:
+        calls[0] += "checkpoints" in os.readlink(f"/proc/self/fd/{descriptor}")
+        if calls[0] > 30 and left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        keep(descriptor)
+
+    os.fsync = failing
     files.WAITS = (0.01,) * len(files.WAITS)
 
 
@@ -480,6 +503,8 @@ def main(arguments: Sequence[str]) -> int:
             "rank that hangs": lambda: trials.lost_rank(signal.SIGSTOP),
             "reads that fail for a while": lambda: trials.failing_reads(4),
             "reads that fail for good": lambda: trials.failing_reads(10**9),
+            "writes that fail for a while": lambda: trials.failing_writes(4),
+            "writes that fail for good": lambda: trials.failing_writes(10**9),
             "last checkpoint damaged": trials.damaged_checkpoint,
             "SIGTERM": lambda: trials.signalled(signal.SIGTERM, os.EX_TEMPFAIL),
             "SIGUSR1": lambda: trials.signalled(signal.SIGUSR1, os.EX_TEMPFAIL),
