@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     share = statistics.median(held) / EVERY_SECONDS
     rows = [
         Row(
-            "from the command given again to its first finished step",
+            "time from the command given again to its first finished step",
             statistics.median(seconds),
             ", ".join(f"{value:.1f}" for value in seconds),
             "s",
