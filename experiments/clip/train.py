@@ -303,9 +303,10 @@ class Towers:
         """Return the batch's features without a graph, as in training, and how the method compares them."""
         with self.autocast():
             encoded = [self._encode(chunk) for chunk in self._chunks(batch, parts)]
-        image, text = (torch.cat(features) for features in list(zip(*encoded, strict=True))[:2])
-        self._refuse_not_finite(image, text)
-        return PairFeatures(image, text, *method.logits_at(Head(*encoded[-1][2:])))
+        images, texts, *heads = zip(*encoded, strict=True)
+        image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
+        self._refuse_not_finite(image, text, *head)
+        return PairFeatures(image, text, *method.logits_at(Head(*head)))
 
     def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
         """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
@@ -318,9 +319,9 @@ class Towers:
         count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
         return [image[:count], text[:count], *(number.reshape(()) for number in head)]
 
-    def _refuse_not_finite(self, image: Tensor, text: Tensor) -> None:
+    def _refuse_not_finite(self, *features: Tensor) -> None:
         # All ranks say it together: one that raised alone would leave the others waiting in the loss.
-        if self._ranks.most(int(not bool(torch.isfinite(image.sum() + text.sum())))):
+        if self._ranks.most(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
             raise NotFinite("the features are not finite")
 
 

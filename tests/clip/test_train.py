@@ -45,11 +45,21 @@ def contrastive(samples=150, epochs=2):
 
 
 def run(
-    pairs, method, checkpoints, features=None, stop=int, optimization=SHORT, seed=0, limit=0, selector=None, **options
+    pairs,
+    method,
+    checkpoints,
+    features=None,
+    stop=int,
+    optimization=SHORT,
+    seed=0,
+    limit=0,
+    selector=None,
+    patch_dropout=0.0,
+    **options,
 ):
     sigmoid = isinstance(method, SigLIP)
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
-    clip = new_model("glyph-small", seed, sigmoid=sigmoid)
+    clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
     history, average = train(
         clip,
         method,
@@ -207,6 +217,20 @@ def test_a_batch_in_parts_takes_the_same_steps(name, pairs, features, reference,
         ends.append((history[-1]["loss"], torch.cat([value.flatten() for value in clip.model.state_dict().values()])))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
     assert (ends[0][1] - ends[1][1]).abs().max() <= 2e-4  # a fifth of one step of Adam
+
+
+def test_dropped_patches_of_candidates_and_parts_resume_at_the_same_bits(pairs, features, reference, tmp_path):
+    options = {"patch_dropout": 0.5, "precision": "bfloat16", "activation_checkpointing": True}
+    optimization = dataclasses.replace(SHORT, accumulation=2)
+    given = ("openclip on jest", pairs, features, reference, optimization)
+    whole, history, _ = run(pairs, checkpoints=tmp_path / "a" / "c", **built(*given), **options)
+    left = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, checkpoints=tmp_path / "b" / "c", stop=lambda: next(left), **built(*given), **options)
+    again, resumed, _ = run(pairs, checkpoints=tmp_path / "b" / "c", **built(*given), **options)
+    assert resumed == history
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
 
 
 def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
