@@ -3,6 +3,7 @@
 - `top_k`: the k largest scores. Of excess losses this is the selection of RHO-LOSS (Mindermann et al., ICML 2022), the
   support of the weights of ``constrained_risk(scores, CVaR(k / n))``.
 - `sample`: k samples without replacement from the softmax of the scores.
+- `pair_losses`: each pair's part in a contrastive loss; the target's minus the reference's are scores for `top_k`.
 - `joint_selection`, `joint_selection_from_features`: JEST (Evans et al., NeurIPS 2024, arXiv 2406.17711), a batch
   drawn in chunks, each given those before it, by learnability: loss of the target minus loss of the reference.
 
@@ -23,6 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from drrho.ranks import first_row, gathered, row_counts
+from drrho.tiles import ROWS, TILE
 from drrho.validation import as_losses, refuse_not_finite
 
 
@@ -36,7 +39,7 @@ def top_k(scores: Any, k: int, *, group: Any = None) -> Tensor:
     k : int
         How many, in [1, n].
     group : torch.distributed.ProcessGroup, optional
-        Ranks over which the scores are spread, each passing its own part ``[n_rank]``, of any length >= 1; n is the
+        Ranks over which the scores are spread, each passing its own part ``[n_rank]``, of any length >= 0; n is the
         sum, k the same for all, and every rank must call. A rank sends its ``min(k, n_rank)`` largest and gets its part
         of the choice in the same order, ``[0 to k]`` indices into its own scores.
 
@@ -100,7 +103,7 @@ def joint_selection(learnability: Any, size: int, *, chunks: int, seed: int, tem
     learnability : tensor, array or sequence, ``[n, n]``
         ``a_ij``, the target's loss on image i with text j minus the reference's; finite.
     size, chunks : int
-        How many to choose, in [1, n], and in how many equal parts.
+        How many to choose, in [1, n], and in how many parts, in [1, size]: equal up to one, the larger ones first.
     seed, temperature
         As for `sample`. Temperature 1 is published, 0 takes the largest scores of each chunk.
 
@@ -124,7 +127,7 @@ def joint_selection(learnability: Any, size: int, *, chunks: int, seed: int, tem
         raise ValueError(f"learnability must have shape [n, n], got {list(matrix.shape)}: it pairs n images and texts")
     scores = matrix.diagonal().to(torch.float64, copy=True)
 
-    def given(chosen: Tensor, places: Tensor) -> Tensor:
+    def given(chosen: Tensor, places: Tensor, count: int) -> Tensor:
         pairs = matrix[:, chosen].sum(1, dtype=torch.float64) + matrix[chosen].sum(0, dtype=torch.float64)
         return scores.add_(pairs)
 
@@ -144,9 +147,9 @@ class PairFeatures(NamedTuple):
     def checked(self, name: str) -> PairFeatures:
         """Return the same detached and in float32 or wider, or raise a ``ValueError`` that says what it must be."""
         image, text = self.image.detach(), self.text.detach()
-        if image.ndim != 2 or image.shape != text.shape or len(image) == 0:
+        if image.ndim != 2 or image.shape != text.shape:
             shapes = f"{list(image.shape)} and {list(text.shape)}"
-            raise ValueError(f"{name}.image and {name}.text must both have shape [n, d], n >= 1, got {shapes}")
+            raise ValueError(f"{name}.image and {name}.text must both have shape [n, d], got {shapes}")
         if not (0 < self.temperature < float("inf") and abs(self.bias) < float("inf")):
             raise ValueError(
                 f"{name} must have a finite temperature > 0 and a finite bias, got {self.temperature} and {self.bias}"
@@ -154,25 +157,97 @@ class PairFeatures(NamedTuple):
         dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         return self._replace(image=image.to(dtype), text=text.to(dtype))
 
+    def positives(self) -> Tensor:
+        """Return the logits of the pairs themselves, ``[n]``."""
+        return (self.image * self.text).sum(1) / self.temperature + self.bias
+
+    def directions(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return anchors and others, of either side."""
+        return (self.image, self.text), (self.text, self.image)
+
+    def logits(self, anchors: Tensor, others: Tensor) -> Tensor:
+        """Return the logits ``[n, m]`` of anchors with others, whatever autocast says."""
+        with torch.autocast(anchors.device.type, enabled=False):
+            return anchors @ others.T / self.temperature + self.bias
+
 
 class _PairLoss(NamedTuple):
     """A loss: its positive's term plus ``share`` of what each direction gathers over negatives, from ``empty`` on.
 
-    ``gathered(state [n], logits [n, m])`` is the state after m more negatives.
+    ``gathered(state [n], logits [n, m])`` is the state after m more negatives; ``among`` says whether, in the loss of a
+    whole batch, the positive is among them.
     """
 
     positive: Callable[[Tensor], Tensor]
     gathered: Callable[[Tensor, Tensor], Tensor]
     empty: float
     share: float
+    among: bool
 
 
 _LOSSES = {  # F.softplus would give up its digits at 20
-    "softmax": _PairLoss(torch.neg, lambda state, t: torch.logaddexp(state, t.logsumexp(1).double()), -torch.inf, 0.5),
+    "softmax": _PairLoss(
+        torch.neg, lambda state, t: torch.logaddexp(state, t.logsumexp(1).double()), -torch.inf, 0.5, True
+    ),
     "sigmoid": _PairLoss(
-        lambda t: -F.logsigmoid(t), lambda state, t: state - F.logsigmoid(-t).sum(1, dtype=torch.float64), 0.0, 1.0
+        lambda t: -F.logsigmoid(t),
+        lambda state, t: state - F.logsigmoid(-t).sum(1, dtype=torch.float64),
+        0.0,
+        1.0,
+        False,
     ),
 }
+
+
+def pair_losses(pairs: PairFeatures, *, loss: str = "softmax", group: Any = None) -> Tensor:
+    """Return every pair's loss in a contrastive batch of all n pairs, float64 ``[n]``, without a matrix ``[n, n]``.
+
+    From logits t,
+
+    - "softmax": ``L_i = (log sum_j exp(t_ij - t_ii) + log sum_j exp(t_ji - t_ii)) / 2``, whose mean is CLIP's loss,
+    - "sigmoid": ``L_i = softplus(-t_ii) + sum_{j != i} (softplus(t_ij) + softplus(t_ji))``, by which the sum of all
+      terms grows when pair i joins the others.
+
+    `top_k` of the target's minus the reference's is the choice of RHO-LOSS (Mindermann et al., ICML 2022) for such a
+    loss. No gradient passes.
+
+    Parameters
+    ----------
+    pairs : PairFeatures
+        The memory needed is some blocks of ``[n, m]``, of at most 512 columns or 2^21 logits.
+    loss : str
+        "softmax" or "sigmoid".
+    group : torch.distributed.ProcessGroup, optional
+        Ranks over which the pairs are spread, each passing its own ``[n_rank]``, of any length >= 0, and getting their
+        losses; every rank must call. A rank gathers the features of all.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument and its value: another loss, features that do not fit together.
+
+    Examples
+    --------
+    >>> pairs = PairFeatures(torch.eye(2), torch.eye(2), temperature=0.5)
+    >>> pair_losses(pairs)
+    tensor([0.1269, 0.1269], dtype=torch.float64)
+    """
+    pair_loss, model = _loss(loss), pairs.checked("pairs")
+    n = len(model.image)
+    counts = row_counts(n, group, model.image.device)
+    place = torch.arange(n, device=model.image.device) + first_row(counts, group)
+    width = max(ROWS, TILE // max(1, n))
+    total = torch.zeros(n, dtype=torch.float64, device=model.image.device)
+    for anchors, own in model.directions():
+        state = torch.full_like(total, pair_loss.empty)
+        for block, others in enumerate(gathered(own, counts, group).split(width)):
+            logits = model.logits(anchors, others)
+            if not pair_loss.among:
+                column = place - block * width
+                logits[column[:, None] == torch.arange(len(others), device=column.device)] = -torch.inf
+            state = pair_loss.gathered(state, logits)
+        total += pair_loss.share * state
+    return total + pair_loss.positive(model.positives())
 
 
 def joint_selection_from_features(
@@ -214,50 +289,50 @@ def joint_selection_from_features(
         As for `joint_selection`, and for features whose shapes differ or which give NaN or infinite scores.
     """
     noise = _noise(seed, temperature)
-    if loss not in _LOSSES:
-        raise ValueError(f"loss must be one of {list(_LOSSES)}, got {loss!r}")
-    pair_loss = _LOSSES[loss]
+    pair_loss = _loss(loss)
     models = (target.checked("target"), reference.checked("reference"))
     n = len(models[0].image)
     if len(models[1].image) != n:
         raise ValueError(f"reference must hold the {n} pairs of target, got {len(models[1].image)}")
     ranks = _ranks(n, size, "size", models[0].image.device, group)
 
-    def positive(model: PairFeatures) -> Tensor:
-        return pair_loss.positive((model.image * model.text).sum(1) / model.temperature + model.bias).double()
+    first, second = (pair_loss.positive(model.positives()).double() for model in models)
+    alone = first - second
+    states = alone.new_full((2, 2, n), pair_loss.empty)  # by model, by direction
 
-    alone = positive(models[0]) - positive(models[1])
-    gathered = alone.new_full((2, 2, n), pair_loss.empty)  # by model, by direction
-
-    def given(chosen: Tensor, places: Tensor) -> Tensor:
-        for model, directions in zip(models, gathered, strict=True):
-            sides = ((model.image, model.text), (model.text, model.image))
-            for (anchors, others), state in zip(sides, directions, strict=True):
-                negatives = _chosen_rows(others, chosen, places, size // chunks, group)
-                with torch.autocast(anchors.device.type, enabled=False):
-                    logits = anchors @ negatives.T / model.temperature + model.bias
-                state.copy_(pair_loss.gathered(state, logits))
-        return alone + pair_loss.share * (gathered[0] - gathered[1]).sum(0)
+    def given(chosen: Tensor, places: Tensor, count: int) -> Tensor:
+        for model, directions in zip(models, states, strict=True):
+            for (anchors, others), state in zip(model.directions(), directions, strict=True):
+                negatives = _chosen_rows(others, chosen, places, count, group)
+                state.copy_(pair_loss.gathered(state, model.logits(anchors, negatives)))
+        return alone + pair_loss.share * (states[0] - states[1]).sum(0)
 
     return _by_chunks(alone, given, size, chunks, noise, ranks)
 
 
+def _loss(name: str) -> _PairLoss:
+    if name not in _LOSSES:
+        raise ValueError(f"loss must be one of {list(_LOSSES)}, got {name!r}")
+    return _LOSSES[name]
+
+
 def _by_chunks(
-    scores: Tensor, given: Callable[[Tensor, Tensor], Tensor], size: int, chunks: int, noise: _Noise, ranks: _Ranks
+    scores: Tensor, given: Callable[[Tensor, Tensor, int], Tensor], size: int, chunks: int, noise: _Noise, ranks: _Ranks
 ) -> Tensor:
     """Draw ``size`` of the candidates with ``scores`` ``[n]``, which ``given`` renews from what a chunk has drawn."""
-    if not isinstance(chunks, Integral) or chunks < 1 or size % chunks:
-        raise ValueError(f"chunks must be an integer >= 1 that divides size = {size}, got {chunks}")
+    if not isinstance(chunks, Integral) or not 1 <= chunks <= size:
+        raise ValueError(f"chunks must be an integer in [1, size = {size}], got {chunks}")
     taken = torch.zeros_like(scores, dtype=torch.bool)
     batch = []
     for chunk in range(chunks):
         _refuse_not_finite(scores, "learnability", ranks)
         keys = noise.added(scores.masked_fill(taken, -torch.inf), ranks, chunk)
-        chosen, places = _largest_of_all(keys, size // chunks, ranks)
+        count = size // chunks + (chunk < size % chunks)
+        chosen, places = _largest_of_all(keys, count, ranks)
         taken[chosen] = True
         batch.append(chosen)
         if chunk < chunks - 1:
-            scores = given(chosen, places)
+            scores = given(chosen, places, count)
     return torch.cat(batch)
 
 
@@ -292,7 +367,7 @@ class _Noise(NamedTuple):
         """Return half of ``scores - max + temperature * noise``, which no range of scores overflows."""
         if self.temperature == 0:
             return scores
-        peak = scores.amax(-1, keepdim=True)
+        peak = scores.amax(-1, keepdim=True) if scores.numel() else scores.new_full((1,), -torch.inf)
         if ranks.group is not None:
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=ranks.group)
         blocks, skipped = divmod(ranks.start, 4)  # a count of the generator gives four numbers
@@ -311,7 +386,8 @@ def _noise(seed: int, temperature: float) -> _Noise:
 
 
 def _rows(scores: Any, k: int, group: Any) -> tuple[Tensor, _Ranks]:
-    rows = as_losses(scores, "scores", finite=False).detach().double()
+    has_none = group is not None and isinstance(scores, Tensor) and scores.shape[-1:] == (0,)
+    rows = (scores if has_none else as_losses(scores, "scores", finite=False)).detach().double()
     if group is not None and rows.ndim != 1:
         raise ValueError(f"scores must have shape [n] with a group, got {list(rows.shape)}: choose row by row")
     ranks = _ranks(rows.shape[-1], k, "k", rows.device, group)
@@ -344,7 +420,7 @@ def _largest_of_all(keys: Tensor, k: int, ranks: _Ranks) -> tuple[Tensor, Tensor
     """Choose the k largest keys of all ranks; return this rank's indices and their places in the whole choice."""
     if ranks.group is None:
         return _largest(keys, k), torch.arange(k, device=keys.device)
-    own = _largest(keys, min(k, len(keys)))
+    own = _largest(keys, min(k, len(keys))) if len(keys) else torch.empty(0, dtype=torch.int64, device=keys.device)
     width = min(k, ranks.longest)
     keys_of_all = _gathered(F.pad(keys[own], (0, width - len(own)), value=-torch.inf), ranks.group)
     chosen = _largest(keys_of_all.flatten(), k)

@@ -13,7 +13,15 @@ import torch.multiprocessing as multiprocessing
 from scipy.stats import chisquare
 
 from drrho import KL, CVaR, constrained_risk, penalized_risk
-from drrho.selection import PairFeatures, joint_selection, joint_selection_from_features, sample, top_k
+from drrho.contrastive import info_nce
+from drrho.selection import (
+    PairFeatures,
+    joint_selection,
+    joint_selection_from_features,
+    pair_losses,
+    sample,
+    top_k,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCORES = [0.3, -1.0, 1.1, 0.0]
@@ -152,14 +160,14 @@ def additive_scores(matrix, chosen):
 def greedy(n, size, chunks, scores_given):
     """The largest scores of each chunk, in plain Python."""
     batch = []
-    for _ in range(chunks):
+    for part in np.array_split(np.arange(size), chunks):
         scores = scores_given(batch)
         left = sorted((i for i in range(n) if i not in batch), key=lambda i: (-scores[i], i))
-        batch = batch + left[: size // chunks]
+        batch = batch + left[: len(part)]
     return batch
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 3, 6])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 5, 6])
 def test_joint_selection_at_temperature_zero_is_greedy_by_chunks(chunks):
     matrix = normal(10, 10, seed=chunks)
     expected = greedy(10, 6, chunks, lambda batch: additive_scores(matrix.tolist(), batch))
@@ -211,7 +219,7 @@ def softmax_scores(target, reference, batch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.3])
-@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 8])
 def test_sigmoid_features_choose_as_their_matrix(chunks, temperature):
     target, reference = features(16, 1, bias=-2.0, temperature=0.05), features(16, 2, width=3, bias=-3.0)
     matrix = sigmoid_learnability(target, reference)
@@ -223,7 +231,7 @@ def test_sigmoid_features_choose_as_their_matrix(chunks, temperature):
     )
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4])
 def test_softmax_features_at_temperature_zero_are_greedy_by_chunks(chunks):
     target, reference = features(9, 3, temperature=0.03), features(9, 4, width=2, temperature=0.1)
     expected = greedy(9, 4, chunks, lambda batch: softmax_scores(target, reference, batch))
@@ -261,6 +269,43 @@ def test_large_sigmoid_losses_keep_their_digits():
     assert chosen.tolist() == [1]
 
 
+# Losses of pairs
+
+
+@pytest.mark.parametrize("block", [1, 4, 512])
+def test_softmax_losses_are_cross_entropies_of_rows_and_columns(block, monkeypatch):
+    monkeypatch.setattr("drrho.selection.ROWS", block)
+    monkeypatch.setattr("drrho.selection.TILE", block)
+    pairs = features(9, 3, temperature=0.03)
+    logits, own = torch.tensor(logits_of(pairs)).double(), torch.arange(9)
+    sides = [torch.nn.functional.cross_entropy(side, own, reduction="none") for side in (logits, logits.T)]
+    found = pair_losses(pairs)
+    assert torch.allclose(found, (sides[0] + sides[1]) / 2, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(found.mean(), info_nce(pairs.image, pairs.text, 0.03), rtol=1e-12)
+    assert torch.allclose(pair_losses(pairs._replace(bias=5.0)), found, rtol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 4, 512])
+def test_sigmoid_losses_are_what_a_pair_adds_to_the_sum_over_pairs(block, monkeypatch):
+    monkeypatch.setattr("drrho.selection.ROWS", block)
+    monkeypatch.setattr("drrho.selection.TILE", block)
+    target, reference = features(9, 1, bias=-2.0, temperature=0.05), features(9, 2, width=3, bias=-3.0)
+    matrix = sigmoid_learnability(target, reference)
+    everybody = list(range(9))
+    expected = [additive_scores(matrix, [j for j in everybody if j != i])[i] for i in everybody]
+    found = pair_losses(target, loss="sigmoid") - pair_losses(reference, loss="sigmoid")
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+
+
+def test_losses_of_pairs_in_float32_and_cold_stay_near_float64():
+    for loss in ("softmax", "sigmoid"):
+        wide, narrow = features(700, 5, temperature=1e-3), features(700, 5, temperature=1e-3, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = pair_losses(narrow, loss=loss)
+        assert found.dtype == torch.float64
+        assert torch.allclose(found, pair_losses(wide, loss=loss), rtol=1e-5, atol=1e-3)
+
+
 # Refusals
 
 
@@ -284,16 +329,18 @@ REFUSED = [
     (lambda: sample(SCORES, 1, seed=0, temperature=math.nan), "temperature.*got nan"),
     (lambda: joint_selection(torch.zeros(3, 4), 2, chunks=1, seed=0), r"learnability.*\[n, n\], got \[3, 4\]"),
     (lambda: joint_selection([[math.nan]], 1, chunks=1, seed=0), r"learnability must be finite.*\[0, 0\]"),
-    (lambda: joint_selection(torch.zeros(4, 4), 3, chunks=2, seed=0), "chunks.*divides size = 3, got 2"),
+    (lambda: joint_selection(torch.zeros(4, 4), 3, chunks=4, seed=0), r"chunks.*in \[1, size = 3\], got 4"),
     (lambda: joint_selection(torch.zeros(4, 4), 4, chunks=0, seed=0), "chunks.*got 0"),
     (lambda: joint_selection(torch.zeros(4, 4), 5, chunks=1, seed=0), r"size must lie in \[1, 4\].*got 5"),
     (lambda: from_features(size=9, chunks=3), r"size must lie in \[1, 8\].*got 9"),
-    (lambda: from_features(chunks=3), "chunks.*divides size = 4, got 3"),
+    (lambda: from_features(chunks=5), r"chunks.*in \[1, size = 4\], got 5"),
     (lambda: from_features(reference=features(7)), "reference must hold the 8 pairs.*got 7"),
     (lambda: from_features(text=normal(8, 5)), r"target\.image and target\.text.*\[8, 6\] and \[8, 5\]"),
     (lambda: from_features(temperature=0.0), "target must have a finite temperature > 0.*got 0"),
     (lambda: from_features(bias=math.inf), "target must have.*finite bias.*inf"),
     (lambda: from_features(loss="hinge"), "loss must be one of.*'hinge'"),
+    (lambda: pair_losses(features(8), loss="hinge"), "loss must be one of.*'hinge'"),
+    (lambda: pair_losses(features(8, temperature=-1.0)), "pairs must have a finite temperature > 0.*got -1"),
     (lambda: from_features(image=torch.full((8, 6), math.nan)), "learnability must be finite, got nan"),
 ]
 
@@ -312,7 +359,7 @@ def test_integer_scores_and_fractional_numbers_are_refused(call):
 
 # Ranks
 
-SHARDS = (5, 18)
+SHARDS = (5, 18, 0)
 TIED = normal(sum(SHARDS), seed=11).round()
 PLAIN = normal(sum(SHARDS), seed=12)
 TARGET, REFERENCE = features(23, 13, bias=-1.0, temperature=0.1), features(23, 14, width=3)
@@ -332,7 +379,10 @@ def choices(piece=slice(None), group=None):
         answers[f"offset {k}"] = sample(TIED[piece] + 2.0**52, k, seed=4, temperature=2.0, group=group)
         answers[f"top of all equal {k}"] = top_k(torch.zeros(23)[piece], k, group=group)
     target, reference = part_of(TARGET, piece), part_of(REFERENCE, piece)
-    for loss, chunks, temperature in itertools.product(("softmax", "sigmoid"), (1, 3, 6), (0.0, 1.0)):
+    for loss in ("softmax", "sigmoid"):
+        excess = pair_losses(target, loss=loss, group=group) - pair_losses(reference, loss=loss, group=group)
+        answers[f"top of excess losses, {loss}"] = top_k(excess, 7, group=group)
+    for loss, chunks, temperature in itertools.product(("softmax", "sigmoid"), (1, 3, 4, 6), (0.0, 1.0)):
         for size in (6, 18):
             answers[f"{loss} {chunks} {temperature} {size}"] = joint_selection_from_features(
                 target, reference, size, chunks=chunks, seed=6, temperature=temperature, loss=loss, group=group
@@ -343,7 +393,8 @@ def choices(piece=slice(None), group=None):
 def refusals(rank, piece, group):
     """Messages about what one rank alone, or all together, must not pass; all ranks must come back from each."""
     wrong = PLAIN[piece].clone()
-    wrong[2] = math.nan if rank == 1 else wrong[2]
+    if rank == 1:
+        wrong[2] = math.nan
     target, reference = part_of(TARGET, piece), part_of(REFERENCE, piece)
     spoilt = target._replace(image=torch.full_like(target.image, math.inf)) if rank == 0 else target
     messages = []
@@ -396,6 +447,6 @@ def test_refusals_meet_on_all_ranks(ranks):
         nan, large, different, rows, features_ = answers["refusals"]
         assert ("got nan at index [2]" if rank == 1 else "on another") in nan
         assert "k must lie in [1, 23], the number of samples, got 24" in large
-        assert "k must be the same on every rank, got [2, 3]" in different
+        assert "k must be the same on every rank, got [2, 3, 4]" in different
         assert "scores must have shape [n] with a group" in rows
         assert ("at index [0]" if rank == 0 else "on another") in features_

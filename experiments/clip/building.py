@@ -24,6 +24,7 @@ from experiments.clip.methods import (
 )
 from experiments.clip.models import Clip
 from experiments.clip.options import Loss, Train
+from experiments.clip.selecting import Selector
 from experiments.clip.terminal import console
 
 SPREAD_SHARE = 0.3  # of the spread of the reference's margins: the temperature that "auto" stands for
@@ -37,6 +38,19 @@ def check_ranks(options: Train, ranks: Ranks) -> None:
         raise UserError(f"--batch-size {batch} is less than the {ranks.count} ranks: every rank needs a pair")
     if options.loss.method == "siglip" and ranks.count > 1:
         raise UserError("--method siglip runs in one process: open_clip's loss needs ranks with equal numbers of pairs")
+    if options.loss.method == "two-level" and options.selection.is_on and ranks.count > 1:
+        raise UserError(
+            f"--method two-level with --select {options.selection.select} runs in one process: it needs a pair of "
+            "every rank, and there may be one of which none is chosen"
+        )
+
+
+def build_selector(options: Train, reference: Clip | None, ranks: Ranks) -> Selector | None:
+    """Return what chooses the pairs to train on, if any are left out."""
+    if reference is None or not options.selection.is_on:
+        return None
+    loss = "sigmoid" if options.loss.method == "siglip" else "softmax"
+    return Selector(options.selection, loss, reference, options.seed, ranks)
 
 
 def build_method(
@@ -58,8 +72,7 @@ def build_method(
     if reference is not None and loss.distill > 0:
         if loss.distill_temperature == "auto":
             chosen["distill_temperature"] = round(1 / reference.model.logit_scale.exp().item(), 6)
-        is_steered = loss.method in ("drrho", "two-level")
-        method = Distilled(method, loss.distill, chosen["distill_temperature"], ranks.group, is_steered=is_steered)
+        method = Distilled(method, loss.distill, chosen["distill_temperature"], ranks.group)
     return method, chosen
 
 
@@ -84,6 +97,7 @@ def _method(loss: Loss, epochs: int, samples: int, tau: Any, ranks: Ranks) -> Me
         samples,
         epochs - 1 if loss.gamma_epochs is None else loss.gamma_epochs,
         temperature,
+        is_steered=loss.method == "drrho",
         coefficient=AdaptiveCoefficient() if loss.coefficient == "adaptive" else loss.coefficient,
         final_gamma=loss.final_gamma,
         log_step=loss.log_step,

@@ -31,10 +31,12 @@ from experiments.clip.options import (
     Train,
 )
 from experiments.clip.presets import GLYPH, PRESETS
+from experiments.clip.selecting import Selection
 
 _CHECKOUT = Path(__file__).parents[2]
 
 _DEFAULT_LOSS = Loss()
+_WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
 
 COMMANDS: dict[str, type] = {
     "demo": Demo,
@@ -157,7 +159,8 @@ def _check(options: Train) -> None:
         raise UserError(f"--unlocked-groups {options.unlocked_groups} has no part in this run: it is for --lock")
     if {"image", "text"} <= set(options.lock) and not options.unlocked_groups:
         raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
-    _check_meaning(loss)
+    _check_meaning(options)
+    _check_selection(options)
 
 
 def _check_cache(options: CacheReference) -> None:
@@ -187,10 +190,9 @@ def _check_shards(options: Train) -> None:
             if value != getattr(Shards(), name):
                 raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for --catalog")
         return
-    if shards.reference_features is not None and not options.loss.needs_reference:
+    if shards.reference_features is not None and not options.needs_reference:
         raise UserError(
-            f"--reference-features {shards.reference_features} has no part in this run: it is for --method drrho or "
-            "two-level, or with --distill"
+            f"--reference-features {shards.reference_features} has no part in this run: it is for {_WITH_REFERENCE}"
         )
     if options.split != "train" or options.data != Data():
         raise UserError("--catalog takes the place of --split, --captions, --size and --cache: leave those out")
@@ -204,8 +206,40 @@ def _check_shards(options: Train) -> None:
             raise UserError(f"--{flag} must be {meaning}, got {value}")
 
 
-def _check_meaning(loss: Loss) -> None:
+def _check_selection(options: Train) -> None:
+    """Refuse options of the selection that would be ignored, and numbers out of range."""
+    selection, batch = options.selection, options.optimization.batch_size
+    for name, takes_part, where in (
+        ("candidates", selection.is_on, "--select jest, jest-top-k or rho-top-k"),
+        ("select_chunks", selection.is_joint, "--select jest or jest-top-k"),
+        ("select_temperature", selection.select == "jest", "--select jest"),
+    ):
+        value = getattr(selection, name)
+        if not takes_part and value != getattr(Selection(), name):
+            raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for {where}")
+    chunks, temperature = selection.select_chunks, selection.select_temperature
+    for flag, value, is_right, meaning in (
+        ("candidates", selection.candidates, selection.candidates >= 2, "at least 2: one is left out"),
+        (
+            "select-chunks",
+            chunks,
+            1 <= chunks <= batch or not selection.is_joint,
+            f"between 1 and --batch-size {batch}",
+        ),
+        ("select-temperature", temperature, 0 < temperature <= 1e300, "positive: 0 is --select jest-top-k"),
+    ):
+        if not is_right:
+            raise UserError(f"--{flag} must be {meaning}, got {value}")
+    if selection.is_on and options.loss.learns_temperature and options.loss.temperature_scheme == "individual":
+        raise UserError(
+            f"--select {selection.select} compares pairs at one temperature, which --temperature-scheme individual has "
+            "not: choose another"
+        )
+
+
+def _check_meaning(options: Train) -> None:
     """Refuse options that the chosen method would ignore: what is given must take part."""
+    loss = options.loss
     contrastive = loss.method in ("fastclip", "drrho")
     learned = loss.learns_temperature
     with_radius = learned and loss.temperature_scheme != "per-temperature"
@@ -227,8 +261,8 @@ def _check_meaning(loss: Loss) -> None:
         ("log_step", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
         ("eps", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
         ("distill_temperature", loss.distill > 0, "--distill"),
-        ("reference", loss.needs_reference, "--method drrho or two-level, or with --distill"),
-        ("reference_weights", loss.needs_reference, "--method drrho or two-level, or with --distill"),
+        ("reference", options.needs_reference, _WITH_REFERENCE),
+        ("reference_weights", options.needs_reference, _WITH_REFERENCE),
     ):
         value = getattr(loss, name)
         if not takes_part and value != getattr(_DEFAULT_LOSS, name):
@@ -237,7 +271,7 @@ def _check_meaning(loss: Loss) -> None:
         raise UserError("--temperature-lr-schedule threshold is for a single tau, not --temperature-scheme individual")
     if loss.temperature_scheme == "per-temperature" and not is_kl:
         raise UserError(f"--temperature-scheme per-temperature needs --divergence kl, got {loss.divergence}")
-    if contrastive and loss.temperature == "auto" and not loss.needs_reference:
+    if contrastive and loss.temperature == "auto" and not options.needs_reference:
         raise UserError(f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1")
     low, high = loss.temperature_bounds
     if learned and loss.temperature != "auto" and not low <= loss.temperature <= high:

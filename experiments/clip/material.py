@@ -117,7 +117,7 @@ def glyph_material(options: Train, clip: Clip, reference: Clip | None, ranks: Ra
         clip.model.train()
         return {"naming_top1": naming.top1, "naming_top5": naming.top5}
 
-    stream = MemoryStream(pairs, options.optimization.batch_size, options.seed, ranks.rank, ranks.count, features)
+    stream = MemoryStream(pairs, options.pairs_per_step, options.seed, ranks.rank, ranks.count, features)
     identity = {"data": manifest.fingerprint, "split": options.split}
     return Material(stream, len(pairs), identity, validate, None if features is None else CachedGuide(features))
 
@@ -142,13 +142,14 @@ def catalog_material(options: Train, clip: Clip, reference: Clip | None, folder:
         console.print(f"features   {shards.reference_features}, views of a sample: {cache.views}")
     elif reference is not None:
         reference.model.to(ranks.device)
-        guide = LiveGuide(reference, options.optimization.accumulation, partial(first_pairs, catalog, SPREAD_PAIRS))
+        parts = options.optimization.accumulation * options.selection.scored_per_pair
+        guide = LiveGuide(reference, parts, partial(first_pairs, catalog, SPREAD_PAIRS))
         console.print("features   computed while training: `run.py cache-reference` computes them once")
     loader = Loader(
         catalog,
         clip.augment,
         clip.tokenize,
-        batch_size=options.optimization.batch_size,
+        batch_size=options.pairs_per_step,
         seed=options.seed,
         workers=shards.workers,
         rank=ranks.rank,

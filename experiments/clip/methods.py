@@ -50,6 +50,10 @@ class Method(Protocol):
         """Return the loss of the target's features of samples ``index``, and the reference's if it is steered."""
         ...
 
+    def logits_at(self, head: Head) -> tuple[float, float]:
+        """Return the temperature and the bias of its logits as they stand."""
+        ...
+
     def step(self, scale: float, rate: float) -> dict[str, float]:
         """Move what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log.
 
@@ -94,6 +98,10 @@ class OpenCLIP(_Stateless):
         tau = 1 / head.scale
         return Loss(info_nce(*own, tau, group=self._group), {"temperature": tau.item()})
 
+    def logits_at(self, head: Head) -> tuple[float, float]:
+        """Return the model's temperature."""
+        return 1 / head.scale.item(), 0.0
+
 
 class SigLIP(_Stateless):
     """The pairwise sigmoid loss with the model's learnable scale and bias: open_clip's own ``SigLipLoss``."""
@@ -112,6 +120,10 @@ class SigLIP(_Stateless):
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
         return Loss(part + (total - part.detach()), {"temperature": 1 / head.scale.item()})
+
+    def logits_at(self, head: Head) -> tuple[float, float]:
+        """Return the model's temperature and bias."""
+        return 1 / head.scale.item(), 0.0 if head.bias is None else head.bias.item()
 
 
 class ConstantTemperature:
@@ -154,6 +166,8 @@ class GlobalContrastive:
         How much of the reference's margins to subtract.
     final_gamma, log_step, eps, divergence, rho, per_temperature, published_temperature_gradient, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
+    is_steered : bool
+        Whether a reference that is there takes part: FastCLIP has none, though what is beside it may.
     temperature_schedule : "constant", "model" or "threshold"
         Of a learned temperature's rate: constant, in step with the model's, or a third below a temperature of 0.03.
     device : torch.device or str
@@ -168,6 +182,7 @@ class GlobalContrastive:
         gamma_epochs: int,
         temperature: Any,
         *,
+        is_steered: bool = True,
         coefficient: float | AdaptiveCoefficient = 1.0,
         final_gamma: float = 1.0,
         log_step: float | None = None,
@@ -181,7 +196,7 @@ class GlobalContrastive:
         device: torch.device | str = "cpu",
     ) -> None:
         self._temperature, self._coefficient = temperature, coefficient
-        self._schedule = temperature_schedule
+        self._schedule, self._is_steered = temperature_schedule, is_steered
         self._gamma_epochs, self._final_gamma = gamma_epochs, final_gamma
         divergence = KL() if divergence is None else divergence
         self._is_kl = isinstance(divergence, KL)
@@ -203,7 +218,7 @@ class GlobalContrastive:
         gamma = 1.0 if adaptive else cosine_gamma(min(epoch, last), last + 1, self._final_gamma)
         log = {} if adaptive else {"gamma": gamma}
         options = self._options | {"gamma": gamma}
-        if reference is not None:
+        if self._is_steered and reference is not None:
             options |= {"reference": reference, "coefficient": self._coefficient}
             if isinstance(self._coefficient, AdaptiveCoefficient):
                 options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
@@ -216,6 +231,11 @@ class GlobalContrastive:
         share = mean_over_ranks(torch.exp(-torch.cat(step.distances)), self._group)
         negatives = sum(row_counts(len(index), self._group, own[0].device)) - 1
         return Loss(step.value, {**log, "effective_negatives": negatives * share.item()})
+
+    def logits_at(self, head: Head) -> tuple[float, float]:
+        """Return the one temperature of all samples: there must not be one for each."""
+        tau = self._temperature.lookup(torch.empty(0, dtype=torch.int64))
+        return tau.item() if isinstance(tau, Tensor) else tau, 0.0
 
     def step(self, scale: float, rate: float) -> dict[str, float]:
         """Move learned temperatures; log their mean over the batch, and how many met a bound."""
@@ -285,22 +305,27 @@ class TwoLevel(_Stateless):
             dist.all_reduce(squares, group=self._group)
         return Loss(risk.value, {"effective_samples": 1 / squares.item()})
 
+    def logits_at(self, head: Head) -> tuple[float, float]:
+        """Return its temperature."""
+        return self._temperature, 0.0
+
 
 class Distilled:
-    """Another method's loss, steered or not, plus a multiple of the distillation of the reference's similarities."""
+    """Another method's loss plus a multiple of the distillation of the reference's similarities."""
 
-    def __init__(
-        self, method: Method, weight: float, temperature: float, group: Any = None, *, is_steered: bool = True
-    ) -> None:
-        self._method, self._weight, self._temperature = method, weight, temperature
-        self._group, self._is_steered = group, is_steered
+    def __init__(self, method: Method, weight: float, temperature: float, group: Any = None) -> None:
+        self._method, self._weight, self._temperature, self._group = method, weight, temperature, group
         self.learns_scale = method.learns_scale
 
     def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return the sum."""
-        first = self._method.loss(own, index, head, epoch, reference if self._is_steered else None)
+        first = self._method.loss(own, index, head, epoch, reference)
         distilled = distillation_loss(*own, self._temperature, reference=reference, group=self._group)
         return Loss(first.value + self._weight * distilled, {**first.log, "distillation": distilled.item()})
+
+    def logits_at(self, head: Head) -> tuple[float, float]:
+        """Return the other method's."""
+        return self._method.logits_at(head)
 
     def step(self, scale: float, rate: float) -> dict[str, float]:
         """Move what the other method learns."""

@@ -20,7 +20,7 @@ class Optimization:
     epochs: int = 16
     """Passes over the training pairs."""
     batch_size: int = 512
-    """Pairs per step over all ranks, at most: an epoch is cut into batches of equal size up to one."""
+    """Pairs trained on per step over all ranks, at most: an epoch is cut into batches of equal size up to one."""
     accumulation: int = 1
     """Parts of a rank's batch that go through the towers one after the other; the loss still sees the whole batch."""
     optimizer: str = "adamw"

@@ -14,6 +14,7 @@ from experiments.clip.logs import LogName
 from experiments.clip.methods import TemperatureSchedule
 from experiments.clip.models import SHIPPED_REFERENCE
 from experiments.clip.optimization import Optimization
+from experiments.clip.selecting import Selection
 from experiments.clip.train import Execution, Keeping
 
 
@@ -142,6 +143,7 @@ class Train:
     data: Data = field(default_factory=Data)
     shards: Shards = field(default_factory=Shards)
     loss: Loss = field(default_factory=Loss)
+    selection: Selection = field(default_factory=Selection)
     optimization: Optimization = field(default_factory=Optimization)
     execution: Execution = field(default_factory=Execution)
     seed: int = 0
@@ -160,6 +162,16 @@ class Train:
     samples of each are written to nonfinite.jsonl."""
     weights: Literal["float32", "float16"] = "float32"
     """Precision of the exported weights."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss or the selection needs the reference's features."""
+        return self.loss.needs_reference or self.selection.is_on
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs that the stream gives each step, over all ranks, at most."""
+        return self.optimization.batch_size * self.selection.scored_per_pair
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def make_plan(
     samples: int,
     samples_seen: int,
     batch_size: int,
+    scored_per_pair: int,
     accumulation: int,
     ranks: int,
     execution: Execution,
@@ -106,7 +107,8 @@ def make_plan(
     """Add up what the run takes.
 
     ``teraflops`` is the peak rate of a rank's device in 10^12 operations per second, ``utilization`` the share of it
-    that training reaches; ``reference_width`` is 0 without a reference.
+    that training reaches; ``reference_width`` is 0 without a reference. Of ``scored_per_pair`` pairs, all of which
+    count as seen, one is trained on; if there are several, each goes through the towers once more to be scored.
     """
     shards = ranks if execution.parallel == "fsdp" else 1
     weights = _FLOAT * cost.parameters
@@ -127,7 +129,8 @@ def make_plan(
         "loss": loss,
         "running_state": state,
     }
-    operations = 3 * cost.flops + (cost.flops if accumulation > 1 or execution.activation_checkpointing else 0)
+    trained = 3 * cost.flops + (cost.flops if accumulation > 1 or execution.activation_checkpointing else 0)
+    operations = trained if scored_per_pair == 1 else cost.flops + trained / scored_per_pair
     rate = ranks * teraflops * 1e12 * utilization / operations
     hours = samples_seen / rate / 3600
     return Plan(
@@ -138,7 +141,7 @@ def make_plan(
         reference_cache=samples * reference_width * 2 * 2,
         exported_model=weights,
         checkpoint=3 * weights + ema * weights + samples * (8 * running + 28 * individual_temperatures),
-        steps=-(-samples_seen // batch_size),
+        steps=-(-samples_seen // (batch_size * scored_per_pair)),
         pairs_per_second=rate,
         hours=hours,
         gpu_hours=hours * ranks,

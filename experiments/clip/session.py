@@ -10,7 +10,7 @@ import torch
 from open_clip import get_model_preprocess_cfg
 from torch import Tensor
 
-from experiments.clip.building import build_method, check_ranks
+from experiments.clip.building import build_method, build_selector, check_ranks
 from experiments.clip.checkpoint import MODEL, Checkpoint, latest_checkpoint, step_folder
 from experiments.clip.config import as_settings, save_config
 from experiments.clip.distributed import Ranks
@@ -41,9 +41,9 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     clip = _target(options, ranks)
     loss = options.loss
-    reference = load_model(loss.reference, loss.reference_weights) if loss.needs_reference else None
+    reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
     if reference is not None and options.split != "train":
-        raise UserError(f"--split {options.split} has no cached reference features: steered runs use --split train")
+        raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
     check_ranks(options, ranks)
     with ranks.leader_first():
         ensure_writable(options.out)
@@ -67,6 +67,7 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
         "validations": options.validations,
         "precision": options.execution.precision,
         **as_settings(options.optimization),
+        **as_settings(options.selection),
         **chosen,
     }
     checkpoints = options.out / "checkpoints"
@@ -81,6 +82,7 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
             material.stream,
             options.optimization,
             guide=material.guide,
+            selector=build_selector(options, reference, ranks),
             ranks=ranks,
             execution=options.execution,
             seed=options.seed,

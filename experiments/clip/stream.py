@@ -52,6 +52,11 @@ class Batch(NamedTuple):
     skipped: Mapping[str, int] = MappingProxyType({})
     carried: tuple[Tensor, Tensor] | None = None
 
+    def rows(self, rows: Tensor) -> Batch:
+        """Return the pairs at places ``rows`` ``[k]`` of the batch, in that order; what was skipped stays with them."""
+        carried = None if self.carried is None else (self.carried[0][rows], self.carried[1][rows])
+        return Batch(self.image[rows], self.text[rows], self.index[rows], self.skipped, carried)
+
 
 class Pairs:
     """A split of the data in memory, resized for one model: bytes for the images, tokens for the captions.

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from drrho.accumulation import accumulate
 from drrho.coefficient import within_anchors
 from drrho.ranks import gathered, row_counts
+from drrho.selection import PairFeatures
 from experiments.clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -38,6 +39,7 @@ from experiments.clip.logs import Logs
 from experiments.clip.methods import Features, Head, Loss, Method
 from experiments.clip.models import Clip, at_least_one
 from experiments.clip.optimization import MovingAverage, Optimization, build_optimizer, learning_rate
+from experiments.clip.selecting import Selector
 from experiments.clip.stream import Batch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,6 +122,7 @@ def train(
     optimization: Optimization,
     *,
     guide: Guide | None,
+    selector: Selector | None = None,
     ranks: Ranks,
     execution: Execution,
     seed: int,
@@ -136,6 +139,9 @@ def train(
 ) -> tuple[list[Record], dict[str, Tensor]]:
     """Train ``clip.model`` in place; return one record per validation, and the weights' moving average if there is one.
 
+    Records and lines of the log count the pairs of all steps so far, over all ranks: ``samples_scored`` is those that
+    were visited, ``samples_trained`` those that a backward pass was for.
+
     A checkpoint is written as ``keeping`` says, when ``stop`` does and at the end; if one made with the same
     ``settings`` is there, training goes on from it and, on one machine, ends at the same weights bit by bit.
 
@@ -143,6 +149,9 @@ def train(
     ----------
     guide : Guide, optional
         Gives the reference's features of a batch.
+    selector : Selector, optional
+        Chooses what to train on among the pairs of a step, by both models' features; it needs a guide. Otherwise a step
+        trains on all.
     settings : dict
         All that the weights depend on, in JSON's types; a checkpoint made with others is refused.
     validate : callable
@@ -168,6 +177,7 @@ def train(
     due = {round(total * (k + 1) / validations) for k in range(validations)}
     step: int = 0
     passed_over: int = 0
+    seen = {"samples_scored": 0, "samples_trained": 0}
     history: list[Record] = []
     writer = CheckpointWriter(checkpoints, settings, ranks, keeping.keep)
 
@@ -180,7 +190,7 @@ def train(
         return state
 
     def save() -> None:
-        progress = {"step": step, "history": history, "passed_over": passed_over}
+        progress = {"step": step, "history": history, "passed_over": passed_over, "seen": seen}
         spared = () if (best := best_record(history, keeping.best)) is None else (int(best["step"]),)
         writer.start(shared(), method.state_dict(), stream.counts(), progress, spared)
 
@@ -190,6 +200,7 @@ def train(
         restore_training(checkpoint, clip.model, optimizer)
         progress = checkpoint.progress
         step, history, passed_over = progress["step"], progress["history"], progress["passed_over"]
+        seen = progress["seen"]
         if average is not None:
             state = average.state_dict()
             checkpoint.fill({f"{EMA}{key}": value for key, value in state.items()})
@@ -204,20 +215,26 @@ def train(
     saved = time.monotonic()
     interval = Interval(ranks)
     spread: Callable[[], Record] = dict
+    learnability: Callable[[], Record] = dict
     for epoch in range(step // per_epoch, optimization.epochs):
-        for batch in interval.timed(stream.batches(epoch, step - epoch * per_epoch)):
+        for candidates in interval.timed(stream.batches(epoch, step - epoch * per_epoch)):
             # Dropout is a function of seed, step and rank, so that a run that goes on needs no generators' states.
             torch.manual_seed(int(np.random.SeedSequence([seed, step, ranks.rank]).generate_state(1)[0]))
             optimizer.zero_grad(set_to_none=True)
             scale = ranks.count * float(scaler.scale(one))
             reference = None
-            if guide is not None and batch.carried is not None:
+            if guide is not None and candidates.carried is not None:
                 with towers.autocast():
-                    reference = guide.features(batch.carried, ranks.device)
+                    reference = guide.features(candidates.carried, ranks.device)
             lr = learning_rate(step, total, optimization)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            batch = candidates
             try:
+                if selector is not None:
+                    parts = optimization.accumulation * selector.candidates
+                    target = towers.pairs(method, candidates, parts)
+                    batch, reference, learnability = selector.choose(step, candidates, target, reference)
                 loss, features = towers.backward(method, batch, reference, optimization.accumulation, epoch, scale)
                 if not bool(torch.isfinite(loss.value)):
                     raise NotFinite(f"the loss is {loss.value.item()}")
@@ -245,16 +262,18 @@ def train(
                     average.update(clip.model.state_dict())
                 spread = partial(_spread, features, reference, ranks)
             step += 1
+            counts = ranks.sum(torch.tensor([len(candidates.index), len(batch.index)], device=ranks.device)).tolist()
+            seen = {key: seen[key] + count for key, count in zip(seen, counts, strict=True)}
 
-            interval.add(batch, log)
+            interval.add(candidates, log)
             on_step(step, total, log)
             if step % log_every == 0 or step == total:
-                values = interval.finish() | spread()
+                values = interval.finish() | spread() | learnability()
                 if logs is not None:
-                    logs.write(step, {**values, "epoch": step / per_epoch})
+                    logs.write(step, {**values, **seen, "epoch": step / per_epoch})
             is_best = False
             if step in due:
-                history.append({"step": step, **log, **validate()})
+                history.append({"step": step, **seen, **log, **validate()})
                 if logs is not None:
                     logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
                 is_best = keeping.best is not None and best_record(history, keeping.best) is history[-1]
@@ -344,24 +363,41 @@ class Towers:
         """
         kept: list[Tensor] = []
 
-        def encode(part: tuple[Tensor, Tensor]) -> list[Tensor]:
-            inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
-            image, text, *head = self.model(*inputs)
-            count = len(part[0])  # 0 where a rank's samples were all skipped
-            return [image[:count], text[:count], *(number.reshape(()) for number in head)]
-
         def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
-            # All ranks say it together: one that raised alone would leave the others waiting in the loss.
-            if self._ranks.most(int(not bool(torch.isfinite(image.sum() + text.sum())))):
-                raise NotFinite("the features are not finite")
+            self._refuse_not_finite(image, text)
             kept[:] = image.detach(), text.detach()
             return method.loss((image, text), batch.index, Head(*head), epoch, reference)
 
-        parts = max(1, min(parts, len(batch.index)))
-        chunks = list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
         with self.autocast():
-            found = accumulate(encode, chunks, loss, model=self.model, gradient_scale=scale)
+            chunks = self._chunks(batch, parts)
+            found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
         return found, (kept[0], kept[1])
+
+    @torch.no_grad()
+    def pairs(self, method: Method, batch: Batch, parts: int) -> PairFeatures:
+        """Return the batch's features without a graph, as in training, and how the method compares them."""
+        with self.autocast():
+            encoded = [self._encode(chunk) for chunk in self._chunks(batch, parts)]
+        images, texts, *heads = zip(*encoded, strict=True)
+        image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
+        self._refuse_not_finite(image, text, *head)
+        return PairFeatures(image, text, *method.logits_at(Head(*head)))
+
+    def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
+        parts = min(parts, max(1, self._ranks.most(len(batch.index)))) if parts > 1 else 1
+        return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+
+    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
+        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
+        image, text, *head = self.model(*inputs)
+        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
+        return [image[:count], text[:count], *(number.reshape(()) for number in head)]
+
+    def _refuse_not_finite(self, *features: Tensor) -> None:
+        # All ranks say it together: one that raised alone would leave the others waiting in the loss.
+        if self._ranks.most(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
+            raise NotFinite("the features are not finite")
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

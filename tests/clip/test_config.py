@@ -116,6 +116,23 @@ def test_presets_of_published_recipes_want_the_users_data():
             ["train", "--method", "openclip", "--catalog", "c", "--reference-features", "f"],
             "--reference-features f has no part in this run: it is for --method drrho",
         ),
+        (["train", "--candidates", "4"], "--candidates 4 has no part in this run: it is for --select jest, jest-top-k"),
+        (
+            ["train", "--select", "rho-top-k", "--select-chunks", "4"],
+            "--select-chunks 4 has no part.*jest or jest-top-k",
+        ),
+        (["train", "--select", "jest-top-k", "--select-temperature", "2"], "--select-temperature 2.0 has no part"),
+        (["train", "--select", "jest", "--candidates", "1"], "--candidates must be at least 2.*got 1"),
+        (["train", "--select", "jest", "--select-chunks", "0"], "--select-chunks must be between 1 and.*512, got 0"),
+        (
+            ["train", "--select", "jest", "--batch-size", "8"],
+            "--select-chunks must be between 1 and --batch-size 8, got 16",
+        ),
+        (["train", "--select", "jest", "--select-temperature", "0"], "--select-temperature must be positive.*got 0"),
+        (
+            ["train", "--select", "jest", "--method", "fastclip", "--temperature-scheme", "individual"],
+            "--select jest compares pairs at one temperature.*individual",
+        ),
         (["cache-reference", "--views", "0"], "--views must be at least 1, got 0"),
         (["cache-reference", "--views", "2"], "--views has no part in this run: it is for --catalog"),
         (["cache-reference", "--catalog", "c", "--captions", "vague"], "--catalog takes the place of --captions"),
@@ -124,3 +141,11 @@ def test_presets_of_published_recipes_want_the_users_data():
 def test_options_that_contradict_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         parse(words)
+
+
+def test_a_selection_needs_a_reference_whatever_the_method():
+    for method in ("openclip", "siglip", "fastclip"):
+        options = parse(["train", "--method", method, "--select", "rho-top-k", "--reference", "there"])
+        assert options.needs_reference and not options.loss.needs_reference
+        assert options.pairs_per_step == 5 * options.optimization.batch_size
+    assert not parse(["train", "--method", "openclip"]).needs_reference

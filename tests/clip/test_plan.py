@@ -19,6 +19,7 @@ SMALL = {
     "samples": 1000,
     "samples_seen": 5000,
     "batch_size": 64,
+    "scored_per_pair": 1,
     "accumulation": 1,
     "ranks": 1,
     "execution": Execution(),
@@ -92,6 +93,10 @@ def test_more_ranks_share_and_accumulation_divides():
     parts = make_plan(cost, **SMALL | {"accumulation": 4})
     assert parts.activations == one.activations // 4
     assert parts.hours == pytest.approx(one.hours * 4 / 3)  # a second forward pass
+    # JEST at its published ratio: of five pairs that are scored, one is trained on, with less than half the operations.
+    chosen = make_plan(cost, **SMALL | {"scored_per_pair": 5})
+    assert chosen.steps == -(-one.steps // 5)
+    assert chosen.hours == pytest.approx(one.hours * (1 + 3 / 5) / 3)
     assert one.memory == sum(
         getattr(one, name) for name in ("weights", "gradients", "optimizer", "activations", "loss", "running_state")
     )

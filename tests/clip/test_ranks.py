@@ -50,9 +50,12 @@ def start(ranks, *arguments, command="train"):
     return [process.returncode for process in processes], errors
 
 
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "lr" in line]
+    return [line["loss"] for line in lines(folder) if "lr" in line]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,53 @@ def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache,
             assert (value - others[key]).norm() <= 0.02 * value.norm(), key
     settings, records = json.loads((tmp_path / "run.json").read_text()), json.loads((alone / "run.json").read_text())
     assert settings["history"][-1]["naming_top1"] == pytest.approx(records["history"][-1]["naming_top1"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "ranks, parallel, words",
+    [
+        (2, "ddp", ("--select", "rho-top-k", "--accumulation", "2")),
+        (2, "fsdp", ("--select", "jest", "--method", "openclip")),
+    ],
+)
+def test_ranks_train_on_the_pairs_that_one_process_chooses(ranks, parallel, words, cache, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "many"]
+    for count, folder in zip((1, ranks), folders, strict=True):
+        options = (*OPTIONS, *words, "--candidates", "4", "--warmup", "5", "--cache", cache, "--out", folder)
+        statuses, errors = start(count, *options, "--parallel", parallel)
+        assert statuses == [0] * count, errors
+    expected, found = ([line for line in lines(folder) if "lr" in line] for folder in folders)
+    assert len(expected) == len(found) == 14
+    for one, many in zip(expected, found, strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        for key in ("learnability_chosen", "learnability_candidates"):
+            assert many[key] == pytest.approx(one[key], abs=1e-3)
+        assert many["samples_scored"] == one["samples_scored"]
+        assert many["samples_trained"] == one["samples_trained"]
+    assert found[-1]["samples_scored"] == 6895
+    (record,) = json.loads((folders[1] / "run.json").read_text())["history"]
+    assert [record["samples_scored"], record["samples_trained"]] == [6895, found[-1]["samples_trained"]]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--method", "drrho", "--distill", "0.5"), ("--method", "openclip"), ("--divergence", "chi-square")],
+)
+def test_a_rank_of_which_no_pair_is_chosen_takes_part(words, tmp_path):
+    """Of every four candidates, two on each rank, two are trained on: of twelve steps some have both on one rank."""
+    members = []
+    for k in range(48):
+        members += [(f"{k}.png", image_bytes(31 * k, (48, 48))), (f"{k}.txt", f"letter {chr(97 + k)}".encode())]
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    assert main(["catalog", str(tmp_path / "shards" / "0.tar"), "--out", str(tmp_path / "catalog")]) == 0
+    options = ("--catalog", tmp_path / "catalog", "--epochs", "1", "--batch-size", "2", "--log-every", "1", *words)
+    options = (*options, "--validations", "1", "--lr", "1e-4", "--select", "rho-top-k", "--candidates", "2")
+    options = options if "openclip" in words else (*options, "--temperature", "0.1")
+    for ranks in (1, 2):
+        statuses, errors = start(ranks, *options, "--out", tmp_path / f"out{ranks}", "--accumulation", ranks)
+        assert statuses == [0] * ranks, errors
+    assert losses(tmp_path / "out2") == pytest.approx(losses(tmp_path / "out1"), abs=1e-5)
+    assert len(losses(tmp_path / "out2")) == 12
 
 
 def test_ranks_go_on_from_other_numbers_of_ranks(alone, cache, tmp_path):
@@ -182,6 +232,21 @@ def test_ranks_wait_for_the_leader_s_preparation_as_long_as_it_lives(tmp_path):
     statuses, errors = start(2, *options, "--cache", tmp_path / "file", "--out", tmp_path / "out")
     assert statuses == [2, 2]
     assert "run.py: error: cannot" in errors[0] and "stopped because rank 0 did" in errors[1]
+
+
+def test_a_run_on_other_pairs_is_refused(alone, cache, tmp_path):
+    subprocess.run(["cp", "-r", alone / "checkpoints", tmp_path], check=True)
+    statuses, errors = start(1, *OPTIONS, "--select", "rho-top-k", "--cache", cache, "--out", tmp_path)
+    assert statuses == [2]
+    assert "was made with select=all, now it is rho-top-k" in errors[0]
+
+
+def test_two_levels_on_chosen_pairs_take_one_process(cache, tmp_path):
+    statuses, errors = start(
+        2, *OPTIONS, "--method", "two-level", "--select", "jest", "--cache", cache, "--out", tmp_path
+    )
+    assert statuses == [2, 2]
+    assert "--method two-level with --select jest runs in one process" in errors[0]
 
 
 def test_wrong_options_are_said_once_and_all_stop(cache, tmp_path):

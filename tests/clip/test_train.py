@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from drrho import KL, penalized_risk
 from experiments.clip import checkpoint as checkpoint_module
 from experiments.clip import files
-from experiments.clip.building import build_method
+from experiments.clip.building import build_method, build_selector
 from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
 from experiments.clip.config import parse
 from experiments.clip.distributed import Ranks
@@ -63,16 +63,22 @@ def run(
     validate=dict,
     validations=2,
     on_step=lambda step, total, log: None,
+    selector=None,
+    patch_dropout=0.0,
     **options,
 ):
     sigmoid = isinstance(method, SigLIP)
-    clip = new_model("glyph-small", seed, sigmoid=sigmoid)
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
     history, average = train(
         clip,
         method,
-        MemoryStream(pairs, optimization.batch_size, seed, features=features),
+        MemoryStream(
+            pairs, optimization.batch_size * (selector.candidates if selector else 1), seed, features=features
+        ),
         optimization,
         guide=None if features is None else CachedGuide(features),
+        selector=selector,
         ranks=Ranks(),
         execution=Execution(**options),
         seed=seed,
@@ -136,6 +142,7 @@ def test_every_sample_once_per_epoch_in_batches_of_even_size():
     assert not torch.equal(order[0], later[0])
 
 
+CHOSEN = ("--candidates", "2", "--select")
 FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
 SETTINGS = {
     "openclip": ("--method", "openclip"),
@@ -157,46 +164,83 @@ SETTINGS = {
     "drrho and distillation": ("--distill", "0.5"),
     "openclip and distillation": ("--method", "openclip", "--distill", "1"),
     "two levels": ("--method", "two-level"),
+    "openclip on jest": (
+        "--method",
+        "openclip",
+        *CHOSEN,
+        "jest",
+        "--select-chunks",
+        "4",
+        "--select-temperature",
+        "0.5",
+    ),
+    "siglip on jest": ("--method", "siglip", *CHOSEN, "jest", "--select-chunks", "4"),
+    "siglip on jest top-k": ("--method", "siglip", *CHOSEN, "jest-top-k", "--select-chunks", "7"),
+    "fastclip v3 on jest top-k, and distillation": (
+        *("--method", "fastclip", "--temperature-scheme", "global", "--rho", "0.5", "--distill", "0.5"),
+        *(*CHOSEN, "jest-top-k", "--select-chunks", "4"),
+    ),
+    "drrho on rho top-k": (*CHOSEN, "rho-top-k"),
+    "two levels on rho top-k": ("--method", "two-level", *CHOSEN, "rho-top-k"),
 }
+
+
+def built(name, pairs, features, reference, optimization=SHORT):
+    """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
+    options = parse(["train", *SETTINGS[name]])
+    guide = (reference, CachedGuide(features)) if options.needs_reference else (None, None)
+    scored = options.selection.scored_per_pair
+    return {
+        "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, Ranks())[0],
+        "features": features if options.needs_reference else None,
+        "selector": build_selector(options, guide[0], Ranks()),
+        "optimization": dataclasses.replace(optimization, batch_size=optimization.batch_size // scored),
+    }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, features, reference, tmp_path):
     """Every method, as the command line builds it."""
-    options = parse(["train", *SETTINGS[name]]).loss
-
-    guide = (reference, CachedGuide(features)) if options.needs_reference else (None, None)
-    given = features if options.needs_reference else None
-
-    def method():
-        return build_method(options, SHORT.epochs, len(pairs), *guide, Ranks())[0]
-
-    whole, history, _ = run(pairs, method(), tmp_path / "whole", given)
-    assert len(history) == 2
-    checkpoint = tmp_path / "parts"
+    given = (pairs, features, reference)
+    whole, history, _ = run(pairs, checkpoints=tmp_path / "whole" / "c", **built(name, *given))
+    checkpoint = tmp_path / "parts" / "c"
     for steps in (3, 4):
         left = iter([False] * (steps - 1) + [True])
         with pytest.raises(Interrupted, match="of 10"):
-            run(pairs, method(), checkpoint, given, stop=lambda left=left: next(left))
-    resumed, *_ = run(pairs, method(), checkpoint, given)
+            run(pairs, checkpoints=checkpoint, stop=lambda left=left: next(left), **built(name, *given))
+    resumed, again, _ = run(pairs, checkpoints=checkpoint, **built(name, *given))
+    assert again == history
+    trained = [75, 150] if "on" in name.split() else [150, 300]
+    assert [(r["samples_scored"], r["samples_trained"]) for r in history] == list(zip([150, 300], trained, strict=True))
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert all(math.isfinite(value) for record in history for value in record.values())
 
 
-@pytest.mark.parametrize("name", ["drrho", "siglip"])
+@pytest.mark.parametrize("name", ["drrho", "siglip", "drrho on rho top-k"])
 def test_a_batch_in_parts_takes_the_same_steps(name, pairs, features, reference, tmp_path):
-    options = parse(["train", *SETTINGS[name]]).loss
     ends = []
     for parts in (1, 3):
-        guide = (reference, CachedGuide(features)) if options.needs_reference else (None, None)
-        given = features if options.needs_reference else None
-        method, _ = build_method(options, 1, len(pairs), *guide, Ranks())
         optimization = Optimization(epochs=1, batch_size=32, lr=1e-3, warmup=2, accumulation=parts)
-        clip, history, _ = run(pairs, method, tmp_path / f"{parts}", given, optimization=optimization)
+        given = built(name, pairs, features, reference, optimization)
+        clip, history, _ = run(pairs, checkpoints=tmp_path / f"{parts}", **given)
         ends.append((history[-1]["loss"], torch.cat([value.flatten() for value in clip.model.state_dict().values()])))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
     assert (ends[0][1] - ends[1][1]).abs().max() <= 2e-4  # a fifth of one step of Adam
+
+
+def test_dropped_patches_of_candidates_and_parts_resume_at_the_same_bits(pairs, features, reference, tmp_path):
+    options = {"patch_dropout": 0.5, "precision": "bfloat16", "activation_checkpointing": True}
+    optimization = dataclasses.replace(SHORT, accumulation=2)
+    given = ("openclip on jest", pairs, features, reference, optimization)
+    whole, history, _ = run(pairs, checkpoints=tmp_path / "a" / "c", **built(*given), **options)
+    left = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, checkpoints=tmp_path / "b" / "c", stop=lambda: next(left), **built(*given), **options)
+    again, resumed, _ = run(pairs, checkpoints=tmp_path / "b" / "c", **built(*given), **options)
+    assert resumed == history
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
 
 
 def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
@@ -390,6 +434,7 @@ def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
         assert line["pairs_per_second_per_rank"] > 0
         assert 0 <= line["share_of_time_waiting_for_data"] <= 1
         assert line["gradient_norm"] > 0
+    assert [line["samples_trained"] for line in steps] == [90, 180, 270, 300]
     assert sum("validation/loss" in line for line in lines) == 2
 
 
