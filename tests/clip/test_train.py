@@ -321,7 +321,7 @@ def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
     assert [record["accuracy"] for record in history] == [0.1, 0.7, 0.3, 0.7, 0.2]
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000004", "step-00000010"]
     assert best_record(history, "accuracy") is history[1]
-    with pytest.raises(UserError, match=r"--best recall is no metric of the validations: choose one of step, loss"):
+    with pytest.raises(UserError, match=r"--best recall is no metric of the validations: choose one of step, samples_scored"):
         run(pairs, OpenCLIP(), tmp_path / "c", keeping=dataclasses.replace(keeping, best="recall"))
 
 
