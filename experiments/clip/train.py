@@ -205,7 +205,7 @@ def train(
                 if logs is not None:
                     logs.write(step, {**values, "epoch": step / per_epoch})
             if step in due:
-                history.append({"step": step, **log, **validate()})
+                history.append({"step": step, **log, **spread(), **validate()})
                 if logs is not None:
                     logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
             asked, is_due = stop(), time.monotonic() - saved > checkpoint_seconds
@@ -310,18 +310,29 @@ def whole(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _spread(features: Features, reference: Features | None, ranks: Ranks) -> Record:
-    """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref) and their correlation."""
+    """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref), correlation with l_ref.
+
+    Pooled over both directions, and by side: over an image's negative texts, over a text's negative images.
+    """
     own = features[0].float(), features[1].float()
-    variance = within_anchors(own, own, ranks.group)
+    variance = _by_side(within_anchors(own, own, ranks.group))
+    found = {f"variance_of_losses{side}": value for side, value in variance.items()}
     if reference is None:
-        return {"variance_of_losses": variance}
+        return found
     guide = reference[0].to(own[0]), reference[1].to(own[1])
-    covariance, reference_variance = within_anchors(own, guide, ranks.group), within_anchors(guide, guide, ranks.group)
-    return {
-        "variance_of_losses": variance,
-        "variance_of_excess": variance - 2 * covariance + reference_variance,
-        "correlation_with_reference": covariance / math.sqrt(max(variance * reference_variance, 1e-300)),
-    }
+    covariance = _by_side(within_anchors(own, guide, ranks.group))
+    of_reference = _by_side(within_anchors(guide, guide, ranks.group))
+    for side, value in variance.items():
+        found[f"variance_of_excess{side}"] = value - 2 * covariance[side] + of_reference[side]
+        found[f"correlation_with_reference{side}"] = covariance[side] / math.sqrt(
+            max(value * of_reference[side], 1e-300)
+        )
+    return found
+
+
+def _by_side(sides: tuple[float, float]) -> Record:
+    """Return the mean of both sides, and each, by the ending of its name."""
+    return {"": sum(sides) / 2, "/image": sides[0], "/text": sides[1]}
 
 
 class Interval:

@@ -280,7 +280,9 @@ def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
     steps = [line for line in lines if "lr" in line]
     assert [line["step"] for line in steps] == [3, 6, 9, 10]
     for line in steps:
-        assert 0 < line["variance_of_losses"] and 0 < line["variance_of_excess"]
+        for name in ("variance_of_losses", "variance_of_excess"):
+            assert 0 < line[f"{name}/image"] and 0 < line[f"{name}/text"]
+            assert line[name] == pytest.approx((line[f"{name}/image"] + line[f"{name}/text"]) / 2)
         assert -1 <= line["correlation_with_reference"] <= 1
         assert 1 <= line["effective_negatives"] <= 29
         assert line["pairs_per_second_per_rank"] > 0
