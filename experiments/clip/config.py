@@ -74,6 +74,8 @@ def parse(arguments: Sequence[str]) -> Any:
     if name == "plan":
         options = _parsed(name, rest, Plan(start))
         _check(options.train)
+        if options.train.fraction != 1:
+            raise UserError(f"--fraction {options.train.fraction} has no part in a plan: give --samples the pairs used")
         return options
     options = _parsed(name, rest, start)
     _check(options)
@@ -135,6 +137,7 @@ def _check(options: Train) -> None:
         ("distill-temperature", loss.distill_temperature, 0 < distill_tau < math.inf, "positive, or auto"),
         ("checkpoint-minutes", options.checkpoint_minutes, options.checkpoint_minutes > 0, "positive"),
         ("validations", options.validations, options.validations >= 1, "at least 1"),
+        ("fraction", options.fraction, 0 < options.fraction <= 1, "in (0, 1]"),
         ("gamma-epochs", loss.gamma_epochs, loss.gamma_epochs is None or loss.gamma_epochs >= 0, ">= 0"),
         ("patch-dropout", options.patch_dropout, 0 <= options.patch_dropout < 1, "in [0, 1)"),
         ("unlocked-groups", options.unlocked_groups, options.unlocked_groups >= 0, ">= 0"),
@@ -190,8 +193,10 @@ def _check_shards(options: Train) -> None:
             f"--reference-features {shards.reference_features} has no part in this run: it is for --method drrho or "
             "two-level, or with --distill"
         )
-    if options.split != "train" or options.data != Data():
-        raise UserError("--catalog takes the place of --split, --captions, --size and --cache: leave those out")
+    if options.split != "train" or options.fraction != 1 or options.data != Data():
+        raise UserError(
+            "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
+        )
     for flag, value, is_right, meaning in (
         ("workers", shards.workers, shards.workers >= 0, ">= 0"),
         ("epoch-samples", shards.epoch_samples, shards.epoch_samples is None or shards.epoch_samples >= 1, ">= 1"),

@@ -139,6 +139,8 @@ class Train:
     """Share of an image's patches that a vision transformer drops in training."""
     split: Literal["train", "reference"] = "train"
     """The pool of pairs to train on; the two are disjoint."""
+    fraction: float = 1.0
+    """Share of that pool, the first of its pairs in their fixed random order: a smaller share is part of a larger."""
     data: Data = field(default_factory=Data)
     shards: Shards = field(default_factory=Shards)
     loss: Loss = field(default_factory=Loss)

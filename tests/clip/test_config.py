@@ -124,3 +124,16 @@ def test_presets_of_published_recipes_want_the_users_data():
 def test_options_that_contradict_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         parse(words)
+
+
+def test_a_share_of_the_pairs_is_refused_where_it_has_no_part():
+    assert parse(["train", "--fraction", "0.25"]).fraction == 0.25
+    for words, message in (
+        (["train", "--fraction", "0"], r"--fraction must be in \(0, 1\], got 0.0"),
+        (["train", "--fraction", "1.5"], r"--fraction must be in \(0, 1\], got 1.5"),
+        (["train", "--fraction", "0.5", "--catalog", "c"], "--catalog takes the place of --split, --fraction"),
+        (["plan", "--fraction", "0.5"], "--fraction 0.5 has no part in a plan: give --samples"),
+        (["evaluate", "there", "--fraction", "0.5"], "Unrecognized options: --fraction"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(words)
