@@ -28,9 +28,11 @@ from experiments.clip.options import (
     Plan,
     Prepare,
     Shards,
+    Study,
     Train,
 )
 from experiments.clip.presets import GLYPH, PRESETS
+from experiments.clip.study_grid import STUDIES
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -45,6 +47,7 @@ COMMANDS: dict[str, type] = {
     "plan": Plan,
     "catalog": Catalog,
     "glyph-tasks": GlyphTasks,
+    "study": Study,
 }
 
 
@@ -68,6 +71,8 @@ def parse(arguments: Sequence[str]) -> Any:
         options = _parsed(name, rest, None)
         if isinstance(options, CacheReference):
             _check_cache(options)
+        if isinstance(options, Study):
+            _check_study(options)
         return options
     preset, path = _popped(rest, "--preset"), _popped(rest, "--config")
     start = _start(preset, path)
@@ -180,6 +185,21 @@ def _check_cache(options: CacheReference) -> None:
                 raise UserError(f"--{name.replace('_', '-')} has no part in this run: it is for --catalog")
 
 
+def _check_study(options: Study) -> None:
+    """Refuse names that no study has, and options that would be ignored."""
+    if unknown := [name for name in options.only if name not in STUDIES]:
+        raise UserError(f"--only {unknown[0]} is no study: choose of {', '.join(STUDIES)}")
+    if options.dry_run and options.check:
+        raise UserError("--dry-run and --check are two things: give one of them")
+    if options.seed and not options.check:
+        raise UserError(f"--seed {options.seed} has no part in this run: it is for --check")
+    if options.seconds is not None:
+        if not options.seconds > 0:
+            raise UserError(f"--seconds must be positive, got {options.seconds}")
+        if options.dry_run or options.check:
+            raise UserError(f"--seconds {options.seconds} has no part in this run: leave out --dry-run and --check")
+
+
 def _check_shards(options: Train) -> None:
     """Refuse options of the pairs that would be ignored."""
     shards = options.shards
@@ -283,6 +303,11 @@ def load_config(path: Path) -> Train:
 def save_config(path: Path, options: Train) -> None:
     """Write all options, from which `load_config` repeats the run."""
     write_json(path, as_settings(options))
+
+
+def as_words(options: Train) -> list[str]:
+    """Return the command line of ``train`` that gives these options, of which it has those that are not defaults."""
+    return list(_as_arguments(Train(), as_settings(options)))
 
 
 def _as_arguments(defaults: Any, stored: dict[str, Any]) -> Iterator[str]:
