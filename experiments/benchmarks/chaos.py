@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from experiments.benchmarks.measure import markdown, provenance
-from experiments.clip import storage
-from experiments.clip.checkpoint import latest_checkpoint
+from experiments.clip import files
+from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.errors import UserError
 from experiments.clip.glyphs import glyph_splits
 from experiments.clip.loader import Loader
 from experiments.clip.run import main as run
@@ -223,8 +223,8 @@ def loads(folder: Path) -> bool:
     """Whether the last checkpoint, if there is one, can be read whole."""
     last = latest_checkpoint(folder / "out" / "checkpoints")
     try:
-        return last is None or all(load_file(path) is not None for path in last.iterdir())
-    except (SafetensorError, OSError):
+        return last is None or bool(Checkpoint(last).whole(""))
+    except UserError:
         return False
 
 
@@ -398,7 +398,7 @@ class Trials:
         begun.finish()
         last = latest_checkpoint(begun.folder / "out" / "checkpoints")
         assert last is not None
-        path = last / "training.safetensors"
+        path = last / "part-0-of-1.safetensors"
         os.truncate(path, self.random.randrange(path.stat().st_size))
         again = Run(begun.folder, self.splits)
         (status,) = again.finish()
@@ -427,7 +427,7 @@ def _failing_reads(failures: int) -> None:
         return read(descriptor, size, offset)
 
     os.pread = failing
-    storage.WAITS = (0.01,) * len(storage.WAITS)
+    files.WAITS = (0.01,) * len(files.WAITS)
 
 
 def _lines(path: Path) -> int:

@@ -109,7 +109,7 @@ def _parsed(name: str, arguments: Sequence[str], default: Any) -> Any:
 
 def _check(options: Train) -> None:
     """Refuse numbers out of range, by the name of their option."""
-    optimization, loss = options.optimization, options.loss
+    optimization, loss, keeping = options.optimization, options.loss, options.keeping
     tau = 1.0 if loss.temperature == "auto" else loss.temperature
     distill_tau = 1.0 if loss.distill_temperature == "auto" else loss.distill_temperature
     share = 1.0 if loss.coefficient == "adaptive" else loss.coefficient
@@ -140,7 +140,9 @@ def _check(options: Train) -> None:
         ("coefficient", loss.coefficient, abs(share) < math.inf, "a finite number, or adaptive"),
         ("distill", loss.distill, 0 <= loss.distill < math.inf, ">= 0"),
         ("distill-temperature", loss.distill_temperature, 0 < distill_tau < math.inf, "positive, or auto"),
-        ("checkpoint-minutes", options.checkpoint_minutes, options.checkpoint_minutes > 0, "positive"),
+        ("checkpoint-minutes", keeping.checkpoint_minutes, keeping.checkpoint_minutes > 0, "positive"),
+        ("checkpoint-steps", keeping.checkpoint_steps, (keeping.checkpoint_steps or 1) >= 1, "at least 1"),
+        ("keep", keeping.keep, keeping.keep >= 1, "at least 1"),
         ("validations", options.validations, options.validations >= 1, "at least 1"),
         ("fraction", options.fraction, 0 < options.fraction <= 1, "in (0, 1]"),
         ("gamma-epochs", loss.gamma_epochs, loss.gamma_epochs is None or loss.gamma_epochs >= 0, ">= 0"),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ _CPU = torch.device("cpu")
 # What gloo and NCCL say where another process is gone or late; gloo's errors have no type of their own.
 _EXCHANGE_FAILED = re.compile("gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out", re.ASCII)
 _PULSE, _PULSE_SECONDS = "drrho/pulse/", 1.0
+_DONE, _FAILED = b"done", b"failed"
 T = TypeVar("T")
 
 
@@ -44,6 +46,7 @@ class Ranks:
     count: int = 1
     device: torch.device = _CPU
     group: Any = None
+    pulse: _Pulse | None = None
 
     @property
     def leads(self) -> bool:
@@ -54,6 +57,18 @@ class Ranks:
         """Wait for all."""
         if self.group is not None:
             dist.barrier(group=self.group)
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Have the leading rank do something, for as long as it takes, before the others, which then find it done."""
+        if self.pulse is None:
+            yield
+        elif self.leads:
+            with self.pulse.announcing():
+                yield
+        else:
+            self.pulse.wait_for_leader()
+            yield
 
     def sharing(self, encode: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """Return ``encode``, of which every rank does a part of each batch and has the whole answer."""
@@ -71,11 +86,15 @@ class Ranks:
 
     def most(self, number: int) -> int:
         """Return the largest number of any rank; every rank calls."""
+        return self.largest(number)[0]
+
+    def largest(self, *numbers: int) -> tuple[int, ...]:
+        """Return of each number the largest of any rank; every rank calls."""
         if self.group is None:
-            return number
-        largest = torch.tensor(number, device=self.device)
+            return numbers
+        largest = torch.tensor(numbers, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return int(largest)
+        return tuple(largest.tolist())
 
     def sum(self, part: Tensor) -> Tensor:
         """Add up in place what the ranks have: exact for counts, and where only one has other than zero."""
@@ -158,9 +177,9 @@ def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
         return
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=count, timeout=timedelta(minutes=minutes))
-    pulse = _Pulse(rank, count)
+    pulse = _Pulse(rank, count, 60 * minutes)
     try:
-        yield Ranks(rank, count, own, dist.group.WORLD)
+        yield Ranks(rank, count, own, dist.group.WORLD, pulse)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         if not (isinstance(error, dist.DistError) or _EXCHANGE_FAILED.search(reason)):
@@ -177,8 +196,9 @@ def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
 class _Pulse:
     """Tells the others that this process lives, even while it waits for one of them; a hung one has no pulse."""
 
-    def __init__(self, rank: int, count: int) -> None:
-        self._rank, self._count = rank, count
+    def __init__(self, rank: int, count: int, patience: float) -> None:
+        self._rank, self._count, self._patience = rank, count, patience
+        self._announcements = 0
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: an exchange may hold the group's.
         self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10 * _PULSE_SECONDS))
@@ -191,14 +211,91 @@ class _Pulse:
             while not self._stopped.wait(_PULSE_SECONDS):
                 self._store.add(f"{_PULSE}{self._rank}", 1)
 
+    @contextmanager
+    def announcing(self) -> Iterator[None]:
+        """Let the others wait until this is left."""
+        name = self._next()
+        outcome = _FAILED
+        try:
+            yield
+            outcome = _DONE
+        finally:
+            self._store.set(name, outcome)
+
+    def wait_for_leader(self) -> None:
+        """Wait until the first rank leaves `announcing`, as long as it has a pulse.
+
+        Raises
+        ------
+        UserError
+            If it failed, died or hangs.
+        """
+        name = self._next()
+        beats, heard = -1, time.monotonic()
+        while True:
+            try:
+                is_over, now = self._answer(lambda: (self._store.check([name]), self._store.add(f"{_PULSE}0", 0)))
+                if is_over:
+                    failed = self._answer(lambda: self._store.get(name)) != _DONE
+                    break
+                if now != beats:
+                    beats, heard = now, time.monotonic()
+            except TimeoutError:
+                pass
+            except RuntimeError as error:
+                raise UserError(
+                    f"rank {self._rank} lost rank 0 while waiting for it: see what was said there"
+                ) from error
+            if time.monotonic() - heard > self._patience:
+                raise UserError(
+                    f"rank {self._rank} lost rank 0, which has had no pulse for {self._patience:g} seconds while the "
+                    "others waited for it: see what was said there"
+                )
+            time.sleep(_PULSE_SECONDS / 10)
+        if failed:
+            raise UserError("stopped because rank 0 did: see its message")
+
+    def _answer(self, ask: Callable[[], T]) -> T:
+        """Return what the store answers; it is in the first rank, or its agent, which may be gone or hang.
+
+        Raises
+        ------
+        RuntimeError, TimeoutError
+            If it is gone; if it is silent.
+        """
+        answers: SimpleQueue[Any] = SimpleQueue()
+
+        def put() -> None:
+            try:
+                answers.put((ask(), None))
+            except RuntimeError as error:
+                answers.put((None, error))
+
+        threading.Thread(target=put, daemon=True).start()
+        try:
+            answer, error = answers.get(timeout=2 * _PULSE_SECONDS)
+        except Empty:
+            raise TimeoutError from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _next(self) -> str:
+        self._announcements += 1
+        return f"{_PULSE}first/{self._announcements}"
+
     def lost(self) -> str:
         """Return the names of the ranks that have died or hang."""
         others = [rank for rank in range(self._count) if rank != self._rank]
+
+        def beats() -> list[int]:
+            return self._answer(lambda: [self._store.add(f"{_PULSE}{rank}", 0) for rank in others])
+
         try:
-            before = [self._store.add(f"{_PULSE}{rank}", 0) for rank in others]
+            before = beats()
             time.sleep(4 * _PULSE_SECONDS)
-            after = [self._store.add(f"{_PULSE}{rank}", 0) for rank in others]
-        except RuntimeError:
+            after = beats()
+        except (RuntimeError, TimeoutError):
             return "rank 0"
         lost = [f"rank {rank}" for rank, a, b in zip(others, before, after, strict=True) if a == b]
         return ", ".join(lost) or "another rank"
@@ -206,4 +303,4 @@ class _Pulse:
     def stop(self) -> None:
         """End the pulse."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(2 * _PULSE_SECONDS)  # the store may be silent

@@ -3,32 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.clip.errors import UserError
 
+T = TypeVar("T")
+
+# Seconds between the attempts; the last failure is final.
+WAITS: tuple[float, ...] = (0.1, 0.5, 2.0, 8.0, 30.0)
+
 _ABANDONED_SECONDS = 3600.0
+# What waiting does not mend: all else, such as EIO, ESTALE and ETIMEDOUT of network file systems, may pass.
+_FINAL_TYPES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
+_FINAL_NUMBERS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP")}
+
+
+def with_patience(action: Callable[[], T], failures: type[Exception] = OSError) -> T:
+    """Return what ``action`` returns; wait and try again where it fails in a way that may pass."""
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except failures as error:
+            if wait is None or is_final(error):
+                raise
+            time.sleep(wait)
+    raise AssertionError
+
+
+def is_final(error: Exception) -> bool:
+    """Whether an error is one that waiting does not mend."""
+    return isinstance(error, _FINAL_TYPES) or getattr(error, "errno", None) in _FINAL_NUMBERS
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise a `UserError` where what is done inside, writing ``path``, fails."""
+    try:
+        yield
+    except OSError as error:
+        attempts = "" if is_final(error) else f" after {len(WAITS) + 1} attempts"
+        raise UserError(
+            f"cannot write {path}{attempts} ({error.strerror}): free space or choose another folder"
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``; a crash or a full disk leaves the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
-        raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+    with writing(path):
+        with_patience(write)
 
 
 def sync(path: Path) -> None:
@@ -57,13 +101,15 @@ def ensure_writable(folder: Path) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line of text; after half a line, which a full disk or a crash left, on a line of its own."""
-    try:
+
+    def append() -> None:
         with path.open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                 file.write(b"\n")
             file.write(line.encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+
+    with writing(path):
+        with_patience(append)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,11 +142,9 @@ def claimed(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
     try:
         yield descriptor
     finally:
@@ -109,12 +153,9 @@ def _opened(path: Path) -> Iterator[int]:
 
 def append_whole(path: Path, lines: str) -> None:
     """Append lines so that they are on disk when this returns; half a line that was left at the end is cut off."""
-    try:
-        with path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+    with writing(path), path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(lines.encode())
+        file.flush()
+        os.fsync(file.fileno())

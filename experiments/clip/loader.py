@@ -8,7 +8,7 @@ sample, its augmentation and its choice among several captions, follows from (se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from experiments.clip.order import Order, Visits
 from experiments.clip.reading import SKIPS_ALLOWED, Reader, Skip, decode
 from experiments.clip.stream import Batch
 from experiments.clip.workers import Workers
+
+_SEEN = "seen"
 
 
 class Loader:
@@ -119,6 +121,15 @@ class Loader:
         for (_, step), batch in zip(keys, self._workers.map(keys), strict=True):
             self._count(batch, step)
             yield batch
+
+    def counts(self) -> dict[str, int]:
+        """Return how many samples this rank has seen, and how many it skipped, by reason."""
+        return {_SEEN: self._seen, **self.skipped}
+
+    def go_on(self, counts: Mapping[str, int]) -> None:
+        """Count on from there, so that a run that is stopped often still meets the limit."""
+        self._seen = counts.get(_SEEN, 0)
+        self.skipped = Counter({reason: count for reason, count in counts.items() if reason != _SEEN})
 
     def close(self) -> None:
         """End the workers."""

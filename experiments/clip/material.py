@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,16 +45,6 @@ class Material(NamedTuple):
     identity: dict[str, Any]
     validate: Callable[[], Record]
     guide: Guide | None = None
-
-
-@contextmanager
-def leader_first(ranks: Ranks) -> Iterator[None]:
-    """Have the leading rank do something before the others, which then find it done."""
-    if not ranks.leads:
-        ranks.wait()
-    yield
-    if ranks.leads:
-        ranks.wait()
 
 
 def dataset_folder(data: Data) -> Path:
@@ -133,7 +123,7 @@ def glyph_material(
 ) -> Material:
     """Return the embedded pairs, in memory, with the reference's features."""
     # Runs that start together find made what they share.
-    with leader_first(ranks), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
+    with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
         manifest = prepare(options.data)
         features = None if reference is None else glyph_features(reference, manifest, options.data.cache)
     samples = share(options, manifest)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from experiments.clip.errors import UserError
 
@@ -116,11 +115,7 @@ class MovingAverage:
         """Take up what `state_dict` returned."""
         self._steps = int(state["steps"])
         for key, average in self.average.items():
-            # A single number, the logit scale, has shape [1] where parameters are sharded and none elsewhere.
-            value = state[key].reshape(average.shape)
-            if isinstance(average, DTensor):
-                value = distribute_tensor(value.to(average.device), average.device_mesh, average.placements)
-            average.copy_(value)
+            average.copy_(state[key])
 
 
 def _wide(value: Tensor) -> Tensor:

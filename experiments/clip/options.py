@@ -14,7 +14,7 @@ from experiments.clip.logs import LogName
 from experiments.clip.methods import TemperatureSchedule
 from experiments.clip.models import SHIPPED_REFERENCE
 from experiments.clip.optimization import Optimization
-from experiments.clip.train import Execution
+from experiments.clip.train import Execution, Keeping
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ class Train:
     """Seed of the initial weights and of the order of the pairs."""
     out: Path = Path("outputs/train")
     """Folder for the checkpoint and the trained model; a run found there is continued."""
-    checkpoint_minutes: float = 1.0
-    """Minutes between checkpoints."""
+    keeping: Keeping = field(default_factory=Keeping)
     validations: int = 5
     """How many times to score the model on the validation split, evenly spaced."""
     logs: tuple[LogName, ...] = ("jsonl", "tensorboard")

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.clip.optimization import Optimization
 from experiments.clip.options import Data, Loss, Shards, Train
-from experiments.clip.train import Execution
+from experiments.clip.train import Execution, Keeping
 
 GLYPH = "glyph-"
 
@@ -36,6 +36,7 @@ PRESETS: dict[str, Train] = {
 _VIT = {"betas": (0.9, 0.98), "adam_eps": 1e-6}
 _RESNET = {"betas": (0.9, 0.999), "adam_eps": 1e-8}
 _MIXED = Execution(precision="bfloat16")
+_SELDOM = Keeping(checkpoint_minutes=15.0)
 
 
 def _fastclip_v3(model: str, out: str, rho: float, optimization: Optimization, **loss: Any) -> Train:
@@ -53,7 +54,7 @@ def _fastclip_v3(model: str, out: str, rho: float, optimization: Optimization, *
         optimization=optimization,
         execution=_MIXED,
         out=Path("outputs") / out,
-        checkpoint_minutes=15.0,
+        keeping=_SELDOM,
         validations=optimization.epochs,
     )
 
@@ -73,7 +74,7 @@ PRESETS |= {
         optimization=_DFN,
         execution=_MIXED,
         out=Path("outputs/drrho-dfn192m"),
-        checkpoint_minutes=15.0,
+        keeping=_SELDOM,
         validations=7,
     ),
     "fastclip-dfn192m": _fastclip_v3(
@@ -131,7 +132,7 @@ def _datacomp(name: str, model: str, millions: float, optimization: Optimization
         optimization=dataclasses.replace(optimization, epochs=8, weight_decay=0.2, adam_eps=1e-6),
         execution=dataclasses.replace(_MIXED, activation_checkpointing=True),
         out=Path(f"outputs/{name}"),
-        checkpoint_minutes=15.0,
+        keeping=_SELDOM,
         validations=8,
     )
 

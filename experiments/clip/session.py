@@ -12,18 +12,18 @@ from open_clip import get_model_preprocess_cfg
 from torch import Tensor
 
 from experiments.clip.building import build_method, check_ranks
-from experiments.clip.checkpoint import latest_checkpoint
+from experiments.clip.checkpoint import MODEL, Checkpoint, latest_checkpoint, step_folder
 from experiments.clip.config import as_settings, save_config
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.export import export_checkpoint, export_model
 from experiments.clip.files import ensure_writable
 from experiments.clip.logs import Logs
-from experiments.clip.material import ALONE, LoadPairs, catalog_material, glyph_material, leader_first, load_pairs
+from experiments.clip.material import ALONE, LoadPairs, catalog_material, glyph_material, load_pairs
 from experiments.clip.models import Clip, load_model, lock_towers, new_model
 from experiments.clip.options import Train
 from experiments.clip.terminal import console, progress_bar, stop_on_signal
-from experiments.clip.train import Record, train, whole
+from experiments.clip.train import Record, best_record, train, whole
 
 
 class Models(NamedTuple):
@@ -49,7 +49,7 @@ class Trained(NamedTuple):
 def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     models = build_models(options, ranks)
-    with leader_first(ranks):
+    with ranks.leader_first():
         ensure_writable(options.out)
         if ranks.leads:
             save_config(options.out / "config.json", options)
@@ -58,6 +58,9 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     weights = {key: whole(value) for key, value in trained.clip.model.state_dict().items()}
     if ranks.leads:
         write_exports(options, trained.clip, weights, trained.average)
+        if (best := best_record(trained.history, options.keeping.best)) is not None:
+            chosen = Checkpoint(step_folder(options.out / "checkpoints", int(best["step"]))).whole(MODEL)
+            export_model(trained.clip, options.out / "model-best", getattr(torch, options.weights), chosen)
     return trained
 
 
@@ -115,7 +118,7 @@ def train_model(
             execution=options.execution,
             seed=options.seed,
             checkpoints=checkpoints,
-            checkpoint_seconds=60 * options.checkpoint_minutes,
+            keeping=options.keeping,
             settings=identity,
             validate=material.validate,
             validations=options.validations,

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from experiments.clip import files
 from experiments.clip.errors import UserError
+from experiments.clip.files import is_final, with_patience
 
 T = TypeVar("T")
-
-# Seconds between the attempts; the last failure is final.
-WAITS: tuple[float, ...] = (0.1, 0.5, 2.0, 8.0, 30.0)
-
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def is_remote(path: str) -> bool:
@@ -44,18 +40,14 @@ def retry(action: Callable[[], T], path: str) -> T:
     """
     # The libraries behind URLs have exceptions of their own.
     failures = Exception if is_remote(path) else OSError
-    for wait in (*WAITS, None):
-        try:
-            return action()
-        except UserError:
-            raise
-        except failures as error:
-            if isinstance(error, _FINAL) or wait is None:
-                attempts = "" if wait is not None else f" after {len(WAITS) + 1} attempts"
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise UserError(f"cannot read {path}{attempts} ({reason}): check the storage, then go on") from error
-            time.sleep(wait)
-    raise AssertionError
+    try:
+        return with_patience(action, failures)
+    except UserError:
+        raise
+    except failures as error:
+        attempts = "" if is_final(error) else f" after {len(files.WAITS) + 1} attempts"
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot read {path}{attempts} ({reason}): check the storage, then go on") from error
 
 
 def file_size(path: str) -> int:

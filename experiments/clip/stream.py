@@ -217,5 +217,12 @@ class MemoryStream:
             batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
             yield batch if self._features is None else batch._replace(carried=self._features.rows(batch.index))
 
+    def counts(self) -> dict[str, int]:
+        """Return nothing: every pair can be used."""
+        return {}
+
+    def go_on(self, counts: Mapping[str, int]) -> None:
+        """Accept nothing."""
+
     def close(self) -> None:
         """End nothing: the pairs are in memory."""

@@ -74,7 +74,7 @@ CURVE_FIELDS = ("hash", "step", "samples_trained", "validation_top1", *VARIANCES
 _FORMAT = 1
 _REFERENCES = "references"  # the study whose models are kept
 # What the trained model does not depend on.
-_WITHOUT_EFFECT = ("out", "checkpoint_minutes", "logs", "log_every")
+_WITHOUT_EFFECT = ("out", "keeping", "logs", "log_every")
 _GFLOPS_PER_SECOND = 40.0  # of one core, of small models: expected where nothing of a model's size has been timed
 _TIME_OVER = signal.SIGALRM
 _CHECKED = ("validation_top1", "test_top1")

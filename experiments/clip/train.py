@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from drrho.accumulation import accumulate
 from drrho.coefficient import within_anchors
 from drrho.ranks import gathered, row_counts
-from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from experiments.clip.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    check_settings,
+    latest_checkpoint,
+    restore_training,
+    training_state,
+)
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.files import append_line
@@ -36,6 +43,8 @@ from experiments.clip.stream import Batch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
+# Names of a checkpoint's tensors beside weights and optimizer.
+EMA, _SCALER = "ema.", "scaler."
 
 Record = dict[str, float]
 
@@ -68,9 +77,32 @@ class Stream(Protocol):
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         ...
 
+    def counts(self) -> dict[str, int]:
+        """Return what this rank has counted so far, for a checkpoint."""
+        ...
+
+    def go_on(self, counts: Mapping[str, int]) -> None:
+        """Count on from there."""
+        ...
+
     def close(self) -> None:
         """End what reads."""
         ...
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """When checkpoints are written, and which stay."""
+
+    checkpoint_minutes: float = 1.0
+    """Minutes between checkpoints, which are written while training goes on."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints, besides."""
+    keep: int = 2
+    """How many of the last checkpoints stay."""
+    best: str | None = None
+    """Metric of the validations, such as naming_top1, whose highest value's checkpoint stays too; it is exported as
+    model-best."""
 
 
 class Interrupted(Exception):
@@ -92,7 +124,7 @@ def train(
     execution: Execution,
     seed: int,
     checkpoints: Path,
-    checkpoint_seconds: float,
+    keeping: Keeping,
     settings: dict[str, Any],
     validate: Callable[[], Record],
     validations: int,
@@ -104,8 +136,8 @@ def train(
 ) -> tuple[list[Record], dict[str, Tensor]]:
     """Train ``clip.model`` in place; return one record per validation, and the weights' moving average if there is one.
 
-    A checkpoint is written every ``checkpoint_seconds``, when ``stop`` says so and at the end; if one made with the
-    same ``settings`` is there, training goes on from it and, on one machine, ends at the same weights bit by bit.
+    A checkpoint is written as ``keeping`` says, when ``stop`` does and at the end; if one made with the same
+    ``settings`` is there, training goes on from it and, on one machine, ends at the same weights bit by bit.
 
     Parameters
     ----------
@@ -137,21 +169,37 @@ def train(
     step: int = 0
     passed_over: int = 0
     history: list[Record] = []
+    writer = CheckpointWriter(checkpoints, settings, ranks, keeping.keep)
+
+    def shared() -> dict[str, Tensor]:
+        state = training_state(clip.model, optimizer)
+        if average is not None:
+            state |= {f"{EMA}{key}": value for key, value in average.state_dict().items()}
+        if scaler.is_enabled():
+            state |= {f"{_SCALER}{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
+        return state
 
     def save() -> None:
-        extra = {} if average is None else {f"ema.{key}": whole(v) for key, v in average.state_dict().items()}
-        if scaler.is_enabled():
-            extra |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
         progress = {"step": step, "history": history, "passed_over": passed_over}
-        save_checkpoint(checkpoints, clip.model, optimizer, method, extra, progress, settings, ranks)
+        spared = () if (best := best_record(history, keeping.best)) is None else (int(best["step"]),)
+        writer.start(shared(), method.state_dict(), stream.counts(), progress, spared)
 
     if (found := latest_checkpoint(checkpoints)) is not None:
-        progress, extra = load_checkpoint(found, clip.model, optimizer, method, settings)
+        checkpoint = Checkpoint(found)
+        check_settings(found, checkpoint.settings, settings)
+        restore_training(checkpoint, clip.model, optimizer)
+        progress = checkpoint.progress
         step, history, passed_over = progress["step"], progress["history"], progress["passed_over"]
         if average is not None:
-            average.load_state_dict({k.removeprefix("ema."): v for k, v in extra.items() if k.startswith("ema.")})
+            state = average.state_dict()
+            checkpoint.fill({f"{EMA}{key}": value for key, value in state.items()})
+            average.load_state_dict(state)
         if scaler.is_enabled():
-            scaler.load_state_dict({k.removeprefix("scaler."): v.item() for k, v in extra.items() if k[:3] == "sca"})
+            state = {key: torch.tensor(value) for key, value in scaler.state_dict().items()}
+            checkpoint.fill({f"{_SCALER}{key}": value for key, value in state.items()})
+            scaler.load_state_dict({key: value.item() for key, value in state.items()})
+        method.load_state_dict(checkpoint.own)
+        stream.go_on(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
     one = torch.ones((), device=ranks.device)
     saved = time.monotonic()
     interval = Interval(ranks)
@@ -204,21 +252,48 @@ def train(
                 values = interval.finish() | spread()
                 if logs is not None:
                     logs.write(step, {**values, "epoch": step / per_epoch})
+            is_best = False
             if step in due:
                 history.append({"step": step, **log, **spread(), **validate()})
                 if logs is not None:
                     logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
-            asked, is_due = stop(), time.monotonic() - saved > checkpoint_seconds
-            wanted = ranks.most(_SAVE + asked if asked else _SAVE * is_due)
+                is_best = keeping.best is not None and best_record(history, keeping.best) is history[-1]
+            asked, seconds = stop(), time.monotonic() - saved
+            is_due = (
+                is_best
+                or seconds > 60 * keeping.checkpoint_minutes
+                or step % (keeping.checkpoint_steps or step + 1) == 0
+            )
+            wanted, is_writing = ranks.largest(_SAVE + asked if asked else _SAVE * is_due, int(writer.is_writing))
+            if writer.has_begun and not is_writing:
+                writer.settle()
             if wanted:
                 save()
                 saved = time.monotonic()
             if wanted > _SAVE:
+                writer.settle()
                 raise Interrupted(
                     f"stopped after step {step} of {total}; {checkpoints} holds the state", wanted - _SAVE
                 )
     save()
+    writer.settle()
     return history, {} if average is None else {key: whole(value) for key, value in average.average.items()}
+
+
+def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
+    """Return the validation of the highest value of a metric, the first of equals; None without a metric or validation.
+
+    Raises
+    ------
+    UserError
+        If the validations have no such metric.
+    """
+    if metric is None or not history:
+        return None
+    for record in history:
+        if metric not in record:
+            raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
+    return max(history, key=lambda record: (record[metric], -record["step"]))
 
 
 class NotFinite(Exception):

@@ -10,6 +10,7 @@ from experiments.clip.optimization import Optimization
 from experiments.clip.options import Data, Loss, Train
 from experiments.clip.run import main
 from experiments.clip.study_grid import Cell, reference_cell
+from experiments.clip.train import Keeping
 
 
 def training(loss, seed=0, split="train"):
@@ -20,7 +21,7 @@ def training(loss, seed=0, split="train"):
         loss=loss,
         optimization=Optimization(epochs=4, batch_size=32, warmup=2),
         seed=seed,
-        checkpoint_minutes=0.005,
+        keeping=Keeping(checkpoint_minutes=0.005),
         validations=2,
     )
 
@@ -46,8 +47,13 @@ def steered():
 STUDIES = {"references": references, "methods": methods, "steered": steered}
 
 
-if __name__ == "__main__":
+def install():
+    """Put this grid in the place of the real one."""
     for own, other in ((study_grid.STUDIES, STUDIES), (study_grid.REFERENCES, REFERENCES)):
         own.clear()
         own.update(other)
+
+
+if __name__ == "__main__":
+    install()
     sys.exit(main(sys.argv[1:]))

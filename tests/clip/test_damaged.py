@@ -653,7 +653,7 @@ def test_parquet_damaged_at_random(feed_table, parquet, edits):
 
 
 def test_a_file_that_fails_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.clip.storage.WAITS", (0.0,))
+    monkeypatch.setattr("experiments.clip.files.WAITS", (0.0,))
     with pytest.raises(UserError, match=r"cannot read /proc/self/mem after 2 attempts \(Input/output error\): check"):
         make_catalog("/proc/self/mem", tmp_path / "catalog")
 

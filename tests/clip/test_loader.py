@@ -94,6 +94,25 @@ def test_starting_anywhere_gives_the_tail(make, augment, workers):
         assert all(equal(*both) for both in zip(tail, whole[epoch][first:], strict=True))
 
 
+def test_a_run_moved_between_numbers_of_ranks_and_workers_sees_every_sample_once_in_one_order(make, augment):
+    """1 -> 2 -> 1 ranks and 0 -> 3 -> 1 workers, moved in the middle of epochs."""
+    expected = [batch for epoch in (0, 1) for batch in make(transform=augment).batches(epoch)]
+    assert sorted(torch.cat([batch.index for batch in expected[:8]]).tolist()) == list(range(TOTAL))
+    stages = [(1, 0, 0, 0, 3), (2, 3, 0, 3, 8), (2, 3, 1, 0, 2), (1, 1, 1, 2, 8)]
+    position = 0
+    for ranks, workers, epoch, first, stop in stages:
+        loaders = [make(transform=augment, workers=workers, rank=rank, ranks=ranks) for rank in range(ranks)]
+        parts = [loader.batches(epoch, first) for loader in loaders]
+        for _ in range(first, stop):
+            own = [next(part) for part in parts]
+            for i in range(3):
+                assert torch.equal(torch.cat([batch[i] for batch in own]), expected[position][i])
+            position += 1
+        for loader in loaders:
+            loader.close()
+    assert position == len(expected)
+
+
 def test_an_abandoned_iteration_leaves_nothing_behind(make):
     loader = make(workers=2)
     whole = list(make().batches(0))
@@ -207,6 +226,23 @@ def test_too_many_skips_stop_the_run(make, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"\d+ of the \d+ samples so far cannot be used \(.*: \d+.*\): mend .* of 0.1$"):
         list(make(catalog, batch_size=50, workers=1).batches(0))
     assert len(list(make(catalog, batch_size=50, skip_limit=0.4).batches(0))) == 5
+
+
+def test_skips_before_an_interruption_count(make, tmp_path, monkeypatch):
+    catalog = mixed(tmp_path, 200, 16)
+    monkeypatch.setattr(loader_module, "SKIPS_ALLOWED", 10)
+    whole = make(catalog, batch_size=18, skip_limit=0.05)
+    with pytest.raises(UserError, match="samples so far") as refusal:
+        list(whole.batches(0))
+    counts: dict[str, int] = {}
+    with pytest.raises(UserError) as again:
+        for step in range(12):
+            part = make(catalog, batch_size=18, skip_limit=0.05)
+            part.go_on(counts)
+            next(part.batches(0, step))
+            counts = part.counts()
+            assert sum(counts.values()) - counts["seen"] == part.skipped.total()
+    assert str(again.value) == str(refusal.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -21,6 +21,23 @@ def test_pairs_in_memory_are_open_clips_preprocessing_row_by_row(manifest):
         assert torch.equal(batch.text[row], clip.tokenize([samples[index].caption])[0])
 
 
+def test_prepared_pairs_are_kept_and_made_again_where_they_are_damaged(manifest):
+    clip = new_model("glyph-small", 0)
+    first = Pairs(manifest, "test", clip)
+    [kept] = manifest.folder.glob("prepared-test-*")
+    whole = kept.read_bytes()
+    calls: list[int] = []
+    again = Pairs(manifest, "test", clip, calls.append)
+    assert not calls  # nothing was decoded
+    assert torch.equal(first.pixels, again.pixels)
+    assert (first.captions, first.names) == (again.captions, again.names)
+    for damaged in (b"", whole[:-1], whole[:-100] + bytes(100), whole.replace(b"letter", b"Letter", 1)):
+        kept.write_bytes(damaged)
+        again = Pairs(manifest, "test", clip, calls.append)
+        assert calls.pop() == len(first)
+        assert torch.equal(first.pixels, again.pixels) and first.captions == again.captions
+
+
 def test_weights_follow_the_seed():
     one, same, other = (new_model("glyph-small", seed).model.visual.conv1.weight for seed in (0, 0, 1))
     assert torch.equal(one, same)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
 from experiments.clip.distributed import launched
 from experiments.clip.errors import UserError
 from experiments.clip.order import Order
@@ -67,6 +68,13 @@ def alone(cache, tmp_path_factory):
     return folder
 
 
+def same_tensors(one, other):
+    """Whether weights, optimizer state and averages of two checkpoints agree, whatever shape a single number has."""
+    left, right = one.whole(""), other.whole("")
+    assert left.keys() == right.keys() and any("exp_avg" in key for key in left)
+    return all(torch.equal(value.reshape(-1), right[key].reshape(-1)) for key, value in left.items())
+
+
 @pytest.mark.parametrize("ranks, parallel", [(4, "ddp"), (2, "fsdp")])
 def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache, tmp_path):
     statuses, errors = start(ranks, *OPTIONS, "--cache", cache, "--out", tmp_path, "--parallel", parallel)
@@ -85,18 +93,25 @@ def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, cache,
 
 
 def test_ranks_go_on_from_other_numbers_of_ranks(alone, cache, tmp_path):
-    """The last checkpoint of one process, taken up by two: nothing is left to train, and the model is the same."""
+    """The last checkpoint of one process, taken up by two with shards and by one again: all is the same, bit by bit."""
     (tmp_path / "out").mkdir()
     subprocess.run(["cp", "-r", alone / "checkpoints", tmp_path / "out"], check=True)
     statuses, errors = start(2, *OPTIONS, "--cache", cache, "--out", tmp_path / "out", "--parallel", "fsdp")
     assert statuses == [0, 0], errors
     weights, others = (load_file(f / "model" / "open_clip_model.safetensors") for f in (alone, tmp_path / "out"))
     assert all(torch.equal(weights[key], others[key]) for key in weights)
-    parts = sorted(path.name for path in (tmp_path / "out" / "checkpoints").glob("*/method-*"))
-    assert parts == ["method-0-of-2.safetensors", "method-1-of-2.safetensors"]
-    one = load_file(next((alone / "checkpoints").glob("*/method-0-of-1.safetensors")))
-    two = [load_file(path) for path in sorted((tmp_path / "out" / "checkpoints").glob("*/method-*"))]
-    assert torch.equal(torch.cat([part["running.log_u"] for part in two], 1), one["running.log_u"])
+    one = Checkpoint(latest_checkpoint(alone / "checkpoints"))
+    of_two = latest_checkpoint(tmp_path / "out" / "checkpoints")
+    sizes = [path.stat().st_size for path in sorted(of_two.glob("part-*-of-2.safetensors"))]
+    assert len(sizes) == 2 and min(sizes) > 0.4 * sum(sizes)  # each rank writes its shards
+    two = Checkpoint(of_two)
+    assert torch.equal(torch.cat([part["running.log_u"] for part in two.own], 1), one.own[0]["running.log_u"])
+    assert same_tensors(one, two)
+    statuses, errors = start(1, *OPTIONS, "--cache", cache, "--out", tmp_path / "out")
+    assert statuses == [0], errors
+    again = Checkpoint(latest_checkpoint(tmp_path / "out" / "checkpoints"))
+    assert len(again.own) == 1 and same_tensors(one, again)
+    assert torch.equal(again.own[0]["running.log_u"], one.own[0]["running.log_u"])
 
 
 def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_path):
@@ -128,25 +143,45 @@ def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_
         assert len(expected) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, alone, cache, tmp_path):
+@pytest.mark.parametrize("number, lost", [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, lost, alone, cache, tmp_path):
     options = (*OPTIONS, "--cache", cache, "--out", tmp_path, "--epochs", "50", "--exchange-minutes", "0.2")
     processes = launch(3, "train", *options)
     deadline = time.monotonic() + 300
     while not (tmp_path / "log.jsonl").is_file():
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.1)
-    processes[1].send_signal(number)
+    processes[lost].send_signal(number)
     start = time.monotonic()
-    for rank in (0, 2):
+    for rank in {0, 1, 2} - {lost}:
         _, errors = processes[rank].communicate(timeout=60)
         (line,) = [line for line in errors.decode().splitlines() if line.startswith("run.py: error: ")]
         assert processes[rank].returncode == 2
-        assert f"rank {rank} lost rank 1 in an exchange" in line
+        assert f"rank {rank} lost rank {lost} in an exchange" in line
         assert b"Traceback" not in errors
     assert time.monotonic() - start < 45
-    processes[1].kill()
-    processes[1].communicate()
+    processes[lost].kill()
+    processes[lost].communicate()
+
+
+def test_ranks_wait_for_the_leader_s_preparation_as_long_as_it_lives(tmp_path):
+    """Drawing the data takes longer than an exchange may; then the leader hangs while it draws, or fails."""
+    options = (*OPTIONS, "--epochs", "1", "--exchange-minutes", "0.03", "--method", "fastclip", "--temperature", "0.1")
+    processes = launch(2, "train", *options, "--size", "full", "--cache", tmp_path / "a", "--out", tmp_path / "out")
+    drawing = time.monotonic()
+    while not any((tmp_path / "a").glob(".*.partial-*")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    assert time.monotonic() - drawing > 60 * 0.03
+    processes[0].send_signal(signal.SIGSTOP)
+    error = processes[1].communicate(timeout=60)[1].decode()
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == 2 and "rank 1 lost rank 0, which has had no pulse for 1.8 seconds" in error
+    (tmp_path / "file").write_bytes(b"")
+    statuses, errors = start(2, *options, "--cache", tmp_path / "file", "--out", tmp_path / "out")
+    assert statuses == [2, 2]
+    assert "run.py: error: cannot" in errors[0] and "stopped because rank 0 did" in errors[1]
 
 
 def test_wrong_options_are_said_once_and_all_stop(cache, tmp_path):

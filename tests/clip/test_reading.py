@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tars import image_bytes, numbered, pair, write_shards, write_tar
 
-from experiments.clip import reading, storage
+from experiments.clip import files, reading, storage
 from experiments.clip.catalog import make_catalog
 from experiments.clip.errors import UserError
 from experiments.clip.reading import RawSample, Reader, Skip, decode
@@ -182,7 +182,7 @@ def test_storage_that_fails_for_a_while(tmp_path, monkeypatch):
     [shard] = write_shards(tmp_path, [4])
     catalog = make_catalog(shard, tmp_path / "catalog")
     waits = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
     pread, failures = os.pread, [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
 
     def failing(*arguments):
@@ -192,7 +192,7 @@ def test_storage_that_fails_for_a_while(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage.os, "pread", failing)
     assert decode(Reader(catalog).read(1)).caption == "caption 1"
-    assert waits == list(storage.WAITS[:2])
+    assert waits == list(files.WAITS[:2])
     failures.extend([OSError(5, "Input/output error")] * 100)
     with pytest.raises(UserError, match=r"cannot read .*00000.tar after 6 attempts \(Input/output error\): check"):
         Reader(catalog).read(1)

@@ -86,12 +86,13 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture
-def small_grid(monkeypatch):
-    for own, other in ((study_grid.STUDIES, small_study.STUDIES), (study_grid.REFERENCES, small_study.REFERENCES)):
-        for name in list(own):
-            monkeypatch.delitem(own, name)
-        for name, value in other.items():
-            monkeypatch.setitem(own, name, value)
+def small_grid():
+    kept = [(own, dict(own)) for own in (study_grid.STUDIES, study_grid.REFERENCES)]
+    small_study.install()
+    yield
+    for own, before in kept:
+        own.clear()
+        own.update(before)
 
 
 def test_two_processes_share_the_grid(finished, small_grid):

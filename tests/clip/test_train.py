@@ -1,15 +1,20 @@
 """The loop and its methods on real pairs: what a step computes, and stopping without loss."""
 
 import dataclasses
+import errno
 import json
 import math
+import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from drrho import KL, penalized_risk
+from experiments.clip import checkpoint as checkpoint_module
+from experiments.clip import files
 from experiments.clip.building import build_method
-from experiments.clip.checkpoint import latest_checkpoint, load_checkpoint
+from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
 from experiments.clip.config import parse
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
@@ -22,8 +27,9 @@ from experiments.clip.models import load_model, new_model
 from experiments.clip.optimization import MovingAverage, Optimization, learning_rate
 from experiments.clip.shards import read_samples
 from experiments.clip.stream import MemoryStream, Pairs, epoch_order
-from experiments.clip.train import Execution, Interrupted, train
+from experiments.clip.train import Execution, Interrupted, Keeping, best_record, train
 
+SELDOM = Keeping(checkpoint_minutes=1e9)
 SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
 
 
@@ -44,7 +50,21 @@ def contrastive(samples=150, epochs=2):
     return GlobalContrastive(samples, epochs - 1, ConstantTemperature(0.1), final_gamma=0.6, eps=1e-8)
 
 
-def run(pairs, method, checkpoints, features=None, stop=int, optimization=SHORT, seed=0, limit=0, **options):
+def run(
+    pairs,
+    method,
+    checkpoints,
+    features=None,
+    stop=int,
+    optimization=SHORT,
+    seed=0,
+    limit=0,
+    keeping=SELDOM,
+    validate=dict,
+    validations=2,
+    on_step=lambda step, total, log: None,
+    **options,
+):
     sigmoid = isinstance(method, SigLIP)
     clip = new_model("glyph-small", seed, sigmoid=sigmoid)
     history, average = train(
@@ -57,13 +77,13 @@ def run(pairs, method, checkpoints, features=None, stop=int, optimization=SHORT,
         execution=Execution(**options),
         seed=seed,
         checkpoints=checkpoints,
-        checkpoint_seconds=1e9,
+        keeping=keeping,
         settings={"method": type(method).__name__, "seed": seed},
-        validate=lambda: {},
-        validations=2,
+        validate=validate,
+        validations=validations,
         logs=Logs(checkpoints.parent, ("jsonl",), {}),
         log_every=3,
-        on_step=lambda step, total, log: None,
+        on_step=on_step,
         stop=stop,
         nonfinite_limit=limit,
     )
@@ -206,13 +226,17 @@ def test_checkpoint_of_other_settings_is_refused(pairs, tmp_path):
 
 
 def test_damaged_checkpoint_is_refused(pairs, tmp_path):
-    clip, *_ = run(pairs, OpenCLIP(), tmp_path / "c")
+    run(pairs, OpenCLIP(), tmp_path / "c")
     found = latest_checkpoint(tmp_path / "c")
-    data = (found / "training.safetensors").read_bytes()
-    (found / "training.safetensors").write_bytes(data[: len(data) // 2])
-    optimizer = torch.optim.AdamW(clip.model.parameters())
+    part = found / "part-0-of-1.safetensors"
+    data = part.read_bytes()
+    for damaged in (data[: len(data) // 2], b"", data[8:]):
+        part.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            run(pairs, OpenCLIP(), tmp_path / "c")
+    part.unlink()
     with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(found, clip.model, optimizer, OpenCLIP(), {})
+        Checkpoint(found)
 
 
 def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
@@ -232,7 +256,87 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
     run(pairs, contrastive(len(pairs)), tmp_path / "c")  # nothing is left to do; its last step is written again
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000006", "step-00000010"]
     files = {path.name for path in latest_checkpoint(tmp_path / "c").iterdir()}
-    assert files == {"training.safetensors", "method-0-of-1.safetensors"}
+    assert files == {"part-0-of-1.safetensors"}
+
+
+def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
+    """Accuracies rise and fall: the highest one's checkpoint stays beside the last, also after an interruption."""
+    scores = iter([0.1, 0.7, 0.3, 0.7, 0.2])
+    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=3, keep=1, best="accuracy")
+    left = iter([False] * 6 + [True])
+
+    def validated(**options):
+        return run(
+            pairs, OpenCLIP(), tmp_path / "c", keeping=keeping, validate=lambda: {"accuracy": next(scores)}, **options
+        )
+
+    with pytest.raises(Interrupted):
+        validated(validations=5, stop=lambda: next(left))
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000004", "step-00000007"]
+    _, history, _ = validated(validations=5)
+    assert [record["accuracy"] for record in history] == [0.1, 0.7, 0.3, 0.7, 0.2]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000004", "step-00000010"]
+    assert best_record(history, "accuracy") is history[1]
+    with pytest.raises(UserError, match=r"--best recall is no metric of the validations: choose one of step, loss"):
+        run(pairs, OpenCLIP(), tmp_path / "c", keeping=dataclasses.replace(keeping, best="recall"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeypatch):
+    """Writing is held up until three more steps are done: state is that of the step at which it began."""
+    steps: list[int] = []
+    saves = checkpoint_module.save_file
+
+    def slowly(*arguments):
+        begun = len(steps)
+        while len(steps) < min(begun + 3, 9):
+            time.sleep(0.01)
+        saves(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", slowly)
+    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=4)
+
+    def on_step(step, total, log):
+        steps.append(step)
+        time.sleep(0.02)
+
+    left = iter([False] * 8 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, contrastive(len(pairs)), tmp_path / "c", keeping=keeping, on_step=on_step, stop=lambda: next(left))
+    monkeypatch.undo()
+    plain, *_ = run(pairs, contrastive(len(pairs)), tmp_path / "plain")
+    (tmp_path / "c" / "step-00000009").rename(tmp_path / "aside")
+    assert latest_checkpoint(tmp_path / "c").name == "step-00000008"
+    resumed, *_ = run(pairs, contrastive(len(pairs)), tmp_path / "c")
+    for key, value in plain.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("number, attempts", [(errno.EIO, 6), (errno.ENOSPC, 1)])
+def test_a_disk_that_fails_for_a_while_or_for_good(number, attempts, pairs, tmp_path, monkeypatch):
+    """Errors of a network file system are waited for; a full disk ends the run, and earlier checkpoints stay."""
+    monkeypatch.setattr(files, "WAITS", (0.0,) * 5)
+    failures: list[int] = []
+    saves = checkpoint_module.save_file
+
+    def failing(*arguments):
+        if failures:
+            raise SafetensorError(f"Error while serializing: I/O error: what it says (os error {failures.pop()})")
+        saves(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", failing)
+    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=4)
+
+    def at_step(step, total, log):
+        failures.extend([number] * 50 * (step == 7))
+
+    with pytest.raises(UserError, match=r"cannot write .*part-0-of-1.safetensors( after 6 attempts)? \("):
+        run(pairs, OpenCLIP(), tmp_path / "c", keeping=keeping, on_step=at_step)
+    assert len(failures) == 50 - attempts
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000004"]
+    failures[:] = [errno.EIO] * 3
+    run(pairs, OpenCLIP(), tmp_path / "c", keeping=keeping)
+    assert not failures
+    assert latest_checkpoint(tmp_path / "c").name == "step-00000010"
 
 
 @pytest.mark.parametrize(
