@@ -93,7 +93,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, replicates: int = REPLICATE
     if np.ptp(difference) == 0:
         low, high = t.mean, t.mean
     else:
-        found = stats.bootstrap((difference,), np.mean, n_resamples=replicates, method="BCa", random_state=seed)
+        # Before scipy 1.15, rng was called random_state: both take it.
+        options: dict[str, Any] = {"n_resamples": replicates, "method": "BCa", "random_state": seed}
+        found = stats.bootstrap((difference,), np.mean, **options)
         low, high = found.confidence_interval
     return PairedDifference(
         t.mean, t, Interval(t.mean, float(low), float(high)), len(difference), float(difference.std(ddof=1))
