@@ -73,7 +73,9 @@ class AdaptiveCoefficient:
             dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
             own = image.to(dtype), text.to(dtype)
             guide = reference[0].to(dtype), reference[1].to(dtype)
-            covariance, variance = (within_anchors(*models, group) for models in ((own, guide), (guide, guide)))
+            covariance, variance = (
+                sum(within_anchors(*models, group)) / 2 for models in ((own, guide), (guide, guide))
+            )
         if not (math.isfinite(covariance) and math.isfinite(variance)):
             raise ValueError(
                 f"image, text and reference must be finite, but covariance and variance are {covariance}, {variance}"
@@ -104,8 +106,10 @@ class AdaptiveCoefficient:
         self._covariance, self._variance = (float(number) for number in moments)
 
 
-def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Any = None) -> float:
-    """Return the covariance of two models' similarities over an anchor's negatives, mean over all anchors.
+def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Any = None) -> tuple[float, float]:
+    """Return the covariance of two models' similarities over an image's negative texts and a text's negative images.
+
+    Each is the mean over all anchors of its side; so is the variance, the covariance with itself.
 
     With features centered over the anchors' other side, ``sum_j s_ij = 0``, so that of row i without its positive
     ``sum_{j != i} s_ij r_ij - (s_ii r_ii) / (m - 1)`` is left, over m - 1 negatives; the sum over i and all j is
@@ -121,17 +125,17 @@ def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: An
         sums, grams = parts[:4], [part.view_as(gram) for part, gram in zip(parts[4:], grams, strict=True)]
     means = [total / count for total in sums]
     centered = [gram - count * torch.outer(means[side], means[2 + side]) for side, gram in enumerate(grams)]
-    total = a[0].new_zeros(())
-    own = a[0].new_zeros(())
+    total, own = a[0].new_zeros(2), a[0].new_zeros(2)
     for side in (0, 1):
         other = 1 - side
-        total = total + (grams[side] * centered[other]).sum()
+        total[side] = (grams[side] * centered[other]).sum()
         first = (a[side] * (a[other] - means[other])).sum(1)
         second = (b[side] * (b[other] - means[2 + other])).sum(1)
-        own = own + (first * second).sum()
+        own[side] = (first * second).sum()
     if group is not None:
         dist.all_reduce(own, group=group)
     negatives = float(count) - 1
     if negatives < 1:
         raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {int(count)}")
-    return float(total - own * (count / negatives)) / (2 * float(count) * negatives)
+    image, text = ((total - own * (count / negatives)) / (count * negatives)).tolist()
+    return image, text

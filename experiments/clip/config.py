@@ -28,10 +28,12 @@ from experiments.clip.options import (
     Plan,
     Prepare,
     Shards,
+    Study,
     Train,
 )
 from experiments.clip.presets import GLYPH, PRESETS
 from experiments.clip.selecting import Selection
+from experiments.clip.study_grid import STUDIES
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -47,6 +49,7 @@ COMMANDS: dict[str, type] = {
     "plan": Plan,
     "catalog": Catalog,
     "glyph-tasks": GlyphTasks,
+    "study": Study,
 }
 
 
@@ -70,12 +73,16 @@ def parse(arguments: Sequence[str]) -> Any:
         options = _parsed(name, rest, None)
         if isinstance(options, CacheReference):
             _check_cache(options)
+        if isinstance(options, Study):
+            _check_study(options)
         return options
     preset, path = _popped(rest, "--preset"), _popped(rest, "--config")
     start = _start(preset, path)
     if name == "plan":
         options = _parsed(name, rest, Plan(start))
         _check(options.train)
+        if options.train.fraction != 1:
+            raise UserError(f"--fraction {options.train.fraction} has no part in a plan: give --samples the pairs used")
         return options
     options = _parsed(name, rest, start)
     _check(options)
@@ -139,6 +146,7 @@ def _check(options: Train) -> None:
         ("checkpoint-steps", keeping.checkpoint_steps, (keeping.checkpoint_steps or 1) >= 1, "at least 1"),
         ("keep", keeping.keep, keeping.keep >= 1, "at least 1"),
         ("validations", options.validations, options.validations >= 1, "at least 1"),
+        ("fraction", options.fraction, 0 < options.fraction <= 1, "in (0, 1]"),
         ("gamma-epochs", loss.gamma_epochs, loss.gamma_epochs is None or loss.gamma_epochs >= 0, ">= 0"),
         ("patch-dropout", options.patch_dropout, 0 <= options.patch_dropout < 1, "in [0, 1)"),
         ("unlocked-groups", options.unlocked_groups, options.unlocked_groups >= 0, ">= 0"),
@@ -182,6 +190,21 @@ def _check_cache(options: CacheReference) -> None:
                 raise UserError(f"--{name.replace('_', '-')} has no part in this run: it is for --catalog")
 
 
+def _check_study(options: Study) -> None:
+    """Refuse names that no study has, and options that would be ignored."""
+    if unknown := [name for name in options.only if name not in STUDIES]:
+        raise UserError(f"--only {unknown[0]} is no study: choose of {', '.join(STUDIES)}")
+    if options.dry_run and options.check:
+        raise UserError("--dry-run and --check are two things: give one of them")
+    if options.seed and not options.check:
+        raise UserError(f"--seed {options.seed} has no part in this run: it is for --check")
+    if options.seconds is not None:
+        if not options.seconds > 0:
+            raise UserError(f"--seconds must be positive, got {options.seconds}")
+        if options.dry_run or options.check:
+            raise UserError(f"--seconds {options.seconds} has no part in this run: leave out --dry-run and --check")
+
+
 def _check_shards(options: Train) -> None:
     """Refuse options of the pairs that would be ignored."""
     shards = options.shards
@@ -194,8 +217,10 @@ def _check_shards(options: Train) -> None:
         raise UserError(
             f"--reference-features {shards.reference_features} has no part in this run: it is for {_WITH_REFERENCE}"
         )
-    if options.split != "train" or options.data != Data():
-        raise UserError("--catalog takes the place of --split, --captions, --size and --cache: leave those out")
+    if options.split != "train" or options.fraction != 1 or options.data != Data():
+        raise UserError(
+            "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
+        )
     for flag, value, is_right, meaning in (
         ("workers", shards.workers, shards.workers >= 0, ">= 0"),
         ("epoch-samples", shards.epoch_samples, shards.epoch_samples is None or shards.epoch_samples >= 1, ">= 1"),
@@ -314,6 +339,11 @@ def load_config(path: Path) -> Train:
 def save_config(path: Path, options: Train) -> None:
     """Write all options, from which `load_config` repeats the run."""
     write_json(path, as_settings(options))
+
+
+def as_words(options: Train) -> list[str]:
+    """Return the command line of ``train`` that gives these options, of which it has those that are not defaults."""
+    return list(_as_arguments(Train(), as_settings(options)))
 
 
 def _as_arguments(defaults: Any, stored: dict[str, Any]) -> Iterator[str]:

@@ -92,7 +92,7 @@ class FeatureCache:
         both = torch.from_numpy(found).view(self._dtype)
         return both[:, 0], both[:, 1]
 
-    def first(self, count: int = 1024) -> tuple[Tensor, Tensor]:
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the features of the first samples that have them, up to ``count``, in float32."""
         features, present = self._file(self._first)
         rows = np.flatnonzero(present)[:count]

@@ -15,7 +15,8 @@ from experiments.clip.draws import Draws
 from experiments.clip.feature_cache import FeatureCache
 from experiments.clip.models import Clip
 
-_SPREAD_PART = 64  # pairs that go through the reference at a time
+SPREAD_PAIRS = 1024  # over which the spread of the reference's margins is taken
+_SPREAD_PART = 64  # of them go through the reference at a time
 
 Tensors = tuple[Tensor, Tensor]
 
@@ -51,10 +52,18 @@ class Guide(Protocol):
 
 
 class CachedGuide:
-    """Looks the features up; a batch carries them."""
+    """Looks the features up; a batch carries them.
 
-    def __init__(self, cache: FeatureCache) -> None:
-        self._cache = cache
+    Parameters
+    ----------
+    cache : FeatureCache
+        The features.
+    spread_pairs : int
+        How many of the first pairs `spread` is taken over, at most.
+    """
+
+    def __init__(self, cache: FeatureCache, spread_pairs: int = SPREAD_PAIRS) -> None:
+        self._cache, self._spread_pairs = cache, spread_pairs
 
     @property
     def views(self) -> int:
@@ -85,7 +94,7 @@ class CachedGuide:
 
     def spread(self) -> float:
         """Return the spread over the first samples."""
-        return margin_spread(*self._cache.first())
+        return margin_spread(*self._cache.first(self._spread_pairs))
 
 
 class LiveGuide:

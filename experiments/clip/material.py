@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluate import Evaluation, evaluate
 from experiments.clip.feature_cache import FeatureCache, cache_features, open_features
+from experiments.clip.files import locked
 from experiments.clip.glyphs import faces, glyph_splits
-from experiments.clip.guide import CachedGuide, Guide, LiveGuide
+from experiments.clip.guide import SPREAD_PAIRS, CachedGuide, Guide, LiveGuide
 from experiments.clip.loader import Loader
 from experiments.clip.models import Clip
 from experiments.clip.options import Data, Train
@@ -30,7 +32,6 @@ from experiments.clip.train import Record, Stream
 
 PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
-SPREAD_PAIRS = 1024  # of the reference, over which the spread of its margins is taken
 GLYPH_BATCH = 512  # that goes through the reference at a time
 
 ALONE = Ranks()
@@ -46,15 +47,25 @@ class Material(NamedTuple):
     guide: Guide | None = None
 
 
-def prepare(data: Data) -> Manifest:
-    """Return the shards of the glyph-name pairs, drawing and writing them if they are not there yet."""
-    folder = data.cache / f"glyphs-{data.captions}-{data.size}"
-    settings = {
+def dataset_folder(data: Data) -> Path:
+    """Return where the glyph-name pairs are, or will be."""
+    return data.cache / f"glyphs-{data.captions}-{data.size}"
+
+
+def dataset_settings(data: Data) -> dict[str, Any]:
+    """Return all that the glyph-name pairs follow from."""
+    return {
         "captions": data.captions,
         "size": data.size,
         "pixels": PIXELS,
         "unicode": unicodedata.unidata_version,
     }
+
+
+def prepare(data: Data) -> Manifest:
+    """Return the shards of the glyph-name pairs, drawing and writing them if they are not there yet."""
+    folder = dataset_folder(data)
+    settings = dataset_settings(data)
     if (manifest := open_dataset(folder, settings)) is not None:
         console.print(f"data       reusing {folder}")
         return manifest
@@ -77,6 +88,9 @@ def load_pairs(manifest: Manifest, split: str, clip: Clip) -> Pairs:
     total = manifest.splits[split].samples
     with progress_bar(f"reading {split} pairs") as advance:
         return Pairs(manifest, split, clip, lambda done: advance(done, total))
+
+
+LoadPairs = Callable[[Manifest, str, Clip], Pairs]  # of a split, for a model
 
 
 def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> FeatureCache:
@@ -104,13 +118,17 @@ def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = 
     return evaluate(encode_image, encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
 
 
-def glyph_material(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> Material:
+def glyph_material(
+    options: Train, clip: Clip, reference: Clip | None, ranks: Ranks, load: LoadPairs = load_pairs
+) -> Material:
     """Return the embedded pairs, in memory, with the reference's features."""
-    with ranks.leader_first():
+    # Runs that start together find made what they share.
+    with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
         manifest = prepare(options.data)
         features = None if reference is None else glyph_features(reference, manifest, options.data.cache)
-    pairs = load_pairs(manifest, options.split, clip)
-    held_out = load_pairs(manifest, "validation", clip)
+    samples = share(options, manifest)
+    pairs = load(manifest, options.split, clip).first(samples)
+    held_out = load(manifest, "validation", clip)
 
     def validate() -> Record:
         naming = evaluate_model(clip, held_out, manifest, ranks).naming
@@ -118,8 +136,18 @@ def glyph_material(options: Train, clip: Clip, reference: Clip | None, ranks: Ra
         return {"naming_top1": naming.top1, "naming_top5": naming.top5}
 
     stream = MemoryStream(pairs, options.pairs_per_step, options.seed, ranks.rank, ranks.count, features)
-    identity = {"data": manifest.fingerprint, "split": options.split}
-    return Material(stream, len(pairs), identity, validate, None if features is None else CachedGuide(features))
+    identity = {"data": manifest.fingerprint, "split": options.split, "fraction": options.fraction}
+    guide = None if features is None else CachedGuide(features, min(samples, SPREAD_PAIRS))
+    return Material(stream, samples, identity, validate, guide)
+
+
+def share(options: Train, manifest: Manifest) -> int:
+    """Return how many of the embedded pairs a run trains on."""
+    whole = manifest.splits[options.split].samples
+    samples = round(options.fraction * whole)
+    if samples < 2:
+        raise UserError(f"--fraction {options.fraction} leaves {samples} of {whole} pairs: at least 2 are needed")
+    return samples
 
 
 def catalog_material(options: Train, clip: Clip, reference: Clip | None, folder: Path, ranks: Ranks) -> Material:

@@ -110,8 +110,12 @@ def load_model(name: str | Path, weights: Path | None = None) -> Clip:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} does not load as an open_clip model ({reason}): make or copy it again") from error
     model.eval()
-    fingerprint = _digest(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-    return Clip(str(folder), model, preprocess, tokenizer, fingerprint, augment)
+    return Clip(str(folder), model, preprocess, tokenizer, fingerprint_of(folder), augment)
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Return what identifies the model in a folder of open_clip's local-dir layout."""
+    return _digest(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def lock_towers(model: Any, towers: Sequence[str], unlocked: int) -> None:

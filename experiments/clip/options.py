@@ -140,6 +140,8 @@ class Train:
     """Share of an image's patches that a vision transformer drops in training."""
     split: Literal["train", "reference"] = "train"
     """The pool of pairs to train on; the two are disjoint."""
+    fraction: float = 1.0
+    """Share of that pool, the first of its pairs in their fixed random order: a smaller share is part of a larger."""
     data: Data = field(default_factory=Data)
     shards: Shards = field(default_factory=Shards)
     loss: Loss = field(default_factory=Loss)
@@ -268,6 +270,28 @@ class GlyphTasks:
     data: Data = field(default_factory=Data)
     out: Path = Path("glyph-tasks")
     """Folder of the tasks."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run grids of trainings, one line of results for each; more processes, started alike, share the work."""
+
+    results: Path = Path("experiments/clip/results/study.csv")
+    """Table with a line for each finished training; NAME_curves.csv beside it has one for each validation."""
+    out: Path = Path("outputs/study")
+    """Folder of references, of trainings under way and of what is claimed by a process."""
+    cache: Path = Path("cache")
+    """Folder of shards and reference features; it can be moved."""
+    only: tuple[str, ...] = ()
+    """Studies to run, of those in study_grid.py; all by default."""
+    dry_run: bool = False
+    """Say what is left and how long it takes."""
+    check: bool = False
+    """Run one finished training again and compare."""
+    seed: int = 0
+    """Seed by which --check chooses it."""
+    seconds: float | None = None
+    """Stop after so many, keeping the state of the training under way."""
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ from experiments.clip.options import (
     GlyphTasks,
     Plan,
     Prepare,
+    Study,
     Train,
 )
 from experiments.clip.plan import check_positive, cost_of, described, make_plan
 from experiments.clip.presets import PRESETS
 from experiments.clip.session import run_training
+from experiments.clip.study import run_study
 from experiments.clip.terminal import console, progress_bar
 from experiments.clip.train import Interrupted
 
@@ -190,6 +192,8 @@ def run(command: Any) -> None:
             plan(command)
         case Catalog():
             count_samples(command)
+        case Study():
+            run_study(command)
         case GlyphTasks():
             for folder in write_glyph_tasks(prepare(command.data), command.out):
                 console.print(f"task       {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from math import nan
 from typing import Any, NamedTuple
@@ -18,19 +19,27 @@ from experiments.clip.errors import UserError
 from experiments.clip.export import export_checkpoint, export_model
 from experiments.clip.files import ensure_writable
 from experiments.clip.logs import Logs
-from experiments.clip.material import ALONE, catalog_material, glyph_material
+from experiments.clip.material import ALONE, LoadPairs, catalog_material, glyph_material, load_pairs
 from experiments.clip.models import Clip, load_model, lock_towers, new_model
 from experiments.clip.options import Train
 from experiments.clip.terminal import console, progress_bar, stop_on_signal
 from experiments.clip.train import Record, best_record, train, whole
 
 
+class Models(NamedTuple):
+    """The model to be trained, and the reference of a steered run."""
+
+    clip: Clip
+    reference: Clip | None
+
+
 class Trained(NamedTuple):
-    """A trained model, one record per validation, and what identifies the run."""
+    """A trained model, one record per validation, what identifies the run, the weights' moving average if any."""
 
     clip: Clip
     history: list[Record]
     identity: dict[str, Any]
+    average: dict[str, Tensor]
 
     def record(self) -> dict[str, Any]:
         """Return what ``run.json`` keeps of it."""
@@ -39,19 +48,43 @@ class Trained(NamedTuple):
 
 def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
-    clip = _target(options, ranks)
-    loss = options.loss
-    reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
-    if reference is not None and options.split != "train":
-        raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
-    check_ranks(options, ranks)
+    models = build_models(options, ranks)
     with ranks.leader_first():
         ensure_writable(options.out)
         if ranks.leads:
             save_config(options.out / "config.json", options)
+    with stop_on_signal() as stop:
+        trained = train_model(options, models, ranks, stop)
+    weights = {key: whole(value) for key, value in trained.clip.model.state_dict().items()}
+    if ranks.leads:
+        write_exports(options, trained.clip, weights, trained.average)
+        if (best := best_record(trained.history, options.keeping.best)) is not None:
+            chosen = Checkpoint(step_folder(options.out / "checkpoints", int(best["step"]))).whole(MODEL)
+            export_model(trained.clip, options.out / "model-best", getattr(torch, options.weights), chosen)
+    return trained
+
+
+def build_models(options: Train, ranks: Ranks = ALONE) -> Models:
+    """Return the models of a run, of which nothing is written yet."""
+    clip, loss = _target(options, ranks), options.loss
+    reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
+    if reference is not None and options.split != "train":
+        raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
+    check_ranks(options, ranks)
+    return Models(clip, reference)
+
+
+def train_model(
+    options: Train, models: Models, ranks: Ranks, stop: Callable[[], int], load: LoadPairs = load_pairs
+) -> Trained:
+    """Train as the options say, going on from a checkpoint in ``options.out``; write logs and checkpoints alone.
+
+    ``stop`` is `experiments.clip.train.train`'s; ``load`` gives the embedded pairs.
+    """
+    (clip, reference), loss = models, options.loss
     folder = options.shards.catalog
     if folder is None:
-        material = glyph_material(options, clip, reference, ranks)
+        material = glyph_material(options, clip, reference, ranks, load)
     else:
         material = catalog_material(options, clip, reference, folder, ranks)
     method, chosen = build_method(loss, options.optimization.epochs, material.samples, reference, material.guide, ranks)
@@ -75,7 +108,7 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
         console.print(f"training   going on from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
     title = f"training {options.out.name}"
-    with closing(material.stream), stop_on_signal() as stop, progress_bar(title) as advance:
+    with closing(material.stream), progress_bar(title) as advance:
         history, average = train(
             clip,
             method,
@@ -99,13 +132,7 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
         )
     if logs is not None:
         logs.close()
-    weights = {key: whole(value) for key, value in clip.model.state_dict().items()}
-    if ranks.leads:
-        write_exports(options, clip, weights, average)
-        if (best := best_record(history, options.keeping.best)) is not None:
-            chosen_weights = Checkpoint(step_folder(checkpoints, int(best["step"]))).whole(MODEL)
-            export_model(clip, options.out / "model-best", getattr(torch, options.weights), chosen_weights)
-    return Trained(clip, history, identity)
+    return Trained(clip, history, identity, average)
 
 
 def _target(options: Train, ranks: Ranks) -> Clip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -83,6 +84,13 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def first(self, count: int) -> Pairs:
+        """Return the first ``count`` pairs, in the same memory."""
+        part = copy.copy(self)
+        part.pixels, part._tokens = self.pixels[:count], self._tokens[:count]
+        part.captions, part.names = self.captions[:count], self.names[:count]
+        return part
 
     def images(self, index: Tensor) -> Tensor:
         """Return the normalized images ``[b, 3, h, w]`` of samples ``index`` ``[b]``."""

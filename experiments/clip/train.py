@@ -29,6 +29,7 @@ from experiments.clip.checkpoint import (
     check_settings,
     latest_checkpoint,
     restore_training,
+    step_folder,
     training_state,
 )
 from experiments.clip.distributed import Ranks
@@ -201,6 +202,12 @@ def train(
         progress = checkpoint.progress
         step, history, passed_over = progress["step"], progress["history"], progress["passed_over"]
         seen = progress["seen"]
+        best = best_record(history, keeping.best)
+        if best is not None and not step_folder(checkpoints, int(best["step"])).is_dir():
+            raise UserError(
+                f"--best {keeping.best}: the checkpoint of the best validation so far, step {best['step']}, was not "
+                "kept: leave out --best, or start anew in another --out"
+            )
         if average is not None:
             state = average.state_dict()
             checkpoint.fill({f"{EMA}{key}": value for key, value in state.items()})
@@ -273,7 +280,7 @@ def train(
                     logs.write(step, {**values, **seen, "epoch": step / per_epoch})
             is_best = False
             if step in due:
-                history.append({"step": step, **seen, **log, **validate()})
+                history.append({"step": step, **seen, **log, **spread(), **validate()})
                 if logs is not None:
                     logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
                 is_best = keeping.best is not None and best_record(history, keeping.best) is history[-1]
@@ -421,18 +428,29 @@ def whole(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _spread(features: Features, reference: Features | None, ranks: Ranks) -> Record:
-    """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref) and their correlation."""
+    """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref), correlation with l_ref.
+
+    Pooled over both directions, and by side: over an image's negative texts, over a text's negative images.
+    """
     own = features[0].float(), features[1].float()
-    variance = within_anchors(own, own, ranks.group)
+    variance = _by_side(within_anchors(own, own, ranks.group))
+    found = {f"variance_of_losses{side}": value for side, value in variance.items()}
     if reference is None:
-        return {"variance_of_losses": variance}
+        return found
     guide = reference[0].to(own[0]), reference[1].to(own[1])
-    covariance, reference_variance = within_anchors(own, guide, ranks.group), within_anchors(guide, guide, ranks.group)
-    return {
-        "variance_of_losses": variance,
-        "variance_of_excess": variance - 2 * covariance + reference_variance,
-        "correlation_with_reference": covariance / math.sqrt(max(variance * reference_variance, 1e-300)),
-    }
+    covariance = _by_side(within_anchors(own, guide, ranks.group))
+    of_reference = _by_side(within_anchors(guide, guide, ranks.group))
+    for side, value in variance.items():
+        found[f"variance_of_excess{side}"] = value - 2 * covariance[side] + of_reference[side]
+        found[f"correlation_with_reference{side}"] = covariance[side] / math.sqrt(
+            max(value * of_reference[side], 1e-300)
+        )
+    return found
+
+
+def _by_side(sides: tuple[float, float]) -> Record:
+    """Return the mean of both sides, and each, by the ending of its name."""
+    return {"": sum(sides) / 2, "/image": sides[0], "/text": sides[1]}
 
 
 class Interval:

@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from experiments.intervals import Interval, crossing, interval
 
 Array = NDArray[Any]
 Measured = dict[str, dict[int, dict[str, dict[str, Array]]]]  # table, n, method, measure: one number a repetition
 
 MEASURES = ("risk", "error", "variance", "excess_variance", "bound")
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % confidence interval (Student's t over repetitions)."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def load(path: Path) -> Measured:
@@ -46,15 +36,6 @@ def load(path: Path) -> Measured:
     return measured
 
 
-def interval(values: Array) -> Interval:
-    """Return mean and confidence interval of independent numbers."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Interval(mean, np.nan, np.nan)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
-
-
 def variance_ratio(cell: dict[str, Array]) -> Interval:
     """Return Var(l - l_ref) / Var(l) on test samples: geometric mean over repetitions, and its interval."""
     return Interval(*np.exp(interval(np.log(cell["excess_variance"] / cell["variance"]))))
@@ -70,24 +51,14 @@ def samples_to_match(sizes: dict[int, dict[str, dict[str, Array]]], method: str,
     beyond = np.stack(
         [sizes[n][method]["risk"] - sizes[n]["reference"]["risk"] for n in numbers]
     )  # [sizes, repetitions]
-    found = _crossing(numbers, beyond.mean(1))
+    found = crossing(numbers, beyond.mean(1))
     if found is None:
         return None
     rng = np.random.default_rng(0)
     chosen = rng.integers(beyond.shape[1], size=(draws, beyond.shape[1]))
-    crossings = [_crossing(numbers, beyond[:, again].mean(1)) for again in chosen]
+    crossings = [crossing(numbers, beyond[:, again].mean(1)) for again in chosen]
     low, high = np.quantile([np.inf if n is None else n for n in crossings], [0.025, 0.975], method="inverted_cdf")
     return Interval(found, float(low), float(high))
-
-
-def _crossing(numbers: Array, beyond: Array) -> float | None:
-    if beyond[0] <= 0:
-        return float(numbers[0])
-    for i in range(1, len(numbers)):
-        if beyond[i] <= 0:
-            share = beyond[i - 1] / (beyond[i - 1] - beyond[i])
-            return float(np.exp(np.log(numbers[i - 1]) + share * np.log(numbers[i] / numbers[i - 1])))
-    return None
 
 
 def risk_table(measured: Measured) -> str:

@@ -3,7 +3,9 @@
 import pytest
 
 from experiments.clip.glyphs import glyph_splits
+from experiments.clip.material import dataset_folder, dataset_settings
 from experiments.clip.models import SHIPPED_REFERENCE, load_model
+from experiments.clip.options import Data
 from experiments.clip.shards import write_dataset
 
 
@@ -13,6 +15,16 @@ def manifest(tmp_path_factory):
     vocabulary = sorted({record.meta["name"] for records in splits.values() for record in records})
     folder = tmp_path_factory.mktemp("data") / "glyphs"
     return write_dataset(folder, splits, {"for": "tests"}, vocabulary=vocabulary, shard_size=64)
+
+
+@pytest.fixture(scope="session")
+def glyph_cache(tmp_path_factory):
+    """A --cache whose --captions swapped --size small are 150 pairs a split, drawn in a second."""
+    data = Data("swapped", "small", tmp_path_factory.mktemp("cache"))
+    splits = {name: records[:150] for name, records in glyph_splits("swapped", 32, ("stixgeneral",)).items()}
+    vocabulary = sorted({record.meta["name"] for records in splits.values() for record in records})
+    write_dataset(dataset_folder(data), splits, dataset_settings(data), vocabulary=vocabulary, shard_size=64)
+    return data.cache
 
 
 @pytest.fixture(scope="session")

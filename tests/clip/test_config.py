@@ -149,3 +149,16 @@ def test_a_selection_needs_a_reference_whatever_the_method():
         assert options.needs_reference and not options.loss.needs_reference
         assert options.pairs_per_step == 5 * options.optimization.batch_size
     assert not parse(["train", "--method", "openclip"]).needs_reference
+
+
+def test_a_share_of_the_pairs_is_refused_where_it_has_no_part():
+    assert parse(["train", "--fraction", "0.25"]).fraction == 0.25
+    for words, message in (
+        (["train", "--fraction", "0"], r"--fraction must be in \(0, 1\], got 0.0"),
+        (["train", "--fraction", "1.5"], r"--fraction must be in \(0, 1\], got 1.5"),
+        (["train", "--fraction", "0.5", "--catalog", "c"], "--catalog takes the place of --split, --fraction"),
+        (["plan", "--fraction", "0.5"], "--fraction 0.5 has no part in a plan: give --samples"),
+        (["evaluate", "there", "--fraction", "0.5"], "Unrecognized options: --fraction"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(words)

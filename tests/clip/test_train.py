@@ -321,7 +321,9 @@ def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
     assert [record["accuracy"] for record in history] == [0.1, 0.7, 0.3, 0.7, 0.2]
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000004", "step-00000010"]
     assert best_record(history, "accuracy") is history[1]
-    with pytest.raises(UserError, match=r"--best recall is no metric of the validations: choose one of step, samples_scored"):
+    with pytest.raises(
+        UserError, match=r"--best recall is no metric of the validations: choose one of step, samples_scored"
+    ):
         run(pairs, OpenCLIP(), tmp_path / "c", keeping=dataclasses.replace(keeping, best="recall"))
 
 
@@ -428,7 +430,9 @@ def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
     steps = [line for line in lines if "lr" in line]
     assert [line["step"] for line in steps] == [3, 6, 9, 10]
     for line in steps:
-        assert 0 < line["variance_of_losses"] and 0 < line["variance_of_excess"]
+        for name in ("variance_of_losses", "variance_of_excess"):
+            assert 0 < line[f"{name}/image"] and 0 < line[f"{name}/text"]
+            assert line[name] == pytest.approx((line[f"{name}/image"] + line[f"{name}/text"]) / 2)
         assert -1 <= line["correlation_with_reference"] <= 1
         assert 1 <= line["effective_negatives"] <= 29
         assert line["pairs_per_second_per_rank"] > 0
