@@ -1,14 +1,23 @@
-"""What `run.py study` runs: named studies, each a function that yields its trainings, as data."""
+"""What `run.py study` runs: named studies, each a function that yields its trainings, as data.
+
+Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that. Every method has four settings
+to be tuned with on each kind of captions, one seed each, by naming top-1 on the validation split: `SETTINGS`.
+`TUNED` says which one was best; all other studies use it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.clip.options import Loss, MethodName, Train
+from experiments.clip.glyphs import Captions
+from experiments.clip.optimization import Optimization
+from experiments.clip.options import Data, Loss, Train
 from experiments.clip.presets import PRESETS
+from experiments.clip.selecting import Selection
+from experiments.clip.train import Keeping
 
 
 @dataclass(frozen=True)
@@ -33,34 +42,117 @@ class Cell:
     reference: str = ""
 
 
+class Setting(NamedTuple):
+    """What a method is tuned over."""
+
+    name: str
+    loss: Loss
+    lr: float
+    selection: Selection = Selection()
+
+
 SEEDS = range(5)
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
-MODELS = ("glyph-tiny", "glyph-small", "glyph-base")
-EPOCHS = 12  # over all pairs; of a share of them, as many as make the same number of pairs seen
+MODELS = ("glyph-micro", "glyph-tiny", "glyph-small")
+CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
+EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
+PAIRS_SEEN = 23_635 * EPOCHS
+RATES = (1e-3, 2e-3)
+BATCH = 128
+VALIDATIONS = 4
 
-# Tuned on the validation split by the study "tuning", and README.md's table: loss and peak learning rate.
-METHODS: dict[str, tuple[Loss, float]] = {
-    "openclip": (Loss(method="openclip"), 2e-3),
-    "fastclip-v1": (Loss(method="fastclip", temperature=0.2), 1e-3),
-    "drrho": (Loss(), 2e-3),
-    "drrho-adaptive": (Loss(coefficient="adaptive"), 2e-3),
-    "distillation": (Loss(method="openclip", distill=1.0), 2e-3),
+
+def _over_rates(key: str, values: Iterable[Any], **loss: Any) -> dict[str, Setting]:
+    """Return the settings of two values of an option of the loss at two learning rates."""
+    short = {"temperature": "tau", "coefficient": "c"}.get(key, key)
+    found = [
+        Setting(f"{short}={value} lr={lr:g}", Loss(**{key: value}, **loss), lr) for value in values for lr in RATES
+    ]
+    return {each.name: each for each in found}
+
+
+def _rates_alone(**loss: Any) -> dict[str, Setting]:
+    return {f"lr={lr:g}": Setting(f"lr={lr:g}", Loss(**loss), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)}
+
+
+def _selecting(rule: Any, **loss: Any) -> dict[str, Setting]:
+    """Return the settings of a selection: one pair in two or in five, at two learning rates."""
+    found = [
+        Setting(f"candidates={count} lr={lr:g}", Loss(**loss), lr, Selection(rule, count))
+        for count in (2, 5)
+        for lr in RATES
+    ]
+    return {each.name: each for each in found}
+
+
+_DRRHO = {"method": "drrho", "temperature": 0.15}
+SETTINGS: dict[str, dict[str, Setting]] = {
+    "openclip": _rates_alone(method="openclip"),
+    "fastclip-v1": _over_rates("temperature", (0.1, 0.2), method="fastclip"),
+    "drrho": _over_rates("temperature", (0.125, 0.2), method="drrho"),
+    "drrho-c": _over_rates("coefficient", (0.5, 1.5), **_DRRHO),
+    "jest": _selecting("jest", method="openclip"),
+    "distillation": _over_rates("distill", (1.0, 4.0), method="openclip"),
+    "drrho-distillation": _over_rates("distill", (1.0, 4.0), **_DRRHO),
+    "drrho-adaptive": _over_rates("temperature", (0.1, 0.15), method="drrho", coefficient="adaptive"),
+    "jest-drrho": _selecting("jest", **_DRRHO),
+    "jest-top-k": _selecting("jest-top-k", method="openclip"),
+    "rho-top-k": _selecting("rho-top-k", method="openclip"),
+    "siglip": _rates_alone(method="siglip"),
+    "fastclip-v3": _over_rates("rho", (0.5, 2.0), method="fastclip", temperature=0.1, temperature_scheme="global"),
+    "drrho-chi-square": _over_rates("temperature", (0.1, 0.3), method="drrho", divergence="chi-square"),
+    "drrho-cvar": _over_rates("level", (0.1, 0.3), method="drrho", divergence="cvar"),
+    "two-level": _over_rates("strength", (0.05, 0.2), method="two-level", temperature=0.15),
 }
-TWINS = ("fastclip-v1", "drrho")
+#: The methods of the first comparisons; the others follow.
+MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
-# Trained on the reference's own pairs.
+# By captions and method, the setting of the highest validation top-1 of the studies "tuning" and "tuning-more".
+TUNED: dict[tuple[Captions, str], str] = {}
+
+# Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
 REFERENCES: dict[str, Train] = {
-    f"share-{fraction}": dataclasses.replace(PRESETS["glyph-reference"], model="glyph-small", fraction=fraction)
-    for fraction in (0.1, 0.3)
+    "weak": dataclasses.replace(
+        PRESETS["glyph-reference"],
+        model="glyph-micro",
+        optimization=Optimization(epochs=20, batch_size=BATCH),
+    ),
+    "equal": dataclasses.replace(
+        PRESETS["glyph-reference"],
+        model="glyph-tiny",
+        optimization=Optimization(epochs=15, batch_size=BATCH),
+    ),
 }
 
 
-def training(loss: Loss, lr: float, *, epochs: float = EPOCHS, seed: int = 0, **options: Any) -> Train:
-    """Return a training for so many passes over all pairs, or over as many pairs of ``fraction`` of them."""
-    start = PRESETS["glyph-steered"]
-    passes = round(epochs / options.get("fraction", 1.0))
-    optimization = dataclasses.replace(start.optimization, lr=lr, epochs=passes)
-    return dataclasses.replace(start, loss=loss, optimization=optimization, seed=seed, **options)
+def training(
+    setting: Setting,
+    captions: Captions,
+    *,
+    epochs: float = EPOCHS,
+    seed: int = 0,
+    fraction: float = 1.0,
+    **options: Any,
+) -> Train:
+    """Return a training on so many passes over all pairs, counted in backward passes, or as many pairs of a share."""
+    passes = round(epochs * setting.selection.scored_per_pair / fraction)
+    return Train(
+        model=options.pop("model", "glyph-tiny"),
+        fraction=fraction,
+        data=Data(captions),
+        loss=setting.loss,
+        selection=setting.selection,
+        optimization=Optimization(epochs=passes, batch_size=BATCH, lr=setting.lr),
+        seed=seed,
+        keeping=Keeping(checkpoint_minutes=5.0),
+        validations=VALIDATIONS,
+        **options,
+    )
+
+
+def tuned(method: str, captions: Captions, **options: Any) -> Train:
+    """Return a training with the method's tuned setting."""
+    return training(SETTINGS[method][TUNED[captions, method]], captions, **options)
 
 
 def references() -> Iterator[Cell]:
@@ -73,57 +165,46 @@ def reference_cell(name: str) -> Cell:
     return Cell(REFERENCES[name].loss.method, REFERENCES[name], name)
 
 
+def _tuning(methods: Iterable[str]) -> Iterator[Cell]:
+    for method in methods:
+        for captions in reversed(CAPTIONS):
+            for setting in SETTINGS[method].values():
+                yield Cell(method, training(setting, captions), setting.name)
+
+
 def tuning() -> Iterator[Cell]:
-    """Yield learning rates and temperatures of the twins, one seed each."""
-    grid: tuple[tuple[str, MethodName, tuple[Any, ...]], ...] = (
-        ("fastclip-v1", "fastclip", (0.1, 0.2, 0.3)),
-        ("drrho", "drrho", (0.1, "auto", 0.2)),
-    )
-    for name, method, temperatures in grid:
-        for lr in (1e-3, 2e-3, 4e-3):
-            for tau in temperatures:
-                loss = Loss(method=method, temperature=tau)
-                yield Cell(name, training(loss, lr, model="glyph-tiny"), f"lr={lr} tau={tau}")
+    """Yield the settings of the main methods, one seed each."""
+    return _tuning(MAIN)
+
+
+def tuning_more() -> Iterator[Cell]:
+    """Yield the settings of the other methods."""
+    return _tuning(method for method in SETTINGS if method not in MAIN)
+
+
+def _headline(methods: Iterable[str], seeds: Iterable[int]) -> Iterator[Cell]:
+    for seed in seeds:
+        for method in methods:
+            for captions in reversed(CAPTIONS):
+                if (captions, method) in TUNED:
+                    yield Cell(method, tuned(method, captions, seed=seed), TUNED[captions, method])
 
 
 def headline() -> Iterator[Cell]:
-    """Yield all methods on all pairs."""
-    for name, (loss, lr) in METHODS.items():
-        for seed in SEEDS:
-            yield Cell(name, training(loss, lr, seed=seed))
+    """Yield the main methods, tuned, on all kinds of captions, five seeds each."""
+    return _headline(MAIN, SEEDS)
 
 
-def fractions() -> Iterator[Cell]:
-    """Yield the twins on shares of the pairs, at an equal number of pairs seen."""
-    for fraction in FRACTIONS:
-        for name in TWINS:
-            for seed in SEEDS:
-                yield Cell(name, training(*METHODS[name], seed=seed, fraction=fraction))
-
-
-def scaling() -> Iterator[Cell]:
-    """Yield the twins over sizes of the model and budgets."""
-    for model in MODELS:
-        for epochs in (3, 6, 12, 24):
-            for name in TWINS:
-                for seed in SEEDS:
-                    train = training(*METHODS[name], epochs=epochs, seed=seed, model=model)
-                    yield Cell(name, train, f"epochs={epochs}")
-
-
-def reference_quality() -> Iterator[Cell]:
-    """Yield the steered training under each reference."""
-    for name in REFERENCES:
-        for seed in SEEDS:
-            yield Cell("drrho", training(*METHODS["drrho"], seed=seed), reference=name)
+def headline_more() -> Iterator[Cell]:
+    """Yield the other methods, tuned, on all kinds of captions, three seeds each."""
+    return _headline((method for method in SETTINGS if method not in MAIN), SEEDS[:3])
 
 
 #: In the order in which they run; a training in several is run once.
 STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
-    "references": references,
     "tuning": tuning,
     "headline": headline,
-    "fractions": fractions,
-    "scaling": scaling,
-    "reference-quality": reference_quality,
+    "tuning-more": tuning_more,
+    "headline-more": headline_more,
+    "references": references,
 }
