@@ -93,7 +93,15 @@ class Planned(NamedTuple):
 
     def __str__(self) -> str:
         cell = self.cell
-        labels = (self.study, cell.train.model, cell.method, cell.setting, cell.reference, f"seed {cell.train.seed}")
+        labels = (
+            self.study,
+            cell.train.data.captions,
+            cell.train.model,
+            cell.method,
+            cell.setting,
+            cell.reference,
+            f"seed {cell.train.seed}",
+        )
         return f"{self.hash} ({', '.join(label for label in labels if label)})"
 
 

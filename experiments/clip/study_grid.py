@@ -51,9 +51,10 @@ class Setting(NamedTuple):
     selection: Selection = Selection()
 
 
-SEEDS = range(5)
-FRACTIONS = (0.125, 0.25, 0.5, 1.0)
-MODELS = ("glyph-micro", "glyph-tiny", "glyph-small")
+SEEDS = range(1, 6)  # seed 0 is for tuning, and is not counted
+FEWER_SEEDS = SEEDS[:3]
+FRACTIONS = (0.125, 0.25, 0.5)
+LEVELS = {"glyph-micro": (1.25, 2.5, 5, 10), "glyph-tiny": (1.25, 2.5, 5, 10), "glyph-small": (2.5, 5, 10)}
 CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
 EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
 PAIRS_SEEN = 23_635 * EPOCHS
@@ -104,11 +105,16 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "drrho-cvar": _over_rates("level", (0.1, 0.3), method="drrho", divergence="cvar"),
     "two-level": _over_rates("strength", (0.05, 0.2), method="two-level", temperature=0.15),
 }
+_REFERENCE_SETTINGS = {
+    name: setting for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items() if setting.lr == RATES[1]
+}
 #: The methods of the first comparisons; the others follow.
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
 # By captions and method, the setting of the highest validation top-1 of the studies "tuning" and "tuning-more".
 TUNED: dict[tuple[Captions, str], str] = {}
+# By captions and reference, the same of "tuning-references".
+TUNED_REFERENCES: dict[tuple[Captions, str], str] = {}
 
 # Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
 REFERENCES: dict[str, Train] = {
@@ -197,7 +203,46 @@ def headline() -> Iterator[Cell]:
 
 def headline_more() -> Iterator[Cell]:
     """Yield the other methods, tuned, on all kinds of captions, three seeds each."""
-    return _headline((method for method in SETTINGS if method not in MAIN), SEEDS[:3])
+    return _headline((method for method in SETTINGS if method not in MAIN), FEWER_SEEDS)
+
+
+def fractions() -> Iterator[Cell]:
+    """Yield the twins on shares of the pairs, at an equal number of pairs seen; all pairs are the headline's."""
+    for seed in FEWER_SEEDS:
+        for fraction in reversed(FRACTIONS):
+            for captions in ("clean", "swapped"):
+                for method in ("fastclip-v1", "openclip", "drrho", "drrho-c"):
+                    if (captions, method) in TUNED:
+                        yield Cell(method, tuned(method, captions, seed=seed, fraction=fraction))
+
+
+def scaling() -> Iterator[Cell]:
+    """Yield OpenCLIP's method and DRRho-CLIP over sizes of the model and budgets, on clean captions."""
+    for seed in FEWER_SEEDS:
+        for model, budgets in LEVELS.items():
+            for epochs in budgets:
+                for method in ("openclip", "drrho", "drrho-c"):
+                    if ("clean", method) in TUNED:
+                        train = tuned(method, "clean", seed=seed, epochs=epochs, model=model)
+                        yield Cell(method, train, f"epochs={epochs:g}")
+
+
+def tuning_references() -> Iterator[Cell]:
+    """Yield the steered method's settings under the references that the study trains, one seed each."""
+    for reference in REFERENCES:
+        for captions in ("clean", "swapped"):
+            for setting in _REFERENCE_SETTINGS.values():
+                yield Cell("drrho", training(setting, captions), setting.name, reference)
+
+
+def reference_quality() -> Iterator[Cell]:
+    """Yield the steered method, tuned, under the references that the study trains; the headline has the shipped one."""
+    for seed in SEEDS:
+        for reference in REFERENCES:
+            for captions in ("clean", "swapped"):
+                if (captions, reference) in TUNED_REFERENCES:
+                    setting = _REFERENCE_SETTINGS[TUNED_REFERENCES[captions, reference]]
+                    yield Cell("drrho", training(setting, captions, seed=seed), setting.name, reference)
 
 
 #: In the order in which they run; a training in several is run once.
@@ -205,6 +250,10 @@ STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "tuning": tuning,
     "headline": headline,
     "tuning-more": tuning_more,
-    "headline-more": headline_more,
     "references": references,
+    "tuning-references": tuning_references,
+    "fractions": fractions,
+    "reference-quality": reference_quality,
+    "scaling": scaling,
+    "headline-more": headline_more,
 }

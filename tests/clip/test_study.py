@@ -218,7 +218,7 @@ def test_every_cell_of_the_grid_is_a_training_that_the_command_line_gives():
 
 
 def test_a_hash_is_that_of_all_that_the_result_depends_on():
-    cell = next(iter(STUDIES["headline"]()))
+    cell = next(iter(STUDIES["tuning"]()))
     train = cell.train
     own = cell_hash(cell)
     for same in (
@@ -241,7 +241,7 @@ def test_a_hash_is_that_of_all_that_the_result_depends_on():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--only", "nosuch"], "--only nosuch is no study: choose of references"),
+        (["--only", "nosuch"], "--only nosuch is no study: choose of tuning"),
         (["--dry-run", "--check"], "--dry-run and --check are two things"),
         (["--seed", "1"], "--seed 1 has no part in this run: it is for --check"),
         (["--seconds", "0"], "--seconds must be positive, got 0"),
