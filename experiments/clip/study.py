@@ -62,7 +62,7 @@ FIELDS = (
     "samples_trained",
     "learning_rate",
     "temperature",  # at the end
-    "gflops",  # 10^9 operations of training: three forward passes of a pair trained on, one of a pair scored only
+    "gflops",  # 10^9 operations of training: three forward passes of a pair trained on, and one of a pair scored
     *("validation_top1", "validation_top5", "test_top1", "test_top5"),
     *("test_image_to_text_r1", "test_text_to_image_r1", "test_script_balanced"),
     *VARIANCES,  # over the negatives of the last batch
@@ -342,7 +342,7 @@ class _Study:
             "samples_trained": samples,
             "learning_rate": train.optimization.lr,
             "temperature": last.get("temperature", trained.identity["temperature"]),
-            "gflops": _cost_of(train.model).flops * (2 * samples + scored) / 1e9,
+            "gflops": _cost_of(train.model).flops * (3 * samples + scored * train.selection.is_on) / 1e9,
             "validation_top1": last["naming_top1"],
             "validation_top5": last["naming_top5"],
             "test_top1": evaluation.naming.top1,
