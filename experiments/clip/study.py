@@ -445,6 +445,16 @@ def study_rows(name: str, results: Path) -> list[Row]:
     ]
 
 
+def best_settings(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
+    """Return by captions, method and reference the setting of the highest validation top-1; the first of equals."""
+    best: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = row["captions"], row["method"], row["reference"]
+        if key not in best or float(row["validation_top1"]) > float(best[key]["validation_top1"]):
+            best[key] = row
+    return {key: row["setting"] for key, row in best.items()}
+
+
 def largest_difference(value: float, values: Sequence[float], samples: int) -> tuple[float, str]:
     """Return how far a training's repetition may be from its share ``value``, at 95 %, and what says so.
 

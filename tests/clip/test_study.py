@@ -21,6 +21,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.options import Loss
 from experiments.clip.run import main
 from experiments.clip.study import (
+    best_settings,
     cell_hash,
     curves_path,
     largest_difference,
@@ -31,6 +32,7 @@ from experiments.clip.study import (
 )
 from experiments.clip.study_grid import STUDIES, Cell
 
+RESULTS = Path(study_grid.__file__).parent / "results" / "study.csv"
 PROGRAM = Path(small_study.__file__)
 TRAININGS = 6
 
@@ -215,6 +217,23 @@ def test_a_repetition_may_differ_by_chance_alone():
 def test_every_cell_of_the_grid_is_a_training_that_the_command_line_gives():
     for each in planned(STUDIES):
         assert parse(["train", *as_words(each.cell.train)]) == each.cell.train
+
+
+def test_tuned_settings_are_the_best_of_the_committed_results():
+    """Each of four settings that were all tried, chosen by the validation split alone."""
+    rows = [row for name in ("tuning", "tuning-more") for row in study_rows(name, RESULTS)]
+    assert all(row["seed"] == "0" for row in rows)
+    best = {(captions, method): setting for (captions, method, _), setting in best_settings(rows).items()}
+    for captions, method in study_grid.TUNED:
+        tried = {row["setting"] for row in rows if (row["captions"], row["method"]) == (captions, method)}
+        assert tried == set(study_grid.SETTINGS[method]) and len(tried) == 4
+    assert {key: best[key] for key in study_grid.TUNED} == study_grid.TUNED
+    under = {
+        (row["captions"], row["reference"]): setting
+        for row in (of_references := study_rows("tuning-references", RESULTS))
+        for setting in [best_settings(of_references)[row["captions"], row["method"], row["reference"]]]
+    }
+    assert {key: under[key] for key in study_grid.TUNED_REFERENCES} == study_grid.TUNED_REFERENCES
 
 
 def test_a_hash_is_that_of_all_that_the_result_depends_on():
