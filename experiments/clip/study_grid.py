@@ -1,6 +1,6 @@
 """What `run.py study` runs: named studies, each a function that yields its trainings, as data.
 
-Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that. Every method has four settings
+Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that. Every method has six settings
 to be tuned with on each kind of captions, one seed each, by naming top-1 on the validation split: `SETTINGS`.
 `TUNED` says which one was best; all other studies use it.
 """
@@ -58,13 +58,13 @@ LEVELS = {"glyph-micro": (1.25, 2.5, 5, 10), "glyph-tiny": (1.25, 2.5, 5, 10), "
 CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
 EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
 PAIRS_SEEN = 23_635 * EPOCHS
-RATES = (1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 BATCH = 128
 VALIDATIONS = 4
 
 
 def _over_rates(key: str, values: Iterable[Any], **loss: Any) -> dict[str, Setting]:
-    """Return the settings of two values of an option of the loss at two learning rates."""
+    """Return the settings of two values of an option of the loss at three learning rates."""
     short = {"temperature": "tau", "coefficient": "c"}.get(key, key)
     found = [
         Setting(f"{short}={value} lr={lr:g}", Loss(**{key: value}, **loss), lr) for value in values for lr in RATES
@@ -73,11 +73,11 @@ def _over_rates(key: str, values: Iterable[Any], **loss: Any) -> dict[str, Setti
 
 
 def _rates_alone(**loss: Any) -> dict[str, Setting]:
-    return {f"lr={lr:g}": Setting(f"lr={lr:g}", Loss(**loss), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)}
+    return {f"lr={lr:g}": Setting(f"lr={lr:g}", Loss(**loss), lr) for lr in (*RATES, 7e-4, 1.4e-3, 4e-3)}
 
 
 def _selecting(rule: Any, **loss: Any) -> dict[str, Setting]:
-    """Return the settings of a selection: one pair in two or in five, at two learning rates."""
+    """Return the settings of a selection: one pair in two or in five, at three learning rates."""
     found = [
         Setting(f"candidates={count} lr={lr:g}", Loss(**loss), lr, Selection(rule, count))
         for count in (2, 5)
