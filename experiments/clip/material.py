@@ -5,11 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
 from experiments.clip.benchmark_tasks import evaluate_task
 from experiments.clip.catalog import Catalog, make_catalog, open_catalog
@@ -114,8 +115,18 @@ def features_in(folder: Path, reference: Clip, catalog: Catalog, ranks: Ranks = 
 def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = ALONE) -> Evaluation:
     """Score a model on held-out pairs: naming over all names, attributes, retrieval; ranks share the encoding."""
     clip.model.eval()
-    encode_image, encode_text = ranks.sharing(clip.encode_image), ranks.sharing(clip.encode_text)
+
+    def encode(captions: Sequence[str]) -> Tensor:
+        return clip.encode_tokens(_tokens(clip.tokenize, tuple(captions)))
+
+    encode_image, encode_text = ranks.sharing(clip.encode_image), ranks.sharing(encode)
     return evaluate(encode_image, encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
+
+
+@lru_cache(maxsize=64)
+def _tokens(tokenize: Callable[[Sequence[str]], Tensor], captions: tuple[str, ...]) -> Tensor:
+    """Return tokens; the names among which every validation chooses are the same."""
+    return tokenize(captions)
 
 
 def glyph_material(
