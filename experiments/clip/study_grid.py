@@ -8,7 +8,7 @@ to be tuned with on each kind of captions, one seed each, by naming top-1 on the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,7 +188,7 @@ def tuning_more() -> Iterator[Cell]:
     return _tuning(method for method in SETTINGS if method not in MAIN)
 
 
-def _headline(methods: Iterable[str], seeds: Iterable[int]) -> Iterator[Cell]:
+def _headline(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
     for seed in seeds:
         for method in methods:
             for captions in reversed(CAPTIONS):
@@ -203,7 +203,7 @@ def headline() -> Iterator[Cell]:
 
 def headline_more() -> Iterator[Cell]:
     """Yield the other methods, tuned, on all kinds of captions, three seeds each."""
-    return _headline((method for method in SETTINGS if method not in MAIN), FEWER_SEEDS)
+    return _headline([method for method in SETTINGS if method not in MAIN], FEWER_SEEDS)
 
 
 def fractions() -> Iterator[Cell]:
