@@ -112,7 +112,18 @@ _REFERENCE_SETTINGS = {
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
 # By captions and method, the setting of the highest validation top-1 of the studies "tuning" and "tuning-more".
-TUNED: dict[tuple[Captions, str], str] = {}
+TUNED: dict[tuple[Captions, str], str] = {
+    ("swapped", "openclip"): "lr=0.001",
+    ("vague", "openclip"): "lr=0.0014",
+    ("clean", "openclip"): "lr=0.0014",
+    ("swapped", "fastclip-v1"): "tau=0.2 lr=0.001",
+    ("vague", "fastclip-v1"): "tau=0.2 lr=0.001",
+    ("clean", "fastclip-v1"): "tau=0.1 lr=0.001",
+    ("swapped", "drrho"): "tau=0.125 lr=0.001",
+    ("vague", "drrho"): "tau=0.125 lr=0.001",
+    ("clean", "drrho"): "tau=0.125 lr=0.002",
+    ("swapped", "drrho-c"): "c=1.5 lr=0.001",
+}
 # By captions and reference, the same of "tuning-references".
 TUNED_REFERENCES: dict[tuple[Captions, str], str] = {}
 
