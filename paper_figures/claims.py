@@ -1,0 +1,395 @@
+"""What was claimed, what is measured here, and whether it reproduces: every verdict is computed from the results.
+
+``python paper_figures/claims.py`` rewrites the table of ``README.md`` here and the summary of the main one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments.clip.study_grid import CAPTIONS
+from experiments.clip.study_statistics import (
+    PairedDifference,
+    Rule,
+    compare_exponents,
+    data_saved,
+    paired_difference,
+    paired_ratio,
+    power_law_fit,
+)
+from experiments.intervals import Interval
+from paper_figures.study_results import (
+    ALL_FRACTIONS,
+    COMMAND,
+    NAMES,
+    OURS,
+    REFERENCES,
+    TOP1,
+    TWIN,
+    UNSTEERED,
+    Array,
+    NotMeasured,
+    Results,
+    Seeds,
+    headline_of,
+    paired,
+    published,
+    values,
+)
+
+HERE = Path(__file__).parent
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
+BEGIN, END = "<!-- claims: written by paper_figures/claims.py -->", "<!-- end of claims -->"
+
+TOLERANCE = -0.5  # points that half of the data may cost
+HALF_RATIO, TWICE, SURELY_ABOVE = 0.5, 2.0, 1.5
+VARIANCE_BELOW = 0.75
+LEVELS_NEEDED, SPAN_NEEDED, PROBABILITY_NEEDED = 4, 30.0, 0.95
+BEYOND = "beyond the paper"
+EQUAL_SAMPLES = 0.02  # by how much trainings of equal length may differ: a last batch
+RULES: dict[Rule, str] = {"best-of-bins": "best of five log-spaced bins", "all": "all points"}
+
+Verdict = Literal["yes", "no", "not measured yet"]
+
+
+class Claim(NamedTuple):
+    """A claim, what was published, what is measured here with intervals, whether it holds, and what measures it."""
+
+    topic: str
+    claim: str
+    published: str
+    ours: str
+    verdict: Verdict
+    command: str
+
+
+class Judged(NamedTuple):
+    """A measurement in words, and whether it meets the claim."""
+
+    ours: str
+    holds: bool
+
+
+def claims(results: Results) -> list[Claim]:
+    """Return all claims in the order of the page."""
+    known = published()
+    return [
+        *_weak_to_strong(results, known),
+        *_data_efficiency(results, known),
+        *_baselines(results, known),
+        *_poor_captions(results),
+        *_variance(results, known),
+        *_scaling(results, known),
+        *_beyond(results),
+    ]
+
+
+def _judge(topic: str, claim: str, published: str, measure: Callable[[], Judged], studies: Iterable[str]) -> Claim:
+    command = f"`{COMMAND} {' '.join(dict.fromkeys(studies))}`"
+    try:
+        ours, holds = measure()
+    except NotMeasured:
+        return Claim(topic, claim, published, "not measured yet", "not measured yet", command)
+    return Claim(topic, claim, published, ours, "yes" if holds else "no", command)
+
+
+def points(found: PairedDifference) -> str:
+    """Return a difference in percent points with both intervals."""
+    t, bootstrap = found.t, found.bootstrap
+    return (
+        f"{t.mean:+.2f} points [{t.low:+.2f}, {t.high:+.2f}], "
+        f"bootstrap [{bootstrap.low:+.2f}, {bootstrap.high:+.2f}], {found.n} seeds"
+    )
+
+
+def _difference(a: Array, b: Array, above: float = 0.0) -> Judged:
+    """Compare a difference's lower limits, of both intervals, with what they must be above."""
+    found = paired_difference(a, b)
+    return Judged(points(found), min(found.t.low, found.bootstrap.low) > above)
+
+
+def _between(found: Interval, digits: int = 2) -> str:
+    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
+    target, reference = known["teaser"]["target"]["imagenet_top1"], known["teaser"]["reference"]["imagenet_top1"]
+    fastclip = known["table_1"]["imagenet_top1"]["fastclip"][0]
+    for captions in ("clean", "swapped"):
+
+        def over_reference(captions: str = captions) -> Judged:
+            steered = values(results.steered("weak", captions))
+            own = 100 * float(results.reference("weak")[TOP1])
+            judged = _difference(steered, np.full_like(steered, own))
+            return Judged(f"{judged.ours}; reference {own:.1f} %", judged.holds)
+
+        def over_twin(captions: str = captions) -> Judged:
+            return _difference(*paired(results.steered("weak", captions), results.method(TWIN, captions)))
+
+        topic = "weak to strong"
+        yield _judge(
+            topic,
+            f"the steered target surpasses its weaker reference ({captions} captions)",
+            f"{target - reference:+.2f} points (ImageNet, {target} over {reference})",
+            over_reference,
+            ("references", "reference-quality"),
+        )
+        yield _judge(
+            topic,
+            f"... and its twin without reference, {NAMES[TWIN]} ({captions} captions)",
+            f"{target - fastclip:+.2f} points (ImageNet, {target} over {fastclip})",
+            over_twin,
+            ("headline", "reference-quality"),
+        )
+
+
+def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
+    for method in ("drrho", "drrho-c"):
+        for captions in ("clean", "swapped"):
+
+            def half(method: str = method, captions: str = captions) -> Judged:
+                return _difference(
+                    *paired(results.share(method, captions, HALF_RATIO), results.method(TWIN, captions)), TOLERANCE
+                )
+
+            def saved(method: str = method, captions: str = captions) -> Judged:
+                fraction, note, _, beyond = data_saved(*shares(results, method, captions))
+                words = f"{note} {fraction.mean:.3g}" if note == "at most" else note or f"{fraction.mean:.3f}"
+                ends = (f"{end:.3f}" if np.isfinite(end) else "more than 1" for end in fraction[1:])
+                more = f"; not met in {100 * beyond:.0f} % of the draws" if beyond else ""
+                return Judged(f"{words} of the data [{', '.join(ends)}]{more}", fraction.high <= HALF_RATIO)
+
+            name = f"{NAMES[method]} ({captions} captions)"
+            yield _judge(
+                "data efficiency",
+                f"{name} on 50 % of the data is at least as good as {NAMES[TWIN]} on 100 %, "
+                f"to within {-TOLERANCE:g} points",
+                "comparable (figure 3, no numbers)" if method == "drrho" else "",
+                half,
+                ("headline", "fractions"),
+            )
+            yield _judge(
+                "data efficiency",
+                f"{name} meets {NAMES[TWIN]}'s 100 % with half of the data or less",
+                "",
+                saved,
+                ("headline", "fractions"),
+            )
+
+
+def shares(results: Results, method: str, captions: str) -> tuple[Array, Array, Array]:
+    """Return shares [k] of the pairs, the steered method's scores [k, seeds] on them, the twin's [seeds] on all."""
+    cells = [results.share(method, captions, fraction) for fraction in ALL_FRACTIONS]
+    twin = results.method(TWIN, captions)
+    common = set.intersection(*(set(cell) for cell in (*cells, twin)))
+    steered = np.stack([values({seed: cell[seed] for seed in common}) for cell in cells])
+    return np.array(ALL_FRACTIONS), steered, values({seed: twin[seed] for seed in common})
+
+
+def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
+    table = known["table_1"]["imagenet_top1"]
+    own = {
+        "jest": "jest",
+        "jest-top-k": "jest_topk",
+        TWIN: "fastclip",
+        "openclip": "openclip",
+        "distillation": "mobileclip_distillation",
+    }
+    for method, name in own.items():
+        steered = "drrho-distillation" if method == "distillation" else "drrho"
+        theirs = table["drrho_clip_distillation" if method == "distillation" else "drrho_clip"]
+        low, high = sorted(a - b for a, b in zip(theirs, table[name], strict=True))[:: len(theirs) - 1]
+        for captions in CAPTIONS:
+
+            def above(steered: str = steered, method: str = method, captions: str = captions) -> Judged:
+                a, b = results.method(steered, captions), results.method(method, captions)
+                equal_samples(a, b)
+                return _difference(*paired(a, b))
+
+            yield _judge(
+                "above the baselines",
+                f"{NAMES[steered]} above {NAMES[method]} ({captions} captions)",
+                f"{low:+.2f} to {high:+.2f} points (ImageNet, three references)" if captions == "clean" else "",
+                above,
+                ("headline", headline_of(method)),
+            )
+
+
+def equal_samples(a: Seeds, b: Seeds) -> None:
+    """Refuse to compare trainings that did not train on equally many pairs."""
+    first, second = (float(next(iter(side.values()))["samples_trained"]) for side in (a, b))
+    if abs(first - second) > EQUAL_SAMPLES * max(first, second):
+        raise ValueError(f"trainings on {first:g} and {second:g} pairs are compared as if on equally many")
+
+
+def _poor_captions(results: Results) -> Iterator[Claim]:
+    for captions in ("vague", "swapped"):
+
+        def twice(captions: str = captions) -> Judged:
+            best = max(UNSTEERED, key=lambda name: values(results.method(name, captions)).mean())
+            a, b = paired(results.method("drrho", captions), results.method(best, captions))
+            found = paired_ratio(a, b)
+            words = f"{_between(found)} times {NAMES[best]}'s {b.mean():.1f} %, {len(b)} seeds"
+            return Judged(words, found.mean >= TWICE and found.low > SURELY_ABOVE)
+
+        yield _judge(
+            "poor captions",
+            f"{captions} captions: at least twice the naming accuracy of the best unsteered method, "
+            f"the ratio's lower limit above {SURELY_ABOVE}",
+            "",
+            twice,
+            ("headline", "headline-more"),
+        )
+
+
+def variance_ratio(trainings: Seeds, side: str) -> Interval:
+    """Return Var(l - l_ref) / Var(l) over the negatives at the end of training, with Fieller's interval over seeds."""
+    excess, losses = (values(trainings, f"variance_of_{name}/{side}", percent=False) for name in ("excess", "losses"))
+    return paired_ratio(excess, losses)
+
+
+def _variance(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
+    theirs = known["variance"]
+    ratio = theirs["rho_loss"] / theirs["loss"]
+    for reference in ("shipped", "equal"):
+        for captions in CAPTIONS if reference == "shipped" else ("clean", "swapped"):
+
+            def below(reference: str = reference, captions: str = captions) -> Judged:
+                trainings = results.steered(reference, captions)
+                found = {side: variance_ratio(trainings, side) for side in ("image", "text")}
+                words = ", ".join(f"{side} {_between(ratio)}" for side, ratio in found.items())
+                return Judged(f"{words}, {len(trainings)} seeds", max(r.high for r in found.values()) < VARIANCE_BELOW)
+
+            yield _judge(
+                "less variance",
+                f"Var(l - l_ref) / Var(l) below {VARIANCE_BELOW} on both sides, {REFERENCES[reference]} reference "
+                f"({captions} captions)",
+                f"{ratio:.2f} (image side, {theirs['reference']})" if captions == "clean" else "",
+                below,
+                ("headline",) if reference == "shipped" else ("reference-quality",),
+            )
+
+
+def _scaling(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
+    theirs = known["scaling_law"]
+    steeper = f"{theirs['drrho_clip']['exponent']} against {theirs['openclip']['exponent']} (best of bins)"
+    for method in ("drrho", "drrho-c"):
+        for rule, rule_name in RULES.items():
+
+            def exponent(method: str = method, rule: Rule = rule) -> Judged:
+                compute, errors, _ = results.scaling((method, "openclip"))
+                fits = [power_law_fit(compute[name], errors[name], rule) for name in (method, "openclip")]
+                probability = compare_exponents(*fits).probability_less
+                by_seed = paired_difference(
+                    *(seed_exponents(compute[n], errors[n], rule) for n in (method, "openclip"))
+                )
+                levels = len(np.unique(compute[method].round(3)))
+                span = compute[method].max() / compute[method].min()
+                own, other = (_between(fit.exponent, 3) for fit in fits)
+                words = (
+                    f"{own} against {other}, steeper in {100 * probability:.1f} % of the draws; difference by seed "
+                    f"{_between(by_seed.t, 3)}; {levels} levels over {span:.0f}x, {by_seed.n} seeds"
+                )
+                enough = levels >= LEVELS_NEEDED and span >= SPAN_NEEDED
+                return Judged(words, enough and probability >= PROBABILITY_NEEDED and by_seed.t.high < 0)
+
+            yield _judge(
+                "scaling law",
+                f"{NAMES[method]}'s exponent of error against compute is steeper than OpenCLIP's ({rule_name})",
+                steeper if (method, rule) == ("drrho", "best-of-bins") else "",
+                exponent,
+                ("scaling",),
+            )
+
+
+def seed_exponents(compute: Array, errors: Array, rule: Rule) -> Array:
+    """Return the exponent that each seed's errors give alone."""
+    return np.array([power_law_fit(compute, own[:, None], rule, replicates=1).exponent.mean for own in errors.T])
+
+
+def _beyond(results: Results) -> Iterator[Claim]:
+    for method in OURS:
+        for captions in CAPTIONS:
+
+            def above(method: str = method, captions: str = captions) -> Judged:
+                a, b = results.method(method, captions), results.method("drrho", captions)
+                equal_samples(a, b)
+                found = paired_difference(*paired(a, b))
+                holds = min(found.t.low, found.bootstrap.low) > 0
+                count = len(OURS) * len(CAPTIONS)
+                surely = "also" if shared_level(found, count) > 0 else "not"
+                words = f"; {surely} if 95 % are to hold for all {count} comparisons at once" if holds else ""
+                return Judged(points(found) + words, holds)
+
+            also = ", which is in the paper too" if method == "drrho-distillation" else ""
+            yield _judge(
+                BEYOND,
+                f"{NAMES[method]}{also}, above DRRho-CLIP as published ({captions} captions)",
+                "",
+                above,
+                ("headline", headline_of(method)),
+            )
+
+
+def shared_level(found: PairedDifference, comparisons: int) -> float:
+    """Return the lower limit of a difference when 95 % is to hold for so many at once (Bonferroni)."""
+    return found.mean - float(stats.t.ppf(1 - 0.025 / comparisons, found.n - 1)) * found.sd / np.sqrt(found.n)
+
+
+def table(rows: Iterable[Claim]) -> str:
+    """Return the table of the figures' page."""
+    lines = ["| claim | published | ours, with 95 % intervals | reproduced | command |", "|---|---|---|---|---|"]
+    topic = ""
+    for row in rows:
+        if row.topic != topic:
+            topic = row.topic
+            lines.append(f"| **{topic}** | | | | |")
+        lines.append(f"| {' | '.join((row.claim, row.published or '-', row.ours, row.verdict, row.command))} |")
+    return "\n".join(lines)
+
+
+def summary(rows: Iterable[Claim]) -> str:
+    """Return the table of the main page: one row of each topic, the first, and how many of all its rows hold."""
+    topics: dict[str, list[Claim]] = {}
+    for row in rows:
+        topics.setdefault(row.topic, []).append(row)
+    lines = ["| claim | published | ours | reproduced | of all such rows |", "|---|---|---|---|---|"]
+    for topic, own in topics.items():
+        measured = [row for row in own if row.verdict != "not measured yet"]
+        held = f"{sum(row.verdict == 'yes' for row in measured)} of {len(measured)}" if measured else "none measured"
+        if left := len(own) - len(measured):
+            held += f", {left} not measured yet" if measured else ""
+        first = own[0]
+        if topic == BEYOND:  # one variant is enough
+            first = next((row for row in own if row.verdict == "yes"), first)
+        lines.append(
+            f"| **{topic}**: {first.claim} | {first.published or '-'} | {first.ours} | {first.verdict} | {held} |"
+        )
+    return "\n".join(lines)
+
+
+def with_table(page: str, text: str) -> str:
+    """Return a page with what stands between its marks replaced."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page has no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def pages(results: Results) -> dict[Path, str]:
+    """Return both pages with tables of these results."""
+    rows = claims(results)
+    texts = (table(rows), summary(rows))
+    return {path: with_table(path.read_text(), text) for path, text in zip(PAGES, texts, strict=True)}
+
+
+if __name__ == "__main__":
+    for path, text in pages(Results()).items():
+        path.write_text(text)
+        print(path)

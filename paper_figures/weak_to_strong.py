@@ -1,0 +1,110 @@
+"""Draw figure 1: target against reference and twin, as published and under references of three qualities."""
+
+import sys
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from experiments.intervals import Interval, interval
+from paper_figures.study_results import NAMES, REFERENCES, TOP1, TWIN, NotMeasured, Results, published, values
+from paper_figures.style import BLUE, GRAY, PAGE, VERMILION, not_measured, panel, program
+
+BARS = {
+    "reference": (GRAY, ""),
+    f"unsteered twin ({NAMES[TWIN]})": (VERMILION, "//"),
+    "steered target (DRRho-CLIP)": (BLUE, ""),
+}
+MEASURES = {
+    TOP1: "naming\ntop-1",
+    "test_top5": "naming\ntop-5",
+    "test_image_to_text_r1": "image to\ntext R@1",
+    "test_text_to_image_r1": "text to\nimage R@1",
+    "test_script_balanced": "script,\nbalanced",
+}
+Group = tuple[Interval, Interval, Interval]
+
+
+def groups(results: Results, captions: str) -> dict[str, Group | None]:
+    """Return reference, twin and target by reference: naming top-1 in percent, None where it is not measured yet."""
+    found: dict[str, Group | None] = {}
+    for name, title in REFERENCES.items():
+        try:
+            group = _group(results, name, captions, TOP1)
+        except NotMeasured:
+            group = None
+        found[title.replace(" (", "\n(")] = group
+    return found
+
+
+def measures(results: Results, captions: str) -> dict[str, Group | None]:
+    """Return reference, twin and target under the weak reference, by measure."""
+    return {title: _group(results, "weak", captions, field) for field, title in MEASURES.items()}
+
+
+def _group(results: Results, reference: str, captions: str, field: str) -> Group:
+    own = 100 * float(results.reference(reference)[field])
+    twin, steered = results.method(TWIN, captions), results.steered(reference, captions)
+    return Interval(own, own, own), interval(values(twin, field)), interval(values(steered, field))
+
+
+def draw_bars(axes: Axes, found: dict[str, Group | None]) -> None:
+    """Draw a group of three bars for each entry, with intervals."""
+    for number, group in enumerate(found.values()):
+        if group is None:
+            axes.text(number, 0, "not\nmeasured\nyet", ha="center", va="bottom", color=GRAY, size=6)
+            continue
+        for place, bar, (color, hatch) in zip(
+            (number - 0.27, number, number + 0.27), group, BARS.values(), strict=True
+        ):
+            axes.bar(place, bar.mean, 0.25, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+            axes.plot([place, place], [bar.low, bar.high], color="k", linewidth=0.8)
+            axes.annotate(
+                f"{bar.mean:.1f}", (place, bar.high), (0, 2), textcoords="offset points", ha="center", size=5.5
+            )
+    axes.set_xlim(-0.5, len(found) - 0.5)
+    axes.set_xticks(range(len(found)), list(found), fontsize=6.5)
+    axes.margins(y=0.12)
+
+
+def draw(results: Results) -> Figure:
+    """Return the figure: the published teaser, ours on clean and on swapped captions, five measures."""
+    figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    theirs, clean, swapped = above.subplots(1, 3, width_ratios=(1, 2.4, 2.4))
+    table = published()["table_1"]["imagenet_top1"]
+    numbers = [table[name][0] for name in ("reference", "fastclip", "drrho_clip")]
+    draw_bars(theirs, {"ViT-B/32 to B/16": tuple(Interval(value, value, value) for value in numbers)})
+    theirs.set(ylabel="ImageNet top-1, %")
+    theirs.set_ylim(0, 80)
+    panel(theirs, "a", "published")
+    parts = {
+        "b": (clean, lambda: groups(results, "clean"), "ours, clean captions"),
+        "c": (swapped, lambda: groups(results, "swapped"), "ours, swapped captions"),
+        "d": (below.subplots(), lambda: measures(results, "clean"), "weak reference, clean captions"),
+    }
+    measured = False
+    for letter, (axes, find, title) in parts.items():
+        try:
+            found = find()
+        except NotMeasured:
+            found = {}
+        if any(found.values()):
+            draw_bars(axes, found)
+            measured = True
+        else:
+            not_measured(axes)
+            axes.set(xticks=(), yticks=())
+        panel(axes, letter, title)
+        axes.set_ylabel("test pairs, top-1, %" if letter != "d" else "test pairs, %")
+    if not measured:
+        raise NotMeasured("headline references reference-quality", "targets under the references")
+    handles = [
+        Patch(facecolor=color, hatch=hatch, edgecolor="white", label=label) for label, (color, hatch) in BARS.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(program("weak_to_strong", draw))
