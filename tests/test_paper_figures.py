@@ -1,0 +1,338 @@
+"""Figures, table and claims from a synthetic study with effects that are known, and from what is committed."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from drrho.bounds import rho_scales
+from experiments.clip import study_grid
+from experiments.clip.study import CURVE_FIELDS, FIELDS, VARIANCES, curves_path, planned
+from experiments.clip.study_grid import CAPTIONS, REFERENCES, SETTINGS, STUDIES
+from paper_figures import (
+    captions,
+    claims,
+    data_efficiency,
+    scaling,
+    style,
+    table1,
+    theory,
+    variance,
+    weak_to_strong,
+)
+from paper_figures.study_results import NAMES, OURS, UNSTEERED, NotMeasured, Results, values
+
+ROOT = Path(__file__).parents[1]
+DRAWN = {module.__name__.split(".")[1]: module for module in (captions, data_efficiency, scaling, variance)} | {
+    "weak_to_strong": weak_to_strong
+}
+# Naming top-1 of the full study, in percent points, by captions and method: the effects that are built in.
+LEVEL = {
+    "clean": {"openclip": 12, "siglip": 11, "fastclip-v1": 13, "fastclip-v3": 12.5, "jest": 8, "jest-top-k": 9}
+    | {"rho-top-k": 7, "distillation": 17, "drrho": 18, "drrho-distillation": 20, "drrho-c": 19.5},
+    "vague": {"openclip": 4, "siglip": 3, "fastclip-v1": 4.5, "fastclip-v3": 4, "jest": 3, "jest-top-k": 3}
+    | {"rho-top-k": 2, "distillation": 8, "drrho": 7.2, "drrho-distillation": 9, "drrho-c": 7.2},
+    "swapped": {"openclip": 3, "siglip": 2, "fastclip-v1": 3.2, "fastclip-v3": 3, "jest": 6, "jest-top-k": 9.4}
+    | {"rho-top-k": 5, "distillation": 8, "drrho": 9.5, "drrho-distillation": 9, "drrho-c": 8},
+}
+OWN = {"weak": 16.0, "equal": 30.0}  # of the trained references
+GAIN = {"weak": -1.0, "equal": 1.0}  # of the steered target under them, beside the shipped one
+VARIANCE_RATIO = {"weak": 0.9, "equal": 0.7, "shipped": 0.6}
+EXPONENT = {"openclip": -0.05, "drrho": -0.09, "drrho-c": -0.05}
+COST = {"glyph-micro": 10.0, "glyph-tiny": 17.0, "glyph-small": 80.0}  # GFLOP, of 1000 pairs
+
+
+def tuned_grid(patch):
+    for captions_, method in ((c, m) for c in CAPTIONS for m in SETTINGS):
+        patch.setitem(study_grid.TUNED, (captions_, method), next(iter(SETTINGS[method])))
+        for reference in REFERENCES:
+            patch.setitem(
+                study_grid.TUNED_REFERENCES, (captions_, reference), next(iter(study_grid._REFERENCE_SETTINGS))
+            )
+
+
+def top1(each, rng):
+    """The score that is built into a training, as a fraction."""
+    cell, train = each.cell, each.cell.train
+    if each.study == "references":
+        return OWN[cell.setting] / 100
+    common = 0.1 * np.sin(train.seed)  # of a seed's weights and batches, which pairing removes
+    noise = 0.03 * rng.standard_normal()
+    if each.study == "scaling":
+        # One level is the headline's.
+        times = operations(train) / (COST["glyph-tiny"] * 118.175)
+        error = 1 - LEVEL["clean"][cell.method] / 100
+        return 1 - error * times ** EXPONENT[cell.method] - (common + noise) / 100
+    base = LEVEL[train.data.captions].get(cell.method, LEVEL[train.data.captions]["drrho"] - 1)
+    lost = (2 if cell.method == "drrho" else 3) * np.log2(train.fraction)
+    return (base + lost * base / 13 + GAIN.get(cell.reference, 0) + common + noise) / 100
+
+
+def operations(train):
+    return COST[train.model] * 118.175 * train.optimization.epochs / 5 / train.selection.scored_per_pair
+
+
+def rows_of(each, rng):
+    cell, train = each.cell, each.cell.train
+    score = top1(each, rng)
+    ratio = VARIANCE_RATIO[cell.reference or "shipped"] * (1 + 0.01 * rng.standard_normal())
+    steered = train.loss.needs_reference
+    spread = {
+        name: {"variance_of_losses": 0.01, "variance_of_excess": 0.01 * ratio}.get(name.partition("/")[0], 0.6)
+        if steered or "losses" in name
+        else ""
+        for name in VARIANCES
+    }
+    samples = round(118_175 * train.optimization.epochs * train.fraction / 5 / train.selection.scored_per_pair)
+    row = dict.fromkeys(FIELDS, "0") | {
+        "study": each.study,
+        "hash": each.hash,
+        "captions": train.data.captions,
+        "fraction": f"{train.fraction:g}",
+        "model": train.model,
+        "method": cell.method,
+        "reference": cell.reference or ("shipped" if steered else ""),
+        "seed": train.seed,
+        "setting": cell.setting,
+        "samples_trained": samples,
+        "gflops": f"{operations(train):.10g}",
+        **{name: f"{score * factor:.10g}" for name, factor in SCORES.items()},
+        **spread,
+    }
+    curve = [
+        {"hash": each.hash, "step": step, "samples_trained": samples * step // 4, **spread}
+        | {"validation_top1": f"{score * step / 4:.10g}"}
+        for step in range(1, 5)
+    ]
+    return row, curve
+
+
+SCORES = {"test_top1": 1, "validation_top1": 1, "test_top5": 2, "test_image_to_text_r1": 1.5} | {
+    "test_text_to_image_r1": 1.4,
+    "test_script_balanced": 2.5,
+}
+
+
+def write(path, studies):
+    rng = np.random.default_rng(0)
+    written = [rows_of(each, rng) for each in planned(studies)]
+    for where, fields, lines in (
+        (path, FIELDS, [row for row, _ in written]),
+        (curves_path(path), CURVE_FIELDS, [line for _, curve in written for line in curve]),
+    ):
+        with where.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    return Results(path)
+
+
+@pytest.fixture(scope="module")
+def grid():
+    with pytest.MonkeyPatch.context() as patch:
+        tuned_grid(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(grid, tmp_path_factory):
+    """All studies, finished."""
+    names = [name for name in STUDIES if not name.startswith("tuning")]
+    return write(tmp_path_factory.mktemp("study") / "study.csv", names)
+
+
+@pytest.fixture(scope="module")
+def found(study):
+    return {(claim.topic, claim.claim): claim for claim in claims.claims(study)}
+
+
+def verdicts(found, topic, *words):
+    chosen = [c.verdict for (own, text), c in found.items() if own == topic and all(word in text for word in words)]
+    assert chosen, (topic, words)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("topic", "words", "expected"),
+    [
+        ("weak to strong", ["reference (clean"], "yes"),  # 17 over 16
+        ("weak to strong", ["reference (swapped"], "no"),  # 8.5
+        ("weak to strong", ["twin"], "yes"),
+        ("data efficiency", ["DRRho-CLIP (clean", "50 %"], "yes"),  # 18 - 2.8 over 13
+        ("data efficiency", ["DRRho-CLIP, coefficient c (swapped", "50 %"], "yes"),  # 8 - 1.8
+        ("data efficiency", ["DRRho-CLIP (clean", "half"], "yes"),
+        ("above the baselines", ["JEST top-k (clean"], "yes"),
+        ("above the baselines", ["JEST top-k (swapped"], "yes"),  # by 0.1, six standard errors
+        ("above the baselines", ["above distillation (vague"], "yes"),
+        ("poor captions", ["swapped"], "yes"),  # 9.5 / 3.2
+        ("poor captions", ["vague"], "no"),  # 7.2 / 4.5, below two
+        ("less variance", ["equal"], "yes"),
+        ("less variance", ["strong"], "yes"),
+        ("scaling law", ["DRRho-CLIP's"], "yes"),
+        ("beyond the paper", ["coefficient c", "(clean"], "yes"),
+        ("beyond the paper", ["coefficient c", "(swapped"], "no"),
+        ("beyond the paper", ["CVaR"], "no"),
+    ],
+)
+def test_verdicts_are_those_that_were_built_in(found, topic, words, expected):
+    assert set(verdicts(found, topic, *words)) == {expected}
+
+
+def test_an_exponent_that_is_equal_is_not_called_steeper(found):
+    for (topic, text), claim in found.items():
+        if topic == "scaling law" and "coefficient c" in text:
+            assert claim.verdict == "no", claim.ours
+
+
+def test_numbers_of_claims_are_those_of_the_table(study, found):
+    steered, twin = study.steered("weak", "clean"), study.method("fastclip-v1", "clean")
+    difference = np.mean([100 * (float(steered[s]["test_top1"]) - float(twin[s]["test_top1"])) for s in range(1, 6)])
+    (claim,) = [
+        c for (topic, text), c in found.items() if topic == "weak to strong" and "twin" in text and "clean" in text
+    ]
+    assert claim.ours.startswith(f"{difference:+.2f} points [") and claim.ours.endswith("5 seeds")
+    assert difference == pytest.approx(4, abs=0.1)
+    (claim,) = [
+        c for (topic, text), c in found.items() if topic == "scaling law" and "CLIP's exp" in text and "all" in text
+    ]
+    assert claim.ours.startswith("-0.090") and "against -0.050" in claim.ours and "levels over" in claim.ours
+    assert "FastCLIP v1's" in found_one(found, "poor captions", "swapped").ours
+
+
+def found_one(found, topic, word):
+    (claim,) = [c for (own, text), c in found.items() if own == topic and word in text]
+    return claim
+
+
+def test_unfinished_studies_are_said_to_be(grid, tmp_path):
+    results = write(tmp_path / "study.csv", ["headline"])
+    rows = claims.claims(results)
+    by_topic = {topic: {row.verdict for row in rows if row.topic == topic} for topic in {row.topic for row in rows}}
+    assert by_topic["scaling law"] == by_topic["weak to strong"] == {"not measured yet"}
+    assert "yes" in by_topic["above the baselines"] and "not measured yet" in by_topic["above the baselines"]
+    assert all("--only" in row.command for row in rows)
+    assert "not measured yet" in claims.table(rows)
+    assert "none measured" in claims.summary(rows)
+    for name in ("captions", "weak_to_strong", "variance"):
+        drawn = style.styled(lambda name=name: DRAWN[name].draw(results))
+        texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
+        assert "not measured yet" in texts
+    for name in ("scaling", "data_efficiency"):
+        with pytest.raises(NotMeasured, match=f"study --only {'scaling' if name == 'scaling' else 'fractions'}"):
+            DRAWN[name].draw(results)
+    assert "n.m." in table1.markdown(table1.lines(results))
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_figures_are_drawn_and_the_same_each_time(study, name, tmp_path):
+    first, second = (
+        style.save(style.styled(lambda: DRAWN[name].draw(study)), tmp_path / part, name) for part in ("1", "2")
+    )
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    pixels = matplotlib.image.imread(first[0])
+    assert pixels.shape[1] == style.PAGE * 200
+    assert pixels.std() > 0.05
+
+
+def test_lines_of_figures_are_the_tables_numbers(study):
+    drawn = style.styled(lambda: captions.draw(study))
+    mean = values(study.method("drrho", "vague")).mean()
+    shown = [container.lines[0].get_xdata()[0] for container in drawn.axes[1].containers]
+    assert min(abs(np.array(shown) - mean)) < 1e-9
+    assert len(shown) == len(SETTINGS)
+
+    drawn = style.styled(lambda: scaling.draw(study))
+    own = [line for line in drawn.axes[0].lines if str(line.get_label()).startswith("DRRho-CLIP: ")]
+    x, y = own[1].get_data()  # of all points
+    assert np.polyfit(np.log(x), np.log(y), 1)[0] == pytest.approx(EXPONENT["drrho"], abs=0.005)
+    theirs = drawn.axes[1].lines[0]
+    assert theirs.get_ydata()[0] == pytest.approx(5.77 * theirs.get_xdata()[0] ** -0.116)
+
+    drawn = style.styled(lambda: variance.draw(study))
+    for axes, ratio in zip(drawn.axes, [*VARIANCE_RATIO.values()] * 2, strict=True):
+        losses, excess = (line.get_ydata()[-1] for line in axes.lines)
+        assert excess / losses == pytest.approx(ratio, rel=0.02)
+
+    drawn = style.styled(lambda: data_efficiency.draw(study))
+    half = values(study.share("drrho", "clean", 0.5)).mean()
+    ends = [line.get_ydata()[-1] for line in drawn.axes[0].lines]
+    assert min(abs(np.array(ends) - half)) < 1e-9
+
+    drawn = style.styled(lambda: weak_to_strong.draw(study))
+    heights = [patch.get_height() for patch in drawn.axes[1].patches]
+    assert OWN["weak"] in np.round(heights, 9) and values(study.steered("weak", "clean")).mean() in heights
+    assert [patch.get_height() for patch in drawn.axes[0].patches] == [63.32, 67.37, 68.84]
+
+
+def test_the_table_is_written_for_pages_and_for_papers(study, tmp_path):
+    page, paper = (path.read_text() for path in table1.write(study, tmp_path))
+    (line,) = [line for line in page.splitlines() if line.startswith("| DRRho-CLIP |")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells[:3] == ["68.84", "69.19", "68.69"]
+    assert cells[5].startswith(f"{values(study.method('drrho', 'clean')).mean():.1f} ±")
+    (line,) = [line for line in paper.splitlines() if line.startswith("DRRho-CLIP &")]
+    assert line.count("&") == len(table1.COLUMNS) and line.endswith(r"\\") and r"$\pm$" in line
+    assert all(line.count("&") == len(table1.COLUMNS) for line in paper.splitlines()[5:-2])
+
+
+def test_theory_figure():
+    losses = theory.load()
+    assert len(losses["loss"]) == 797
+    drawn = style.styled(lambda: theory.draw(losses))
+    excess = losses["loss"] - losses["reference_loss"]
+    risk, weights, sandwich, bounds = drawn.axes
+    for line in risk.lines[:2]:
+        assert line.get_ydata()[0] == pytest.approx(excess.mean(), abs=0.02)
+        assert line.get_ydata()[-1] == pytest.approx(excess.max(), rel=1e-9)
+    assert all(line.get_ydata().mean() == pytest.approx(1) for line in weights.lines[:3])
+    premium, upper, chord, lower, theirs = (line.get_ydata() for line in sandwich.lines)
+    for below, above in ((theirs, lower), (lower, chord), (chord, premium), (premium, upper)):
+        assert (below <= above + 1e-9).all()
+    exact = sandwich.lines[0].get_xdata() <= rho_scales(excess).rho_pos
+    assert premium[exact] == pytest.approx(1)
+    with_reference, without = bounds.lines[1].get_ydata(), bounds.lines[0].get_ydata()
+    assert with_reference[0] > without[0] and with_reference[-1] < without[-1]
+
+
+def test_published_numbers_are_the_papers():
+    law = scaling.published()["scaling_law"]
+    assert (law["openclip"]["exponent"], law["drrho_clip"]["exponent"]) == (-0.116, -0.127)
+
+
+def test_what_is_committed_is_of_the_committed_results(tmp_path):
+    results, folder = Results(), ROOT / "paper_figures"
+    for path, text in claims.pages(results).items():
+        assert path.read_text() == text, "run: make figures"
+    for name, module in DRAWN.items():
+        try:
+            style.styled(lambda module=module: module.draw(results))
+        except NotMeasured:
+            continue
+        assert all((folder / f"{name}.{kind}").is_file() for kind in ("png", "pdf")), "run: make figures"
+    try:
+        written = table1.write(results, tmp_path)
+    except NotMeasured:
+        return
+    assert all(path.read_text() == (folder / path.name).read_text() for path in written), "run: make figures"
+
+
+def test_a_script_without_results_says_which_command_measures_them(tmp_path):
+    results = ["--results", str(tmp_path / "none.csv"), "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "paper_figures/captions.py", *results], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "run.py study --only headline" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_methods_of_figures_are_those_of_the_study():
+    assert set(NAMES) == set(table1.METHODS) == set(SETTINGS)
+    assert sorted(method for _, _, methods in captions.KINDS.values() for method in methods) == sorted(SETTINGS)
+    assert set(OURS) | set(UNSTEERED) < set(SETTINGS)
