@@ -74,7 +74,10 @@ def program(name: str, draw: Callable[[Results], Figure]) -> int:
 
 
 def command(name: str, write: Callable[[Results, Path], list[Path]]) -> int:
-    """Run a script that writes files from the study's results; return its exit status."""
+    """Run a script that writes files from the study's results; return its exit status.
+
+    It is 3 where nothing of it is measured yet, and nothing is written.
+    """
     parser = argparse.ArgumentParser(prog=f"paper_figures/{name}.py")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the study's table, its curves beside it")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
@@ -83,6 +86,6 @@ def command(name: str, write: Callable[[Results, Path], list[Path]]) -> int:
         written = write(Results(options.results), options.out)
     except NotMeasured as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        return 3
     print(*written, sep="\n")
     return 0

@@ -326,7 +326,7 @@ def test_a_script_without_results_says_which_command_measures_them(tmp_path):
     done = subprocess.run(
         [sys.executable, "paper_figures/captions.py", *results], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 2
+    assert done.returncode == 3
     (line,) = done.stderr.splitlines()
     assert "run.py study --only headline" in line
     assert not list(tmp_path.iterdir())
