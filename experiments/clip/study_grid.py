@@ -217,6 +217,16 @@ def headline_more() -> Iterator[Cell]:
     return _headline([method for method in SETTINGS if method not in MAIN], FEWER_SEEDS)
 
 
+def longer() -> Iterator[Cell]:
+    """Yield the methods of one batch's pairs at three times the budget: what steering pays may change with it."""
+    for seed in FEWER_SEEDS:
+        for captions in reversed(CAPTIONS):
+            for method in ("openclip", "fastclip-v1", "drrho", "drrho-c"):
+                if (captions, method) in TUNED:
+                    train = tuned(method, captions, seed=seed, epochs=3 * EPOCHS)
+                    yield Cell(method, train, f"epochs={3 * EPOCHS}")
+
+
 def fractions() -> Iterator[Cell]:
     """Yield the twins on shares of the pairs, at an equal number of pairs seen; all pairs are the headline's."""
     for seed in FEWER_SEEDS:
@@ -266,5 +276,6 @@ STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "fractions": fractions,
     "reference-quality": reference_quality,
     "scaling": scaling,
+    "longer": longer,
     "headline-more": headline_more,
 }
