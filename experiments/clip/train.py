@@ -254,6 +254,7 @@ def train(
                 path = checkpoints.parent / "nonfinite.jsonl"
                 _write_down(path, step, batch, str(problem), ranks)
                 if passed_over > nonfinite_limit:
+                    writer.settle()
                     raise UserError(
                         f"{problem} at step {step}, whose samples are in {path}: look at them, lower --lr, set "
                         "--clip-norm, or allow for such steps by --nonfinite-limit"
