@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
 
@@ -34,23 +33,27 @@ from experiments.clip.files import sync, with_patience, writing
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
+_OLD = f"{_PARTIAL}old-"
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.safetensors")
 _SHARED, _OWN = "shared/", "own/"
 MODEL, _OPTIMIZER = "model.", "optimizer."
 _OF = "|"  # between a parameter's name and the optimizer's
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the folder of the last finished step, if there is one."""
-    return max(_steps(folder), key=_number, default=None)
+    return max(_steps(folder), key=step_number, default=None)
 
 
 def _steps(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
 
 
-def _number(path: Path) -> int:
+def step_number(path: Path) -> int:
+    """Return the number of finished steps of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -79,8 +82,19 @@ class CheckpointWriter:
         self._folder, self._settings, self._ranks, self._keep = folder, settings, ranks, keep
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
-        self._step = 0
-        self._spared: frozenset[int] = frozenset()
+        self._step = -1
+        self._spared: Callable[[int], int | None] = lambda step: None
+        if ranks.leads:
+            _recover(folder)
+        ranks.wait()
+
+    def is_of(self, step: int) -> bool:
+        """Whether the checkpoint that was begun or taken up last is of this step and this number of ranks."""
+        return self._step == step
+
+    def took_up(self, step: int, ranks: int) -> None:
+        """Note from which checkpoint the run goes on."""
+        self._step = step if ranks == self._ranks.count else -1
 
     @property
     def has_begun(self) -> bool:
@@ -98,7 +112,7 @@ class CheckpointWriter:
         own: Mapping[str, Tensor],
         counts: Mapping[str, int],
         progress: dict[str, Any],
-        spared: Sequence[int] = (),
+        spared: Callable[[int], int | None] = lambda step: None,
     ) -> None:
         """Copy the state after ``progress["step"]`` steps and begin to write it.
 
@@ -112,11 +126,11 @@ class CheckpointWriter:
             This rank's own counts.
         progress : dict
             What else all ranks have in common, in JSON's types.
-        spared : sequence of int
-            Steps whose checkpoints stay as long as they are named here.
+        spared : callable
+            Returns, of a step whose checkpoint stays, another whose checkpoint must then stay too, if any.
         """
         self.settle()
-        self._step, self._spared = progress["step"], frozenset(spared)
+        self._step, self._spared = progress["step"], spared
         partial = self._partial()
         if self._ranks.leads:
             _remove_partial(self._folder)  # what a killed run left, too
@@ -157,10 +171,8 @@ class CheckpointWriter:
             try:
                 save_file(tensors, path, metadata)
             except SafetensorError as error:
-                found = _SYSTEM_ERROR.search(str(error))
-                if found is None:
-                    raise
-                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+                raise _system_error(error) or error from error
+            os.chmod(path, 0o666 & ~_UMASK)  # safetensors writes files that only their owner reads
             sync(path)
             sync(path.parent)
 
@@ -192,18 +204,27 @@ class CheckpointWriter:
 
     def _publish(self) -> None:
         final, partial = step_folder(self._folder, self._step), self._partial()
+        if lacking := [part.name for part in _parts(partial, self._ranks.count) if not part.is_file()]:
+            raise UserError(f"{partial} lacks {lacking[0]}: --out must be a folder that all ranks share")
 
         def publish() -> None:
-            if final.exists():  # this step again, as by another number of ranks
-                os.rename(final, self._folder / f"{_PARTIAL}old-{final.name}")
-            os.rename(partial, final)
+            if partial.exists():  # else this is another attempt, after the last rename
+                if final.exists():  # this step again, as by another number of ranks
+                    os.rename(final, self._folder / f"{_OLD}{final.name}")
+                os.rename(partial, final)
             sync(self._folder)
 
-        with writing(final):
-            with_patience(publish)
+        try:
+            with writing(final):
+                with_patience(publish)
+        except UserError:
+            _recover(self._folder)
+            raise
         _remove_partial(self._folder)
-        for path in sorted(_steps(self._folder), key=_number)[: -self._keep]:
-            if _number(path) not in self._spared:
+        steps = sorted(_steps(self._folder), key=step_number)
+        spared = {self._spared(step_number(path)) for path in steps[-self._keep :]}
+        for path in steps[: -self._keep]:
+            if step_number(path) not in spared:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -219,6 +240,24 @@ def _chunk(value: Tensor) -> tuple[Tensor, list[int]]:
     return value.to_local(), list(chunk.offsets)
 
 
+def _parts(folder: Path, count: int) -> list[Path]:
+    return [folder / f"part-{rank}-of-{count}.safetensors" for rank in range(count)]
+
+
+def _system_error(error: SafetensorError) -> OSError | None:
+    """Return the error of the file system behind an error of safetensors, if that is what it is."""
+    found = _SYSTEM_ERROR.search(str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
+
+
+def _recover(folder: Path) -> None:
+    """Give back their names to steps that were being replaced when a process ended."""
+    for path in folder.glob(f"{_OLD}*"):
+        final = folder / path.name.removeprefix(_OLD)
+        if not final.exists():
+            os.rename(path, final)
+
+
 def _remove_partial(folder: Path) -> None:
     for path in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -227,6 +266,8 @@ def _remove_partial(folder: Path) -> None:
 def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return weights and optimizer state by name: the tensors themselves, not copies; shards where they are sharded."""
     state = {f"{MODEL}{key}": value for key, value in get_model_state_dict(model).items()}
+    if not optimizer.state:  # torch would make one, by a step of rate 0 that counts as a step
+        return state
     for name, values in _optimizer_state(model, optimizer)["state"].items():
         for key, value in values.items():
             state[f"{_OPTIMIZER}{name}{_OF}{key}"] = torch.as_tensor(value)
@@ -267,15 +308,26 @@ class Checkpoint:
         self._guarded(self._open)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
+        def attempt() -> Any:
+            try:
+                return action()
+            except SafetensorError as error:
+                raise _system_error(error) or error from error
+
         try:
-            return action()
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+            return with_patience(attempt)
+        except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"checkpoint {self._path} is damaged ({error}): delete it to go on from the one before"
             ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot read checkpoint {self._path} ({error.strerror}): check the storage, then go on"
+            ) from error
 
     def _open(self) -> None:
-        for part in self._parts():
+        self._pieces, self._shapes, self._own, self._counts = {}, {}, [], []  # it may be another attempt
+        for part in self._files():
             file = safe_open(part, "pt")
             metadata = file.metadata()
             chunks = json.loads(metadata["chunks"])
@@ -293,11 +345,14 @@ class Checkpoint:
                 self._shapes[name] = chunk["shape"]
             self._own.append((file, own))
 
-    def _parts(self) -> list[Path]:
+    def _files(self) -> list[Path]:
         """Return the files of all ranks, in order; a missing one is an error."""
         found = [match for path in self._path.iterdir() if (match := _PART.fullmatch(path.name))]
-        count = int(found[0][2]) if found else 1
-        return [self._path / f"part-{rank}-of-{count}.safetensors" for rank in range(count)]
+        return _parts(self._path, int(found[0][2]) if found else 1)
+
+    def has(self, prefix: str) -> bool:
+        """Whether there is a tensor whose name begins with ``prefix``."""
+        return any(name.startswith(prefix) for name in self._pieces)
 
     @property
     def own(self) -> list[dict[str, Tensor]]:
@@ -365,12 +420,17 @@ class Checkpoint:
 def restore_training(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place."""
     state = _optimizer_state(model, optimizer)  # made by a step of rate 0, if there was none yet
+    parameters = dict(model.named_parameters())
     for name, values in state["state"].items():
+        own = optimizer.state[parameters[name]]
+        if not checkpoint.has(f"{_OPTIMIZER}{name}{_OF}"):  # a parameter that had no gradient yet
+            del optimizer.state[parameters[name]]
+            continue
         for key, value in values.items():
             found = torch.as_tensor(value)
             checkpoint.fill({f"{_OPTIMIZER}{name}{_OF}{key}": found})
-            values[key] = found if isinstance(value, Tensor) else found.item()
-    set_optimizer_state_dict(model, optimizer, state)
+            if not isinstance(value, Tensor):
+                own[key] = found.item()
     checkpoint.fill({f"{MODEL}{key}": value for key, value in get_model_state_dict(model).items()})
 
 

@@ -30,7 +30,8 @@ _LAUNCHERS = (
 _CPU = torch.device("cpu")
 # What gloo and NCCL say where another process is gone or late; gloo's errors have no type of their own.
 _EXCHANGE_FAILED = re.compile("gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out", re.ASCII)
-_PULSE, _PULSE_SECONDS = "drrho/pulse/", 1.0
+# torchrun keeps its store when it starts the processes again.
+_PULSE, _PULSE_SECONDS = f"drrho/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/", 1.0
 _DONE, _FAILED = b"done", b"failed"
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``; a crash or a full disk leaves the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
     def write() -> None:
         try:
@@ -89,9 +90,9 @@ def ensure_writable(folder: Path) -> None:
 
     Parts of files that processes left when they were killed are removed.
     """
-    probe = folder / f".writable-{os.getpid()}"
+    probe = folder / f".writable-{secrets.token_hex(8)}"
     write_atomically(probe, b"")
-    probe.unlink(missing_ok=True)  # another machine's process may have the same number
+    probe.unlink()
     for path in folder.glob(".*.partial"):
         # Processes on other machines may be writing here: their files are young.
         with contextlib.suppress(FileNotFoundError):
@@ -121,10 +122,11 @@ def write_json(path: Path, value: Any) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes from what is done inside, waiting for the one that does it now.
 
-    ``path`` is created; the kernel lets go of it when the process ends, however it ends.
+    ``path`` is created; the kernel lets go of it when the process ends, however it ends, whatever becomes of processes
+    that it forked.
     """
     with _opened(path) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
         yield
 
 
@@ -133,8 +135,8 @@ def claimed(path: Path) -> Iterator[bool]:
     """Like `locked`, but yield at once whether this process has it."""
     with _opened(path) as descriptor:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             yield False
             return
         yield True

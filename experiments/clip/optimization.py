@@ -68,6 +68,8 @@ def check_optimizer(name: str) -> None:
     """Refuse an optimizer that there is not."""
     from timm.optim import list_optimizers
 
+    if name.startswith("kron"):
+        raise UserError(f"--optimizer {name} keeps a state that checkpoints cannot hold: choose another of timm's")
     if name != "adamw" and name not in list_optimizers():
         raise UserError(f"--optimizer {name} is not known: adamw, or one of timm.optim.list_optimizers()")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from math import nan
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from experiments.clip.config import as_settings, save_config
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.export import export_checkpoint, export_model
-from experiments.clip.files import ensure_writable
+from experiments.clip.files import claimed, ensure_writable
 from experiments.clip.logs import Logs
 from experiments.clip.material import ALONE, LoadPairs, catalog_material, glyph_material, load_pairs
 from experiments.clip.models import Clip, load_model, lock_towers, new_model
@@ -49,12 +49,17 @@ class Trained(NamedTuple):
 def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     models = build_models(options, ranks)
-    with ranks.leader_first():
-        ensure_writable(options.out)
-        if ranks.leads:
-            save_config(options.out / "config.json", options)
-    with stop_on_signal() as stop:
-        trained = train_model(options, models, ranks, stop)
+    with ExitStack() as claims:
+        with ranks.leader_first():
+            ensure_writable(options.out)
+            if ranks.leads:
+                if not claims.enter_context(claimed(options.out / ".claim")):
+                    raise UserError(
+                        f"--out {options.out} is in use: wait for that run, end it, or choose another --out"
+                    )
+                save_config(options.out / "config.json", options)
+        with stop_on_signal() as stop:
+            trained = train_model(options, models, ranks, stop)
     weights = {key: whole(value) for key, value in trained.clip.model.state_dict().items()}
     if ranks.leads:
         write_exports(options, trained.clip, weights, trained.average)

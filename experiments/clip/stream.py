@@ -24,6 +24,7 @@ from experiments.clip.feature_cache import FeatureCache
 from experiments.clip.files import write_atomically
 from experiments.clip.models import Clip
 from experiments.clip.shards import Manifest, read_samples
+from experiments.clip.terminal import console
 
 _PREPARED_FORMAT = 1
 _RESIZING = ("size", "resize_mode", "interpolation")
@@ -74,7 +75,10 @@ class Pairs:
         prepared = _load_prepared(path) if path.exists() else None
         if prepared is None:
             prepared = _prepare(manifest, split, config, progress)
-            _save_prepared(path, prepared)
+            try:
+                _save_prepared(path, prepared)
+            except UserError as error:
+                console.print(f"data       the next run prepares the pairs again: {error}")
         self.pixels, self.captions, self.names = prepared
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
         tokens = clip.tokenize(list(distinct)).to(torch.int32)

@@ -30,6 +30,7 @@ from experiments.clip.checkpoint import (
     latest_checkpoint,
     restore_training,
     step_folder,
+    step_number,
     training_state,
 )
 from experiments.clip.distributed import Ranks
@@ -190,18 +191,40 @@ def train(
             state |= {f"{_SCALER}{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
         return state
 
-    def save() -> None:
-        progress = {"step": step, "history": history, "passed_over": passed_over, "seen": seen}
-        spared = () if (best := best_record(history, keeping.best)) is None else (int(best["step"]),)
-        writer.start(shared(), method.state_dict(), stream.counts(), progress, spared)
+    def best_step(last: int) -> int | None:
+        best = best_record([record for record in history if record["step"] <= last], keeping.best)
+        return None if best is None else int(best["step"])
 
-    if (found := latest_checkpoint(checkpoints)) is not None:
+    def save() -> None:
+        progress = {
+            "step": step,
+            "history": history,
+            "passed_over": passed_over,
+            "seen": seen,
+            # Where some optimizers count.
+            "optimizer_steps": [int(group["step"]) if "step" in group else None for group in optimizer.param_groups],
+        }
+        writer.start(shared(), method.state_dict(), stream.counts(), progress, best_step)
+
+    found = latest_checkpoint(checkpoints)
+    number = -1 if found is None else step_number(found)
+    highest, lowest = ranks.largest(number, -number)
+    if highest != -lowest:
+        raise UserError(
+            f"rank {ranks.rank} finds {found or 'no checkpoint'}, others another one: --out must be a folder that all "
+            "ranks share"
+        )
+    if found is not None:
         checkpoint = Checkpoint(found)
         check_settings(found, checkpoint.settings, settings)
         restore_training(checkpoint, clip.model, optimizer)
         progress = checkpoint.progress
         step, history, passed_over = progress["step"], progress["history"], progress["passed_over"]
         seen = progress["seen"]
+        writer.took_up(step, len(checkpoint.counts))
+        for group, count in zip(optimizer.param_groups, progress["optimizer_steps"], strict=True):
+            if count is not None:
+                group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
         best = best_record(history, keeping.best)
         if best is not None and not step_folder(checkpoints, int(best["step"])).is_dir():
             raise UserError(
@@ -236,13 +259,14 @@ def train(
             lr = learning_rate(step, total, optimization)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = candidates
+            batch, trained = candidates, 0
             try:
                 if selector is not None:
                     parts = optimization.accumulation * selector.candidates
                     target = towers.pairs(method, candidates, parts)
                     batch, reference, learnability = selector.choose(step, candidates, target, reference)
                 loss, features = towers.backward(method, batch, reference, optimization.accumulation, epoch, scale)
+                trained = len(batch.index)
                 if not bool(torch.isfinite(loss.value)):
                     raise NotFinite(f"the loss is {loss.value.item()}")
                 scaler.unscale_(optimizer)
@@ -270,7 +294,7 @@ def train(
                     average.update(clip.model.state_dict())
                 spread = partial(_spread, features, reference, ranks)
             step += 1
-            counts = ranks.sum(torch.tensor([len(candidates.index), len(batch.index)], device=ranks.device)).tolist()
+            counts = ranks.sum(torch.tensor([len(candidates.index), trained], device=ranks.device)).tolist()
             seen = {key: seen[key] + count for key, count in zip(seen, counts, strict=True)}
 
             interval.add(candidates, log)
@@ -302,7 +326,8 @@ def train(
                 raise Interrupted(
                     f"stopped after step {step} of {total}; {checkpoints} holds the state", wanted - _SAVE
                 )
-    save()
+    if not writer.is_of(step):
+        save()
     writer.settle()
     return history, {} if average is None else {key: whole(value) for key, value in average.average.items()}
 

@@ -65,11 +65,13 @@ def run(
     on_step=lambda step, total, log: None,
     selector=None,
     patch_dropout=0.0,
+    clip=None,
     **options,
 ):
     sigmoid = isinstance(method, SigLIP)
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
-    clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
+    if clip is None:
+        clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
     history, average = train(
         clip,
         method,
@@ -355,6 +357,83 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeyp
     resumed, *_ = run(pairs, contrastive(len(pairs)), tmp_path / "c")
     for key, value in plain.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_a_checkpoint_is_published_whatever_the_disk_says_of_its_folder(pairs, tmp_path, monkeypatch):
+    """Syncing the folder fails once after the rename; then a process ends between the renames of a step made again."""
+    monkeypatch.setattr(files, "WAITS", (0.0,) * 5)
+    synced, failures = checkpoint_module.sync, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(path):
+        if path.name == "c" and failures:
+            raise failures.pop()
+        synced(path)
+
+    monkeypatch.setattr(checkpoint_module, "sync", failing)
+    left = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "c", stop=lambda: next(left))
+    assert not failures and [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000004"]
+    (tmp_path / "c" / "step-00000004").rename(tmp_path / "c" / ".partial-old-step-00000004")
+    (tmp_path / "c" / ".partial-step-00000004").mkdir()
+    steps: list[int] = []
+    run(pairs, OpenCLIP(), tmp_path / "c", on_step=lambda step, total, log: steps.append(step))
+    assert steps == [5, 6, 7, 8, 9, 10]
+
+
+def test_a_read_that_fails_for_a_while_is_no_damage(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WAITS", (0.0,) * 5)
+    run(pairs, OpenCLIP(), tmp_path / "c")
+    opens, failures = checkpoint_module.safe_open, [5, 116]
+
+    def failing(*arguments):
+        if failures:
+            raise SafetensorError(f"I/O error: what it says (os error {failures.pop()})")
+        return opens(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "safe_open", failing)
+    run(pairs, OpenCLIP(), tmp_path / "c")
+    failures.extend([5] * 100)
+    with pytest.raises(UserError, match=r"cannot read checkpoint .* \(Input/output error\): check the storage"):
+        run(pairs, OpenCLIP(), tmp_path / "c")
+
+
+def test_the_best_of_an_older_checkpoint_stays_as_long_as_it_does(pairs, tmp_path):
+    scores = iter([0.5, 0.1, 0.2, 0.3, 0.9])
+    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=3, keep=2, best="accuracy")
+    run(pairs, OpenCLIP(), tmp_path / "c", keeping=keeping, validate=lambda: {"accuracy": next(scores)}, validations=5)
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == ["step-00000002", "step-00000009", "step-00000010"]  # 2 is the best of 9
+    (tmp_path / "c" / "step-00000010").rename(tmp_path / "aside")
+    scores = iter([0.9])
+    run(pairs, OpenCLIP(), tmp_path / "c", keeping=keeping, validate=lambda: {"accuracy": next(scores)}, validations=5)
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adan", "sgd"])
+def test_optimizers_that_count_elsewhere_are_resumed(optimizer, pairs, tmp_path):
+    optimization = dataclasses.replace(SHORT, optimizer=optimizer)
+    whole, *_ = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
+    left = iter([False] * 4 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization, stop=lambda: next(left))
+    again, *_ = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_parameters_without_gradients_are_resumed(pairs, tmp_path):
+    """A model with a bias that the method does not use: the optimizer has no state of it."""
+
+    def start(folder, stop=int):
+        clip = new_model("glyph-small", 0, sigmoid=True)
+        return run(pairs, OpenCLIP(), folder, clip=clip, stop=stop)[0]
+
+    left = iter([False] * 4 + [True])
+    with pytest.raises(Interrupted):
+        start(tmp_path / "b", lambda: next(left))
+    whole, again = start(tmp_path / "a"), start(tmp_path / "b")
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("number, attempts", [(errno.EIO, 6), (errno.ENOSPC, 1)])
