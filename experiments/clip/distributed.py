@@ -222,6 +222,8 @@ class _Pulse:
             outcome = _DONE
         finally:
             self._store.set(name, outcome)
+            if outcome == _FAILED:
+                time.sleep(_PULSE_SECONDS)  # for the others to hear it: the store may end with this process
 
     def wait_for_leader(self) -> None:
         """Wait until the first rank leaves `announcing`, as long as it has a pulse.
