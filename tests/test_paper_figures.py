@@ -30,13 +30,14 @@ ROOT = Path(__file__).parents[1]
 DRAWN = {module.__name__.split(".")[1]: module for module in (captions, data_efficiency, scaling, variance)} | {
     "weak_to_strong": weak_to_strong
 }
+COMMITTED = {name: dict(getattr(study_grid, name)) for name in ("TUNED", "TUNED_REFERENCES")}
 # Naming top-1 of the full study, in percent points, by captions and method: the effects that are built in.
 LEVEL = {
     "clean": {"openclip": 12, "siglip": 11, "fastclip-v1": 13, "fastclip-v3": 12.5, "jest": 8, "jest-top-k": 9}
     | {"rho-top-k": 7, "distillation": 17, "drrho": 18, "drrho-distillation": 20, "drrho-c": 19.5},
     "vague": {"openclip": 4, "siglip": 3, "fastclip-v1": 4.5, "fastclip-v3": 4, "jest": 3, "jest-top-k": 3}
     | {"rho-top-k": 2, "distillation": 8, "drrho": 7.2, "drrho-distillation": 9, "drrho-c": 7.2},
-    "swapped": {"openclip": 3, "siglip": 2, "fastclip-v1": 3.2, "fastclip-v3": 3, "jest": 6, "jest-top-k": 9.4}
+    "swapped": {"openclip": 3, "siglip": 2, "fastclip-v1": 3.2, "fastclip-v3": 3, "jest": 6, "jest-top-k": 9}
     | {"rho-top-k": 5, "distillation": 8, "drrho": 9.5, "drrho-distillation": 9, "drrho-c": 8},
 }
 OWN = {"weak": 16.0, "equal": 30.0}  # of the trained references
@@ -166,7 +167,7 @@ def verdicts(found, topic, *words):
         ("data efficiency", ["DRRho-CLIP, coefficient c (swapped", "50 %"], "yes"),  # 8 - 1.8
         ("data efficiency", ["DRRho-CLIP (clean", "half"], "yes"),
         ("above the baselines", ["JEST top-k (clean"], "yes"),
-        ("above the baselines", ["JEST top-k (swapped"], "yes"),  # by 0.1, six standard errors
+        ("above the baselines", ["JEST top-k (swapped"], "yes"),  # by 0.5
         ("above the baselines", ["above distillation (vague"], "yes"),
         ("poor captions", ["swapped"], "yes"),  # 9.5 / 3.2
         ("poor captions", ["vague"], "no"),  # 7.2 / 4.5, below two
@@ -304,7 +305,9 @@ def test_published_numbers_are_the_papers():
     assert (law["openclip"]["exponent"], law["drrho_clip"]["exponent"]) == (-0.116, -0.127)
 
 
-def test_what_is_committed_is_of_the_committed_results(tmp_path):
+def test_what_is_committed_is_of_the_committed_results(tmp_path, monkeypatch):
+    for name, tuned in COMMITTED.items():  # not those of the study that is made up here
+        monkeypatch.setattr(study_grid, name, tuned)
     results, folder = Results(), ROOT / "paper_figures"
     for path, text in claims.pages(results).items():
         assert path.read_text() == text, "run: make figures"
