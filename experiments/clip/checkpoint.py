@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,10 +169,8 @@ class CheckpointWriter:
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with _system_errors():
                 save_file(tensors, path, metadata)
-            except SafetensorError as error:
-                raise _system_error(error) or error from error
             os.chmod(path, 0o666 & ~_UMASK)  # safetensors writes files that only their owner reads
             sync(path)
             sync(path.parent)
@@ -244,10 +243,16 @@ def _parts(folder: Path, count: int) -> list[Path]:
     return [folder / f"part-{rank}-of-{count}.safetensors" for rank in range(count)]
 
 
-def _system_error(error: SafetensorError) -> OSError | None:
-    """Return the error of the file system behind an error of safetensors, if that is what it is."""
-    found = _SYSTEM_ERROR.search(str(error))
-    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise the error of the file system that is behind one of safetensors, where there is one."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = _SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _recover(folder: Path) -> None:
@@ -309,10 +314,8 @@ class Checkpoint:
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         def attempt() -> Any:
-            try:
+            with _system_errors():
                 return action()
-            except SafetensorError as error:
-                raise _system_error(error) or error from error
 
         try:
             return with_patience(attempt)
