@@ -168,7 +168,8 @@ def _load_prepared(path: Path) -> _Prepared | None:
     """Return what a file holds, or None if it is damaged: it is then made again."""
     try:
         with safe_open(path, "pt") as file:
-            pixels, metadata = file.get_tensor("pixels"), file.metadata()
+            # A copy: a mapped file that another process cuts short ends this one with a bus error.
+            pixels, metadata = file.get_tensor("pixels").clone(), file.metadata()
         if _checksum(pixels, metadata["texts"]) != metadata["checksum"]:
             return None
         return _Prepared(pixels, *json.loads(metadata["texts"]))
