@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# A process for each core, with one thread; the tests of a file stay together, because they share data.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions risk_gradients hybrid)
 
@@ -16,8 +18,8 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --portable $(PORTABLE)
+	$(PYTEST)
+	$(PYTEST) --portable $(PORTABLE)
 
 # A script ends with 3 where nothing of its figure is measured yet, and says what would measure it.
 figures: $(READY)
