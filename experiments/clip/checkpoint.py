@@ -32,6 +32,9 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.files import sync, with_patience, writing
 
+#: What a checkpoint holds and under which names; another number where that changes.
+FORMAT = "1"
+
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
 _OLD = f"{_PARTIAL}old-"
@@ -139,6 +142,7 @@ class CheckpointWriter:
         tensors, chunks = self._copied(shared)
         tensors |= {f"{_OWN}{key}": _copy(value) for key, value in own.items()}
         metadata = {
+            "format": FORMAT,
             "progress": json.dumps(progress),
             "settings": json.dumps(self._settings, sort_keys=True),
             "chunks": json.dumps(chunks),
@@ -333,6 +337,11 @@ class Checkpoint:
         for part in self._files():
             file = safe_open(part, "pt")
             metadata = file.metadata()
+            if (stored := metadata.get("format")) != FORMAT:
+                raise UserError(
+                    f"checkpoint {self._path} has format {stored}, this program reads {FORMAT}: go on with the "
+                    "version that wrote it, or start anew in another --out"
+                )
             chunks = json.loads(metadata["chunks"])
             self._counts.append(json.loads(metadata["counts"]))
             self.progress, self.settings = json.loads(metadata["progress"]), json.loads(metadata["settings"])

@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from drrho import KL, penalized_risk
 from experiments.clip import checkpoint as checkpoint_module
@@ -283,6 +284,19 @@ def test_damaged_checkpoint_is_refused(pairs, tmp_path):
     part.unlink()
     with pytest.raises(UserError, match="damaged"):
         Checkpoint(found)
+
+
+def test_checkpoint_of_another_version_is_refused(pairs, tmp_path):
+    run(pairs, OpenCLIP(), tmp_path / "c")
+    [part] = latest_checkpoint(tmp_path / "c").iterdir()
+    with safe_open(part, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata()
+    del metadata["format"]
+    save_file(tensors, tmp_path / "older", metadata)
+    (tmp_path / "older").replace(part)
+    with pytest.raises(UserError, match="has format None, this program reads 1"):
+        run(pairs, OpenCLIP(), tmp_path / "c")
 
 
 def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
