@@ -207,7 +207,10 @@ class CheckpointWriter:
 
     def _publish(self) -> None:
         final, partial = step_folder(self._folder, self._step), self._partial()
-        if lacking := [part.name for part in _parts(partial, self._ranks.count) if not part.is_file()]:
+        own, *others = _parts(partial, self._ranks.count)
+        if not own.is_file():  # it was written and synced
+            raise UserError(f"cannot write {final} ({own} has disappeared): leave the folder alone or choose another")
+        if lacking := [part.name for part in others if not part.is_file()]:
             raise UserError(f"{partial} lacks {lacking[0]}: --out must be a folder that all ranks share")
 
         def publish() -> None:

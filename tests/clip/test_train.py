@@ -15,7 +15,7 @@ from drrho import KL, penalized_risk
 from experiments.clip import checkpoint as checkpoint_module
 from experiments.clip import files
 from experiments.clip.building import build_method, build_selector
-from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from experiments.clip.config import parse
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
@@ -297,6 +297,20 @@ def test_checkpoint_of_another_version_is_refused(pairs, tmp_path):
     (tmp_path / "older").replace(part)
     with pytest.raises(UserError, match="has format None, this program reads 1"):
         run(pairs, OpenCLIP(), tmp_path / "c")
+
+
+def test_a_folder_that_is_moved_while_a_checkpoint_is_made_is_named(tmp_path):
+    writer = CheckpointWriter(tmp_path / "c", {}, Ranks(), keep=2)
+    writer.start({"weight": torch.zeros(3)}, {}, {}, {"step": 1})
+    while writer.is_writing:
+        time.sleep(0.01)
+    (tmp_path / "c").rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=r"cannot write .*step-00000001 .*has disappeared"):
+        writer.settle()
+    (tmp_path / "c").write_text("")
+    writer.start({"weight": torch.zeros(3)}, {}, {}, {"step": 2})
+    with pytest.raises(UserError, match=r"cannot write .*(Not a directory|File exists)"):
+        writer.settle()
 
 
 def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
