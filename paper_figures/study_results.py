@@ -49,6 +49,8 @@ UNSTEERED = ("openclip", "siglip", "fastclip-v1", "fastclip-v3")
 #: The unsteered twin of the steered method: the same objective without a reference.
 TWIN = "fastclip-v1"
 OURS = ("drrho-c", "drrho-adaptive", "drrho-chi-square", "drrho-cvar", "jest-drrho", "two-level", "drrho-distillation")
+#: All that the reference has a part in.
+STEERED = ("drrho", *OURS, "jest", "jest-top-k", "rho-top-k", "distillation")
 #: The references by the names that the study gives them, from the weakest.
 REFERENCES = {"weak": "weak (glyph-micro)", "equal": "equal (glyph-tiny)", "shipped": "strong (glyph-base)"}
 
@@ -99,6 +101,10 @@ class Results:
     def method(self, method: str, captions: str) -> Seeds:
         """Return a tuned method on all pairs, under the shipped reference if it has one."""
         return self.need(headline_of(method), method=method, captions=captions)
+
+    def scored(self, method: str, captions: str) -> Seeds:
+        """Return a tuned selection that scored as many pairs as the others train on."""
+        return self.need("scored", method=method, captions=captions)
 
     def share(self, method: str, captions: str, fraction: float) -> Seeds:
         """Return a tuned method on a share of the pairs, as many seen as of all."""

@@ -1,8 +1,8 @@
 """What `run.py study` runs: named studies, each a function that yields its trainings, as data.
 
-Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that. Every method has six settings
-to be tuned with on each kind of captions, one seed each, by naming top-1 on the validation split: `SETTINGS`.
-`TUNED` says which one was best; all other studies use it.
+Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that; methods that select pairs are
+also given that many to choose from. Every method has six settings to be tuned with on each kind of captions, one seed
+each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best; all other studies use it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Setting(NamedTuple):
 
 SEEDS = range(1, 6)  # seed 0 is for tuning, and is not counted
 FEWER_SEEDS = SEEDS[:3]
+ADDED_SEEDS = range(6, 11)  # of `ADDED`, on clean captions: added when the first five had been seen
+ADDED = ("openclip", "fastclip-v1", "drrho")
 FRACTIONS = (0.125, 0.25, 0.5)
 LEVELS = {"glyph-micro": (1.25, 2.5, 5, 10), "glyph-tiny": (1.25, 2.5, 5, 10), "glyph-small": (2.5, 5, 10)}
 CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
@@ -95,19 +97,21 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "jest": _selecting("jest", method="openclip"),
     "distillation": _over_rates("distill", (1.0, 4.0), method="openclip"),
     "drrho-distillation": _over_rates("distill", (1.0, 4.0), **_DRRHO),
-    "drrho-adaptive": _over_rates("temperature", (0.1, 0.15), method="drrho", coefficient="adaptive"),
     "jest-drrho": _selecting("jest", **_DRRHO),
-    "jest-top-k": _selecting("jest-top-k", method="openclip"),
-    "rho-top-k": _selecting("rho-top-k", method="openclip"),
     "siglip": _rates_alone(method="siglip"),
     "fastclip-v3": _over_rates("rho", (0.5, 2.0), method="fastclip", temperature=0.1, temperature_scheme="global"),
+    "jest-top-k": _selecting("jest-top-k", method="openclip"),
+    "drrho-adaptive": _over_rates("temperature", (0.1, 0.15), method="drrho", coefficient="adaptive"),
     "drrho-chi-square": _over_rates("temperature", (0.1, 0.3), method="drrho", divergence="chi-square"),
     "drrho-cvar": _over_rates("level", (0.1, 0.3), method="drrho", divergence="cvar"),
     "two-level": _over_rates("strength", (0.05, 0.2), method="two-level", temperature=0.15),
+    "rho-top-k": _selecting("rho-top-k", method="openclip"),
 }
 _REFERENCE_SETTINGS = {
     name: setting for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items() if setting.lr == RATES[1]
 }
+#: The methods whose published trainings count the pairs that they choose from.
+SELECTING = ("jest", "jest-top-k")
 #: The methods of the first comparisons; the others follow.
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
@@ -123,7 +127,19 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("vague", "drrho"): "tau=0.125 lr=0.001",
     ("clean", "drrho"): "tau=0.125 lr=0.002",
     ("swapped", "drrho-c"): "c=1.5 lr=0.001",
+    ("vague", "drrho-c"): "c=0.5 lr=0.001",
+    ("clean", "drrho-c"): "c=0.5 lr=0.002",
+    ("swapped", "jest"): "candidates=5 lr=0.002",
+    ("vague", "jest"): "candidates=5 lr=0.002",
+    ("clean", "jest"): "candidates=2 lr=0.002",
+    ("swapped", "distillation"): "distill=1.0 lr=0.002",
+    ("vague", "distillation"): "distill=1.0 lr=0.001",
+    ("clean", "distillation"): "distill=1.0 lr=0.002",
+    ("swapped", "drrho-distillation"): "distill=4.0 lr=0.002",
+    ("vague", "drrho-distillation"): "distill=1.0 lr=0.001",
 }
+# By captions and method, the same of "tuning-scored".
+TUNED_SCORED: dict[tuple[Captions, str], str] = {}
 # By captions and reference, the same of "tuning-references".
 TUNED_REFERENCES: dict[tuple[Captions, str], str] = {}
 
@@ -208,13 +224,36 @@ def _headline(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
 
 
 def headline() -> Iterator[Cell]:
-    """Yield the main methods, tuned, on all kinds of captions, five seeds each."""
-    return _headline(MAIN, SEEDS)
+    """Yield the main methods, tuned, on all kinds of captions, five seeds each, and some on clean ones ten."""
+    yield from _headline(MAIN, SEEDS)
+    yield from (cell for cell in _headline(ADDED, ADDED_SEEDS) if cell.train.data.captions == "clean")
 
 
 def headline_more() -> Iterator[Cell]:
     """Yield the other methods, tuned, on all kinds of captions, three seeds each."""
     return _headline([method for method in SETTINGS if method not in MAIN], FEWER_SEEDS)
+
+
+def _of_scored(setting: Setting, captions: Captions, seed: int = 0) -> Train:
+    """Return a training that is given `PAIRS_SEEN` pairs to choose from, and trains on one in so many."""
+    return training(setting, captions, seed=seed, epochs=EPOCHS / setting.selection.scored_per_pair)
+
+
+def tuning_scored() -> Iterator[Cell]:
+    """Yield the settings of selections at the number of pairs scored that others train on, one seed each."""
+    for method in SELECTING:
+        for captions in reversed(CAPTIONS):
+            for setting in SETTINGS[method].values():
+                yield Cell(method, _of_scored(setting, captions), setting.name)
+
+
+def scored() -> Iterator[Cell]:
+    """Yield the same, tuned, five seeds each."""
+    for seed in SEEDS:
+        for method in SELECTING:
+            for captions in reversed(CAPTIONS):
+                if name := TUNED_SCORED.get((captions, method)):
+                    yield Cell(method, _of_scored(SETTINGS[method][name], captions, seed), name)
 
 
 def longer() -> Iterator[Cell]:
@@ -278,4 +317,6 @@ STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "scaling": scaling,
     "longer": longer,
     "headline-more": headline_more,
+    "tuning-scored": tuning_scored,
+    "scored": scored,
 }

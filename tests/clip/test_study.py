@@ -228,6 +228,9 @@ def test_tuned_settings_are_the_best_of_the_committed_results():
         tried = {row["setting"] for row in rows if (row["captions"], row["method"]) == (captions, method)}
         assert tried == set(study_grid.SETTINGS[method]) and len(tried) == 6
     assert {key: best[key] for key in study_grid.TUNED} == study_grid.TUNED
+    of_scored = study_rows("tuning-scored", RESULTS)
+    best = {(captions, method): setting for (captions, method, _), setting in best_settings(of_scored).items()}
+    assert {key: best[key] for key in study_grid.TUNED_SCORED} == study_grid.TUNED_SCORED
     of_references = best_settings(study_rows("tuning-references", RESULTS))
     under = {(captions, reference): setting for (captions, _, reference), setting in of_references.items()}
     assert {key: under[key] for key in study_grid.TUNED_REFERENCES} == study_grid.TUNED_REFERENCES
