@@ -46,8 +46,6 @@ NAMES = {
     "two-level": "two-level DRRho",
 }
 UNSTEERED = ("openclip", "siglip", "fastclip-v1", "fastclip-v3")
-#: The unsteered twin of the steered method: the same objective without a reference.
-TWIN = "fastclip-v1"
 OURS = ("drrho-c", "drrho-adaptive", "drrho-chi-square", "drrho-cvar", "jest-drrho", "two-level", "drrho-distillation")
 #: All that the reference has a part in.
 STEERED = ("drrho", *OURS, "jest", "jest-top-k", "rho-top-k", "distillation")

@@ -6,8 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from experiments.clip.study_grid import TWIN
 from experiments.intervals import Interval, interval
-from paper_figures.study_results import NAMES, REFERENCES, TOP1, TWIN, NotMeasured, Results, published, values
+from paper_figures.study_results import NAMES, REFERENCES, TOP1, NotMeasured, Results, published, values
 from paper_figures.style import BLUE, GRAY, PAGE, VERMILION, not_measured, panel, program
 
 BARS = {

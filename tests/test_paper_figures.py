@@ -176,6 +176,7 @@ def verdicts(found, topic, *words):
         ("above the baselines", ["seeds that were added"], "yes"),
         ("above the baselines", ["above distillation (vague"], "yes"),
         ("poor captions", ["swapped", "DRRho-CLIP"], "yes"),  # 9.5 / 3.2
+        ("poor captions", ["swapped", "3 times as many"], "yes"),
         ("poor captions", ["vague", "DRRho-CLIP"], "no"),  # 7.2 / 4.5, below two
         ("poor captions", ["vague", "best on the validation"], "yes"),  # 9.5 / 4.5 of DRRho-CLIP + distillation
         ("less variance", ["equal"], "yes"),

@@ -1,8 +1,9 @@
 """What `run.py study` runs: named studies, each a function that yields its trainings, as data.
 
 Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that; methods that select pairs are
-also given that many to choose from. Every method has six settings to be tuned with on each kind of captions, one seed
-each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best; all other studies use it.
+also given that many to choose from. Every method has six settings to be tuned with on each kind of captions (both that
+distill have ten), one seed each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best;
+all other studies use it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 from experiments.clip.glyphs import Captions
@@ -58,6 +60,7 @@ ADDED = ("openclip", "fastclip-v1", "drrho")
 FRACTIONS = (0.125, 0.25, 0.5)
 LEVELS = {"glyph-micro": (1.25, 2.5, 5, 10), "glyph-tiny": (1.25, 2.5, 5, 10), "glyph-small": (2.5, 5, 10)}
 CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
+LONGER = 3  # times as many pairs seen
 EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
 PAIRS_SEEN = 23_635 * EPOCHS
 RATES = (5e-4, 1e-3, 2e-3)
@@ -65,11 +68,11 @@ BATCH = 128
 VALIDATIONS = 4
 
 
-def _over_rates(key: str, values: Iterable[Any], **loss: Any) -> dict[str, Setting]:
-    """Return the settings of two values of an option of the loss at three learning rates."""
+def _over_rates(key: str, values: Iterable[Any], rates: Iterable[float] = RATES, **loss: Any) -> dict[str, Setting]:
+    """Return the settings of values of an option of the loss at all learning rates."""
     short = {"temperature": "tau", "coefficient": "c"}.get(key, key)
     found = [
-        Setting(f"{short}={value} lr={lr:g}", Loss(**{key: value}, **loss), lr) for value in values for lr in RATES
+        Setting(f"{short}={value} lr={lr:g}", Loss(**{key: value}, **loss), lr) for value in values for lr in rates
     ]
     return {each.name: each for each in found}
 
@@ -88,6 +91,12 @@ def _selecting(rule: Any, **loss: Any) -> dict[str, Setting]:
     return {each.name: each for each in found}
 
 
+def _distilling(**loss: Any) -> dict[str, Setting]:
+    """Return six settings as of others, and four of smaller weights, which were added when 1 was better than 4."""
+    first = _over_rates("distill", (1.0, 4.0), **loss)
+    return first | _over_rates("distill", (0.03, 0.2), RATES[1:], **loss)
+
+
 _DRRHO = {"method": "drrho", "temperature": 0.15}
 SETTINGS: dict[str, dict[str, Setting]] = {
     "openclip": _rates_alone(method="openclip"),
@@ -95,8 +104,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "drrho": _over_rates("temperature", (0.125, 0.2), method="drrho"),
     "drrho-c": _over_rates("coefficient", (0.5, 1.5), **_DRRHO),
     "jest": _selecting("jest", method="openclip"),
-    "distillation": _over_rates("distill", (1.0, 4.0), method="openclip"),
-    "drrho-distillation": _over_rates("distill", (1.0, 4.0), **_DRRHO),
+    "distillation": _distilling(method="openclip"),
+    "drrho-distillation": _distilling(**_DRRHO),
     "jest-drrho": _selecting("jest", **_DRRHO),
     "siglip": _rates_alone(method="siglip"),
     "fastclip-v3": _over_rates("rho", (0.5, 2.0), method="fastclip", temperature=0.1, temperature_scheme="global"),
@@ -110,6 +119,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
 _REFERENCE_SETTINGS = {
     name: setting for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items() if setting.lr == RATES[1]
 }
+#: The unsteered twin of the steered method: the same objective without a reference.
+TWIN = "fastclip-v1"
 #: The methods whose published trainings count the pairs that they choose from.
 SELECTING = ("jest", "jest-top-k")
 #: The methods of the first comparisons; the others follow.
@@ -132,11 +143,6 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "jest"): "candidates=5 lr=0.002",
     ("vague", "jest"): "candidates=5 lr=0.002",
     ("clean", "jest"): "candidates=2 lr=0.002",
-    ("swapped", "distillation"): "distill=1.0 lr=0.002",
-    ("vague", "distillation"): "distill=1.0 lr=0.001",
-    ("clean", "distillation"): "distill=1.0 lr=0.002",
-    ("swapped", "drrho-distillation"): "distill=4.0 lr=0.002",
-    ("vague", "drrho-distillation"): "distill=1.0 lr=0.001",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {}
@@ -258,33 +264,30 @@ def scored() -> Iterator[Cell]:
 
 def longer() -> Iterator[Cell]:
     """Yield the methods of one batch's pairs at three times the budget: what steering pays may change with it."""
-    for seed in FEWER_SEEDS:
-        for captions in reversed(CAPTIONS):
-            for method in ("openclip", "fastclip-v1", "drrho", "drrho-c"):
-                if (captions, method) in TUNED:
-                    train = tuned(method, captions, seed=seed, epochs=3 * EPOCHS)
-                    yield Cell(method, train, f"epochs={3 * EPOCHS}")
+    for methods in (("openclip", TWIN, "drrho"), ("drrho-c",)):
+        for seed, captions, method in product(FEWER_SEEDS, reversed(CAPTIONS), methods):
+            if (captions, method) in TUNED:
+                train = tuned(method, captions, seed=seed, epochs=LONGER * EPOCHS)
+                yield Cell(method, train, f"epochs={LONGER * EPOCHS}")
 
 
 def fractions() -> Iterator[Cell]:
     """Yield the twins on shares of the pairs, at an equal number of pairs seen; all pairs are the headline's."""
-    for seed in FEWER_SEEDS:
-        for fraction in reversed(FRACTIONS):
-            for captions in ("clean", "swapped"):
-                for method in ("fastclip-v1", "openclip", "drrho", "drrho-c"):
-                    if (captions, method) in TUNED:
-                        yield Cell(method, tuned(method, captions, seed=seed, fraction=fraction))
+    for methods in ((TWIN, "drrho"), ("drrho-c",)):
+        for seed, fraction, captions in product(FEWER_SEEDS, reversed(FRACTIONS), ("clean", "swapped")):
+            for method in methods:
+                if (captions, method) in TUNED:
+                    yield Cell(method, tuned(method, captions, seed=seed, fraction=fraction))
 
 
 def scaling() -> Iterator[Cell]:
     """Yield OpenCLIP's method and DRRho-CLIP over sizes of the model and budgets, on clean captions."""
-    for seed in FEWER_SEEDS:
-        for model, budgets in LEVELS.items():
-            for epochs in budgets:
-                for method in ("openclip", "drrho", "drrho-c"):
-                    if ("clean", method) in TUNED:
-                        train = tuned(method, "clean", seed=seed, epochs=epochs, model=model)
-                        yield Cell(method, train, f"epochs={epochs:g}")
+    for methods in (("openclip", "drrho"), ("drrho-c",)):
+        for seed, (model, budgets) in product(FEWER_SEEDS, LEVELS.items()):
+            for epochs, method in product(budgets, methods):
+                if ("clean", method) in TUNED:
+                    train = tuned(method, "clean", seed=seed, epochs=epochs, model=model)
+                    yield Cell(method, train, f"epochs={epochs:g}")
 
 
 def tuning_references() -> Iterator[Cell]:
