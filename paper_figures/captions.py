@@ -1,10 +1,13 @@
 """Draw naming accuracy by method on the three kinds of training captions, with intervals over seeds."""
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.clip.study_grid import CAPTIONS
+from experiments.clip.study_grid import CAPTIONS, SELECTING
 from experiments.intervals import interval
 from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, values
 from paper_figures.style import BLUE, GRAY, GREEN, ORANGE, PAGE, SKY, VERMILION, panel, program
@@ -25,6 +28,18 @@ TITLES = {
     "vague": "vague: half of the words",
     "swapped": "swapped: 40 % exchanged",
 }
+
+
+def _draw_scored(axis: Axes, results: Results, captions: str, order: Sequence[str]) -> None:
+    """Draw selections that score as many pairs as the others train on, open, in the lines of their methods."""
+    for method in SELECTING:
+        with suppress(NotMeasured):
+            mean, low, high = interval(values(results.scored(method, captions)))
+            error = [[mean - low], [high - mean]]
+            label = "the same, as many pairs scored" if captions == CAPTIONS[0] and method == SELECTING[0] else None
+            color, marker, _ = KINDS["selection by the reference"]
+            style = {"color": color, "marker": marker, "markerfacecolor": "white", "linestyle": ""}
+            axis.errorbar(mean, order.index(method), xerr=error, capsize=2, label=label, **style)
 
 
 def draw(results: Results) -> Figure:
@@ -54,6 +69,7 @@ def draw(results: Results) -> Figure:
             drawn.add(kind)
             error = [[mean - low], [high - mean]]
             axis.errorbar(mean, place, xerr=error, color=color, marker=marker, capsize=2, linestyle="", label=label)
+        _draw_scored(axis, results, captions, [method for _, method in order])
         panel(axis, letter, TITLES[captions])
         axis.set_xlim(0, None)
         axis.grid(axis="x", linewidth=0.3, color="#DDDDDD")
@@ -63,7 +79,7 @@ def draw(results: Results) -> Figure:
     axes[0].set_yticks(range(len(order)), [NAMES[method] for _, method in order])
     axes[0].set_ylim(len(order) - 0.5, -0.5)
     figure.supxlabel("test pairs named right, top-1, % (mean and 95 % interval over seeds)", fontsize=7.5)
-    figure.legend(loc="outside upper center", ncols=len(KINDS))
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 

@@ -69,6 +69,8 @@ def top1(each, rng):
         times = operations(train) / (COST["glyph-tiny"] * 118.175)
         error = 1 - LEVEL["clean"][cell.method] / 100
         return 1 - error * times ** EXPONENT[cell.method] - (common + noise) / 100
+    if each.study == "scored":
+        return (LEVEL[train.data.captions][cell.method] - 2 + common + noise) / 100
     base = LEVEL[train.data.captions].get(cell.method, LEVEL[train.data.captions]["drrho"] - 1)
     lost = (2 if cell.method == "drrho" else 3) * np.log2(train.fraction)
     return (base + lost * base / 13 + GAIN.get(cell.reference, 0) + common + noise) / 100
@@ -253,7 +255,9 @@ def test_lines_of_figures_are_the_tables_numbers(study):
     mean = values(study.method("drrho", "vague")).mean()
     shown = [container.lines[0].get_xdata()[0] for container in drawn.axes[1].containers]
     assert min(abs(np.array(shown) - mean)) < 1e-9
-    assert len(shown) == len(SETTINGS)
+    scored = values(study.scored("jest", "vague")).mean()
+    assert min(abs(np.array(shown) - scored)) < 1e-9
+    assert len(shown) == len(SETTINGS) + len(study_grid.SELECTING)
 
     drawn = style.styled(lambda: scaling.draw(study))
     own = [line for line in drawn.axes[0].lines if str(line.get_label()).startswith("DRRho-CLIP: ")]
