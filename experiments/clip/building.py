@@ -72,7 +72,8 @@ def build_method(
     if reference is not None and loss.distill > 0:
         if loss.distill_temperature == "auto":
             chosen["distill_temperature"] = round(1 / reference.model.logit_scale.exp().item(), 6)
-        method = Distilled(method, loss.distill, chosen["distill_temperature"], ranks.group)
+        tau, own = chosen["distill_temperature"], loss.distill_own_temperature
+        method = Distilled(method, loss.distill, tau, own=own, group=ranks.group)
     return method, chosen
 
 

@@ -286,6 +286,11 @@ def _check_meaning(options: Train) -> None:
         ("log_step", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
         ("eps", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
         ("distill_temperature", loss.distill > 0, "--distill"),
+        (
+            "distill_own_temperature",
+            loss.distill > 0 and not (contrastive and loss.temperature_scheme == "individual"),
+            "--distill, with one temperature for all samples",
+        ),
         ("reference", options.needs_reference, _WITH_REFERENCE),
         ("reference_weights", options.needs_reference, _WITH_REFERENCE),
     ):

@@ -311,16 +311,29 @@ class TwoLevel(_Stateless):
 
 
 class Distilled:
-    """Another method's loss plus a multiple of the distillation of the reference's similarities."""
+    """Another method's loss plus a multiple of the distillation of the reference's similarities.
 
-    def __init__(self, method: Method, weight: float, temperature: float, group: Any = None) -> None:
-        self._method, self._weight, self._temperature, self._group = method, weight, temperature, group
+    Parameters
+    ----------
+    temperature : float
+        Of the reference's softmax, and of the target's unless that is ``own``: the method's, as it stands.
+    """
+
+    def __init__(
+        self, method: Method, weight: float, temperature: float, *, own: bool = False, group: Any = None
+    ) -> None:
+        self._method, self._weight, self._temperature, self._own, self._group = method, weight, temperature, own, group
         self.learns_scale = method.learns_scale
 
     def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
         """Return the sum."""
         first = self._method.loss(own, index, head, epoch, reference)
-        distilled = distillation_loss(*own, self._temperature, reference=reference, group=self._group)
+        tau: Any = self._temperature
+        if self._own:
+            tau = 1 / head.scale if self.learns_scale else self._method.logits_at(head)[0]
+        distilled = distillation_loss(
+            *own, tau, reference=reference, reference_temperature=self._temperature, group=self._group
+        )
         return Loss(first.value + self._weight * distilled, {**first.log, "distillation": distilled.item()})
 
     def logits_at(self, head: Head) -> tuple[float, float]:

@@ -78,6 +78,8 @@ class Loss:
     """Weight of the reference's distillation (cross-entropy of its softmax similarities), added to any method."""
     distill_temperature: float | Literal["auto"] = "auto"
     """Of both softmaxes, in units of similarity; auto: the reference's own."""
+    distill_own_temperature: bool = False
+    """The target's softmax has the temperature of --method instead, learned where that is, as in MobileCLIP."""
     reference: Path = SHIPPED_REFERENCE
     """The reference model: a folder in open_clip's local-dir layout, such as a run's model/; or, with
     --reference-weights, a registered open_clip model."""

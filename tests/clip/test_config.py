@@ -109,6 +109,11 @@ def test_presets_of_published_recipes_want_the_users_data():
         (["train", "--unlocked-groups", "1"], "--unlocked-groups 1 has no part in this run: it is for --lock"),
         (["train", "--patch-dropout", "1"], r"--patch-dropout must be in \[0, 1\), got 1"),
         (["train", "--gamma-epochs", "-1"], "--gamma-epochs must be >= 0, got -1"),
+        (["train", "--distill-own-temperature"], "--distill-own-temperature True has no part.*it is for --distill"),
+        (
+            ["train", "--distill", "1", "--distill-own-temperature", "--temperature-scheme", "individual"],
+            "--distill-own-temperature True has no part.*one temperature for all samples",
+        ),
         (["train", "--temperature-lr-schedule", "model"], "--temperature-lr-schedule model has no part"),
         (["train", "--published-temperature-gradient"], "--published-temperature-gradient True has no part"),
         (["train", "--reference-features", "f"], "--reference-features f has no part in this run: it is for --catalog"),

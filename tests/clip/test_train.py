@@ -23,7 +23,7 @@ from experiments.clip.export import export_model
 from experiments.clip.guide import CachedGuide
 from experiments.clip.logs import Logs
 from experiments.clip.material import glyph_features
-from experiments.clip.methods import ConstantTemperature, GlobalContrastive, Head, OpenCLIP, SigLIP
+from experiments.clip.methods import ConstantTemperature, Distilled, GlobalContrastive, Head, OpenCLIP, SigLIP
 from experiments.clip.models import load_model, new_model
 from experiments.clip.optimization import MovingAverage, Optimization, learning_rate
 from experiments.clip.shards import read_samples
@@ -166,6 +166,10 @@ SETTINGS = {
     "drrho, adaptive": ("--coefficient", "adaptive"),
     "drrho and distillation": ("--distill", "0.5"),
     "openclip and distillation": ("--method", "openclip", "--distill", "1"),
+    "drrho and distillation, each at its temperature": ("--distill", "0.5", "--distill-own-temperature"),
+    "openclip and distillation, each at its temperature": (
+        *("--method", "openclip", "--distill", "1", "--distill-own-temperature"),
+    ),
     "two levels": ("--method", "two-level"),
     "openclip on jest": (
         "--method",
@@ -252,6 +256,33 @@ def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
     again = load_model(tmp_path / "model").model
     assert torch.equal(again.logit_bias, clip.model.logit_bias)
     assert float(again.logit_bias.detach()) != -10.0
+
+
+def test_distillation_has_one_temperature_or_each_softmax_its_own():
+    generator = torch.Generator().manual_seed(0)
+    image, text, image_guide, text_guide = (
+        torch.nn.functional.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64)) for _ in range(4)
+    )
+    head, index, guide_tau = Head(torch.tensor(8.0, dtype=torch.float64, requires_grad=True)), torch.arange(6), 0.3
+
+    def cross_entropy(tau):
+        target, guide = image @ text.T / tau, image_guide @ text_guide.T / guide_tau
+        return (
+            -sum((b.softmax(1) * a.log_softmax(1)).sum(1).mean() for a, b in ((target, guide), (target.T, guide.T))) / 2
+        )
+
+    own = image, text
+    for is_own, tau in ((False, guide_tau), (True, 1 / head.scale)):
+        method = Distilled(OpenCLIP(), 2.0, guide_tau, own=is_own)
+        loss = method.loss(own, index, head, 0, (image_guide, text_guide)).value
+        expected = OpenCLIP().loss(own, index, head, 0, None).value + 2 * cross_entropy(tau)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        found, wanted = (torch.autograd.grad(value, head.scale)[0].item() for value in (loss, expected))
+        assert found == pytest.approx(wanted, rel=1e-9)
+    steered = contrastive(6)
+    tau, _ = steered.logits_at(head)
+    loss = Distilled(steered, 2.0, guide_tau, own=True).loss(own, index, head, 0, (image_guide, text_guide))
+    assert loss.log["distillation"] == pytest.approx(cross_entropy(tau).item(), rel=1e-12)
 
 
 def test_training_lowers_the_loss(pairs, tmp_path):
