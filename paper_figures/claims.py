@@ -129,7 +129,8 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
             steered = values(results.steered("weak", captions))
             own = 100 * float(results.reference("weak")[TOP1])
             judged = _difference(steered, np.full_like(steered, own))
-            return Judged(f"{judged.ours}; reference {own:.1f} %", judged.holds)
+            setting = next(iter(results.steered("weak", captions).values()))["setting"]
+            return Judged(f"{judged.ours}; reference {own:.1f} %; target at {setting}", judged.holds)
 
         def over_twin(captions: str = captions) -> Judged:
             return _difference(*paired(results.steered("weak", captions), results.method(TWIN, captions)))

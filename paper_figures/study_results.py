@@ -111,7 +111,10 @@ class Results:
         return self.need("fractions", method=method, captions=captions, fraction=f"{fraction:g}")
 
     def steered(self, reference: str, captions: str) -> Seeds:
-        """Return the published steered method under a reference of `REFERENCES`."""
+        """Return DRRho-CLIP under a reference of `REFERENCES`: as published, or, where the study trained it, as tuned.
+
+        A weaker reference may have been tuned to a smaller coefficient than the published 1.
+        """
         if reference == "shipped":
             return self.method("drrho", captions)
         return self.need("reference-quality", method="drrho", captions=captions, reference=reference)

@@ -155,7 +155,12 @@ TUNED: dict[tuple[Captions, str], str] = {
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {}
 # By captions and reference, the same of "tuning-references".
-TUNED_REFERENCES: dict[tuple[Captions, str], str] = {}
+TUNED_REFERENCES: dict[tuple[Captions, str], str] = {
+    ("clean", "weak"): "c=0.5 lr=0.002",
+    ("swapped", "weak"): "tau=0.125 lr=0.001",
+    ("clean", "equal"): "c=0.5 lr=0.002",
+    ("swapped", "equal"): "tau=0.125 lr=0.002",
+}
 
 # Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
 REFERENCES: dict[str, Train] = {
