@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.clip.study_grid import ADDED_SEEDS, CAPTIONS, LONGER, SELECTING, TWIN
+from experiments.clip.study_grid import ADDED_SEEDS, CAPTIONS, LONGER, NEAR, SELECTING, TWIN
 from experiments.clip.study_statistics import (
     PairedDifference,
     Rule,
@@ -54,6 +54,7 @@ VARIANCE_BELOW = 0.75
 LEVELS_NEEDED, SPAN_NEEDED, PROBABILITY_NEEDED = 4, 30.0, 0.95
 BEYOND = "beyond the paper"
 _ABOVE = "above the baselines"
+_NEAR = "near"  # where the twin is about as good as the reference
 EQUAL_SAMPLES = 0.02  # by how much trainings of equal length may differ: a last batch
 RULES: dict[Rule, str] = {"best-of-bins": "best of five log-spaced bins", "all": "all points"}
 
@@ -123,32 +124,45 @@ def _between(found: Interval, digits: int = 2) -> str:
 def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     target, reference = known["teaser"]["target"]["imagenet_top1"], known["teaser"]["reference"]["imagenet_top1"]
     fastclip = known["table_1"]["imagenet_top1"]["fastclip"][0]
-    for captions in ("clean", "swapped"):
 
-        def over_reference(captions: str = captions) -> Judged:
-            steered = values(results.steered("weak", captions))
-            own = 100 * float(results.reference("weak")[TOP1])
-            judged = _difference(steered, np.full_like(steered, own))
-            setting = next(iter(results.steered("weak", captions).values()))["setting"]
+    def trainings(regime: str) -> tuple[str, Seeds, Seeds]:
+        """Return the reference, and the steered target and its twin."""
+        if regime == _NEAR:
+            return NEAR, results.near("drrho"), results.near(TWIN)
+        return "weak", results.steered("weak", regime), results.method(TWIN, regime)
+
+    for regime, where, studies in (
+        (_NEAR, f"clean captions, {LONGER} times as many pairs seen", ("references", "weak-to-strong")),
+        ("clean", "clean captions", ("references", "headline", "reference-quality")),
+        ("swapped", "swapped captions", ("references", "headline", "reference-quality")),
+    ):
+
+        def over_reference(regime: str = regime) -> Judged:
+            reference, steered, _ = trainings(regime)
+            own = 100 * float(results.reference(reference)[TOP1])
+            judged = _difference(values(steered), np.full(len(steered), own))
+            setting = next(iter(steered.values()))["setting"]
             return Judged(f"{judged.ours}; reference {own:.1f} %; target at {setting}", judged.holds)
 
-        def over_twin(captions: str = captions) -> Judged:
-            return _difference(*paired(results.steered("weak", captions), results.method(TWIN, captions)))
+        def over_twin(regime: str = regime) -> Judged:
+            _, steered, twin = trainings(regime)
+            equal_samples(steered, twin)
+            return _difference(*paired(steered, twin))
 
-        topic = "weak to strong"
+        name = REFERENCES[NEAR if regime == _NEAR else "weak"]
         yield _judge(
-            topic,
-            f"the steered target surpasses its weaker reference ({captions} captions)",
+            "weak to strong",
+            f"the steered target surpasses its reference, {name} ({where})",
             f"{target - reference:+.2f} points (ImageNet, {target} over {reference})",
             over_reference,
-            ("references", "reference-quality"),
+            studies,
         )
         yield _judge(
-            topic,
-            f"... and its twin without reference, {NAMES[TWIN]} ({captions} captions)",
+            "weak to strong",
+            f"... and its twin without reference, {NAMES[TWIN]} ({where})",
             f"{target - fastclip:+.2f} points (ImageNet, {target} over {fastclip})",
             over_twin,
-            ("headline", "reference-quality"),
+            studies,
         )
 
 

@@ -1,14 +1,15 @@
 """Draw figure 1: target against reference and twin, as published and under references of three qualities."""
 
 import sys
+from collections.abc import Callable
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.clip.study_grid import TWIN
+from experiments.clip.study_grid import LONGER, NEAR, TWIN
 from experiments.intervals import Interval, interval
-from paper_figures.study_results import NAMES, REFERENCES, TOP1, NotMeasured, Results, published, values
+from paper_figures.study_results import NAMES, REFERENCES, TOP1, NotMeasured, Results, Seeds, published, values
 from paper_figures.style import BLUE, GRAY, PAGE, VERMILION, not_measured, panel, program
 
 BARS = {
@@ -28,14 +29,23 @@ Group = tuple[Interval, Interval, Interval]
 
 def groups(results: Results, captions: str) -> dict[str, Group | None]:
     """Return reference, twin and target by reference: naming top-1 in percent, None where it is not measured yet."""
-    found: dict[str, Group | None] = {}
-    for name, title in REFERENCES.items():
-        try:
-            group = _group(results, name, captions, TOP1)
-        except NotMeasured:
-            group = None
-        found[title.replace(" (", "\n(")] = group
+    found = {
+        title.replace(" (", "\n("): _if_measured(lambda name=name: _group(results, name, captions, TOP1))
+        for name, title in REFERENCES.items()
+    }
+    if captions == "clean":
+        title = f"{REFERENCES[NEAR].partition(' (')[0]},\n{LONGER}x pairs seen"
+        found[title] = _if_measured(
+            lambda: _of(results, NEAR, results.near(TWIN), results.near("drrho"), TOP1),
+        )
     return found
+
+
+def _if_measured(group: Callable[[], Group]) -> Group | None:
+    try:
+        return group()
+    except NotMeasured:
+        return None
 
 
 def measures(results: Results, captions: str) -> dict[str, Group | None]:
@@ -44,8 +54,11 @@ def measures(results: Results, captions: str) -> dict[str, Group | None]:
 
 
 def _group(results: Results, reference: str, captions: str, field: str) -> Group:
+    return _of(results, reference, results.method(TWIN, captions), results.steered(reference, captions), field)
+
+
+def _of(results: Results, reference: str, twin: Seeds, steered: Seeds, field: str) -> Group:
     own = 100 * float(results.reference(reference)[field])
-    twin, steered = results.method(TWIN, captions), results.steered(reference, captions)
     return Interval(own, own, own), interval(values(twin, field)), interval(values(steered, field))
 
 

@@ -129,6 +129,8 @@ _REFERENCE_SETTINGS = {
 }
 #: The unsteered twin of the steered method: the same objective without a reference.
 TWIN = "fastclip-v1"
+#: The reference that is as good as the twin at `LONGER` times the budget.
+NEAR = "equal"
 #: The methods whose published trainings count the pairs that they choose from.
 SELECTING = ("jest", "jest-top-k")
 #: The methods of the first comparisons; the others follow.
@@ -151,6 +153,12 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "jest"): "candidates=5 lr=0.002",
     ("vague", "jest"): "candidates=5 lr=0.002",
     ("clean", "jest"): "candidates=2 lr=0.002",
+    ("swapped", "distillation"): "distill=1.0 lr=0.002",
+    ("vague", "distillation"): "own distill=1.0 lr=0.001",
+    ("clean", "distillation"): "own distill=0.2 lr=0.002",
+    ("swapped", "drrho-distillation"): "own distill=0.2 lr=0.002",
+    ("vague", "drrho-distillation"): "own distill=0.2 lr=0.001",
+    ("clean", "drrho-distillation"): "own distill=0.2 lr=0.002",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {}
@@ -321,6 +329,19 @@ def reference_quality() -> Iterator[Cell]:
                     yield Cell("drrho", training(setting, captions, seed=seed), setting.name, reference)
 
 
+def weak_to_strong() -> Iterator[Cell]:
+    """Yield the twin and the steered method where the twin is about as good as the reference, as in the publication.
+
+    The reference `NEAR` has the target's size and was trained for as long, on other pairs.
+    """
+    longer = {"epochs": LONGER * EPOCHS}
+    for seed in SEEDS:
+        if name := TUNED.get(("clean", TWIN)):
+            yield Cell(TWIN, tuned(TWIN, "clean", seed=seed, **longer), name)
+        if name := TUNED_REFERENCES.get(("clean", NEAR)):
+            yield Cell("drrho", training(_REFERENCE_SETTINGS[name], "clean", seed=seed, **longer), name, NEAR)
+
+
 #: In the order in which they run; a training in several is run once.
 STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "tuning": tuning,
@@ -332,6 +353,7 @@ STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "reference-quality": reference_quality,
     "scaling": scaling,
     "longer": longer,
+    "weak-to-strong": weak_to_strong,
     "headline-more": headline_more,
     "tuning-scored": tuning_scored,
     "scored": scored,
