@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.clip.study_grid import ADDED_SEEDS, CAPTIONS, LONGER, NEAR, SELECTING, TWIN
+from experiments.clip.study_grid import ADDED_SEEDS, CAPTIONS, LONGER, NEAR, SELECTING, STRONGEST, TWIN
 from experiments.clip.study_statistics import (
     PairedDifference,
     Rule,
@@ -167,7 +167,7 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
 
 
 def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
-    for method in ("drrho", "drrho-c"):
+    for method in ("drrho", STRONGEST):
         for captions in ("clean", "swapped"):
 
             def half(method: str = method, captions: str = captions) -> Judged:
@@ -304,18 +304,20 @@ def _poor_captions(results: Results) -> Iterator[Claim]:
                 ("headline", "headline-more"),
             )
 
-        def longer(captions: str = captions) -> Judged:
-            own = {name: results.need("longer", method=name, captions=captions) for name in ("drrho", "openclip", TWIN)}
-            return _ratio(own.pop("drrho"), own, "DRRho-CLIP")
+        for method in ("drrho", STRONGEST):
 
-        yield _judge(
-            "poor captions",
-            f"{captions} captions, {LONGER} times as many pairs seen: DRRho-CLIP has at least twice the naming "
-            f"accuracy of OpenCLIP and {NAMES[TWIN]}",
-            "",
-            longer,
-            ("longer",),
-        )
+            def longer(method: str = method, captions: str = captions) -> Judged:
+                own = {n: results.need("longer", method=n, captions=captions) for n in (method, "openclip", TWIN)}
+                return _ratio(own.pop(method), own, NAMES[method])
+
+            yield _judge(
+                "poor captions",
+                f"{captions} captions, {LONGER} times as many pairs seen: {NAMES[method]} has at least twice the "
+                f"naming accuracy of OpenCLIP and {NAMES[TWIN]}",
+                "",
+                longer,
+                ("longer",),
+            )
 
 
 def _ratio(steered: Seeds, others: dict[str, Seeds], name: str) -> Judged:
@@ -358,7 +360,7 @@ def _variance(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
 def _scaling(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     theirs = known["scaling_law"]
     steeper = f"{theirs['drrho_clip']['exponent']} against {theirs['openclip']['exponent']} (best of bins)"
-    for method in ("drrho", "drrho-c"):
+    for method in ("drrho", STRONGEST):
         for rule, rule_name in RULES.items():
 
             def exponent(method: str = method, rule: Rule = rule) -> Judged:

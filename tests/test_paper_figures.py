@@ -44,7 +44,7 @@ OWN = {"weak": 16.0, "equal": 30.0}  # of the trained references
 GAIN = {"weak": -1.0, "equal": 1.0}  # of the steered target under them, beside the shipped one
 LONGER_GAIN = 15.0  # of three times as many clean pairs seen
 VARIANCE_RATIO = {"weak": 0.9, "equal": 0.7, "shipped": 0.6}
-EXPONENT = {"openclip": -0.05, "drrho": -0.09, "drrho-c": -0.05}
+EXPONENT = {"openclip": -0.05, "drrho": -0.09, "drrho-distillation": -0.05}
 COST = {"glyph-micro": 10.0, "glyph-tiny": 17.0, "glyph-small": 80.0}  # GFLOP, of 1000 pairs
 
 
@@ -173,7 +173,7 @@ def verdicts(found, topic, *words):
         ("weak to strong", ["reference, equal", "3 times"], "yes"),  # 34 over 30 and 28
         ("weak to strong", ["twin"], "yes"),
         ("data efficiency", ["DRRho-CLIP (clean", "50 %"], "yes"),  # 18 - 2.8 over 13
-        ("data efficiency", ["DRRho-CLIP, coefficient c (swapped", "50 %"], "yes"),  # 8 - 1.8
+        ("data efficiency", ["DRRho-CLIP + distillation (swapped", "50 %"], "yes"),  # 9 - 2.1
         ("data efficiency", ["DRRho-CLIP (clean", "half"], "yes"),
         ("above the baselines", ["CLIP above JEST top-k that trains", "(clean"], "yes"),
         ("above the baselines", ["CLIP above JEST top-k that trains", "(swapped"], "yes"),  # by 0.5
@@ -182,8 +182,8 @@ def verdicts(found, topic, *words):
         ("above the baselines", ["seeds that were added"], "yes"),
         ("above the baselines", ["above distillation (vague"], "yes"),
         ("poor captions", ["swapped", "DRRho-CLIP"], "yes"),  # 9.5 / 3.2
-        ("poor captions", ["swapped", "3 times as many"], "yes"),
-        ("poor captions", ["vague", "DRRho-CLIP"], "no"),  # 7.2 / 4.5, below two
+        ("poor captions", ["swapped", "3 times as many"], "yes"),  # 9.5 and 9 / 3.2
+        ("poor captions", ["vague captions: DRRho-CLIP has"], "no"),  # 7.2 / 4.5, below two
         ("poor captions", ["vague", "best on the validation"], "yes"),  # 9.5 / 4.5 of DRRho-CLIP + distillation
         ("less variance", ["equal"], "yes"),
         ("less variance", ["strong"], "yes"),
@@ -199,7 +199,7 @@ def test_verdicts_are_those_that_were_built_in(found, topic, words, expected):
 
 def test_an_exponent_that_is_equal_is_not_called_steeper(found):
     for (topic, text), claim in found.items():
-        if topic == "scaling law" and "coefficient c" in text:
+        if topic == "scaling law" and "distillation" in text:
             assert claim.verdict == "no", claim.ours
 
 
