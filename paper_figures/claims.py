@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from experiments.clip.glyphs import Captions
 from experiments.clip.study_grid import ADDED_SEEDS, CAPTIONS, LONGER, NEAR, SELECTING, STRONGEST, TWIN
 from experiments.clip.study_statistics import (
     PairedDifference,
@@ -54,7 +56,6 @@ VARIANCE_BELOW = 0.75
 LEVELS_NEEDED, SPAN_NEEDED, PROBABILITY_NEEDED = 4, 30.0, 0.95
 BEYOND = "beyond the paper"
 _ABOVE = "above the baselines"
-_NEAR = "near"  # where the twin is about as good as the reference
 EQUAL_SAMPLES = 0.02  # by how much trainings of equal length may differ: a last batch
 RULES: dict[Rule, str] = {"best-of-bins": "best of five log-spaced bins", "all": "all points"}
 
@@ -125,31 +126,29 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     target, reference = known["teaser"]["target"]["imagenet_top1"], known["teaser"]["reference"]["imagenet_top1"]
     fastclip = known["table_1"]["imagenet_top1"]["fastclip"][0]
 
-    def trainings(regime: str) -> tuple[str, Seeds, Seeds]:
+    def trainings(longer: bool, captions: Captions) -> tuple[str, Seeds, Seeds]:
         """Return the reference, and the steered target and its twin."""
-        if regime == _NEAR:
-            return NEAR, results.near("drrho"), results.near(TWIN)
-        return "weak", results.steered("weak", regime), results.method(TWIN, regime)
+        if longer:
+            return NEAR[captions], results.near("drrho", captions), results.near(TWIN, captions)
+        return "weak", results.steered("weak", captions), results.method(TWIN, captions)
 
-    for regime, where, studies in (
-        (_NEAR, f"clean captions, {LONGER} times as many pairs seen", ("references", "weak-to-strong")),
-        ("clean", "clean captions", ("references", "headline", "reference-quality")),
-        ("swapped", "swapped captions", ("references", "headline", "reference-quality")),
-    ):
+    for longer, captions in product((True, False), NEAR):
 
-        def over_reference(regime: str = regime) -> Judged:
-            reference, steered, _ = trainings(regime)
+        def over_reference(longer: bool = longer, captions: Captions = captions) -> Judged:
+            reference, steered, _ = trainings(longer, captions)
             own = 100 * float(results.reference(reference)[TOP1])
             judged = _difference(values(steered), np.full(len(steered), own))
             setting = next(iter(steered.values()))["setting"]
             return Judged(f"{judged.ours}; reference {own:.1f} %; target at {setting}", judged.holds)
 
-        def over_twin(regime: str = regime) -> Judged:
-            _, steered, twin = trainings(regime)
+        def over_twin(longer: bool = longer, captions: Captions = captions) -> Judged:
+            _, steered, twin = trainings(longer, captions)
             equal_samples(steered, twin)
             return _difference(*paired(steered, twin))
 
-        name = REFERENCES[NEAR if regime == _NEAR else "weak"]
+        name = REFERENCES[NEAR[captions] if longer else "weak"]
+        where = f"{captions} captions" + (f", {LONGER} times as many pairs seen" if longer else "")
+        studies = ("references", "weak-to-strong") if longer else ("references", "headline", "reference-quality")
         yield _judge(
             "weak to strong",
             f"the steered target surpasses its reference, {name} ({where})",

@@ -119,9 +119,9 @@ class Results:
             return self.method("drrho", captions)
         return self.need("reference-quality", method="drrho", captions=captions, reference=reference)
 
-    def near(self, method: str) -> Seeds:
-        """Return the twin, or DRRho-CLIP under the reference `NEAR`, where both are about as good as it."""
-        return self.need("weak-to-strong", method=method)
+    def near(self, method: str, captions: str) -> Seeds:
+        """Return the twin, or DRRho-CLIP under the reference `NEAR`, where that is little weaker than the twin."""
+        return self.need("weak-to-strong", method=method, captions=captions)
 
     def reference(self, name: str) -> Row:
         """Return the scores of a reference itself, under the names of the study's columns."""

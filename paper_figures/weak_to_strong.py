@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from experiments.clip.glyphs import Captions
 from experiments.clip.study_grid import LONGER, NEAR, TWIN
 from experiments.intervals import Interval, interval
 from paper_figures.study_results import NAMES, REFERENCES, TOP1, NotMeasured, Results, Seeds, published, values
@@ -27,17 +28,16 @@ MEASURES = {
 Group = tuple[Interval, Interval, Interval]
 
 
-def groups(results: Results, captions: str) -> dict[str, Group | None]:
+def groups(results: Results, captions: Captions) -> dict[str, Group | None]:
     """Return reference, twin and target by reference: naming top-1 in percent, None where it is not measured yet."""
     found = {
         title.replace(" (", "\n("): _if_measured(lambda name=name: _group(results, name, captions, TOP1))
         for name, title in REFERENCES.items()
     }
-    if captions == "clean":
-        title = f"{REFERENCES[NEAR].partition(' (')[0]},\n{LONGER}x pairs seen"
-        found[title] = _if_measured(
-            lambda: _of(results, NEAR, results.near(TWIN), results.near("drrho"), TOP1),
-        )
+    near = NEAR[captions]
+    found[f"{REFERENCES[near].partition(' (')[0]},\n{LONGER}x pairs seen"] = _if_measured(
+        lambda: _of(results, near, results.near(TWIN, captions), results.near("drrho", captions), TOP1)
+    )
     return found
 
 

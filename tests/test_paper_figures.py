@@ -169,8 +169,9 @@ def verdicts(found, topic, *words):
     ("topic", "words", "expected"),
     [
         ("weak to strong", ["weak (glyph-micro) (clean"], "yes"),  # 17 over 16
-        ("weak to strong", ["weak (glyph-micro) (swapped"], "no"),  # 8.5
-        ("weak to strong", ["reference, equal", "3 times"], "yes"),  # 34 over 30 and 28
+        ("weak to strong", ["weak (glyph-micro) (swapped captions)"], "no"),  # 8.5
+        ("weak to strong", ["reference, equal (glyph-tiny) (clean", "3 times"], "yes"),  # 34 over 30
+        ("weak to strong", ["reference, weak (glyph-micro) (swapped", "3 times"], "no"),  # 8.5 under 16
         ("weak to strong", ["twin"], "yes"),
         ("data efficiency", ["DRRho-CLIP (clean", "50 %"], "yes"),  # 18 - 2.8 over 13
         ("data efficiency", ["DRRho-CLIP + distillation (swapped", "50 %"], "yes"),  # 9 - 2.1
