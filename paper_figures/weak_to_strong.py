@@ -31,13 +31,15 @@ Group = tuple[Interval, Interval, Interval]
 def groups(results: Results, captions: Captions) -> dict[str, Group | None]:
     """Return reference, twin and target by reference: naming top-1 in percent, None where it is not measured yet."""
     found = {
-        title.replace(" (", "\n("): _if_measured(lambda name=name: _group(results, name, captions, TOP1))
+        title.replace("(glyph-", "\n("): _if_measured(
+            lambda name=name: _group(
+                results, name, results.method(TWIN, captions), results.steered(name, captions), TOP1
+            )
+        )
         for name, title in REFERENCES.items()
     }
-    near = NEAR[captions]
-    found[f"{REFERENCES[near].partition(' (')[0]},\n{LONGER}x pairs seen"] = _if_measured(
-        lambda: _of(results, near, results.near(TWIN, captions), results.near("drrho", captions), TOP1)
-    )
+    longer = f"{NEAR[captions]},\n{LONGER}x seen"
+    found[longer] = _if_measured(lambda: _near(results, captions, TOP1))
     return found
 
 
@@ -48,16 +50,16 @@ def _if_measured(group: Callable[[], Group]) -> Group | None:
         return None
 
 
-def measures(results: Results, captions: str) -> dict[str, Group | None]:
-    """Return reference, twin and target under the weak reference, by measure."""
-    return {title: _group(results, "weak", captions, field) for field, title in MEASURES.items()}
+def measures(results: Results, captions: Captions) -> dict[str, Group | None]:
+    """Return reference, twin and target by measure, where the reference is little weaker than the twin."""
+    return {title: _near(results, captions, field) for field, title in MEASURES.items()}
 
 
-def _group(results: Results, reference: str, captions: str, field: str) -> Group:
-    return _of(results, reference, results.method(TWIN, captions), results.steered(reference, captions), field)
+def _near(results: Results, captions: Captions, field: str) -> Group:
+    return _group(results, NEAR[captions], results.near(TWIN, captions), results.near("drrho", captions), field)
 
 
-def _of(results: Results, reference: str, twin: Seeds, steered: Seeds, field: str) -> Group:
+def _group(results: Results, reference: str, twin: Seeds, steered: Seeds, field: str) -> Group:
     own = 100 * float(results.reference(reference)[field])
     return Interval(own, own, own), interval(values(twin, field)), interval(values(steered, field))
 
@@ -74,15 +76,21 @@ def draw_bars(axes: Axes, found: dict[str, Group | None]) -> None:
             axes.bar(place, bar.mean, 0.25, color=color, hatch=hatch, edgecolor="white", linewidth=0)
             axes.plot([place, place], [bar.low, bar.high], color="k", linewidth=0.8)
             axes.annotate(
-                f"{bar.mean:.1f}", (place, bar.high), (0, 2), textcoords="offset points", ha="center", size=5.5
+                f"{bar.mean:.1f}",
+                (place, bar.high),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                size=5.5,
+                rotation=90 if len(found) > 1 else 0,
             )
     axes.set_xlim(-0.5, len(found) - 0.5)
     axes.set_xticks(range(len(found)), list(found), fontsize=6.5)
-    axes.margins(y=0.12)
+    axes.margins(y=0.18)
 
 
 def draw(results: Results) -> Figure:
-    """Return the figure: the published teaser, ours on clean and on swapped captions, five measures."""
+    """Return the figure: the published teaser, ours on clean and on swapped captions, and five measures of both."""
     figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
     above, below = figure.subfigures(2, 1)
     theirs, clean, swapped = above.subplots(1, 3, width_ratios=(1, 2.4, 2.4))
@@ -92,10 +100,16 @@ def draw(results: Results) -> Figure:
     theirs.set(ylabel="ImageNet top-1, %")
     theirs.set_ylim(0, 80)
     panel(theirs, "a", "published")
+    left, right = below.subplots(1, 2)
     parts = {
         "b": (clean, lambda: groups(results, "clean"), "ours, clean captions"),
         "c": (swapped, lambda: groups(results, "swapped"), "ours, swapped captions"),
-        "d": (below.subplots(), lambda: measures(results, "clean"), "weak reference, clean captions"),
+        "d": (left, lambda: measures(results, "clean"), f"{NEAR['clean']} reference, clean, {LONGER}x pairs seen"),
+        "e": (
+            right,
+            lambda: measures(results, "swapped"),
+            f"{NEAR['swapped']} reference, swapped, {LONGER}x pairs seen",
+        ),
     }
     measured = False
     for letter, (axes, find, title) in parts.items():
@@ -110,7 +124,7 @@ def draw(results: Results) -> Figure:
             not_measured(axes)
             axes.set(xticks=(), yticks=())
         panel(axes, letter, title)
-        axes.set_ylabel("test pairs, top-1, %" if letter != "d" else "test pairs, %")
+        axes.set_ylabel("test pairs, top-1, %" if letter in "bc" else "test pairs, %")
     if not measured:
         raise NotMeasured("headline references reference-quality", "targets under the references")
     handles = [
