@@ -126,7 +126,7 @@ def draw(results: Results) -> Figure:
         panel(axes, letter, title)
         axes.set_ylabel("test pairs, top-1, %" if letter in "bc" else "test pairs, %")
     if not measured:
-        raise NotMeasured("headline references reference-quality", "targets under the references")
+        raise NotMeasured("headline references reference-quality weak-to-strong", "targets under the references")
     handles = [
         Patch(facecolor=color, hatch=hatch, edgecolor="white", label=label) for label, (color, hatch) in BARS.items()
     ]
