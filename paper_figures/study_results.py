@@ -138,7 +138,7 @@ class Results:
         found: dict[tuple[str, str], dict[str, Seeds]] = {}
         for model, budgets in LEVELS.items():
             for budget in budgets:
-                labels = {"model": model, "setting": f"epochs={budget:g}"}
+                labels = {"model": model, "setting": f"epochs={budget}"}
                 cells = {method: self.find("scaling", method=method, **labels) for method in methods}
                 if all(cells.values()):
                     found[model, labels["setting"]] = cells

@@ -58,7 +58,7 @@ FEWER_SEEDS = SEEDS[:3]
 ADDED_SEEDS = range(6, 11)  # of `ADDED`, on clean captions: added when the first five had been seen
 ADDED = ("openclip", "fastclip-v1", "drrho")
 FRACTIONS = (0.125, 0.25, 0.5)
-LEVELS = {"glyph-micro": (1.25, 2.5, 5, 10), "glyph-tiny": (1.25, 2.5, 5, 10), "glyph-small": (2.5, 5, 10)}
+LEVELS = {"glyph-micro": (1, 2, 5, 10), "glyph-tiny": (1, 2, 5, 10), "glyph-small": (2, 5, 10)}  # passes
 CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
 LONGER = 3  # times as many pairs seen
 EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
@@ -196,8 +196,17 @@ def training(
     fraction: float = 1.0,
     **options: Any,
 ) -> Train:
-    """Return a training on so many passes over all pairs, counted in backward passes, or as many pairs of a share."""
-    passes = round(epochs * setting.selection.scored_per_pair / fraction)
+    """Return a training on so many passes over all pairs, counted in backward passes, or as many pairs of a share.
+
+    Raises
+    ------
+    ValueError
+        If these are not whole passes over what the training is given.
+    """
+    exact = epochs * setting.selection.scored_per_pair / fraction
+    passes = round(exact)
+    if abs(passes - exact) > 1e-9 * exact:
+        raise ValueError(f"epochs={epochs:g} of {setting.name} on a share {fraction:g} are {exact:g} passes, not whole")
     return Train(
         model=options.pop("model", "glyph-tiny"),
         fraction=fraction,
@@ -304,13 +313,13 @@ def fractions() -> Iterator[Cell]:
 
 
 def scaling() -> Iterator[Cell]:
-    """Yield OpenCLIP's method and DRRho-CLIP over sizes of the model and budgets, on clean captions."""
-    for methods in (("openclip", "drrho"), (STRONGEST,)):
+    """Yield OpenCLIP's method, DRRho-CLIP and its twin over sizes of the model and budgets, on clean captions."""
+    for methods in (("openclip", "drrho"), (STRONGEST,), (TWIN,)):
         for seed, (model, budgets) in product(FEWER_SEEDS, LEVELS.items()):
             for epochs, method in product(budgets, methods):
                 if ("clean", method) in TUNED:
                     train = tuned(method, "clean", seed=seed, epochs=epochs, model=model)
-                    yield Cell(method, train, f"epochs={epochs:g}")
+                    yield Cell(method, train, f"epochs={epochs}")
 
 
 def tuning_references() -> Iterator[Cell]:

@@ -219,6 +219,20 @@ def test_every_cell_of_the_grid_is_a_training_that_the_command_line_gives():
         assert parse(["train", *as_words(each.cell.train)]) == each.cell.train
 
 
+def test_budgets_are_whole_passes_and_called_what_they_are():
+    setting = next(iter(study_grid.SETTINGS["openclip"].values()))
+    with pytest.raises(ValueError, match=r"epochs=2\.5 of lr=0\.0005 on a share 1 are 2\.5 passes"):
+        study_grid.training(setting, "clean", epochs=2.5)
+    assert study_grid.training(setting, "clean", epochs=2.5, fraction=0.5).optimization.epochs == 5
+    labels = {
+        each.cell.setting: each.cell.train for each in planned(STUDIES) if each.cell.setting.startswith("epochs=")
+    }
+    assert len(labels) >= 4
+    assert all(train.optimization.epochs == int(label.removeprefix("epochs=")) for label, train in labels.items())
+    budgets = {int(row["samples_trained"]) for row in read_rows(RESULTS).values() if row["setting"] == "epochs=1"}
+    assert budgets == {study_grid.PAIRS_SEEN // study_grid.EPOCHS}
+
+
 def test_tuned_settings_are_the_best_of_the_committed_results():
     """Each of six settings, or sixteen with distillation, that were all tried, chosen by the validation split alone."""
     rows = [row for name in ("tuning", "tuning-more") for row in study_rows(name, RESULTS)]
