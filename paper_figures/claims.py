@@ -291,7 +291,7 @@ def _poor_captions(results: Results) -> Iterator[Claim]:
             return over_best(max(validation, key=lambda name: validation[name]))
 
         for who, measure in (
-            ("DRRho-CLIP", partial(over_best, "drrho")),
+            *((NAMES[method], partial(over_best, method)) for method in ("drrho", STRONGEST)),
             ("the method with a reference that is best on the validation split", best_over_best),
         ):
             yield _judge(
@@ -325,6 +325,9 @@ def _ratio(steered: Seeds, others: dict[str, Seeds], name: str) -> Judged:
     a, b = paired(steered, others[best])
     found = paired_ratio(a, b)
     words = f"{name}: {_between(found)} times {NAMES[best]}'s {b.mean():.1f} %, {len(b)} seeds"
+    chosen, given = (float(next(iter(steered.values()))[f"samples_{what}"]) for what in ("trained", "scored"))
+    if round(given / chosen) > 1:
+        words += f"; trained on as many pairs, chosen from {given / chosen:.0f} times as many"
     return Judged(words, found.mean >= TWICE and found.low > SURELY_ABOVE)
 
 

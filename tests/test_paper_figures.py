@@ -215,7 +215,14 @@ def test_numbers_of_claims_are_those_of_the_table(study, found):
             found, "scaling law", f"DRRho-CLIP's exponent of error against compute is steeper than {baseline}'s (all"
         )
         assert claim.ours.startswith("-0.090") and "against -0.050" in claim.ours and "levels over" in claim.ours
-    assert "FastCLIP v1's" in found_one(found, "poor captions", "swapped captions: DRRho-CLIP").ours
+    assert "FastCLIP v1's" in found_one(found, "poor captions", "swapped captions: DRRho-CLIP has").ours
+
+
+def test_a_ratio_says_how_many_pairs_a_selection_chose_from(study):
+    others = {"openclip": study.method("openclip", "vague")}
+    chosen = claims._ratio(study.method("jest-drrho", "vague"), others, "JEST")
+    assert chosen.ours.endswith("seeds; trained on as many pairs, chosen from 2 times as many")
+    assert claims._ratio(study.method("drrho", "vague"), others, "DRRho").ours.endswith("seeds")
 
 
 def found_one(found, topic, word):
