@@ -37,7 +37,7 @@ def _draw_scored(axis: Axes, results: Results, captions: str, order: Sequence[st
             mean, low, high = interval(values(results.scored(method, captions)))
             error = [[mean - low], [high - mean]]
             label = "the same, as many pairs scored" if captions == CAPTIONS[0] and method == SELECTING[0] else None
-            color, marker, _ = KINDS["selection by the reference"]
+            color, marker = next((color, marker) for color, marker, methods in KINDS.values() if method in methods)
             style = {"color": color, "marker": marker, "markerfacecolor": "white", "linestyle": ""}
             axis.errorbar(mean, order.index(method), xerr=error, capsize=2, label=label, **style)
 

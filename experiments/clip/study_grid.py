@@ -131,8 +131,8 @@ _REFERENCE_SETTINGS = {
 TWIN = "fastclip-v1"
 #: By captions, the reference that is weaker than a twin of `LONGER` times the budget, but not by far.
 NEAR: dict[Captions, str] = {"clean": "equal", "swapped": "weak"}
-#: The methods whose published trainings count the pairs that they choose from.
-SELECTING = ("jest", "jest-top-k")
+#: The methods that are also compared at as many pairs scored, which published trainings of selections count.
+SELECTING = ("jest", "jest-top-k", "jest-drrho")
 #: Of the methods that train on every pair, the best in tuning: also tried on shares, over sizes and for longer.
 STRONGEST = "drrho-distillation"
 #: The methods of the first comparisons; the others follow.
@@ -161,6 +161,15 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "drrho-distillation"): "own distill=0.2 lr=0.002",
     ("vague", "drrho-distillation"): "own distill=0.2 lr=0.001",
     ("clean", "drrho-distillation"): "own distill=0.2 lr=0.002",
+    ("swapped", "jest-drrho"): "candidates=5 lr=0.002",
+    ("vague", "jest-drrho"): "candidates=5 lr=0.002",
+    ("clean", "jest-drrho"): "candidates=5 lr=0.002",
+    ("swapped", "siglip"): "lr=0.0014",
+    ("vague", "siglip"): "lr=0.002",
+    ("clean", "siglip"): "lr=0.002",
+    ("swapped", "fastclip-v3"): "rho=0.5 lr=0.001",
+    ("vague", "fastclip-v3"): "rho=2.0 lr=0.002",
+    ("clean", "fastclip-v3"): "rho=2.0 lr=0.002",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {}
