@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.clip.study_grid import CAPTIONS, SELECTING
 from experiments.intervals import interval
-from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, values
+from paper_figures.study_results import NAMES, OURS, UNSTEERED, NotMeasured, Results, values
 from paper_figures.style import BLUE, GRAY, GREEN, ORANGE, PAGE, SKY, VERMILION, panel, program
 
 KINDS = {
@@ -20,7 +20,7 @@ KINDS = {
     "steered, variants": (
         SKY,
         "v",
-        ("drrho-c", "drrho-adaptive", "drrho-chi-square", "drrho-cvar", "jest-drrho", "two-level"),
+        tuple(method for method in OURS if method != "drrho-distillation"),
     ),
 }
 TITLES = {

@@ -213,11 +213,11 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     own = {
         "jest": "jest",
         "jest-top-k": "jest_topk",
-        TWIN: "fastclip",
+        "fastclip-v3": "fastclip",  # published with a learned temperature
+        TWIN: "",
         "openclip": "openclip",
-        "distillation": "mobileclip_distillation",
-        "fastclip-v3": "",
         "siglip": "",
+        "distillation": "mobileclip_distillation",
     }
     for method, name in own.items():
         steered = "drrho-distillation" if method == "distillation" else "drrho"

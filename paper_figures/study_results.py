@@ -38,6 +38,7 @@ NAMES = {
     "distillation": "distillation",
     "drrho": "DRRho-CLIP",
     "drrho-distillation": "DRRho-CLIP + distillation",
+    "drrho-learned": "DRRho-CLIP, learned temperature",
     "drrho-c": "DRRho-CLIP, coefficient c",
     "drrho-adaptive": "DRRho-CLIP, adaptive c",
     "drrho-chi-square": "DRRho-CLIP, chi-square",
@@ -46,7 +47,10 @@ NAMES = {
     "two-level": "two-level DRRho",
 }
 UNSTEERED = ("openclip", "siglip", "fastclip-v1", "fastclip-v3")
-OURS = ("drrho-c", "drrho-adaptive", "drrho-chi-square", "drrho-cvar", "jest-drrho", "two-level", "drrho-distillation")
+OURS = (
+    *("drrho-learned", "drrho-c", "drrho-adaptive", "drrho-chi-square", "drrho-cvar", "jest-drrho", "two-level"),
+    "drrho-distillation",
+)
 #: All that the reference has a part in.
 STEERED = ("drrho", *OURS, "jest", "jest-top-k", "rho-top-k", "distillation")
 #: The references by the names that the study gives them, from the weakest.

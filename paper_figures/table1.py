@@ -12,8 +12,8 @@ from paper_figures.style import command
 #: The rows, and the published table's names of them.
 METHODS = {
     "openclip": "openclip",
-    "fastclip-v1": "fastclip",
-    "fastclip-v3": "",
+    "fastclip-v1": "",
+    "fastclip-v3": "fastclip",
     "siglip": "",
     "jest": "jest",
     "jest-top-k": "jest_topk",
@@ -21,6 +21,7 @@ METHODS = {
     "drrho": "drrho_clip",
     "distillation": "mobileclip_distillation",
     "drrho-distillation": "drrho_clip_distillation",
+    "drrho-learned": "",
     "drrho-c": "",
     "drrho-adaptive": "",
     "drrho-chi-square": "",
