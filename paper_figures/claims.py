@@ -56,6 +56,7 @@ VARIANCE_BELOW = 0.75
 LEVELS_NEEDED, SPAN_NEEDED, PROBABILITY_NEEDED = 4, 30.0, 0.95
 BEYOND = "beyond the paper"
 _ABOVE = "above the baselines"
+LEARNED = "fastclip-v3"  # the published FastCLIP, which learns its temperature
 EQUAL_SAMPLES = 0.02  # by how much trainings of equal length may differ: a last batch
 RULES: dict[Rule, str] = {"best-of-bins": "best of five log-spaced bins", "all": "all points"}
 
@@ -159,44 +160,44 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
         yield _judge(
             "weak to strong",
             f"... and its twin without reference, {NAMES[TWIN]} ({where})",
-            f"{target - fastclip:+.2f} points (ImageNet, {target} over {fastclip})",
+            f"{target - fastclip:+.2f} points (ImageNet, {target} over {fastclip} of {NAMES[LEARNED]})",
             over_twin,
             studies,
         )
 
 
 def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
-    for method in ("drrho", STRONGEST):
-        for captions in ("clean", "swapped"):
+    for method, captions in product(("drrho", STRONGEST), ("clean", "swapped")):
 
-            def half(method: str = method, captions: str = captions) -> Judged:
-                return _difference(
-                    *paired(results.share(method, captions, HALF_RATIO), results.method(TWIN, captions)), TOLERANCE
-                )
+        def half(baseline: str, method: str = method, captions: str = captions) -> Judged:
+            return _difference(
+                *paired(results.share(method, captions, HALF_RATIO), results.method(baseline, captions)), TOLERANCE
+            )
 
-            def saved(method: str = method, captions: str = captions) -> Judged:
-                fraction, note, _, beyond = data_saved(*shares(results, method, captions))
-                words = f"{note} {fraction.mean:.3g}" if note == "at most" else note or f"{fraction.mean:.3f}"
-                ends = (f"{end:.3f}" if np.isfinite(end) else "more than 1" for end in fraction[1:])
-                more = f"; not met in {100 * beyond:.0f} % of the draws" if beyond else ""
-                return Judged(f"{words} of the data [{', '.join(ends)}]{more}", fraction.high <= HALF_RATIO)
+        def saved(method: str = method, captions: str = captions) -> Judged:
+            fraction, note, _, beyond = data_saved(*shares(results, method, captions))
+            words = f"{note} {fraction.mean:.3g}" if note == "at most" else note or f"{fraction.mean:.3f}"
+            ends = (f"{end:.3f}" if np.isfinite(end) else "more than 1" for end in fraction[1:])
+            more = f"; not met in {100 * beyond:.0f} % of the draws" if beyond else ""
+            return Judged(f"{words} of the data [{', '.join(ends)}]{more}", fraction.high <= HALF_RATIO)
 
-            name = f"{NAMES[method]} ({captions} captions)"
+        name = f"{NAMES[method]} ({captions} captions)"
+        for baseline in (TWIN, LEARNED):
             yield _judge(
                 "data efficiency",
-                f"{name} on 50 % of the data is at least as good as {NAMES[TWIN]} on 100 %, "
+                f"{name} on 50 % of the data is at least as good as {NAMES[baseline]} on 100 %, "
                 f"to within {-TOLERANCE:g} points",
-                "comparable (figure 3, no numbers)" if method == "drrho" else "",
-                half,
-                ("headline", "fractions"),
+                "comparable (figure 3, no numbers)" if (method, baseline) == ("drrho", LEARNED) else "",
+                partial(half, baseline),
+                ("headline", headline_of(baseline), "fractions"),
             )
-            yield _judge(
-                "data efficiency",
-                f"{name} meets {NAMES[TWIN]}'s 100 % with half of the data or less",
-                "",
-                saved,
-                ("headline", "fractions"),
-            )
+        yield _judge(
+            "data efficiency",
+            f"{name} meets {NAMES[TWIN]}'s 100 % with half of the data or less",
+            "",
+            saved,
+            ("headline", "fractions"),
+        )
 
 
 def shares(results: Results, method: str, captions: str) -> tuple[Array, Array, Array]:
@@ -213,7 +214,7 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     own = {
         "jest": "jest",
         "jest-top-k": "jest_topk",
-        "fastclip-v3": "fastclip",  # published with a learned temperature
+        LEARNED: "fastclip",
         TWIN: "",
         "openclip": "openclip",
         "siglip": "",
@@ -251,23 +252,25 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
         lambda: _difference(*paired(*(_added(results.method(method, "clean")) for method in ("drrho", TWIN)))),
         ("headline",),
     )
-    for captions in CAPTIONS:
+    for (method, twin), captions in product((("drrho-learned", LEARNED), ("jest-drrho", "jest")), CAPTIONS):
 
-        def both(captions: str = captions) -> Judged:
-            a, b = results.method("jest-drrho", captions), results.method("jest", captions)
+        def above_twin(method: str = method, twin: str = twin, captions: str = captions) -> Judged:
+            a, b = results.method(method, captions), results.method(twin, captions)
             equal_samples(a, b)
             return _difference(*paired(a, b))
 
-        def both_scored(captions: str = captions) -> Judged:
+        words = f"{NAMES[method]}, above {NAMES[twin]}, the same without its excess losses ({captions} captions)"
+        yield _judge(_ABOVE, words, "", above_twin, ("headline", headline_of(method)))
+    for captions in CAPTIONS:
+
+        def scored(captions: str = captions) -> Judged:
             a, b = results.scored("jest-drrho", captions), results.method("drrho", captions)
             equal_samples(a, b, "samples_scored")
             return _difference(*paired(a, b))
 
         name = NAMES["jest-drrho"]
-        trains = f"{name} above JEST that trains on as many pairs ({captions} captions)"
-        scores = f"{name} that scores as many pairs as DRRho-CLIP, and trains on fewer, above it ({captions} captions)"
-        yield _judge(_ABOVE, trains, "", both, ("headline", "headline-more"))
-        yield _judge(_ABOVE, scores, "", both_scored, ("headline", "tuning-scored", "scored"))
+        words = f"{name} that scores as many pairs as DRRho-CLIP, and trains on fewer, above it ({captions} captions)"
+        yield _judge(_ABOVE, words, "", scored, ("headline", "tuning-scored", "scored"))
 
 
 def _added(trainings: Seeds) -> Seeds:

@@ -179,7 +179,8 @@ def verdicts(found, topic, *words):
         ("above the baselines", ["CLIP above JEST top-k that trains", "(clean"], "yes"),
         ("above the baselines", ["CLIP above JEST top-k that trains", "(swapped"], "yes"),  # by 0.5
         ("above the baselines", ["CLIP above JEST top-k that scores", "(vague"], "yes"),
-        ("above the baselines", ["JEST + DRRho-CLIP above", "(clean"], "yes"),  # 17 over 8
+        ("above the baselines", ["JEST + DRRho-CLIP, above JEST", "(clean"], "yes"),  # 17 over 8
+        ("above the baselines", ["learned temperature, above FastCLIP v3", "(clean"], "yes"),  # 17 over 12.5
         ("above the baselines", ["JEST + DRRho-CLIP that scores"], "no"),  # 4, below all
         ("above the baselines", ["seeds that were added"], "yes"),
         ("above the baselines", ["above distillation (vague"], "yes"),

@@ -177,6 +177,12 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "siglip"): "lr=0.0014",
     ("vague", "siglip"): "lr=0.002",
     ("clean", "siglip"): "lr=0.002",
+    ("swapped", "fastclip-v3"): "rho=0.5 lr=0.001",
+    ("vague", "fastclip-v3"): "rho=1.0 lr=0.002",
+    ("clean", "fastclip-v3"): "rho=2.0 lr=0.002",
+    ("swapped", "drrho-learned"): "rho=2.0 lr=0.001",
+    ("vague", "drrho-learned"): "rho=2.0 lr=0.002",
+    ("clean", "drrho-learned"): "rho=2.0 lr=0.002",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {}
