@@ -259,7 +259,7 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
             equal_samples(a, b)
             return _difference(*paired(a, b))
 
-        words = f"{NAMES[method]}, above {NAMES[twin]}, the same without its excess losses ({captions} captions)"
+        words = f"{NAMES[method]}, above {NAMES[twin]} that trains on as many pairs ({captions} captions)"
         yield _judge(_ABOVE, words, "", above_twin, ("headline", headline_of(method)))
     for captions in CAPTIONS:
 
