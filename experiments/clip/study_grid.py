@@ -187,7 +187,17 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("clean", "drrho-learned"): "rho=2.0 lr=0.002",
 }
 # By captions and method, the same of "tuning-scored".
-TUNED_SCORED: dict[tuple[Captions, str], str] = {}
+TUNED_SCORED: dict[tuple[Captions, str], str] = {
+    ("swapped", "jest"): "candidates=2 lr=0.001",
+    ("vague", "jest"): "candidates=2 lr=0.002",
+    ("clean", "jest"): "candidates=2 lr=0.002",
+    ("swapped", "jest-top-k"): "candidates=2 lr=0.001",
+    ("vague", "jest-top-k"): "candidates=2 lr=0.001",
+    ("clean", "jest-top-k"): "candidates=2 lr=0.001",
+    ("swapped", "jest-drrho"): "candidates=2 lr=0.002",
+    ("vague", "jest-drrho"): "candidates=2 lr=0.002",
+    ("clean", "jest-drrho"): "candidates=2 lr=0.002",
+}
 # By captions and reference, the same of "tuning-references".
 TUNED_REFERENCES: dict[tuple[Captions, str], str] = {
     ("clean", "weak"): "c=0.5 lr=0.002",
