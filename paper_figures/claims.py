@@ -182,7 +182,7 @@ def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]
             return Judged(f"{words} of the data [{', '.join(ends)}]{more}", fraction.high <= HALF_RATIO)
 
         name = f"{NAMES[method]} ({captions} captions)"
-        for baseline in (TWIN, LEARNED):
+        for baseline in (LEARNED, TWIN):  # the published one first: the main page shows it
             yield _judge(
                 "data efficiency",
                 f"{name} on 50 % of the data is at least as good as {NAMES[baseline]} on 100 %, "

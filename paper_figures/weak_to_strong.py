@@ -96,7 +96,9 @@ def draw(results: Results) -> Figure:
     theirs, clean, swapped = above.subplots(1, 3, width_ratios=(1, 2.4, 2.4))
     table = published()["table_1"]["imagenet_top1"]
     numbers = [table[name][0] for name in ("reference", "fastclip", "drrho_clip")]
-    draw_bars(theirs, {"ViT-B/32 to B/16": tuple(Interval(value, value, value) for value in numbers)})
+    draw_bars(
+        theirs, {"ViT-B/32 to B/16\n(twin: FastCLIP v3)": tuple(Interval(value, value, value) for value in numbers)}
+    )
     theirs.set(ylabel="ImageNet top-1, %")
     theirs.set_ylim(0, 80)
     panel(theirs, "a", "published")
