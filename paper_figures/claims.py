@@ -252,7 +252,11 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
         lambda: _difference(*paired(*(_added(results.method(method, "clean")) for method in ("drrho", TWIN)))),
         ("headline",),
     )
-    for (method, twin), captions in product((("drrho-learned", LEARNED), ("jest-drrho", "jest")), CAPTIONS):
+    ahead = (
+        ("drrho-learned", LEARNED),
+        *(("jest-drrho", other) for other in ("jest", "jest-top-k", LEARNED, "openclip")),
+    )
+    for (method, twin), captions in product(ahead, CAPTIONS):
 
         def above_twin(method: str = method, twin: str = twin, captions: str = captions) -> Judged:
             a, b = results.method(method, captions), results.method(twin, captions)
@@ -261,6 +265,7 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
 
         words = f"{NAMES[method]}, above {NAMES[twin]} that trains on as many pairs ({captions} captions)"
         yield _judge(_ABOVE, words, "", above_twin, ("headline", headline_of(method)))
+    name = NAMES["jest-drrho"]
     for captions in CAPTIONS:
 
         def scored(captions: str = captions) -> Judged:
@@ -268,9 +273,31 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
             equal_samples(a, b, "samples_scored")
             return _difference(*paired(a, b))
 
-        name = NAMES["jest-drrho"]
         words = f"{name} that scores as many pairs as DRRho-CLIP, and trains on fewer, above it ({captions} captions)"
         yield _judge(_ABOVE, words, "", scored, ("headline", "tuning-scored", "scored"))
+    for method, captions in product((TWIN, "drrho", STRONGEST), CAPTIONS):
+
+        def equal_operations(method: str = method, captions: str = captions) -> Judged:
+            a, b = results.method("jest-drrho", captions), results.need("longer", method=method, captions=captions)
+            return _above_of_operations(a, b)
+
+        yield _judge(
+            _ABOVE,
+            f"{name} above {NAMES[method]} that takes as many operations, training on {LONGER} times as many pairs "
+            f"({captions} captions)",
+            "",
+            equal_operations,
+            ("longer", headline_of("jest-drrho")),
+        )
+
+
+def _above_of_operations(a: Seeds, b: Seeds) -> Judged:
+    """Compare a method with one that must not take fewer operations, and say how many more it takes."""
+    first, second = (float(next(iter(side.values()))["gflops"]) for side in (a, b))
+    if second < first:
+        raise ValueError(f"{second:g} GFLOP of a baseline are fewer than the {first:g} that it is compared with")
+    judged = _difference(*paired(a, b))
+    return Judged(f"{judged.ours}; the baseline takes {second / first:.2f} times the operations", judged.holds)
 
 
 def _added(trainings: Seeds) -> Seeds:

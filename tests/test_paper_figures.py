@@ -182,6 +182,8 @@ def verdicts(found, topic, *words):
         ("above the baselines", ["JEST + DRRho-CLIP, above JEST", "(clean"], "yes"),  # 17 over 8
         ("above the baselines", ["learned temperature, above FastCLIP v3", "(clean"], "yes"),  # 17 over 12.5
         ("above the baselines", ["JEST + DRRho-CLIP that scores"], "no"),  # 4, below all
+        ("above the baselines", ["JEST + DRRho-CLIP above", "v1 that takes", "(clean"], "no"),  # 17 under 28
+        ("above the baselines", ["JEST + DRRho-CLIP above", "v1 that takes", "(swapped"], "yes"),  # 8.5 over 3.2
         ("above the baselines", ["seeds that were added"], "yes"),
         ("above the baselines", ["above distillation (vague"], "yes"),
         ("poor captions", ["swapped", "DRRho-CLIP"], "yes"),  # 9.5 / 3.2
@@ -225,6 +227,13 @@ def test_a_ratio_says_how_many_pairs_a_selection_chose_from(study):
     chosen = claims._ratio(study.method("jest-drrho", "vague"), others, "JEST")
     assert chosen.ours.endswith("seeds; trained on as many pairs, chosen from 2 times as many")
     assert claims._ratio(study.method("drrho", "vague"), others, "DRRho").ours.endswith("seeds")
+
+
+def test_a_baseline_of_as_many_operations_does_not_take_fewer(study):
+    chosen, twin = study.method("jest-drrho", "swapped"), study.need("longer", method="fastclip-v1", captions="swapped")
+    assert claims._above_of_operations(chosen, twin).ours.endswith("; the baseline takes 3.00 times the operations")
+    with pytest.raises(ValueError, match="GFLOP of a baseline are fewer"):
+        claims._above_of_operations(twin, chosen)
 
 
 def found_one(found, topic, word):

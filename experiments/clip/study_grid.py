@@ -185,6 +185,9 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "drrho-learned"): "rho=2.0 lr=0.001",
     ("vague", "drrho-learned"): "rho=2.0 lr=0.002",
     ("clean", "drrho-learned"): "rho=2.0 lr=0.002",
+    ("swapped", "jest-top-k"): "candidates=5 lr=0.002",
+    ("vague", "jest-top-k"): "candidates=5 lr=0.001",
+    ("clean", "jest-top-k"): "candidates=5 lr=0.002",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {
