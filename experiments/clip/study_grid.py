@@ -188,6 +188,9 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "jest-top-k"): "candidates=5 lr=0.002",
     ("vague", "jest-top-k"): "candidates=5 lr=0.001",
     ("clean", "jest-top-k"): "candidates=5 lr=0.002",
+    ("swapped", "drrho-adaptive"): "tau=0.1 lr=0.001",
+    ("vague", "drrho-adaptive"): "tau=0.1 lr=0.001",
+    ("clean", "drrho-adaptive"): "tau=0.1 lr=0.002",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {
