@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
+from experiments.clip import study_grid
 from experiments.clip.glyphs import Captions
 from experiments.clip.study_grid import ADDED_SEEDS, CAPTIONS, LONGER, NEAR, SELECTING, STRONGEST, TWIN
 from experiments.clip.study_statistics import (
@@ -43,6 +44,7 @@ from paper_figures.study_results import (
     headline_of,
     paired,
     published,
+    tuning_of,
     values,
 )
 
@@ -92,6 +94,7 @@ def claims(results: Results) -> list[Claim]:
         *_variance(results, known),
         *_scaling(results, known),
         *_beyond(results),
+        *_past_edges(results),
     ]
 
 
@@ -451,6 +454,33 @@ def _beyond(results: Results) -> Iterator[Claim]:
                 above,
                 ("headline", headline_of(method)),
             )
+
+
+def _past_edges(results: Results) -> Iterator[Claim]:
+    """Compare tuned settings at an edge of what was tried with those one step past it, one training each."""
+    for method, captions in dict.fromkeys((cell.method, cell.train.data.captions) for cell in study_grid.edges()):
+        study = tuning_of(method)
+
+        def not_better(study: str = study, method: str = method, captions: Captions = captions) -> Judged:
+            labels = {"method": method, "captions": captions}
+            chosen = results.one(study, **labels, setting=study_grid.TUNED[captions, method])
+            past = [
+                results.one("edges", method=method, captions=captions, setting=cell.setting)
+                for cell in study_grid.edges()
+                if (cell.method, cell.train.data.captions) == (method, captions)
+            ]
+            scores = [100 * float(row["validation_top1"]) for row in (chosen, *past)]
+            words = [f"{score:.1f} % at {row['setting']}" for score, row in zip(scores, (chosen, *past), strict=True)]
+            own = f"{words[0]}; past the edge {', '.join(words[1:])} (validation pairs, 1 seed)"
+            return Judged(own, scores[0] >= max(scores))
+
+        yield _judge(
+            "tuning",
+            f"{NAMES[method]} ({captions} captions) is not better one step past the edge of what tuning tried",
+            "",
+            not_better,
+            (study, "edges"),
+        )
 
 
 def shared_level(found: PairedDifference, comparisons: int) -> float:

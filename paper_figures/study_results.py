@@ -100,6 +100,13 @@ class Results:
             return found
         raise NotMeasured(study, ", ".join(labels.values()))
 
+    def one(self, study: str, **labels: str) -> Row:
+        """Return the training of these labels, or raise `NotMeasured`."""
+        for row in self.study(study):
+            if all(row[key] == value for key, value in labels.items()):
+                return row
+        raise NotMeasured(study, ", ".join(labels.values()))
+
     def method(self, method: str, captions: str) -> Seeds:
         """Return a tuned method on all pairs, under the shipped reference if it has one."""
         return self.need(headline_of(method), method=method, captions=captions)
@@ -132,10 +139,7 @@ class Results:
         if name == "shipped":
             scores = json.loads((FOLDER / "reference.json").read_text())["scores"]
             return {key: str(value) for key, value in scores.items()}
-        for row in self.study("references"):
-            if row["setting"] == name:
-                return row
-        raise NotMeasured("references", f"the reference {name!r}")
+        return self.one("references", setting=name)
 
     def scaling(self, methods: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array], list[tuple[str, str]]]:
         """Return operations [k] in GFLOP and errors [k, seeds] of each method, at the levels that all have measured."""
@@ -177,6 +181,11 @@ class Results:
 def headline_of(method: str) -> str:
     """Return the study that compares a method with the others."""
     return "headline" if method in MAIN else "headline-more"
+
+
+def tuning_of(method: str) -> str:
+    """Return the study that tunes a method."""
+    return "tuning" if method in MAIN else "tuning-more"
 
 
 def values(trainings: Mapping[int, Row], field: str = TOP1, percent: bool = True) -> Array:

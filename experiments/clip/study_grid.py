@@ -66,13 +66,15 @@ PAIRS_SEEN = 23_635 * EPOCHS
 RATES = (5e-4, 1e-3, 2e-3)
 BATCH = 128
 VALIDATIONS = 4
+_SHORT = {"temperature": "tau", "coefficient": "c"}  # names of options in names of settings
 
 
 def _over_rates(key: str, values: Iterable[Any], rates: Iterable[float] = RATES, **loss: Any) -> dict[str, Setting]:
     """Return the settings of values of an option of the loss at all learning rates."""
-    short = {"temperature": "tau", "coefficient": "c"}.get(key, key)
     found = [
-        Setting(f"{short}={value} lr={lr:g}", Loss(**{key: value}, **loss), lr) for value in values for lr in rates
+        Setting(f"{_SHORT.get(key, key)}={value} lr={lr:g}", Loss(**{key: value}, **loss), lr)
+        for value in values
+        for lr in rates
     ]
     return {each.name: each for each in found}
 
@@ -136,6 +138,33 @@ _REFERENCE_SETTINGS = {
     name: setting
     for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items()
     if setting.lr in RATES[1:] and not name.startswith("c=1.5")
+}
+# Where tuning prefers an edge of what was tried, one step past it: by method, the option, and by captions its values
+# and learning rates. The methods without reference that headline comparisons are with come first.
+_PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]] = {
+    "fastclip-v1": (
+        "temperature",
+        {"clean": ((0.06, 1e-3), (0.06, 2e-3)), "vague": ((0.4, 1e-3),), "swapped": ((0.4, 1e-3),)},
+    ),
+    "fastclip-v3": (
+        "rho",
+        {"clean": ((4.0, 2e-3), (2.0, 4e-3)), "vague": ((1.0, 4e-3),), "swapped": ((0.25, 1e-3),)},
+    ),
+    "drrho": (
+        "temperature",
+        {"clean": ((0.08, 2e-3), (0.125, 4e-3)), "vague": ((0.08, 1e-3),), "swapped": ((0.08, 1e-3),)},
+    ),
+    "drrho-learned": (
+        "rho",
+        {"clean": ((4.0, 2e-3), (2.0, 4e-3)), "vague": ((4.0, 2e-3), (2.0, 4e-3)), "swapped": ((4.0, 1e-3),)},
+    ),
+    "drrho-adaptive": (
+        "temperature",
+        {"clean": ((0.06, 2e-3), (0.1, 4e-3)), "vague": ((0.06, 1e-3),), "swapped": ((0.06, 1e-3),)},
+    ),
+    "jest": ("candidates", {"vague": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
+    "jest-top-k": ("candidates", {"clean": ((10, 2e-3),), "vague": ((10, 1e-3),), "swapped": ((10, 2e-3),)}),
+    "jest-drrho": ("candidates", {"clean": ((10, 2e-3),), "vague": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
 }
 #: The unsteered twin of the steered method: the same objective without a reference.
 TWIN = "fastclip-v1"
@@ -293,6 +322,20 @@ def tuning_more() -> Iterator[Cell]:
     return _tuning(method for method in SETTINGS if method not in MAIN)
 
 
+def edges() -> Iterator[Cell]:
+    """Yield settings one step past those that tuning prefers at an edge of what it tried: one seed each."""
+    for method, (option, steps) in _PAST_EDGES.items():
+        tried = next(iter(SETTINGS[method].values()))
+        for captions, own in steps.items():
+            for value, lr in own:
+                if option == "candidates":
+                    found = tried._replace(selection=dataclasses.replace(tried.selection, candidates=value))
+                else:
+                    found = tried._replace(loss=dataclasses.replace(tried.loss, **{option: value}))
+                name = f"{_SHORT.get(option, option)}={value} lr={lr:g}"
+                yield Cell(method, training(found._replace(name=name, lr=lr), captions), name)
+
+
 def _headline(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
     for seed in seeds:
         for method in methods:
@@ -409,4 +452,5 @@ STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "headline-more": headline_more,
     "tuning-scored": tuning_scored,
     "scored": scored,
+    "edges": edges,
 }
