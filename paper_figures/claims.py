@@ -16,7 +16,18 @@ from scipy import stats
 
 from experiments.clip import study_grid
 from experiments.clip.glyphs import Captions
-from experiments.clip.study_grid import ADDED_SEEDS, BEST, CAPTIONS, HALF, LONGER, NEAR, SELECTING, STRONGEST, TWIN
+from experiments.clip.study_grid import (
+    ADDED_SEEDS,
+    AT_LONGER,
+    BEST,
+    CAPTIONS,
+    HALF,
+    LONGER,
+    NEAR,
+    SELECTING,
+    STRONGEST,
+    TWIN,
+)
 from experiments.clip.study_statistics import (
     PairedDifference,
     Rule,
@@ -170,7 +181,8 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
 
 
 def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
-    for method, captions in product(("drrho", STRONGEST, BEST), ("clean", "swapped")):
+    of_shares = [*product(("drrho", STRONGEST), ("clean", "swapped")), (BEST, "clean")]
+    for method, captions in of_shares:
 
         def half(baseline: str, method: str = method, captions: str = captions) -> Judged:
             share, whole = results.share(method, captions, HALF), results.method(baseline, captions)
@@ -281,7 +293,7 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
 
         words = f"{name} that scores as many pairs as DRRho-CLIP, and trains on fewer, above it ({captions} captions)"
         yield _judge(_ABOVE, words, "", scored, ("headline", "tuning-scored", "scored"))
-    for method, captions in product((TWIN, "drrho", STRONGEST), CAPTIONS):
+    for captions, method in ((captions, method) for captions, methods in AT_LONGER.items() for method in methods):
 
         def equal_operations(method: str = method, captions: str = captions) -> Judged:
             a, b = results.method(BEST, captions), results.need("longer", method=method, captions=captions)
@@ -346,7 +358,7 @@ def _poor_captions(results: Results) -> Iterator[Claim]:
                 ("headline", "headline-more"),
             )
 
-        for method in ("drrho", STRONGEST):
+        for method in ("drrho", STRONGEST) if captions in AT_LONGER else ():
 
             def longer(method: str = method, captions: str = captions) -> Judged:
                 own = {n: results.need("longer", method=n, captions=captions) for n in (method, "openclip", TWIN)}

@@ -241,6 +241,7 @@ def test_tuned_settings_are_the_best_of_the_committed_results():
     for captions, method in study_grid.TUNED:
         tried = {row["setting"] for row in rows if (row["captions"], row["method"]) == (captions, method)}
         more = {"distillation": 16, "drrho-distillation": 16, "fastclip-v3": 12, "drrho-learned": 9, "two-level": 9}
+        more |= {"drrho-chi-square": 10, "drrho-cvar": 8}
         assert tried == set(study_grid.SETTINGS[method]) and len(tried) == more.get(method, 6)
     assert {key: best[key] for key in study_grid.TUNED} == study_grid.TUNED
     of_scored = study_rows("tuning-scored", RESULTS)
