@@ -272,6 +272,7 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     )
     ahead = (
         ("drrho-learned", LEARNED),
+        *(("drrho-chi-square", other) for other in ("fastclip-chi-square", LEARNED, "openclip")),
         *((BEST, other) for other in ("jest", "jest-top-k", LEARNED, "openclip")),
     )
     for (method, twin), captions in product(ahead, CAPTIONS):

@@ -32,6 +32,7 @@ NAMES = {
     "siglip": "SigLIP",
     "fastclip-v1": "FastCLIP v1",
     "fastclip-v3": "FastCLIP v3",
+    "fastclip-chi-square": "FastCLIP, chi-square",
     "jest": "JEST",
     "jest-top-k": "JEST top-k",
     "rho-top-k": "RHO top-k",
@@ -46,7 +47,7 @@ NAMES = {
     "jest-drrho": "JEST + DRRho-CLIP",
     "two-level": "two-level DRRho",
 }
-UNSTEERED = ("openclip", "siglip", "fastclip-v1", "fastclip-v3")
+UNSTEERED = ("openclip", "siglip", "fastclip-v1", "fastclip-v3", "fastclip-chi-square")
 OURS = (
     *("drrho-learned", "drrho-c", "drrho-adaptive", "drrho-chi-square", "drrho-cvar", "jest-drrho", "two-level"),
     "drrho-distillation",

@@ -14,6 +14,7 @@ METHODS = {
     "openclip": "openclip",
     "fastclip-v1": "",
     "fastclip-v3": "fastclip",
+    "fastclip-chi-square": "",
     "siglip": "",
     "jest": "jest",
     "jest-top-k": "jest_topk",

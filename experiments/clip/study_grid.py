@@ -140,6 +140,10 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     # 1: added when the smaller ones had learned next to nothing of swapped captions, whose losses they put first.
     "two-level": _over_rates("strength", (0.05, 0.2, 1.0), method="two-level", temperature=0.15),
     "rho-top-k": _selecting("rho-top-k", method="openclip"),
+    # The twin of chi-square without a reference, over the temperatures that were best with one.
+    "fastclip-chi-square": _over_rates(
+        "temperature", (0.025, 0.05, 0.1), RATES[1:], method="fastclip", divergence="chi-square"
+    ),
 }
 # Six again: a weaker reference may need a smaller coefficient, and none of the methods does best at the lowest rate.
 _REFERENCE_SETTINGS = {
@@ -192,7 +196,7 @@ AT_LONGER: dict[Captions, tuple[str, ...]] = {
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
 #: Of those that follow, the ones that headline comparisons are with: five seeds.
-LATER = ("fastclip-v3", "drrho-learned", "jest-drrho")
+LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square")
 #: The methods of the first comparisons; the others follow.
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
@@ -249,6 +253,9 @@ TUNED: dict[tuple[Captions, str], str] = {
     ("swapped", "rho-top-k"): "candidates=5 lr=0.002",
     ("vague", "rho-top-k"): "candidates=5 lr=0.002",
     ("clean", "rho-top-k"): "candidates=2 lr=0.002",
+    ("swapped", "fastclip-chi-square"): "tau=0.1 lr=0.001",
+    ("vague", "fastclip-chi-square"): "tau=0.05 lr=0.001",
+    ("clean", "fastclip-chi-square"): "tau=0.025 lr=0.001",
 }
 # By captions and method, the same of "tuning-scored".
 TUNED_SCORED: dict[tuple[Captions, str], str] = {
