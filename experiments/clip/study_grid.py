@@ -151,8 +151,8 @@ _REFERENCE_SETTINGS = {
     for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items()
     if setting.lr in RATES[1:] and not name.startswith("c=1.5")
 }
-# Where tuning prefers an edge of what was tried, one step past it: by method, the option, and by captions its values
-# and learning rates. The methods without reference that headline comparisons are with come first.
+# Where tuning prefers an edge of what was tried, one step past it: by method, the loss's option, and by captions its
+# values and learning rates. The methods without reference that headline comparisons are with come first.
 _PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]] = {
     "fastclip-v1": (
         "temperature",
@@ -364,12 +364,9 @@ def edges() -> Iterator[Cell]:
         tried = next(iter(SETTINGS[method].values()))
         for captions, own in steps.items():
             for value, lr in own:
-                if option == "candidates":
-                    found = tried._replace(selection=dataclasses.replace(tried.selection, candidates=value))
-                else:
-                    found = tried._replace(loss=dataclasses.replace(tried.loss, **{option: value}))
                 name = f"{_SHORT.get(option, option)}={value} lr={lr:g}"
-                yield Cell(method, training(found._replace(name=name, lr=lr), captions), name)
+                loss = dataclasses.replace(tried.loss, **{option: value})
+                yield Cell(method, training(Setting(name, loss, lr), captions), name)
 
 
 def _headline(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
