@@ -137,7 +137,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "drrho-chi-square": _over_rates("temperature", (0.1, 0.3), **_CHI_SQUARE)
     | _over_rates("temperature", (0.05, 0.025), RATES[1:], **_CHI_SQUARE),
     "drrho-cvar": _over_rates("level", (0.1, 0.3), **_CVAR) | _over_rates("level", (0.05,), RATES[1:], **_CVAR),
-    # 1: added when the smaller ones had learned next to nothing of swapped captions, whose losses they put first.
+    # 1: added when the smaller ones had learned little or next to nothing of swapped captions.
     "two-level": _over_rates("strength", (0.05, 0.2, 1.0), method="two-level", temperature=0.15),
     "rho-top-k": _selecting("rho-top-k", method="openclip"),
     # The twin of chi-square without a reference, over the temperatures that were best with one.
