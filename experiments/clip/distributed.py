@@ -288,22 +288,36 @@ class _Pulse:
         return f"{_PULSE}first/{self._announcements}"
 
     def lost(self) -> str:
-        """Return the names of the ranks that have died or hang."""
+        """Return the names of the ranks that have died or hang.
+
+        The first rank, with which the store may end, stays until the others have asked as well: one that is not
+        connected to the lost rank hears of it only when its own exchange has taken too long.
+        """
         others = [rank for rank in range(self._count) if rank != self._rank]
-
-        def beats() -> list[int]:
-            return self._answer(lambda: [self._store.add(f"{_PULSE}{rank}", 0) for rank in others])
-
+        asked = f"{_PULSE}asked/"
         try:
-            before = beats()
-            time.sleep(4 * _PULSE_SECONDS)
-            after = beats()
+            lost = self._silent(others)
+            self._answer(lambda: self._store.add(f"{asked}{self._rank}", 1))
         except (RuntimeError, TimeoutError):
             return "rank 0"
-        lost = [f"rank {rank}" for rank, a, b in zip(others, before, after, strict=True) if a == b]
-        if self._rank == 0:  # the store may end with this process, and others may have begun to ask later
-            time.sleep(8 * _PULSE_SECONDS)
-        return ", ".join(lost) or "another rank"
+        if self._rank == 0:
+            late = [rank for rank in others if rank not in lost]
+            until = time.monotonic() + self._patience + 10 * _PULSE_SECONDS
+            with contextlib.suppress(RuntimeError, TimeoutError):  # an agent's store may end first
+                while late and time.monotonic() < until:
+                    silent = self._silent(late)
+                    known = self._counts(asked, late)
+                    late = [rank for rank, n in zip(late, known, strict=True) if not n and rank not in silent]
+        return ", ".join(f"rank {rank}" for rank in lost) or "another rank"
+
+    def _silent(self, ranks: list[int]) -> list[int]:
+        before = self._counts(_PULSE, ranks)
+        time.sleep(4 * _PULSE_SECONDS)
+        after = self._counts(_PULSE, ranks)
+        return [rank for rank, a, b in zip(ranks, before, after, strict=True) if a == b]
+
+    def _counts(self, name: str, ranks: list[int]) -> list[int]:
+        return self._answer(lambda: [self._store.add(f"{name}{rank}", 0) for rank in ranks])
 
     def stop(self) -> None:
         """End the pulse."""
