@@ -21,9 +21,11 @@ from experiments.clip.study_grid import (
     AT_LONGER,
     BEST,
     CAPTIONS,
+    DIVERGENCE,
     HALF,
     LONGER,
     NEAR,
+    ON_HALF,
     SELECTING,
     STRONGEST,
     TWIN,
@@ -141,48 +143,48 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     target, reference = known["teaser"]["target"]["imagenet_top1"], known["teaser"]["reference"]["imagenet_top1"]
     fastclip = known["table_1"]["imagenet_top1"]["fastclip"][0]
 
-    def trainings(longer: bool, captions: Captions) -> tuple[str, Seeds, Seeds]:
+    def trainings(method: str, longer: bool, captions: Captions) -> tuple[str, Seeds, Seeds]:
         """Return the reference, and the steered target and its twin."""
         if longer:
-            return NEAR[captions], results.near("drrho", captions), results.near(TWIN, captions)
+            return NEAR[captions], results.near(method, captions), results.near(TWIN, captions)
         return "weak", results.steered("weak", captions), results.method(TWIN, captions)
 
-    for longer, captions in product((True, False), NEAR):
+    over = f"{target - reference:+.2f} points (ImageNet, {target} over {reference})"
+    over_v3 = f"{target - fastclip:+.2f} points (ImageNet, {target} over {fastclip} of {NAMES[LEARNED]})"
+    words = {
+        "drrho": ("the steered target", "its twin", over, over_v3),
+        DIVERGENCE: (f"the target of {NAMES[DIVERGENCE]},", "the twin of DRRho-CLIP", "", ""),
+    }
+    for (method, longer), captions in product((("drrho", True), ("drrho", False), (DIVERGENCE, True)), NEAR):
+        steered_target, twin_of_it, *of_paper = words[method]
+        of = partial(trainings, method, longer, captions)
 
-        def over_reference(longer: bool = longer, captions: Captions = captions) -> Judged:
-            reference, steered, _ = trainings(longer, captions)
+        def over_reference(of: Callable[[], tuple[str, Seeds, Seeds]] = of) -> Judged:
+            reference, steered, _ = of()
             own = 100 * float(results.reference(reference)[TOP1])
             judged = _difference(values(steered), np.full(len(steered), own))
             setting = next(iter(steered.values()))["setting"]
             return Judged(f"{judged.ours}; reference {own:.1f} %; target at {setting}", judged.holds)
 
-        def over_twin(longer: bool = longer, captions: Captions = captions) -> Judged:
-            _, steered, twin = trainings(longer, captions)
+        def over_twin(of: Callable[[], tuple[str, Seeds, Seeds]] = of) -> Judged:
+            _, steered, twin = of()
             equal_samples(steered, twin)
             return _difference(*paired(steered, twin))
 
         name = REFERENCES[NEAR[captions] if longer else "weak"]
         where = f"{captions} captions" + (f", {LONGER} times as many pairs seen" if longer else "")
+        rows = (
+            (f"{steered_target} surpasses its reference, {name} ({where})", over_reference),
+            (f"... and {twin_of_it} without reference, {NAMES[TWIN]} ({where})", over_twin),
+        )
         studies = ("references", "weak-to-strong") if longer else ("references", "headline", "reference-quality")
-        yield _judge(
-            "weak to strong",
-            f"the steered target surpasses its reference, {name} ({where})",
-            f"{target - reference:+.2f} points (ImageNet, {target} over {reference})",
-            over_reference,
-            studies,
-        )
-        yield _judge(
-            "weak to strong",
-            f"... and its twin without reference, {NAMES[TWIN]} ({where})",
-            f"{target - fastclip:+.2f} points (ImageNet, {target} over {fastclip} of {NAMES[LEARNED]})",
-            over_twin,
-            studies,
-        )
+        for (claim, measure), theirs in zip(rows, of_paper, strict=True):
+            yield _judge("weak to strong", claim, theirs, measure, studies)
 
 
 def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
-    of_shares = [*product(("drrho", STRONGEST), ("clean", "swapped")), (BEST, "clean")]
-    for method, captions in of_shares:
+    on_half = [(method, captions) for captions, methods in ON_HALF.items() for method in methods]
+    for method, captions in (*product(("drrho", STRONGEST), ("clean", "swapped")), *on_half):
 
         def half(baseline: str, method: str = method, captions: str = captions) -> Judged:
             share, whole = results.share(method, captions, HALF), results.method(baseline, captions)
@@ -207,7 +209,7 @@ def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]
                 partial(half, baseline),
                 ("headline", headline_of(baseline), "fractions"),
             )
-        if method == BEST:  # of which no smaller share is measured
+        if (method, captions) in on_half:  # no smaller share is measured
             continue
         yield _judge(
             "data efficiency",
@@ -272,7 +274,7 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
     )
     ahead = (
         ("drrho-learned", LEARNED),
-        *(("drrho-chi-square", other) for other in ("fastclip-chi-square", LEARNED, "openclip")),
+        *((DIVERGENCE, other) for other in ("fastclip-chi-square", LEARNED, "openclip")),
         *((BEST, other) for other in ("jest", "jest-top-k", LEARNED, "openclip")),
     )
     for (method, twin), captions in product(ahead, CAPTIONS):
@@ -359,7 +361,7 @@ def _poor_captions(results: Results) -> Iterator[Claim]:
                 ("headline", "headline-more"),
             )
 
-        for method in ("drrho", STRONGEST) if captions in AT_LONGER else ():
+        for method in ("drrho", STRONGEST, DIVERGENCE) if captions in AT_LONGER else ():
 
             def longer(method: str = method, captions: str = captions) -> Judged:
                 own = {n: results.need("longer", method=n, captions=captions) for n in (method, "openclip", TWIN)}

@@ -132,7 +132,7 @@ class Results:
         return self.need("reference-quality", method="drrho", captions=captions, reference=reference)
 
     def near(self, method: str, captions: str) -> Seeds:
-        """Return the twin, or DRRho-CLIP under the reference `NEAR`, where that is little weaker than the twin."""
+        """Return the twin, or a steered method under the reference `NEAR`, which is little weaker than the twin."""
         return self.need("weak-to-strong", method=method, captions=captions)
 
     def reference(self, name: str) -> Row:

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib.image
@@ -73,10 +74,10 @@ def tuned_grid(patch):
     for captions_, method in ((c, m) for c in CAPTIONS for m in SETTINGS):
         patch.setitem(study_grid.TUNED, (captions_, method), next(iter(SETTINGS[method])))
         patch.setitem(study_grid.TUNED_SCORED, (captions_, method), next(iter(SETTINGS[method])))
-        for reference in REFERENCES:
-            patch.setitem(
-                study_grid.TUNED_REFERENCES, (captions_, reference), next(iter(study_grid._REFERENCE_SETTINGS))
-            )
+    for captions_, reference, (method, settings) in product(
+        ("clean", "swapped"), REFERENCES, study_grid.REFERENCE_SETTINGS.items()
+    ):
+        patch.setitem(study_grid.TUNED_REFERENCES, (captions_, method, reference), next(iter(settings)))
 
 
 def top1(each, rng):

@@ -145,11 +145,20 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "temperature", (0.025, 0.05, 0.1), RATES[1:], method="fastclip", divergence="chi-square"
     ),
 }
+#: Of the methods that train on every pair, the best with a divergence that is not the published one.
+DIVERGENCE = "drrho-chi-square"
 # Six again: a weaker reference may need a smaller coefficient, and none of the methods does best at the lowest rate.
-_REFERENCE_SETTINGS = {
-    name: setting
-    for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items()
-    if setting.lr in RATES[1:] and not name.startswith("c=1.5")
+REFERENCE_SETTINGS: dict[str, dict[str, Setting]] = {
+    "drrho": {
+        name: setting
+        for name, setting in (SETTINGS["drrho"] | SETTINGS["drrho-c"]).items()
+        if setting.lr in RATES[1:] and not name.startswith("c=1.5")
+    },
+    DIVERGENCE: {
+        name: setting
+        for name, setting in SETTINGS[DIVERGENCE].items()
+        if setting.lr in RATES[1:] and not name.startswith("tau=0.3")
+    },
 }
 # Where tuning prefers an edge of what was tried, one step past it: by method, the loss's option, and by captions its
 # values and learning rates. The methods without reference that headline comparisons are with come first.
@@ -177,7 +186,19 @@ _PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]
     "drrho-cvar": ("level", {"clean": ((0.025, 2e-3),), "vague": ((0.025, 1e-3),)}),
     "drrho-chi-square": (
         "temperature",
-        {"clean": ((0.0125, 2e-3),), "vague": ((0.0125, 1e-3),), "swapped": ((0.0125, 1e-3),)},
+        {
+            "clean": ((0.0125, 2e-3),),
+            "vague": ((0.0125, 1e-3), (0.025, 5e-4)),
+            "swapped": ((0.0125, 1e-3), (0.025, 5e-4)),
+        },
+    ),
+    "fastclip-chi-square": (
+        "temperature",
+        {
+            "clean": ((0.0125, 1e-3), (0.025, 5e-4)),
+            "vague": ((0.05, 5e-4),),
+            "swapped": ((0.2, 1e-3), (0.1, 5e-4)),
+        },
     ),
 }
 #: The unsteered twin of the steered method: the same objective without a reference.
@@ -190,11 +211,13 @@ SELECTING = ("jest", "jest-top-k", "jest-drrho")
 STRONGEST = "drrho-distillation"
 #: The methods of one batch's pairs that are also trained for longer, by captions.
 AT_LONGER: dict[Captions, tuple[str, ...]] = {
-    "swapped": ("drrho", "openclip", STRONGEST, TWIN),
-    "clean": ("drrho", TWIN),
+    "swapped": ("drrho", "openclip", STRONGEST, TWIN, DIVERGENCE),
+    "clean": ("drrho", TWIN, DIVERGENCE),
 }
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
+#: The methods that are trained on `HALF` of the pairs, and on no smaller share, by captions.
+ON_HALF: dict[Captions, tuple[str, ...]] = {"clean": (BEST, DIVERGENCE), "swapped": (DIVERGENCE,)}
 #: Of those that follow, the ones that headline comparisons are with: five seeds.
 LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square")
 #: The methods of the first comparisons; the others follow.
@@ -269,12 +292,12 @@ TUNED_SCORED: dict[tuple[Captions, str], str] = {
     ("vague", "jest-drrho"): "candidates=2 lr=0.002",
     ("clean", "jest-drrho"): "candidates=2 lr=0.002",
 }
-# By captions and reference, the same of "tuning-references".
-TUNED_REFERENCES: dict[tuple[Captions, str], str] = {
-    ("clean", "weak"): "c=0.5 lr=0.002",
-    ("swapped", "weak"): "tau=0.125 lr=0.001",
-    ("clean", "equal"): "c=0.5 lr=0.002",
-    ("swapped", "equal"): "tau=0.125 lr=0.002",
+# By captions, method and reference, the same of "tuning-references".
+TUNED_REFERENCES: dict[tuple[Captions, str, str], str] = {
+    ("clean", "drrho", "weak"): "c=0.5 lr=0.002",
+    ("swapped", "drrho", "weak"): "tau=0.125 lr=0.001",
+    ("clean", "drrho", "equal"): "c=0.5 lr=0.002",
+    ("swapped", "drrho", "equal"): "tau=0.125 lr=0.002",
 }
 
 # Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
@@ -423,15 +446,17 @@ def longer() -> Iterator[Cell]:
 def fractions() -> Iterator[Cell]:
     """Yield the twins on shares of the pairs, at an equal number of pairs seen; all pairs are the headline's.
 
-    `BEST`, which chooses from five times as many and takes as much longer, is there on half of the clean ones.
+    `ON_HALF` are there on half of them: `BEST` chooses from five times as many and takes as much longer.
     """
     for methods in ((TWIN, "drrho"), (STRONGEST,)):
         for seed, fraction, captions in product(FEWER_SEEDS, reversed(FRACTIONS), ("clean", "swapped")):
             for method in methods:
                 if (captions, method) in TUNED:
                     yield Cell(method, tuned(method, captions, seed=seed, fraction=fraction))
-    for seed in FEWER_SEEDS:
-        yield Cell(BEST, tuned(BEST, "clean", seed=seed, fraction=HALF))
+    for captions, methods in ON_HALF.items():
+        for seed, method in product(FEWER_SEEDS, methods):
+            if (captions, method) in TUNED:
+                yield Cell(method, tuned(method, captions, seed=seed, fraction=HALF))
 
 
 def scaling() -> Iterator[Cell]:
@@ -445,25 +470,30 @@ def scaling() -> Iterator[Cell]:
 
 
 def tuning_references() -> Iterator[Cell]:
-    """Yield the steered method's settings under the references that the study trains, one seed each."""
-    for reference in REFERENCES:
-        for captions in ("clean", "swapped"):
-            for setting in _REFERENCE_SETTINGS.values():
-                yield Cell("drrho", training(setting, captions), setting.name, reference)
+    """Yield the steered methods' settings under the references that the study trains, one seed each.
+
+    `DIVERGENCE` only under the references `NEAR`.
+    """
+    for reference, captions in product(REFERENCES, ("clean", "swapped")):
+        for method in ("drrho", DIVERGENCE) if NEAR[captions] == reference else ("drrho",):
+            for setting in REFERENCE_SETTINGS[method].values():
+                yield Cell(method, training(setting, captions), setting.name, reference)
+
+
+def _under(reference: str, method: str, captions: Captions, **options: Any) -> Iterator[Cell]:
+    """Yield a steered method under a reference that the study trains, if it is tuned."""
+    if name := TUNED_REFERENCES.get((captions, method, reference)):
+        yield Cell(method, training(REFERENCE_SETTINGS[method][name], captions, **options), name, reference)
 
 
 def reference_quality() -> Iterator[Cell]:
-    """Yield the steered method, tuned, under the references that the study trains; the headline has the shipped one."""
-    for seed in SEEDS:
-        for reference in REFERENCES:
-            for captions in ("clean", "swapped"):
-                if (captions, reference) in TUNED_REFERENCES:
-                    setting = _REFERENCE_SETTINGS[TUNED_REFERENCES[captions, reference]]
-                    yield Cell("drrho", training(setting, captions, seed=seed), setting.name, reference)
+    """Yield DRRho-CLIP, tuned, under the references that the study trains; the headline has the shipped one."""
+    for seed, reference, captions in product(SEEDS, REFERENCES, ("clean", "swapped")):
+        yield from _under(reference, "drrho", captions, seed=seed)
 
 
 def weak_to_strong() -> Iterator[Cell]:
-    """Yield the twin and the steered method where the reference is little weaker than the twin, as in the publication.
+    """Yield the twin and steered methods where the reference is little weaker than the twin, as in the publication.
 
     The references `NEAR`: on clean captions that of the target's own size, trained for as long on other pairs.
     """
@@ -471,8 +501,8 @@ def weak_to_strong() -> Iterator[Cell]:
     for seed, (captions, reference) in product(SEEDS, NEAR.items()):
         if name := TUNED.get((captions, TWIN)):
             yield Cell(TWIN, tuned(TWIN, captions, seed=seed, **longer), name)
-        if name := TUNED_REFERENCES.get((captions, reference)):
-            yield Cell("drrho", training(_REFERENCE_SETTINGS[name], captions, seed=seed, **longer), name, reference)
+        for method in REFERENCE_SETTINGS:
+            yield from _under(reference, method, captions, seed=seed, **longer)
 
 
 #: In the order in which they run; a training in several is run once.
