@@ -160,7 +160,7 @@ REFERENCE_SETTINGS: dict[str, dict[str, Setting]] = {
         if setting.lr in RATES[1:] and not name.startswith("tau=0.3")
     },
 }
-# Where tuning prefers an edge of what was tried, one step past it: by method, the loss's option, and by captions its
+# Where tuning prefers an edge of what was tried, one step past it: by method, the option, and by captions its
 # values and learning rates. The methods without reference that headline comparisons are with come first.
 _PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]] = {
     "fastclip-v1": (
@@ -200,6 +200,9 @@ _PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]
             "swapped": ((0.2, 1e-3), (0.1, 5e-4)),
         },
     ),
+    "jest": ("candidates", {"vague": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
+    "jest-top-k": ("candidates", {"clean": ((10, 2e-3),), "vague": ((10, 1e-3),), "swapped": ((10, 2e-3),)}),
+    "jest-drrho": ("candidates", {"clean": ((10, 2e-3),), "vague": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
 }
 #: The unsteered twin of the steered method: the same objective without a reference.
 TWIN = "fastclip-v1"
@@ -388,8 +391,9 @@ def edges() -> Iterator[Cell]:
         for captions, own in steps.items():
             for value, lr in own:
                 name = f"{_SHORT.get(option, option)}={value} lr={lr:g}"
-                loss = dataclasses.replace(tried.loss, **{option: value})
-                yield Cell(method, training(Setting(name, loss, lr), captions), name)
+                part = "selection" if hasattr(tried.selection, option) else "loss"
+                past = {part: dataclasses.replace(getattr(tried, part), **{option: value})}
+                yield Cell(method, training(tried._replace(name=name, lr=lr, **past), captions), name)
 
 
 def _headline(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
