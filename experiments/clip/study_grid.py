@@ -200,9 +200,17 @@ _PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]
             "swapped": ((0.2, 1e-3), (0.1, 5e-4)),
         },
     ),
-    "jest": ("candidates", {"vague": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
-    "jest-top-k": ("candidates", {"clean": ((10, 2e-3),), "vague": ((10, 1e-3),), "swapped": ((10, 2e-3),)}),
-    "jest-drrho": ("candidates", {"clean": ((10, 2e-3),), "vague": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
+    "distillation": (
+        "distill",
+        {"clean": ((0.06, 2e-3),), "vague": ((4.0, 1e-3),), "swapped": ((1.0, 4e-3),)},
+    ),
+    "drrho-distillation": (
+        "distill",
+        {"clean": ((0.06, 2e-3),), "vague": ((0.06, 1e-3),), "swapped": ((0.06, 2e-3),)},
+    ),
+    # Of selections, the better one on each kind of captions: twice as many candidates cost nearly twice as much.
+    "jest": ("candidates", {"vague": ((10, 2e-3),)}),
+    "jest-top-k": ("candidates", {"clean": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
 }
 #: The unsteered twin of the steered method: the same objective without a reference.
 TWIN = "fastclip-v1"
@@ -214,15 +222,15 @@ SELECTING = ("jest", "jest-top-k", "jest-drrho")
 STRONGEST = "drrho-distillation"
 #: The methods of one batch's pairs that are also trained for longer, by captions.
 AT_LONGER: dict[Captions, tuple[str, ...]] = {
-    "swapped": ("drrho", "openclip", STRONGEST, TWIN, DIVERGENCE),
-    "clean": ("drrho", TWIN, DIVERGENCE),
+    "swapped": ("drrho", "openclip", STRONGEST, TWIN, DIVERGENCE, "fastclip-v3"),
+    "clean": ("drrho", TWIN, DIVERGENCE, "fastclip-v3"),
 }
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
 #: The methods that are trained on `HALF` of the pairs, and on no smaller share, by captions.
 ON_HALF: dict[Captions, tuple[str, ...]] = {"clean": (BEST, DIVERGENCE), "swapped": (DIVERGENCE,)}
 #: Of those that follow, the ones that headline comparisons are with: five seeds.
-LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square")
+LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square", "jest-top-k")
 #: The methods of the first comparisons; the others follow.
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
@@ -301,6 +309,8 @@ TUNED_REFERENCES: dict[tuple[Captions, str, str], str] = {
     ("swapped", "drrho", "weak"): "tau=0.125 lr=0.001",
     ("clean", "drrho", "equal"): "c=0.5 lr=0.002",
     ("swapped", "drrho", "equal"): "tau=0.125 lr=0.002",
+    ("clean", DIVERGENCE, "equal"): "tau=0.025 lr=0.002",
+    ("swapped", DIVERGENCE, "weak"): "tau=0.025 lr=0.002",
 }
 
 # Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
@@ -387,11 +397,11 @@ def tuning_more() -> Iterator[Cell]:
 def edges() -> Iterator[Cell]:
     """Yield settings one step past those that tuning prefers at an edge of what it tried: one seed each."""
     for method, (option, steps) in _PAST_EDGES.items():
-        tried = next(iter(SETTINGS[method].values()))
+        part = "selection" if hasattr(Selection, option) else "loss"
         for captions, own in steps.items():
+            tried = SETTINGS[method][TUNED[captions, method]]
             for value, lr in own:
-                name = f"{_SHORT.get(option, option)}={value} lr={lr:g}"
-                part = "selection" if hasattr(tried.selection, option) else "loss"
+                name = f"{tried.name.partition('=')[0]}={value} lr={lr:g}"
                 past = {part: dataclasses.replace(getattr(tried, part), **{option: value})}
                 yield Cell(method, training(tried._replace(name=name, lr=lr, **past), captions), name)
 
