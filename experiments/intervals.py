@@ -27,8 +27,14 @@ def interval(values: Array) -> Interval:
     mean = float(values.mean())
     if len(values) < 2:
         return Interval(mean, np.nan, np.nan)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = half_width(values)
     return Interval(mean, mean - half, mean + half)
+
+
+def half_width(values: Array, level: float = 0.95) -> Any:
+    """Return half of Student's t intervals, over the first dimension of at least two."""
+    n = len(values)
+    return stats.t.ppf((1 + level) / 2, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
 
 
 def crossing(numbers: Array, beyond: Array) -> float | None:

@@ -6,15 +6,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.clip.study_grid import STRONGEST, TWIN
+from experiments.clip.study_grid import TWIN, WITH_DISTILLATION
 from experiments.clip.study_statistics import data_saved
 from experiments.intervals import interval
 from paper_figures.claims import shares
 from paper_figures.study_results import ALL_FRACTIONS, NAMES, NotMeasured, Results, values
 from paper_figures.style import BLUE, PAGE, SKY, VERMILION, not_measured, panel, program
 
-COLORS = {TWIN: VERMILION, "drrho": BLUE, STRONGEST: SKY}
-MARKERS = {TWIN: "o", "drrho": "^", STRONGEST: "v"}
+COLORS = {TWIN: VERMILION, "drrho": BLUE, WITH_DISTILLATION: SKY}
+MARKERS = {TWIN: "o", "drrho": "^", WITH_DISTILLATION: "v"}
 SHARES = {1.0: "-", 0.5: "--"}
 CAPTIONS = ("clean", "swapped")
 

@@ -7,12 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.clip.study_grid import STRONGEST, TWIN
+from experiments.clip.study_grid import TWIN, WITH_DISTILLATION
 from experiments.clip.study_statistics import PowerLaw, Rule, power_law_fit
 from paper_figures.study_results import NAMES, NotMeasured, Results, published
 from paper_figures.style import BLUE, ORANGE, PAGE, SKY, VERMILION, panel, program
 
-METHODS = {"openclip": VERMILION, TWIN: ORANGE, "drrho": BLUE, STRONGEST: SKY}
+METHODS = {"openclip": VERMILION, TWIN: ORANGE, "drrho": BLUE, WITH_DISTILLATION: SKY}
 LINES: dict[Rule, str] = {"best-of-bins": "-", "all": ":"}
 MARKERS = {"glyph-micro": "v", "glyph-tiny": "o", "glyph-small": "s"}
 

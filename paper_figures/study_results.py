@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from experiments.clip.study import Row, read_curves, study_rows
 from experiments.clip.study_grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN
+from experiments.intervals import half_width
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = Path(__file__).parents[1] / "experiments" / "clip" / "results" / "study.csv"
@@ -198,12 +198,6 @@ def paired(a: Seeds, b: Seeds, field: str = TOP1) -> tuple[Array, Array]:
     """Return a score of both, in percent points, at the seeds that both have."""
     common = a.keys() & b.keys()
     return values({seed: a[seed] for seed in common}, field), values({seed: b[seed] for seed in common}, field)
-
-
-def half_width(samples: Array) -> Array:
-    """Return half the 95 % interval (Student's t) of the means over the first dimension."""
-    n = len(samples)
-    return stats.t.ppf(0.975, n - 1) * samples.std(0, ddof=1) / np.sqrt(n)
 
 
 def published() -> dict[str, Any]:

@@ -211,6 +211,9 @@ def verdicts(found, topic, *words):
         ("above the baselines", ["JEST + DRRho-CLIP above", "v1 that takes", "(clean"], "no"),  # 17 under 28
         ("above the baselines", ["JEST + DRRho-CLIP above", "v1 that takes", "(swapped"], "yes"),  # 8.5 over 3.2
         ("above the baselines", ["seeds that were added"], "yes"),
+        ("above the baselines", ["seeds that were fixed before"], "yes"),
+        ("above the baselines", ["chi-square above FastCLIP v3, 3 times as many", "(clean"], "yes"),  # 32 over 27.5
+        ("weak to strong", ["target of DRRho-CLIP, chi-square,", "(clean"], "yes"),  # 33 over 30
         ("above the baselines", ["above distillation (vague"], "yes"),
         ("poor captions", ["swapped", "DRRho-CLIP"], "yes"),  # 9.5 / 3.2
         ("poor captions", ["swapped", "3 times as many"], "yes"),  # 9.5 and 9 / 3.2

@@ -145,7 +145,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "temperature", (0.025, 0.05, 0.1), RATES[1:], method="fastclip", divergence="chi-square"
     ),
 }
-#: Of the methods that train on every pair, the best with a divergence that is not the published one.
+#: DRRho-CLIP with a divergence that is not the published one.
 DIVERGENCE = "drrho-chi-square"
 # Six again: a weaker reference may need a smaller coefficient, and none of the methods does best at the lowest rate.
 REFERENCE_SETTINGS: dict[str, dict[str, Setting]] = {
@@ -218,18 +218,18 @@ TWIN = "fastclip-v1"
 NEAR: dict[Captions, str] = {"clean": "equal", "swapped": "weak"}
 #: The methods that are also compared at as many pairs scored, which published trainings of selections count.
 SELECTING = ("jest", "jest-top-k", "jest-drrho")
-#: Of the methods that train on every pair, the best in tuning: also tried on shares, over sizes and for longer.
-STRONGEST = "drrho-distillation"
-#: The methods of one batch's pairs that are also trained for longer, by captions.
+#: The published combination: also tried on shares, over sizes and for longer.
+WITH_DISTILLATION = "drrho-distillation"
+#: The methods without a selection that are also trained for longer, by captions.
 AT_LONGER: dict[Captions, tuple[str, ...]] = {
-    "swapped": ("drrho", "openclip", STRONGEST, TWIN, DIVERGENCE, "fastclip-v3"),
+    "swapped": ("drrho", "openclip", WITH_DISTILLATION, TWIN, DIVERGENCE, "fastclip-v3"),
     "clean": ("drrho", TWIN, DIVERGENCE, "fastclip-v3"),
 }
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
 #: The methods that are trained on `HALF` of the pairs, and on no smaller share, by captions.
 ON_HALF: dict[Captions, tuple[str, ...]] = {"clean": (BEST, DIVERGENCE), "swapped": (DIVERGENCE,)}
-#: Of those that follow, the ones that headline comparisons are with: five seeds.
+#: Methods that are not of the first comparisons, but of the next: five seeds.
 LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square", "jest-top-k")
 #: The methods of the first comparisons; the others follow.
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
@@ -462,7 +462,7 @@ def fractions() -> Iterator[Cell]:
 
     `ON_HALF` are there on half of them: `BEST` chooses from five times as many and takes as much longer.
     """
-    for methods in ((TWIN, "drrho"), (STRONGEST,)):
+    for methods in ((TWIN, "drrho"), (WITH_DISTILLATION,)):
         for seed, fraction, captions in product(FEWER_SEEDS, reversed(FRACTIONS), ("clean", "swapped")):
             for method in methods:
                 if (captions, method) in TUNED:
@@ -475,7 +475,7 @@ def fractions() -> Iterator[Cell]:
 
 def scaling() -> Iterator[Cell]:
     """Yield OpenCLIP's method, DRRho-CLIP and its twin over sizes of the model and budgets, on clean captions."""
-    for methods in (("openclip", "drrho"), (STRONGEST,), (TWIN,)):
+    for methods in (("openclip", "drrho"), (WITH_DISTILLATION,), (TWIN,)):
         for seed, (model, budgets) in product(FEWER_SEEDS, LEVELS.items()):
             for epochs, method in product(budgets, methods):
                 if ("clean", method) in TUNED:

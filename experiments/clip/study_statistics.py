@@ -25,13 +25,12 @@ Rule = Literal["best-of-bins", "all"]
 
 
 class PairedDifference(NamedTuple):
-    """The mean of ``a - b`` over seeds: Student's t interval, BCa bootstrap interval, number and standard deviation."""
+    """The mean of ``a - b`` over seeds: Student's t interval, BCa bootstrap interval, and their number."""
 
     mean: float
     t: Interval
     bootstrap: Interval
     n: int
-    sd: float
 
 
 class DataSaved(NamedTuple):
@@ -97,9 +96,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, replicates: int = REPLICATE
         options: dict[str, Any] = {"n_resamples": replicates, "method": "BCa", "random_state": seed}
         found = stats.bootstrap((difference,), np.mean, **options)
         low, high = found.confidence_interval
-    return PairedDifference(
-        t.mean, t, Interval(t.mean, float(low), float(high)), len(difference), float(difference.std(ddof=1))
-    )
+    return PairedDifference(t.mean, t, Interval(t.mean, float(low), float(high)), len(difference))
 
 
 def paired_ratio(a: ArrayLike, b: ArrayLike) -> Interval:
