@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.clip import study_grid
-from experiments.clip.glyphs import Captions
+from experiments.clip.study import Row
 from experiments.clip.study_grid import (
     ADDED_SEEDS,
     AT_LONGER,
@@ -27,6 +27,7 @@ from experiments.clip.study_grid import (
     ON_HALF,
     SEEDS,
     SELECTING,
+    STUDIES,
     TWIN,
     WITH_DISTILLATION,
 )
@@ -108,7 +109,7 @@ def claims(results: Results) -> list[Claim]:
         *_variance(results, known),
         *_scaling(results, known),
         *_beyond(results),
-        *_past_edges(results),
+        *_tuning(results),
     ]
 
 
@@ -481,31 +482,44 @@ def _beyond(results: Results) -> Iterator[Claim]:
             )
 
 
-def _past_edges(results: Results) -> Iterator[Claim]:
-    """Compare tuned settings at an edge of what was tried with those one step past it, one training each."""
-    for method, captions in dict.fromkeys((cell.method, cell.train.data.captions) for cell in study_grid.edges()):
-        study = tuning_of(method)
-
-        def not_better(study: str = study, method: str = method, captions: Captions = captions) -> Judged:
-            labels = {"method": method, "captions": captions}
-            chosen = results.one(study, **labels, setting=study_grid.TUNED[captions, method])
-            past = [
-                results.one("edges", method=method, captions=captions, setting=cell.setting)
-                for cell in study_grid.edges()
-                if (cell.method, cell.train.data.captions) == (method, captions)
+def _tuning(results: Results) -> Iterator[Claim]:
+    """Compare tuned settings with those one step past an edge, and beside them at another budget, one training each."""
+    for study, of_tuned, where, beyond in (
+        ("edges", tuning_of, "one step past the edge of what tuning tried", "past the edge"),
+        (
+            "tuning-longer",
+            lambda _: "tuning-longer",
+            f"beside its setting, {LONGER} times as many pairs seen",
+            "beside",
+        ),
+    ):
+        cells = list(STUDIES[study]())
+        for method, captions in dict.fromkeys((cell.method, cell.train.data.captions) for cell in cells):
+            tuned = study_grid.TUNED[captions, method]
+            others = [
+                cell.setting
+                for cell in cells
+                if (cell.method, cell.train.data.captions) == (method, captions) and cell.setting != tuned
             ]
-            scores = [100 * float(row["validation_top1"]) for row in (chosen, *past)]
-            words = [f"{score:.1f} % at {row['setting']}" for score, row in zip(scores, (chosen, *past), strict=True)]
-            own = f"{words[0]}; past the edge {', '.join(words[1:])} (validation pairs, 1 seed)"
-            return Judged(own, scores[0] >= max(scores))
+            first = partial(results.one, of_tuned(method), method=method, captions=captions, setting=tuned)
+            more = [
+                partial(results.one, study, method=method, captions=captions, setting=setting) for setting in others
+            ]
+            yield _judge(
+                "tuning",
+                f"{NAMES[method]} ({captions} captions) is not better {where}",
+                "",
+                partial(_not_better, first, more, beyond),
+                dict.fromkeys((of_tuned(method), study)),
+            )
 
-        yield _judge(
-            "tuning",
-            f"{NAMES[method]} ({captions} captions) is not better one step past the edge of what tuning tried",
-            "",
-            not_better,
-            (study, "edges"),
-        )
+
+def _not_better(tuned: Callable[[], Row], others: Iterable[Callable[[], Row]], beyond: str) -> Judged:
+    rows = [tuned(), *(other() for other in others)]
+    scores = [100 * float(row["validation_top1"]) for row in rows]
+    words = [f"{score:.1f} % at {row['setting']}" for score, row in zip(scores, rows, strict=True)]
+    own = f"{words[0]}; {beyond} {', '.join(words[1:])} (validation pairs, 1 seed)"
+    return Judged(own, scores[0] >= max(scores))
 
 
 def table(rows: Iterable[Claim]) -> str:

@@ -225,6 +225,12 @@ AT_LONGER: dict[Captions, tuple[str, ...]] = {
     "swapped": ("drrho", "openclip", WITH_DISTILLATION, TWIN, DIVERGENCE, "fastclip-v3"),
     "clean": ("drrho", TWIN, DIVERGENCE, "fastclip-v3"),
 }
+# Of those without a reference, on swapped captions, settings beside the tuned one that are tried at `LONGER` as well.
+_BESIDE_AT_LONGER = {
+    "openclip": ("lr=0.002",),
+    TWIN: ("tau=0.2 lr=0.002", "tau=0.1 lr=0.001"),
+    "fastclip-v3": ("rho=0.25 lr=0.002", "rho=0.5 lr=0.001"),
+}
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
 #: The methods that are trained on `HALF` of the pairs, and on no smaller share, by captions.
@@ -457,6 +463,16 @@ def longer() -> Iterator[Cell]:
                 yield Cell(method, train, f"epochs={LONGER * EPOCHS}")
 
 
+def tuning_longer() -> Iterator[Cell]:
+    """Yield methods without reference at three times the budget, tuned at the usual one and beside that, one seed each.
+
+    On swapped captions, where most depends on it.
+    """
+    for method, beside in _BESIDE_AT_LONGER.items():
+        for name in (TUNED["swapped", method], *beside):
+            yield Cell(method, training(SETTINGS[method][name], "swapped", epochs=LONGER * EPOCHS), name)
+
+
 def fractions() -> Iterator[Cell]:
     """Yield the twins on shares of the pairs, at an equal number of pairs seen; all pairs are the headline's.
 
@@ -535,4 +551,5 @@ STUDIES: dict[str, Callable[[], Iterable[Cell]]] = {
     "tuning-scored": tuning_scored,
     "scored": scored,
     "edges": edges,
+    "tuning-longer": tuning_longer,
 }
