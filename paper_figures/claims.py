@@ -105,6 +105,8 @@ def claims(results: Results) -> list[Claim]:
         *_weak_to_strong(results, known),
         *_data_efficiency(results, known),
         *_baselines(results, known),
+        *_variants(results),
+        *_longer(results),
         *_poor_captions(results),
         *_variance(results, known),
         *_scaling(results, known),
@@ -258,12 +260,12 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
         "siglip": "",
         "distillation": "mobileclip_distillation",
     }
-    for method, name in own.items():
+    for method, column in own.items():
         steered = "drrho-distillation" if method == "distillation" else "drrho"
         theirs = table["drrho_clip_distillation" if method == "distillation" else "drrho_clip"]
-        differences = [a - b for a, b in zip(theirs, table[name], strict=True)] if name else []
+        differences = [a - b for a, b in zip(theirs, table[column], strict=True)] if column else []
         for captions in CAPTIONS:
-            ours, trained = (partial(results.method, name, captions) for name in (steered, method))
+            ours, trained = (partial(results.method, each, captions) for each in (steered, method))
             name = f"{NAMES[steered]} above {NAMES[method]}"
             of_paper = ""
             if differences and captions == "clean":
@@ -280,48 +282,48 @@ def _baselines(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
             (SEEDS, "only the seeds that were fixed before"),
             (ADDED_SEEDS, "only the seeds that were added when the first were seen"),
         ):
-            pair = (partial(_of_seeds, results, name, seeds) for name in ("drrho", method))
+            pair = (partial(_of_seeds, results, each, seeds) for each in ("drrho", method))
             words = f"DRRho-CLIP above {NAMES[method]} (clean captions), {which}"
             yield _judge(_ABOVE, words, "", partial(_compare, *pair), ("headline",))
+
+
+def _variants(results: Results) -> Iterator[Claim]:
+    """Compare variants of DRRho-CLIP with their twins, and with what is published."""
     ahead = (
         ("drrho-learned", LEARNED),
         *((DIVERGENCE, other) for other in ("fastclip-chi-square", LEARNED, "openclip")),
         *((BEST, other) for other in ("jest", "jest-top-k", LEARNED, "openclip")),
     )
     for (method, other), captions in product(ahead, CAPTIONS):
-        pair = (partial(results.method, name, captions) for name in (method, other))
+        pair = (partial(results.method, each, captions) for each in (method, other))
         words = f"{NAMES[method]}, above {NAMES[other]} that trains on as many pairs ({captions} captions)"
         measure = partial(_compare, *pair, comparisons=len(ahead) * len(CAPTIONS))
         yield _judge(_ABOVE, words, "", measure, ("headline", headline_of(method)))
+    for captions in CAPTIONS:
+        pair = partial(results.scored, BEST, captions), partial(results.method, "drrho", captions)
+        name = f"{NAMES[BEST]} that scores as many pairs as DRRho-CLIP"
+        words = f"{name}, and trains on fewer, above it ({captions} captions)"
+        measure = partial(_compare, *pair, "samples_scored")
+        yield _judge(_ABOVE, words, "", measure, ("headline", "tuning-scored", "scored"))
+
+
+def _longer(results: Results) -> Iterator[Claim]:
+    """Compare methods at `LONGER` times the budget, and with those the best at the usual one, at as many operations."""
     for captions, methods in AT_LONGER.items():
-        longer = {name: partial(results.need, "longer", method=name, captions=captions) for name in methods}
+        longer = {each: partial(results.need, "longer", method=each, captions=captions) for each in methods}
         for method, other in product(("drrho", DIVERGENCE), (LEARNED, TWIN)):
             words = f"{NAMES[method]} above {NAMES[other]}, {LONGER} times as many pairs seen ({captions} captions)"
             yield _judge(_ABOVE, words, "", partial(_compare, longer[method], longer[other]), ("longer",))
-    name = NAMES[BEST]
-    for captions in CAPTIONS:
-        pair = partial(results.scored, BEST, captions), partial(results.method, "drrho", captions)
-        words = f"{name} that scores as many pairs as DRRho-CLIP, and trains on fewer, above it ({captions} captions)"
-        measure = partial(_compare, *pair, "samples_scored")
-        yield _judge(_ABOVE, words, "", measure, ("headline", "tuning-scored", "scored"))
-    for captions, method in ((captions, method) for captions, methods in AT_LONGER.items() for method in methods):
-
-        def equal_operations(method: str = method, captions: str = captions) -> Judged:
-            a, b = results.method(BEST, captions), results.need("longer", method=method, captions=captions)
-            return _above_of_operations(a, b)
-
-        yield _judge(
-            _ABOVE,
-            f"{name} above {NAMES[method]} that takes as many operations, training on {LONGER} times as many pairs "
-            f"({captions} captions)",
-            "",
-            equal_operations,
-            ("longer", headline_of(BEST)),
-        )
+        for method in methods:
+            name = f"{NAMES[BEST]} above {NAMES[method]} that takes as many operations"
+            words = f"{name}, training on {LONGER} times as many pairs ({captions} captions)"
+            measure = partial(_compare_of_operations, partial(results.method, BEST, captions), longer[method])
+            yield _judge(_ABOVE, words, "", measure, ("longer", headline_of(BEST)))
 
 
-def _above_of_operations(a: Seeds, b: Seeds) -> Judged:
+def _compare_of_operations(steered: Callable[[], Seeds], other: Callable[[], Seeds]) -> Judged:
     """Compare a method with one that must not take fewer operations, and say how many more it takes."""
+    a, b = steered(), other()
     first, second = (float(next(iter(side.values()))["gflops"]) for side in (a, b))
     if second < first:
         raise ValueError(f"{second:g} GFLOP of a baseline are fewer than the {first:g} that it is compared with")

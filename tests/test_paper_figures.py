@@ -274,9 +274,10 @@ def test_a_ratio_says_how_many_pairs_a_selection_chose_from(study, found):
 
 def test_a_baseline_of_as_many_operations_does_not_take_fewer(study):
     chosen, twin = study.method("jest-drrho", "swapped"), study.need("longer", method="fastclip-v1", captions="swapped")
-    assert claims._above_of_operations(chosen, twin).ours.endswith("; the baseline takes 3.00 times the operations")
+    judged = claims._compare_of_operations(lambda: chosen, lambda: twin)
+    assert judged.ours.endswith("; the baseline takes 3.00 times the operations")
     with pytest.raises(ValueError, match="GFLOP of a baseline are fewer"):
-        claims._above_of_operations(twin, chosen)
+        claims._compare_of_operations(lambda: twin, lambda: chosen)
 
 
 def found_one(found, topic, word):
