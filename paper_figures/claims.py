@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.clip import study_grid
+from experiments.clip.glyphs import Captions
 from experiments.clip.study import Row
 from experiments.clip.study_grid import (
     ADDED_SEEDS,
@@ -27,7 +28,6 @@ from experiments.clip.study_grid import (
     ON_HALF,
     SEEDS,
     SELECTING,
-    STUDIES,
     TWIN,
     WITH_DISTILLATION,
 )
@@ -111,7 +111,7 @@ def claims(results: Results) -> list[Claim]:
         *_variance(results, known),
         *_scaling(results, known),
         *_beyond(results),
-        *_tuning(results),
+        *_past_edges(results),
     ]
 
 
@@ -183,17 +183,24 @@ def _weak_to_strong(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
             own = 100 * float(results.reference(reference)[TOP1])
             found = steered()
             judged = _difference(values(found), np.full(len(found), own))
-            setting = next(iter(found.values()))["setting"]
-            return Judged(f"{judged.ours}; reference {own:.1f} %; target at {setting}", judged.holds)
+            return Judged(f"{judged.ours}; reference {own:.1f} %; target at {_setting(found)}", judged.holds)
+
+        def over_twin(steered: Callable[[], Seeds] = steered, twin: Callable[[], Seeds] = twin) -> Judged:
+            judged = _compare(steered, twin)
+            return Judged(f"{judged.ours}; twin at {_setting(twin())}", judged.holds)
 
         steered_target, twin_of_it, *of_paper = words[method]
         where = f"{captions} captions" + (f", {LONGER} times as many pairs seen" if longer else "")
         rows = (
             (f"{steered_target} surpasses its reference, {REFERENCES[reference]} ({where})", over_reference),
-            (f"... and {twin_of_it} without reference, {NAMES[TWIN]} ({where})", partial(_compare, steered, twin)),
+            (f"... and {twin_of_it} without reference, {NAMES[TWIN]} ({where})", over_twin),
         )
         for (claim, measure), theirs in zip(rows, of_paper, strict=True):
             yield _judge("weak to strong", claim, theirs, measure, studies)
+
+
+def _setting(trainings: Seeds) -> str:
+    return next(iter(trainings.values()))["setting"]
 
 
 def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
@@ -484,43 +491,29 @@ def _beyond(results: Results) -> Iterator[Claim]:
             )
 
 
-def _tuning(results: Results) -> Iterator[Claim]:
-    """Compare tuned settings with those one step past an edge, and beside them at another budget, one training each."""
-    for study, of_tuned, where, beyond in (
-        ("edges", tuning_of, "one step past the edge of what tuning tried", "past the edge"),
-        (
-            "tuning-longer",
-            lambda _: "tuning-longer",
-            f"beside its setting, {LONGER} times as many pairs seen",
-            "beside",
-        ),
-    ):
-        cells = list(STUDIES[study]())
-        for method, captions in dict.fromkeys((cell.method, cell.train.data.captions) for cell in cells):
-            tuned = study_grid.TUNED[captions, method]
-            others = [
-                cell.setting
-                for cell in cells
-                if (cell.method, cell.train.data.captions) == (method, captions) and cell.setting != tuned
-            ]
-            first = partial(results.one, of_tuned(method), method=method, captions=captions, setting=tuned)
-            more = [
-                partial(results.one, study, method=method, captions=captions, setting=setting) for setting in others
-            ]
-            yield _judge(
-                "tuning",
-                f"{NAMES[method]} ({captions} captions) is not better {where}",
-                "",
-                partial(_not_better, first, more, beyond),
-                dict.fromkeys((of_tuned(method), study)),
-            )
+def _past_edges(results: Results) -> Iterator[Claim]:
+    """Compare tuned settings at an edge of what was tried with those one step past it, one training each."""
+    past: dict[tuple[str, Captions], list[str]] = {}
+    for cell in study_grid.edges():
+        past.setdefault((cell.method, cell.train.data.captions), []).append(cell.setting)
+    for (method, captions), settings in past.items():
+        labels = {"method": method, "captions": captions}
+        tuned = partial(results.one, tuning_of(method), **labels, setting=study_grid.TUNED[captions, method])
+        others = [partial(results.one, "edges", **labels, setting=setting) for setting in settings]
+        yield _judge(
+            "tuning",
+            f"{NAMES[method]} ({captions} captions) is not better one step past the edge of what tuning tried",
+            "",
+            partial(_not_better, tuned, others),
+            (tuning_of(method), "edges"),
+        )
 
 
-def _not_better(tuned: Callable[[], Row], others: Iterable[Callable[[], Row]], beyond: str) -> Judged:
+def _not_better(tuned: Callable[[], Row], others: Iterable[Callable[[], Row]]) -> Judged:
     rows = [tuned(), *(other() for other in others)]
     scores = [100 * float(row["validation_top1"]) for row in rows]
     words = [f"{score:.1f} % at {row['setting']}" for score, row in zip(scores, rows, strict=True)]
-    own = f"{words[0]}; {beyond} {', '.join(words[1:])} (validation pairs, 1 seed)"
+    own = f"{words[0]}; past the edge {', '.join(words[1:])} (validation pairs, 1 seed)"
     return Judged(own, scores[0] >= max(scores))
 
 

@@ -224,18 +224,18 @@ AT_LONGER: dict[Captions, tuple[str, ...]] = {
     "swapped": ("drrho", "openclip", WITH_DISTILLATION, TWIN, DIVERGENCE, "fastclip-v3"),
     "clean": ("drrho", TWIN, DIVERGENCE, "fastclip-v3"),
 }
-# Of those without a reference, on swapped captions, settings beside the tuned one that are tried at `LONGER` as well.
-_BESIDE_AT_LONGER = {
-    "openclip": ("lr=0.002",),
-    TWIN: ("tau=0.2 lr=0.002", "tau=0.1 lr=0.001"),
-    "fastclip-v3": ("rho=0.25 lr=0.002", "rho=0.5 lr=0.001"),
+# Of the methods without reference, on swapped captions, the tuned setting and those beside it, tried at `LONGER`.
+_LONGER_SETTINGS = {
+    "openclip": ("lr=0.001", "lr=0.002"),
+    TWIN: ("tau=0.2 lr=0.001", "tau=0.2 lr=0.002", "tau=0.1 lr=0.001"),
+    "fastclip-v3": ("rho=0.25 lr=0.001", "rho=0.25 lr=0.002", "rho=0.5 lr=0.001", "rho=1.0 lr=0.001"),
 }
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
 #: The methods that are trained on `HALF` of the pairs, and on no smaller share, by captions.
 ON_HALF: dict[Captions, tuple[str, ...]] = {"clean": (BEST, DIVERGENCE), "swapped": (DIVERGENCE,)}
 #: Methods that are not of the first comparisons, but of the next: five seeds.
-LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square", "jest-top-k")
+LATER = ("fastclip-v3", "drrho-learned", "jest-drrho", "drrho-chi-square", "fastclip-chi-square")
 #: The methods of the first comparisons; the others follow.
 MAIN = ("openclip", "fastclip-v1", "drrho", "drrho-c", "jest", "distillation", "drrho-distillation")
 
@@ -308,6 +308,12 @@ TUNED_SCORED: dict[tuple[Captions, str], str] = {
     ("vague", "jest-drrho"): "candidates=2 lr=0.002",
     ("clean", "jest-drrho"): "candidates=2 lr=0.002",
 }
+# By captions and method, the same of "tuning-longer".
+TUNED_LONGER: dict[tuple[Captions, str], str] = {
+    ("swapped", "openclip"): "lr=0.001",
+    ("swapped", TWIN): "tau=0.1 lr=0.001",
+    ("swapped", "fastclip-v3"): "rho=0.5 lr=0.001",
+}
 # By captions, method and reference, the same of "tuning-references".
 TUNED_REFERENCES: dict[tuple[Captions, str, str], str] = {
     ("clean", "drrho", "weak"): "c=0.5 lr=0.002",
@@ -370,6 +376,13 @@ def training(
 def tuned(method: str, captions: Captions, **options: Any) -> Train:
     """Return a training with the method's tuned setting."""
     return training(SETTINGS[method][TUNED[captions, method]], captions, **options)
+
+
+def longer_cell(method: str, captions: Captions, seed: int, setting: str = "") -> Cell:
+    """Return a training of `LONGER` times the budget, with the setting that was tuned for that, if any was."""
+    name = TUNED_LONGER.get((captions, method), TUNED[captions, method])
+    train = training(SETTINGS[method][name], captions, seed=seed, epochs=LONGER * EPOCHS)
+    return Cell(method, train, setting or name)
 
 
 def references() -> Iterator[Cell]:
@@ -458,17 +471,16 @@ def longer() -> Iterator[Cell]:
     for captions, methods in AT_LONGER.items():
         for seed, method in product(FEWER_SEEDS, methods):
             if (captions, method) in TUNED:
-                train = tuned(method, captions, seed=seed, epochs=LONGER * EPOCHS)
-                yield Cell(method, train, f"epochs={LONGER * EPOCHS}")
+                yield longer_cell(method, captions, seed, f"epochs={LONGER * EPOCHS}")
 
 
 def tuning_longer() -> Iterator[Cell]:
-    """Yield methods without reference at three times the budget, tuned at the usual one and beside that, one seed each.
+    """Yield settings of methods without reference at three times the budget, one seed each.
 
-    On swapped captions, where most depends on it.
+    On swapped captions, where most depends on it; steered methods keep the settings of the usual budget.
     """
-    for method, beside in _BESIDE_AT_LONGER.items():
-        for name in (TUNED["swapped", method], *beside):
+    for method, names in _LONGER_SETTINGS.items():
+        for name in names:
             yield Cell(method, training(SETTINGS[method][name], "swapped", epochs=LONGER * EPOCHS), name)
 
 
@@ -528,8 +540,8 @@ def weak_to_strong() -> Iterator[Cell]:
     """
     longer = {"epochs": LONGER * EPOCHS}
     for seed, (captions, reference) in product(SEEDS, NEAR.items()):
-        if name := TUNED.get((captions, TWIN)):
-            yield Cell(TWIN, tuned(TWIN, captions, seed=seed, **longer), name)
+        if (captions, TWIN) in TUNED:
+            yield longer_cell(TWIN, captions, seed)
         for method in REFERENCE_SETTINGS:
             yield from _under(reference, method, captions, seed=seed, **longer)
 
