@@ -224,11 +224,16 @@ AT_LONGER: dict[Captions, tuple[str, ...]] = {
     "swapped": ("drrho", "openclip", WITH_DISTILLATION, TWIN, DIVERGENCE, "fastclip-v3"),
     "clean": ("drrho", TWIN, DIVERGENCE, "fastclip-v3"),
 }
-# Of the methods without reference, on swapped captions, the tuned setting and those beside it, tried at `LONGER`.
-_LONGER_SETTINGS = {
-    "openclip": ("lr=0.001", "lr=0.002"),
-    TWIN: ("tau=0.2 lr=0.001", "tau=0.2 lr=0.002", "tau=0.1 lr=0.001"),
-    "fastclip-v3": ("rho=0.25 lr=0.001", "rho=0.25 lr=0.002", "rho=0.5 lr=0.001", "rho=1.0 lr=0.001"),
+# On swapped captions, the tuned setting and others, tried at `LONGER`: by method, and the reference `NEAR` of some.
+_LONGER_SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("openclip", ""): ("lr=0.001", "lr=0.002"),
+    (TWIN, ""): ("tau=0.2 lr=0.001", "tau=0.2 lr=0.002", "tau=0.1 lr=0.001"),
+    ("fastclip-v3", ""): (
+        *("rho=0.25 lr=0.001", "rho=0.25 lr=0.002"),
+        *("rho=0.5 lr=0.001", "rho=1.0 lr=0.001", "rho=2.0 lr=0.001"),
+    ),
+    ("drrho", "weak"): ("tau=0.125 lr=0.001", "c=0.5 lr=0.001"),
+    (DIVERGENCE, "weak"): ("tau=0.025 lr=0.002", "tau=0.025 lr=0.001", "tau=0.05 lr=0.001"),
 }
 #: The best of all in tuning: the reference selects pairs, and weighs the negatives among the selected.
 BEST = "jest-drrho"
@@ -308,12 +313,6 @@ TUNED_SCORED: dict[tuple[Captions, str], str] = {
     ("vague", "jest-drrho"): "candidates=2 lr=0.002",
     ("clean", "jest-drrho"): "candidates=2 lr=0.002",
 }
-# By captions and method, the same of "tuning-longer".
-TUNED_LONGER: dict[tuple[Captions, str], str] = {
-    ("swapped", "openclip"): "lr=0.001",
-    ("swapped", TWIN): "tau=0.1 lr=0.001",
-    ("swapped", "fastclip-v3"): "rho=0.5 lr=0.001",
-}
 # By captions, method and reference, the same of "tuning-references".
 TUNED_REFERENCES: dict[tuple[Captions, str, str], str] = {
     ("clean", "drrho", "weak"): "c=0.5 lr=0.002",
@@ -322,6 +321,12 @@ TUNED_REFERENCES: dict[tuple[Captions, str, str], str] = {
     ("swapped", "drrho", "equal"): "tau=0.125 lr=0.002",
     ("clean", DIVERGENCE, "equal"): "tau=0.025 lr=0.002",
     ("swapped", DIVERGENCE, "weak"): "tau=0.025 lr=0.002",
+}
+# By captions, method and reference, none of methods without, the same of "tuning-longer".
+TUNED_LONGER: dict[tuple[Captions, str, str], str] = {
+    ("swapped", "openclip", ""): "lr=0.001",
+    ("swapped", TWIN, ""): "tau=0.1 lr=0.001",
+    ("swapped", "fastclip-v3", ""): "rho=1.0 lr=0.001",
 }
 
 # Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
@@ -378,11 +383,13 @@ def tuned(method: str, captions: Captions, **options: Any) -> Train:
     return training(SETTINGS[method][TUNED[captions, method]], captions, **options)
 
 
-def longer_cell(method: str, captions: Captions, seed: int, setting: str = "") -> Cell:
+def longer_cell(method: str, captions: Captions, seed: int, label: str = "", reference: str = "") -> Cell:
     """Return a training of `LONGER` times the budget, with the setting that was tuned for that, if any was."""
-    name = TUNED_LONGER.get((captions, method), TUNED[captions, method])
-    train = training(SETTINGS[method][name], captions, seed=seed, epochs=LONGER * EPOCHS)
-    return Cell(method, train, setting or name)
+    usual = TUNED_REFERENCES[captions, method, reference] if reference else TUNED[captions, method]
+    name = TUNED_LONGER.get((captions, method, reference), usual)
+    setting = (REFERENCE_SETTINGS if reference else SETTINGS)[method][name]
+    train = training(setting, captions, seed=seed, epochs=LONGER * EPOCHS)
+    return Cell(method, train, label or name, reference)
 
 
 def references() -> Iterator[Cell]:
@@ -475,13 +482,14 @@ def longer() -> Iterator[Cell]:
 
 
 def tuning_longer() -> Iterator[Cell]:
-    """Yield settings of methods without reference at three times the budget, one seed each.
+    """Yield settings at three times the budget, one seed each, on swapped captions, where most depends on it.
 
-    On swapped captions, where most depends on it; steered methods keep the settings of the usual budget.
+    Of methods without reference, and of the targets of `weak_to_strong`.
     """
-    for method, names in _LONGER_SETTINGS.items():
+    for (method, reference), names in _LONGER_SETTINGS.items():
         for name in names:
-            yield Cell(method, training(SETTINGS[method][name], "swapped", epochs=LONGER * EPOCHS), name)
+            setting = (REFERENCE_SETTINGS if reference else SETTINGS)[method][name]
+            yield Cell(method, training(setting, "swapped", epochs=LONGER * EPOCHS), name, reference)
 
 
 def fractions() -> Iterator[Cell]:
@@ -521,16 +529,12 @@ def tuning_references() -> Iterator[Cell]:
                 yield Cell(method, training(setting, captions), setting.name, reference)
 
 
-def _under(reference: str, method: str, captions: Captions, **options: Any) -> Iterator[Cell]:
-    """Yield a steered method under a reference that the study trains, if it is tuned."""
-    if name := TUNED_REFERENCES.get((captions, method, reference)):
-        yield Cell(method, training(REFERENCE_SETTINGS[method][name], captions, **options), name, reference)
-
-
 def reference_quality() -> Iterator[Cell]:
     """Yield DRRho-CLIP, tuned, under the references that the study trains; the headline has the shipped one."""
     for seed, reference, captions in product(SEEDS, REFERENCES, ("clean", "swapped")):
-        yield from _under(reference, "drrho", captions, seed=seed)
+        if name := TUNED_REFERENCES.get((captions, "drrho", reference)):
+            train = training(REFERENCE_SETTINGS["drrho"][name], captions, seed=seed)
+            yield Cell("drrho", train, name, reference)
 
 
 def weak_to_strong() -> Iterator[Cell]:
@@ -538,12 +542,12 @@ def weak_to_strong() -> Iterator[Cell]:
 
     The references `NEAR`: on clean captions that of the target's own size, trained for as long on other pairs.
     """
-    longer = {"epochs": LONGER * EPOCHS}
     for seed, (captions, reference) in product(SEEDS, NEAR.items()):
         if (captions, TWIN) in TUNED:
             yield longer_cell(TWIN, captions, seed)
         for method in REFERENCE_SETTINGS:
-            yield from _under(reference, method, captions, seed=seed, **longer)
+            if (captions, method, reference) in TUNED_REFERENCES:
+                yield longer_cell(method, captions, seed, reference=reference)
 
 
 #: In the order in which they run; a training in several is run once.
