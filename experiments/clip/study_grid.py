@@ -327,6 +327,8 @@ TUNED_LONGER: dict[tuple[Captions, str, str], str] = {
     ("swapped", "openclip", ""): "lr=0.001",
     ("swapped", TWIN, ""): "tau=0.1 lr=0.001",
     ("swapped", "fastclip-v3", ""): "rho=1.0 lr=0.001",
+    ("swapped", "drrho", "weak"): "c=0.5 lr=0.001",
+    ("swapped", DIVERGENCE, "weak"): "tau=0.025 lr=0.002",
 }
 
 # Trained on the reference's own pairs with clean captions. The shipped one, a larger model, is the strong one.
