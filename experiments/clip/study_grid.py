@@ -3,8 +3,8 @@
 Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that; methods that select pairs are
 also given that many to choose from. Every method has six settings to be tuned with on each kind of captions (eight of
 CVaR, nine where a temperature is learned and of two levels, ten of chi-square, twelve of FastCLIP v3, sixteen with
-distillation), one seed each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best; all
-other studies use it.
+distillation), one seed each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best; other
+studies use it where they have not tuned for themselves (`TUNED_SCORED`, `TUNED_LONGER`, `TUNED_REFERENCES`).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ _PAST_EDGES: dict[str, tuple[str, dict[Captions, tuple[tuple[Any, float], ...]]]
         "distill",
         {"clean": ((0.06, 2e-3),), "vague": ((0.06, 1e-3),), "swapped": ((0.06, 2e-3),)},
     ),
-    # Of selections alone, where it has the highest means: twice as many candidates cost nearly twice as much.
+    # Of selections alone, where it has the highest means: twice as many candidates take 1.6 times the operations.
     "jest-top-k": ("candidates", {"clean": ((10, 2e-3),), "swapped": ((10, 2e-3),)}),
 }
 #: The unsteered twin of the steered method: the same objective without a reference.
