@@ -3,8 +3,8 @@
 Every training sees `PAIRS_SEEN` pairs in backward passes unless its study is about that; methods that select pairs are
 also given that many to choose from. Every method has six settings to be tuned with on each kind of captions (eight of
 CVaR, nine where a temperature is learned and of two levels, ten of chi-square, twelve of FastCLIP v3, sixteen with
-distillation), one seed each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best; other
-studies use it where they have not tuned for themselves (`TUNED_SCORED`, `TUNED_LONGER`, `TUNED_REFERENCES`).
+distillation), one seed each, by naming top-1 on the validation split: `SETTINGS`. `TUNED` says which one was best;
+other studies use it where they have not tuned for themselves (`TUNED_SCORED`, `TUNED_LONGER`, `TUNED_REFERENCES`).
 """
 
 from __future__ import annotations
