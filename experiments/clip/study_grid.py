@@ -322,7 +322,7 @@ TUNED_REFERENCES: dict[tuple[Captions, str, str], str] = {
     ("clean", DIVERGENCE, "equal"): "tau=0.025 lr=0.002",
     ("swapped", DIVERGENCE, "weak"): "tau=0.025 lr=0.002",
 }
-# By captions, method and reference, none of methods without, the same of "tuning-longer".
+# By captions, method and reference, "" where there is none, the same of "tuning-longer".
 TUNED_LONGER: dict[tuple[Captions, str, str], str] = {
     ("swapped", "openclip", ""): "lr=0.001",
     ("swapped", TWIN, ""): "tau=0.1 lr=0.001",
@@ -389,9 +389,12 @@ def longer_cell(method: str, captions: Captions, seed: int, label: str = "", ref
     """Return a training of `LONGER` times the budget, with the setting that was tuned for that, if any was."""
     usual = TUNED_REFERENCES[captions, method, reference] if reference else TUNED[captions, method]
     name = TUNED_LONGER.get((captions, method, reference), usual)
+    return _longer_with(name, method, captions, seed, label or name, reference)
+
+
+def _longer_with(name: str, method: str, captions: Captions, seed: int, label: str, reference: str) -> Cell:
     setting = (REFERENCE_SETTINGS if reference else SETTINGS)[method][name]
-    train = training(setting, captions, seed=seed, epochs=LONGER * EPOCHS)
-    return Cell(method, train, label or name, reference)
+    return Cell(method, training(setting, captions, seed=seed, epochs=LONGER * EPOCHS), label, reference)
 
 
 def references() -> Iterator[Cell]:
@@ -490,8 +493,7 @@ def tuning_longer() -> Iterator[Cell]:
     """
     for (method, reference), names in _LONGER_SETTINGS.items():
         for name in names:
-            setting = (REFERENCE_SETTINGS if reference else SETTINGS)[method][name]
-            yield Cell(method, training(setting, "swapped", epochs=LONGER * EPOCHS), name, reference)
+            yield _longer_with(name, method, "swapped", 0, name, reference)
 
 
 def fractions() -> Iterator[Cell]:
