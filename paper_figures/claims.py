@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.clip import study_grid
-from experiments.clip.glyphs import Captions
-from experiments.clip.study import Row
-from experiments.clip.study_grid import (
+from experiments.clip.glyphs.drawing import Captions
+from experiments.clip.study import grid as study_grid
+from experiments.clip.study.grid import (
     ADDED_SEEDS,
     AT_LONGER,
     BEST,
@@ -31,7 +30,8 @@ from experiments.clip.study_grid import (
     TWIN,
     WITH_DISTILLATION,
 )
-from experiments.clip.study_statistics import (
+from experiments.clip.study.runner import Row
+from experiments.clip.study.statistics import (
     DataSaved,
     PairedDifference,
     Rule,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.clip.report import COLORS, DemoResult, draw_accuracy, rows
+from experiments.clip.glyphs.report import COLORS, DemoResult, draw_accuracy, rows
 
 HERE = Path(__file__).parent
 MEASURES = ("naming top-1", "naming top-5", "script (balanced)", "base letter (balanced)", "image to text R@1")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from experiments.clip.material import evaluate_model, load_pairs, prepare
-from experiments.clip.models import SHIPPED_REFERENCE, load_model
-from experiments.clip.options import Data
+from experiments.clip.cli.options import Data
+from experiments.clip.glyphs.source import evaluate_model, load_pairs, prepare
+from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
 
 HERE = Path(__file__).parent
 

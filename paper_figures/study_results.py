@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.clip.study import Row, read_curves, study_rows
-from experiments.clip.study_grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN
+from experiments.clip.study.grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN
+from experiments.clip.study.runner import Row, read_curves, study_rows
 from experiments.intervals import half_width
 
 FOLDER = Path(__file__).parent / "results"
-RESULTS = Path(__file__).parents[1] / "experiments" / "clip" / "results" / "study.csv"
+RESULTS = Path(__file__).parents[1] / "experiments" / "clip" / "study" / "results" / "study.csv"
 COMMAND = "python experiments/clip/run.py study --only"
 FEWEST = len(FEWER_SEEDS)  # seeds, of all that is compared
 TOP1 = "test_top1"

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from experiments.clip.study_grid import SELECTING
+from experiments.clip.study.grid import SELECTING
 from experiments.intervals import interval
 from paper_figures.study_results import NAMES, TOP1, NotMeasured, Results, Seeds, published, values
 from paper_figures.style import command

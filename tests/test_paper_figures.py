@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from drrho.bounds import rho_scales
-from experiments.clip import study_grid
-from experiments.clip.study import CURVE_FIELDS, FIELDS, VARIANCES, curves_path, planned
-from experiments.clip.study_grid import CAPTIONS, REFERENCES, SETTINGS, STUDIES
+from experiments.clip.study import grid as study_grid
+from experiments.clip.study.grid import CAPTIONS, REFERENCES, SETTINGS, STUDIES
+from experiments.clip.study.runner import CURVE_FIELDS, FIELDS, VARIANCES, curves_path, planned
 from paper_figures import (
     captions,
     claims,

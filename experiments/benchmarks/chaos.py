@@ -30,13 +30,13 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.benchmarks.measure import markdown, provenance
-from experiments.clip import files
-from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.data.loader import Loader
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs import glyph_splits
-from experiments.clip.loader import Loader
+from experiments.clip.glyphs.dataset import Record, write_dataset
+from experiments.clip.glyphs.drawing import glyph_splits
+from experiments.clip.io import files
 from experiments.clip.run import main as run
-from experiments.clip.shards import Record, write_dataset
+from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "chaos.md"
 PAIRS, SHARD = 300, 60

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.benchmarks.measure import ROOT, markdown, provenance, within
-from experiments.clip.checkpoint import latest_checkpoint
+from experiments.clip.training.checkpoint import latest_checkpoint
 
 REACH_SECONDS = 10.0
 REACH_SHARE = 0.02

@@ -186,7 +186,7 @@ def model_configs(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in MODELS.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
-    for path in (ROOT / "experiments" / "clip" / "model_configs").glob("*.json"):
+    for path in (ROOT / "experiments" / "clip" / "models" / "configs").glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
 

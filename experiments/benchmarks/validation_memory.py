@@ -22,9 +22,9 @@ from PIL import Image
 
 from experiments.benchmarks.measure import ROOT, markdown, provenance, seconds, within
 from experiments.benchmarks.memory import forget_peak, peak
-from experiments.clip.benchmark_tasks import evaluate_task
-from experiments.clip.evaluate import evaluate
-from experiments.clip.models import Clip, new_model
+from experiments.clip.evaluation.metrics import evaluate
+from experiments.clip.evaluation.tasks import evaluate_task
+from experiments.clip.models.clip import Clip, new_model
 
 RESULTS = Path(__file__).parent / "results" / "validation_memory.md"
 MODEL = "glyph-small"

@@ -10,16 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.clip import report
-from experiments.clip.benchmark_tasks import write_glyph_tasks
-from experiments.clip.catalog import make_catalog, open_catalog
-from experiments.clip.config import as_settings, parse
-from experiments.clip.distributed import joined_ranks, launched
-from experiments.clip.errors import UserError
-from experiments.clip.files import write_json
-from experiments.clip.material import evaluate_model, features_in, glyph_features, load_pairs, prepare, task_scores
-from experiments.clip.models import load_model
-from experiments.clip.options import (
+from experiments.clip.cli.options import (
     CacheReference,
     Catalog,
     Data,
@@ -31,12 +22,21 @@ from experiments.clip.options import (
     Study,
     Train,
 )
-from experiments.clip.plan import check_positive, cost_of, described, make_plan
-from experiments.clip.presets import PRESETS
-from experiments.clip.session import run_training
-from experiments.clip.study import run_study
-from experiments.clip.terminal import console, progress_bar
-from experiments.clip.train import Interrupted
+from experiments.clip.cli.parser import as_settings, parse
+from experiments.clip.cli.plan import check_positive, cost_of, described, make_plan
+from experiments.clip.cli.presets import PRESETS
+from experiments.clip.cli.terminal import console, progress_bar
+from experiments.clip.cli.train import run_training
+from experiments.clip.data.catalog import make_catalog, open_catalog
+from experiments.clip.distributed import joined_ranks, launched
+from experiments.clip.errors import UserError
+from experiments.clip.evaluation.tasks import write_glyph_tasks
+from experiments.clip.glyphs import report
+from experiments.clip.glyphs.source import evaluate_model, features_in, glyph_features, load_pairs, prepare, task_scores
+from experiments.clip.io.files import write_json
+from experiments.clip.models.clip import load_model
+from experiments.clip.study.runner import run_study
+from experiments.clip.training.trainer import Interrupted
 
 QUICK_EPOCHS = 2
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from experiments.clip.glyphs import glyph_splits
-from experiments.clip.material import dataset_folder, dataset_settings
-from experiments.clip.models import SHIPPED_REFERENCE, load_model
-from experiments.clip.options import Data
-from experiments.clip.shards import write_dataset
+from experiments.clip.cli.options import Data
+from experiments.clip.glyphs.dataset import write_dataset
+from experiments.clip.glyphs.drawing import glyph_splits
+from experiments.clip.glyphs.source import dataset_folder, dataset_settings
+from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file
 
-from experiments.clip import study_grid
-from experiments.clip.optimization import Optimization
-from experiments.clip.options import Data, Loss, Train
+from experiments.clip.cli.options import Data, Loss, Train
 from experiments.clip.run import main
-from experiments.clip.study_grid import Cell, reference_cell
-from experiments.clip.train import Keeping
+from experiments.clip.study import grid as study_grid
+from experiments.clip.study.grid import Cell, reference_cell
+from experiments.clip.training.optimization import Optimization
+from experiments.clip.training.trainer import Keeping
 
 
 def training(loss, seed=0, split="train"):

@@ -26,13 +26,13 @@ from corpus import BLOCK, FORMATS, HEADERS, VICTIMS, archive, expected, image, p
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.clip.catalog import make_catalog, open_catalog
+from experiments.clip.data.catalog import make_catalog, open_catalog
+from experiments.clip.data.loader import Loader
+from experiments.clip.data.reader import Reader, Reason, Skip, decode
+from experiments.clip.data.scan import LeftOut
+from experiments.clip.data.sources import Table
 from experiments.clip.errors import UserError
-from experiments.clip.loader import Loader
-from experiments.clip.models import new_model
-from experiments.clip.reading import Reader, Reason, Skip, decode
-from experiments.clip.scanning import LeftOut
-from experiments.clip.sources import Table
+from experiments.clip.models.clip import new_model
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 250
@@ -98,7 +98,7 @@ def clip():
 @pytest.fixture
 def feed(tmp_path, monkeypatch, clip, tried):
     """Gives bytes, or a source whose bytes were written, to the program, and checks what holds for any."""
-    monkeypatch.setattr("experiments.clip.files.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("experiments.clip.io.files.os.fsync", lambda descriptor: None)
     number = 0
 
     def feed(data, name="x.tar", captions=CAPTIONS, source=None):
@@ -653,7 +653,7 @@ def test_parquet_damaged_at_random(feed_table, parquet, edits):
 
 
 def test_a_file_that_fails_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.clip.files.WAITS", (0.0,))
+    monkeypatch.setattr("experiments.clip.io.files.WAITS", (0.0,))
     with pytest.raises(UserError, match=r"cannot read /proc/self/mem after 2 attempts \(Input/output error\): check"):
         make_catalog("/proc/self/mem", tmp_path / "catalog")
 
@@ -700,8 +700,8 @@ def test_nothing_is_executed(feed, tmp_path):
 BOMBS = """
 import sys
 from pathlib import Path
-from experiments.clip.catalog import make_catalog
-from experiments.clip.reading import Reader, Skip, decode
+from experiments.clip.data.catalog import make_catalog
+from experiments.clip.data.reader import Reader, Skip, decode
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
 catalog = make_catalog(sys.argv[1], sys.argv[2])

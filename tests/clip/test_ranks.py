@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.clip.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.data.order import Order
 from experiments.clip.distributed import launched
 from experiments.clip.errors import UserError
-from experiments.clip.order import Order
 from experiments.clip.run import main
+from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
 from tests.clip.tars import image_bytes, write_tar
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments.clip.checkpoint import latest_checkpoint
-from experiments.clip.config import parse
-from experiments.clip.files import write_atomically
-from experiments.clip.presets import PRESETS
+from experiments.clip.cli.parser import parse
+from experiments.clip.cli.presets import PRESETS
+from experiments.clip.io.files import write_atomically
 from experiments.clip.run import main
+from experiments.clip.training.checkpoint import latest_checkpoint
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
 
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from experiments.clip.errors import UserError\n"
-        "from experiments.clip.files import write_atomically\n"
+        "from experiments.clip.io.files import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n    write_atomically(Path(sys.argv[1]), bytes(5000))\n"
         "except UserError as error:\n    print(error)\n"

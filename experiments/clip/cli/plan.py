@@ -1,0 +1,180 @@
+"""What a run will take, before it is started: parameters, operations, memory of a rank by part, disk, time.
+
+Nothing is trained and no weights are made: the model is built on torch's meta device, its operations are counted by
+torch's own counter, and what the backward pass keeps is what autograd saves there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from drrho.tiles import ROWS, TILE
+from experiments.clip.errors import UserError
+from experiments.clip.models.clip import new_model
+from experiments.clip.training.trainer import Execution
+
+_FLOAT = 4  # bytes
+
+
+class Cost(NamedTuple):
+    """Of one pair through both towers: operations forward, bytes kept for backward; parameters of the model."""
+
+    parameters: int
+    flops: int
+    kept_bytes: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes; memory in bytes, of one rank."""
+
+    parameters: int
+    flops_per_pair: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    running_state: int
+    memory: int
+    reference_cache: int
+    exported_model: int
+    checkpoint: int
+    steps: int
+    pairs_per_second: float
+    hours: float
+    gpu_hours: float
+
+
+def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
+    """Count one pair through a registered open_clip model.
+
+    Parameters
+    ----------
+    name : str
+        As open_clip registers it.
+    checkpointing : bool
+        Whether blocks keep their inputs alone.
+    """
+    with torch.device("meta"):
+        model = new_model(name, 0, device="meta").model
+    model.set_grad_checkpointing(checkpointing)
+    config = open_clip.get_model_preprocess_cfg(model)
+    height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
+    image = torch.empty(1, 3, height, width, device="meta")
+    text = torch.zeros(1, model.context_length, dtype=torch.int64, device="meta")
+    own = {id(parameter) for parameter in model.parameters()} | {id(buffer) for buffer in model.buffers()}
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Views of a weight, such as its transpose, keep nothing new; one tensor saved twice is kept once.
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own and id(base) not in kept:
+            held.append(base)  # so that no other tensor gets its id
+            kept[id(base)] = base.numel() * base.element_size()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        features = model(image, text)[0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, counter.get_total_flops(), sum(kept.values()), features.shape[1])
+
+
+def make_plan(
+    cost: Cost,
+    *,
+    samples: int,
+    samples_seen: int,
+    batch_size: int,
+    scored_per_pair: int,
+    accumulation: int,
+    ranks: int,
+    execution: Execution,
+    teraflops: float,
+    utilization: float,
+    reference_width: int,
+    individual_temperatures: bool,
+    running: bool,
+    ema: bool,
+) -> Plan:
+    """Add up what the run takes.
+
+    ``teraflops`` is the peak rate of a rank's device in 10^12 operations per second, ``utilization`` the share of it
+    that training reaches; ``reference_width`` is 0 without a reference. Of ``scored_per_pair`` pairs, all of which
+    count as seen, one is trained on; if there are several, each goes through the towers once more to be scored.
+    """
+    shards = ranks if execution.parallel == "fsdp" else 1
+    weights = _FLOAT * cost.parameters
+    own = -(-batch_size // ranks)
+    part = -(-own // accumulation)
+    # Half of what is kept is in the autocast's type at most: bytes are those of float32, an upper bound otherwise.
+    activations = part * cost.kept_bytes
+    rows = -(-samples // ranks)
+    state = rows * (8 * running + 28 * individual_temperatures)
+    tile = max(TILE, ROWS * batch_size) * 2
+    columns = batch_size * (cost.width * 2 + reference_width) + own * (cost.width * 4 + 2 * reference_width)
+    loss = _FLOAT * (tile + columns)
+    parts = {
+        "weights": weights // shards * (1 + ema),
+        "gradients": weights // shards,
+        "optimizer": 2 * weights // shards,
+        "activations": activations,
+        "loss": loss,
+        "running_state": state,
+    }
+    trained = 3 * cost.flops + (cost.flops if accumulation > 1 or execution.activation_checkpointing else 0)
+    operations = trained if scored_per_pair == 1 else cost.flops + trained / scored_per_pair
+    rate = ranks * teraflops * 1e12 * utilization / operations
+    hours = samples_seen / rate / 3600
+    return Plan(
+        parameters=cost.parameters,
+        flops_per_pair=cost.flops,
+        **parts,
+        memory=sum(parts.values()),
+        reference_cache=samples * reference_width * 2 * 2,
+        exported_model=weights,
+        checkpoint=3 * weights + ema * weights + samples * (8 * running + 28 * individual_temperatures),
+        steps=-(-samples_seen // (batch_size * scored_per_pair)),
+        pairs_per_second=rate,
+        hours=hours,
+        gpu_hours=hours * ranks,
+    )
+
+
+def described(plan: Plan) -> str:
+    """Return the plan as lines of text."""
+    memory: dict[str, Any] = {
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimizer": plan.optimizer,
+        "activations (at most)": plan.activations,
+        "loss": plan.loss,
+        "running state": plan.running_state,
+        "together": plan.memory,
+    }
+    lines = [
+        f"parameters        {plan.parameters / 1e6:.1f} million",
+        f"operations        {plan.flops_per_pair / 1e9:.2f} GFLOPs per pair, forward",
+        f"steps             {plan.steps:,}",
+        f"expected          {plan.pairs_per_second:,.0f} pairs/s; {plan.hours:,.1f} hours, "
+        f"times ranks {plan.gpu_hours:,.0f}",
+        "memory of a rank",
+        *(f"  {name:<22}{size / 1e9:10.2f} GB" for name, size in memory.items()),
+        f"reference cache   {plan.reference_cache / 1e9:.2f} GB on disk",
+        f"exported model    {plan.exported_model / 1e9:.2f} GB, checkpoint {plan.checkpoint / 1e9:.2f} GB",
+    ]
+    return "\n".join(lines)
+
+
+def check_positive(**numbers: float) -> None:
+    """Refuse numbers that are not positive, by the name of their option."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")

@@ -1,0 +1,363 @@
+"""A catalog of training data: counts shards once, and gives every sample a dense stable index and its place.
+
+What a sample is, says `experiments.clip.data.scan`. Keys may repeat, within a shard and across shards: the index is the
+sample's name. Samples are numbered in the order of sources, shards and members; those without an image or a caption are
+left out, and counted by reason.
+
+In the catalog's folder, ``catalog.json`` lists the shards, and ``index/`` holds an npy file for each of them, with the
+offsets and sizes of its samples' members. ``journal.jsonl`` records the shards as they are finished, so that a scan
+that was interrupted goes on, and one over more shards, or changed ones, reads only those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.clip.data.scan import CHUNK, FORMAT, Job, Shard, canonical, digest_of, heads_digest, scan
+from experiments.clip.data.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
+from experiments.clip.errors import UserError
+from experiments.clip.io.files import ensure_writable, write_json
+from experiments.clip.io.storage import file_size, is_remote, open_seekable
+from experiments.clip.io.workers import Workers
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+
+_CATALOG = "catalog.json"
+_JOURNAL = "journal.jsonl"
+_CONCURRENT_CHECKS = 16
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All samples of the data.
+
+    ``fingerprint`` hashes the shards' names (not their folders), sizes and headers, and what counts as an image and a
+    caption: equal ones give every sample the same index.
+    """
+
+    folder: Path
+    sources: tuple[dict[str, Any], ...]
+    image_keys: tuple[str, ...]
+    caption_keys: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        last = self.shards[-1]
+        return last.first_index + last.samples
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How much was left out of all shards, by reason."""
+        return dict(sum((Counter(shard.left_out) for shard in self.shards), Counter()))
+
+    @property
+    def damaged(self) -> list[str]:
+        """A line about each damaged shard."""
+        return [f"{shard.path}: {shard.damage}" for shard in self.shards if shard.damage]
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """Return a sample's shard and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no sample {index}: the catalog has {len(self)}")
+        shard = self.shards[bisect_right(self._firsts, index) - 1]
+        return shard, index - shard.first_index
+
+    def shard_weights(self, weights: Sequence[float] | None) -> list[float] | None:
+        """Spread weights of the sources over the shards."""
+        if weights is None:
+            return None
+        if len(weights) != len(self.sources):
+            raise UserError(f"there are {len(weights)} weights for {len(self.sources)} sources: give one for each")
+        return [float(weights[shard.source]) for shard in self.shards]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_firsts", [shard.first_index for shard in self.shards])
+
+    _firsts: list[int] = field(init=False, repr=False, compare=False)
+
+
+def make_catalog(
+    sources: str | Path | Source | Sequence[str | Path | Source],
+    folder: Path,
+    *,
+    image_keys: Sequence[str] = IMAGE_KEYS,
+    caption_key: str | Sequence[str] = "txt",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    run_pipe_commands: bool = False,
+) -> Catalog:
+    """Scan the data and write its catalog, going on where an earlier scan was stopped; what is unchanged is kept.
+
+    Only headers are read. Of a remote shard that means most of its blocks nevertheless, once.
+
+    Parameters
+    ----------
+    sources
+        See `experiments.clip.sources.parse_sources`.
+    folder : Path
+        Where the catalog goes. Tables, and what ``pipe:`` commands write, are copied into it.
+    image_keys : sequence of str
+        Types of members that are images; a sample's image is the first that it has.
+    caption_key : str or sequence of str
+        Types of members that are captions; ``json:FIELD`` is a field of the member ``json``, a string or a list of
+        strings. All that a sample has are its captions, among which one is drawn for each visit.
+    workers : int
+        Processes that scan; 0 for this one.
+    progress : callable
+        Receives how many tar files and tables are done, and their total.
+    run_pipe_commands : bool
+        Whether to run the shell commands of ``pipe:`` sources, which are refused otherwise.
+
+    Raises
+    ------
+    UserError
+        If data is missing, listed twice, compressed, or has no sample at all.
+    """
+    folder = Path(folder).resolve()
+    parsed = parse_sources(sources)
+    caption_keys = (caption_key,) if isinstance(caption_key, str) else tuple(caption_key)
+    if not image_keys or not caption_keys or not all((*image_keys, *caption_keys)):
+        raise UserError(f"images {list(image_keys)} and captions {list(caption_keys)} must each have a type of member")
+    ensure_writable(folder)
+    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands))
+    journal = _Journal(folder)
+    todo = [job for _, job in jobs if isinstance(job, Job) and job.name not in journal.done]
+    total = sum(isinstance(job, Job) for _, job in jobs)
+    pool: Workers[Job, list[dict[str, Any]]] = Workers(scan, min(workers, len(todo)))
+    try:
+        for done, (job, records) in enumerate(zip(todo, pool.map(todo), strict=True), start=total - len(todo) + 1):
+            journal.add(job.name, records)
+            if progress is not None:
+                progress(done, total)
+    finally:
+        pool.close()
+    shards: list[Shard] = []
+    first = 0
+    for source, job in jobs:
+        for record in journal.done[job.name] if isinstance(job, Job) else job:
+            shards.append(dataclasses.replace(Shard(**record), source=source, first_index=first))
+            first += shards[-1].samples
+    described = tuple(_describe(source) for source in parsed)
+    catalog = Catalog(folder, described, tuple(image_keys), caption_keys, tuple(shards), "")
+    if not first:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in catalog.left_out.items()) or "no members"
+        raise UserError(f"the data has no sample with image and caption ({reasons}): check --caption-key and files")
+    catalog = dataclasses.replace(catalog, fingerprint=_fingerprint(catalog))
+    write_json(folder / _CATALOG, _document(catalog))
+    return catalog
+
+
+def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
+    """Open a catalog.
+
+    Parameters
+    ----------
+    verify : bool
+        Check that all shards still have their sizes and, if local, the headers of their first and last samples.
+
+    Raises
+    ------
+    UserError
+        If there is none, it cannot be understood, or it does not fit the data any more.
+    """
+    folder = Path(folder).resolve()
+    path = folder / _CATALOG
+    try:
+        document = json.loads(path.read_bytes())
+        if document["format"] != FORMAT:
+            raise ValueError(f"its format is {document['format']!r}, this program reads {FORMAT}")
+        catalog = Catalog(
+            folder,
+            tuple(document["sources"]),
+            tuple(document["image_keys"]),
+            tuple(document["caption_keys"]),
+            tuple(Shard(**shard) for shard in document["shards"]),
+            document["fingerprint"],
+        )
+        if catalog.fingerprint != _fingerprint(catalog):
+            raise ValueError("its fingerprint does not match its contents")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no catalog in {folder}: make it from the data first") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot understand {path} ({error!r}): make the catalog again") from error
+    if verify:
+        with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
+            for problem in pool.map(lambda shard: _problem(catalog, shard), catalog.shards):
+                if problem:
+                    raise UserError(f"the catalog {folder} no longer fits: {problem}: make it again")
+    return catalog
+
+
+def data_path(catalog: Catalog, shard: Shard) -> str:
+    """Return where the bytes that a shard's index points into are."""
+    return str(catalog.folder / shard.path) if shard.kind == "table" else shard.path
+
+
+def open_index(catalog: Catalog, shard: Shard) -> np.ndarray:
+    """Map a shard's index: fields ``image`` [2] and ``caption`` [k, 2], offset and size each, and ``key``.
+
+    A caption that a sample lacks has the size -1.
+    """
+    path = catalog.folder / shard.index
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {path} ({error}): make the catalog again") from error
+    captions = len(catalog.caption_keys) if shard.kind == "tar" else None
+    is_right = rows.shape == (shard.samples,) and rows.dtype.names == ("image", "caption", "key")
+    if not is_right or captions not in (None, rows.dtype["caption"].shape[0]):
+        raise UserError(f"{path} is not the index of {shard.path}: make the catalog again")
+    return rows
+
+
+def _problem(catalog: Catalog, shard: Shard) -> str:
+    if shard.kind == "synthetic":
+        return ""
+    index = catalog.folder / shard.index
+    for path, size in ((data_path(catalog, shard), shard.bytes), (str(index), shard.index_bytes)):
+        if not is_remote(path) and not os.path.isfile(path):
+            return f"{path} is missing"
+        if (now := file_size(path)) != size:
+            return f"{path} has {now} bytes, not {size}"
+    if shard.kind == "tar" and shard.samples and not is_remote(shard.path):
+        rows = open_index(catalog, shard)
+        with open_seekable(shard.path) as file:
+            if heads_digest(file, [int(rows["image"][row, 0]) for row in (0, -1)]) != shard.heads:
+                return f"{shard.path} holds other samples"
+    return ""
+
+
+def _jobs(
+    sources: Sequence[Source],
+    folder: Path,
+    image_keys: tuple[str, ...],
+    caption_keys: tuple[str, ...],
+    run_pipe_commands: bool,
+) -> Iterator[tuple[int, Job | list[dict[str, Any]]]]:
+    """Yield each source's number with its jobs, or with the shards themselves where nothing needs to be read."""
+    seen: set[str] = set()
+    for number, source in enumerate(sources):
+        if isinstance(source, Synthetic):
+            sizes = [min(CHUNK, source.samples - first) for first in range(0, source.samples, CHUNK)]
+            path = f"synthetic:{source.samples}:{source.pixels}"
+            yield (
+                number,
+                [dataclasses.asdict(Shard("synthetic", path, 0, size, pixels=source.pixels)) for size in sizes],
+            )
+            continue
+        paths = [os.path.abspath(source.path)] if isinstance(source, Table) else expand(source.pattern)
+        for path in paths:
+            if path in seen:
+                raise UserError(f"{path} is listed twice: give its source a weight instead")
+            seen.add(path)
+            if path.startswith(PIPE):
+                path = _pipe_output(path, folder, run_pipe_commands)
+            size = file_size(path)
+            modified = 0 if is_remote(path) else os.stat(path).st_mtime_ns
+            yield number, Job(source, path, (size, modified), folder, image_keys, caption_keys)
+
+
+def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
+    """Return the tar file that a command writes, run the first time only."""
+    command = source.removeprefix(PIPE)
+    if not run_pipe_commands:
+        raise UserError(f"the data {source!r} would run a shell command: allow it by run_pipe_commands, or name files")
+    path = folder / "pipes" / f"{digest_of(command.encode())[:24]}.tar"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=True)
+            partial.replace(path)
+        except subprocess.CalledProcessError as error:
+            reason = " ".join(error.stderr.decode(errors="replace").split())[-200:]
+            raise UserError(f"the command {command!r} ended with {error.returncode} ({reason})") from error
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): free space") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return str(path)
+
+
+class _Journal:
+    """The finished jobs: a line of JSON each, appended when the index files are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / _JOURNAL
+        self.done: dict[str, list[dict[str, Any]]] = {}
+        try:
+            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        except OSError as error:
+            raise UserError(f"cannot read {self._path} ({error.strerror})") from error
+        for line in lines:
+            # A line that was being written when the process died does not count.
+            try:
+                job, records = json.loads(line)
+                if all(self._is_whole(Shard(**record)) for record in records):
+                    self.done[job] = records
+            except (ValueError, TypeError, RecursionError):
+                continue
+
+    def add(self, job: str, records: list[dict[str, Any]]) -> None:
+        self.done[job] = records
+        try:
+            with self._path.open("ab") as file:
+                # On a line of its own even after half a line.
+                file.write(b"\n" + canonical([job, records]) + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path} ({error.strerror}): free space") from error
+
+    def _is_whole(self, shard: Shard) -> bool:
+        files = [(shard.index, shard.index_bytes)] + [(shard.path, shard.bytes)] * (shard.kind == "table")
+        paths = [(self._folder / name, size) for name, size in files]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    # In JSON's types, as it is read back.
+    return json.loads(canonical({"kind": type(source).__name__.lower(), **dataclasses.asdict(source)}))
+
+
+def _document(catalog: Catalog) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "fingerprint": catalog.fingerprint,
+        "samples": len(catalog),
+        "left_out": catalog.left_out,
+        "sources": catalog.sources,
+        "image_keys": catalog.image_keys,
+        "caption_keys": catalog.caption_keys,
+        "shards": [dataclasses.asdict(shard) for shard in catalog.shards],
+    }
+
+
+def _fingerprint(catalog: Catalog) -> str:
+    shards = [
+        [
+            shard.kind,
+            shard.heads if shard.kind == "table" else os.path.basename(shard.path),
+            shard.bytes,
+            shard.samples,
+            shard.first_index,
+            shard.index_sha256,
+            shard.pixels,
+        ]
+        for shard in catalog.shards
+    ]
+    return digest_of(canonical([FORMAT, catalog.image_keys, catalog.caption_keys, shards]))

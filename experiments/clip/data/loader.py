@@ -1,0 +1,227 @@
+"""Batches of training pairs from a catalog, in an order that neither workers nor ranks nor interruptions change.
+
+The stream is a pure function of (seed, epoch, position). An epoch's order (`experiments.clip.data.order`) is cut into
+global batches of sizes equal up to one, and each of these into contiguous parts, one per rank. What is random about a
+sample, its augmentation and its choice among several captions, follows from (seed, epoch, index, occurrence).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from experiments.clip.data.catalog import Catalog
+from experiments.clip.data.draws import Draws, random_state_restored, visit_draws
+from experiments.clip.data.order import Order, Visits
+from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
+from experiments.clip.errors import UserError
+from experiments.clip.glyphs.stream import Batch
+from experiments.clip.io.workers import Workers
+from experiments.clip.reference.inputs import Guide
+
+_SEEN = "seen"
+
+
+class Loader:
+    """The batches of a catalog's samples.
+
+    Parameters
+    ----------
+    transform : callable
+        Maps a PIL image to the model's input; it may draw from the global generators of torch, NumPy and Python.
+    tokenize : callable
+        Maps a list of captions to tokens ``[b, length]``.
+    batch_size : int
+        Of the global batch, over all ranks, at most.
+    workers : int
+        Processes of this rank that read and decode; 0 for this one.
+    weights : sequence of float
+        Of the sources, see `Order`.
+    resampled : bool
+        Draw samples with replacement, ``epoch_samples`` an epoch.
+    block_shards : int
+        Shards whose samples are shuffled together.
+    skip_limit : float
+        Share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
+    pin_memory : bool
+        Whether batches are put into page-locked memory, for copies to a GPU.
+    guide : Guide, optional
+        The reference, for which a batch carries what it needs.
+
+    Attributes
+    ----------
+    samples : int
+        Visits per epoch, over all ranks.
+    steps_per_epoch : int
+        Batches per epoch.
+    skipped : Counter
+        Samples skipped so far on this rank, by reason.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        transform: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[Sequence[str]], Tensor],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        weights: Sequence[float] | None = None,
+        resampled: bool = False,
+        epoch_samples: int | None = None,
+        block_shards: int = 16,
+        skip_limit: float = 0.1,
+        pin_memory: bool = False,
+        guide: Guide | None = None,
+    ) -> None:
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
+        if batch_size < ranks:
+            raise UserError(f"the global batch size must be at least the number of ranks, {ranks}, got {batch_size}")
+        order = Order(
+            [shard.samples for shard in catalog.shards],
+            seed=seed,
+            weights=catalog.shard_weights(weights),
+            block_shards=block_shards,
+            resampled=resampled,
+            epoch_samples=epoch_samples,
+        )
+        self.samples = order.samples
+        self.steps_per_epoch = -(-self.samples // batch_size)
+        self.skipped: Counter[str] = Counter()
+        self._seen = 0
+        self._skip_limit, self._ranks = skip_limit, ranks
+        part = _Part(order, self.steps_per_epoch, rank, ranks)
+        # Workers are in two neighboring blocks at a time.
+        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, guide)
+        self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches from step ``first`` on; starting late costs no more than starting at 0.
+
+        Parts differ in size by one, and by what was skipped; with several ranks one may be empty.
+
+        Raises
+        ------
+        UserError
+            If too many samples are skipped, a batch of all ranks has none left, or a worker dies.
+        """
+        if not 0 <= first <= self.steps_per_epoch:
+            raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
+        keys = [(epoch, step) for step in range(first, self.steps_per_epoch)]
+        for (_, step), batch in zip(keys, self._workers.map(keys), strict=True):
+            self._count(batch, step)
+            yield batch
+
+    def counts(self) -> dict[str, int]:
+        """Return how many samples this rank has seen, and how many it skipped, by reason."""
+        return {_SEEN: self._seen, **self.skipped}
+
+    def go_on(self, counts: Mapping[str, int]) -> None:
+        """Count on from there, so that a run that is stopped often still meets the limit."""
+        self._seen = counts.get(_SEEN, 0)
+        self.skipped = Counter({reason: count for reason, count in counts.items() if reason != _SEEN})
+
+    def close(self) -> None:
+        """End the workers."""
+        self._workers.close()
+
+    def _count(self, batch: Batch, step: int) -> None:
+        self._seen += len(batch.index) + sum(batch.skipped.values())
+        self.skipped.update(batch.skipped)
+        lost = self.skipped.total()
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
+        if not len(batch.index) and self._ranks == 1:
+            raise UserError(f"no sample of the batch at step {step} can be used ({reasons}): check the data")
+        if lost > max(SKIPS_ALLOWED, self._skip_limit * self._seen):
+            raise UserError(
+                f"{lost} of the {self._seen} samples so far cannot be used ({reasons}): "
+                f"mend the data, or raise the limit of {self._skip_limit:g}"
+            )
+
+
+class _Part(NamedTuple):
+    """A rank's part of every batch."""
+
+    order: Order
+    steps: int
+    rank: int
+    ranks: int
+
+    def visits(self, epoch: int, step: int) -> Visits:
+        start, stop = _bounds(self.order.samples, self.steps, step)
+        first, last = _bounds(stop - start, self.ranks, self.rank)
+        return self.order.visits(epoch, start + first, start + last)
+
+
+def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Return where a part begins and ends if ``total`` is cut into parts equal up to one, the larger ones first."""
+    size, larger = divmod(total, parts)
+    start = part * size + min(part, larger)
+    return start, start + size + (part < larger)
+
+
+class _BatchMaker:
+    """Makes the batch of (epoch, step), in whatever process."""
+
+    def __init__(
+        self,
+        part: _Part,
+        reader: Reader,
+        transform: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[Sequence[str]], Tensor],
+        seed: int,
+        guide: Guide | None,
+    ) -> None:
+        self._part, self._reader, self._seed, self._guide = part, reader, seed, guide
+        self._transform, self._tokenize = transform, tokenize
+
+    def __call__(self, key: tuple[int, int]) -> Batch:
+        epoch, step = key
+        images: list[Tensor] = []
+        captions: list[str] = []
+        indices: list[int] = []
+        drawn: list[Draws] = []
+        guided: list[Tensor | None] = []
+        skipped: Counter[str] = Counter()
+        visits = self._part.visits(epoch, step)
+        with random_state_restored():
+            for raw, occurrence in zip(
+                self._reader.read_many(visits.index.tolist()), visits.occurrence.tolist(), strict=True
+            ):
+                draws = visit_draws(self._seed, epoch, raw.index, occurrence)
+                if self._guide is not None:
+                    draws = self._guide.draws(raw.index, draws)
+                pair = raw if isinstance(raw, Skip) else decode(raw, draws.choice)
+                if isinstance(pair, Skip):
+                    skipped[pair.reason] += 1
+                    continue
+                draws.seed_generators()
+                images.append(self._transform(pair.image))
+                captions.append(pair.caption)
+                indices.append(pair.index)
+                drawn.append(draws)
+                if self._guide is not None:
+                    guided.append(self._guide.image(pair.image, draws))
+            if not images:
+                return self._empty(skipped)
+            # default_collate writes into shared memory in a worker.
+            image, index = default_collate(images), torch.tensor(indices)
+        carried = None if self._guide is None else self._guide.collected(index, drawn, guided, captions)
+        return Batch(image, self._tokenize(captions), index, dict(skipped), carried)
+
+    def _empty(self, skipped: Counter[str]) -> Batch:
+        """Return a batch of no sample, of the same shapes otherwise."""
+        image = self._transform(Image.new("RGB", (64, 64)))[None]
+        index = torch.empty(0, dtype=torch.int64)
+        carried = None if self._guide is None else self._guide.nothing()
+        return Batch(image[:0], self._tokenize(["none"])[:0], index, dict(skipped), carried)

@@ -1,0 +1,249 @@
+"""Reading single samples of a catalog, in any order, and decoding them: nothing is trusted, nothing executed.
+
+A sample that cannot be used becomes a `Skip` with one of a few reasons, for its reader to count.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from experiments.clip.data.catalog import Catalog, data_path, open_index
+from experiments.clip.data.scan import Shard, json_field
+from experiments.clip.io.storage import Ranges
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_CAPTION_BYTES = 2**20
+# Of the text: no tokenizer's context reaches as far, and open_clip's takes time quadratic in the length of a word.
+MAX_CAPTION_CHARACTERS = 4096
+MAX_PIXELS = 64 * 2**20
+# Every scan of a progressive JPEG goes over all of its pixels, and a small file can have a million scans.
+MAX_SCANNED_PIXELS = 32 * MAX_PIXELS
+# Resizing the shorter side would make a line of pixels as large as any bomb.
+MAX_ASPECT = 200
+# So many samples may be skipped before their share counts.
+SKIPS_ALLOWED = 64
+
+Reason = Literal[
+    "too many bytes",  # of the image, or of a caption
+    "cut off",  # the file ends before the sample does
+    "no image file",  # where a table says that it is
+    "unreadable image",  # damaged, or of another format than JPEG, PNG and WebP
+    "too many pixels",  # or, of a progressive JPEG, too many scans over them
+    "extreme aspect ratio",
+    "invalid caption",  # not UTF-8, not JSON, without the field
+    "empty caption",
+]
+
+# Two members of a sample that are further apart are read separately.
+_MAX_GAP = 2**16
+
+
+class Skip(NamedTuple):
+    """A sample that cannot be used."""
+
+    index: int
+    reason: Reason
+
+
+class RawSample(NamedTuple):
+    """The bytes of a sample; each caption with the JSON field that holds it, or None if it is text itself."""
+
+    index: int
+    key: str
+    image: bytes
+    captions: tuple[tuple[bytes, str | None], ...]
+
+
+class Pair(NamedTuple):
+    """A decoded sample; ``image`` is RGB."""
+
+    index: int
+    image: Image.Image
+    caption: str
+
+
+class Reader:
+    """Reads samples by index. It can be copied to other processes, forked or spawned.
+
+    Parameters
+    ----------
+    kept : int
+        How many shards are kept open: at least as many as are read by turns.
+    """
+
+    def __init__(self, catalog: Catalog, kept: int = 64) -> None:
+        self._catalog, self._kept = catalog, kept
+        self._ranges = Ranges(kept)
+        self._rows: dict[int, np.ndarray] = {}
+        self._fields = tuple(json_field(key) for key in catalog.caption_keys)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_rows": {}}
+
+    def read(self, index: int) -> RawSample | Skip:
+        """Return a sample's bytes.
+
+        Raises
+        ------
+        UserError
+            If the storage fails, in spite of patience.
+        """
+        return self.read_many([index])[0]
+
+    def read_many(self, indices: Sequence[int]) -> list[RawSample | Skip]:
+        """Return the bytes of several samples; those on one remote storage are fetched at once."""
+        plans = [self._plan(index) for index in indices]
+        data = iter(
+            self._ranges.read_many([wanted for plan in plans if isinstance(plan, _Plan) for wanted in plan.ranges])
+        )
+        return [
+            plan if not isinstance(plan, _Plan) else self._assemble(plan, [next(data) for _ in plan.ranges])
+            for plan in plans
+        ]
+
+    def _plan(self, index: int) -> _Plan | RawSample | Skip:
+        shard, row = self._catalog.locate(index)
+        if shard.kind == "synthetic":
+            caption = f"made-up pair number {index}".encode()
+            return RawSample(index, str(index), _made_up_image(shard.pixels, index % 251), ((caption, None),))
+        entry = self._index(shard)[row]
+        places = [(int(offset), int(size)) for offset, size in (entry["image"], *entry["caption"])]
+        limits = [MAX_IMAGE_BYTES] + [MAX_CAPTION_BYTES] * (len(places) - 1)
+        if any(size > limit for (_, size), limit in zip(places, limits, strict=True)):
+            return Skip(index, "too many bytes")
+        present = [place for place in places if place[1] >= 0]
+        first, end = min(offset for offset, _ in present), max(offset + size for offset, size in present)
+        path = data_path(self._catalog, shard)
+        if end - first <= sum(size for _, size in present) + _MAX_GAP:
+            ranges = [(path, first, end - first)]
+        else:
+            ranges = [(path, offset, size) for offset, size in present]
+        return _Plan(index, shard, entry["key"].decode("utf-8", "surrogateescape"), places, ranges)
+
+    def _assemble(self, plan: _Plan, data: list[bytes]) -> RawSample | Skip:
+        if any(len(part) < size for part, (_, _, size) in zip(data, plan.ranges, strict=True)):
+            return Skip(plan.index, "cut off")
+        if len(data) == 1:
+            start = plan.ranges[0][1]
+            parts = [data[0][offset - start : offset - start + size] for offset, size in plan.places if size >= 0]
+        else:
+            parts = data
+        rest = iter(parts)
+        image, *captions = (next(rest) if size >= 0 else None for _, size in plan.places)
+        assert image is not None
+        if plan.shard.kind == "table":
+            found = self._image_file(os.path.join(os.fsencode(plan.shard.root), image))
+            if not isinstance(found, bytes):
+                return Skip(plan.index, found)
+            image, fields = found, (None,) * len(captions)
+        else:
+            fields = self._fields
+        given = tuple((c, f) for c, f in zip(captions, fields, strict=True) if c is not None)
+        return RawSample(plan.index, plan.key, image, given)
+
+    def _image_file(self, path: bytes) -> bytes | Reason:
+        try:
+            is_file, size = os.path.isfile(path), os.path.getsize(path)
+        except (OSError, ValueError):
+            return "no image file"
+        if not is_file:
+            return "no image file"
+        if size > MAX_IMAGE_BYTES:
+            return "too many bytes"
+        return self._ranges.read(os.fsdecode(path), 0, size)
+
+    def _index(self, shard: Shard) -> np.ndarray:
+        rows = self._rows.pop(shard.first_index, None)
+        if rows is None:
+            while len(self._rows) >= self._kept:
+                del self._rows[next(iter(self._rows))]
+            rows = open_index(self._catalog, shard)
+        self._rows[shard.first_index] = rows
+        return rows
+
+
+class _Plan(NamedTuple):
+    """What is to be read for a sample: its places, image first, and the ranges that cover them."""
+
+    index: int
+    shard: Shard
+    key: str
+    places: list[tuple[int, int]]
+    ranges: list[tuple[str, int, int]]
+
+
+def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
+    """Return image and caption, the latter at most `MAX_CAPTION_CHARACTERS` long.
+
+    Parameters
+    ----------
+    draw : int
+        Chooses among several captions: number ``draw`` modulo their count.
+    """
+    caption = _caption(raw.captions, draw)
+    if isinstance(caption, _Refused):
+        return Skip(raw.index, caption.reason)
+    image = _image(raw.image)
+    if isinstance(image, _Refused):
+        return Skip(raw.index, image.reason)
+    return Pair(raw.index, image, caption)
+
+
+class _Refused(NamedTuple):
+    reason: Reason
+
+
+def _caption(members: Sequence[tuple[bytes, str | None]], draw: int) -> str | _Refused:
+    captions: list[str] = []
+    try:
+        for data, name in members:
+            text = data.decode("utf-8")
+            value = text if name is None else json.loads(text)[name]
+            captions += value if isinstance(value, list) else [value]
+        # JSON can spell halves of surrogate pairs, which are no text.
+        captions = [caption for caption in captions if caption.encode("utf-8") and caption.strip()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return _Refused("invalid caption")
+    if not captions:
+        return _Refused("empty caption")
+    caption = captions[draw % len(captions)]
+    return caption if len(caption) <= MAX_CAPTION_CHARACTERS else caption.strip()[:MAX_CAPTION_CHARACTERS]
+
+
+def _image(data: bytes) -> Image.Image | _Refused:
+    # Pillow warns of what it repairs, and of bombs: here only the outcome counts.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS or pixels * scans > MAX_SCANNED_PIXELS:
+                return _Refused("too many pixels")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                return _Refused("extreme aspect ratio")
+            return image.convert("RGB")
+        except Image.DecompressionBombError:
+            return _Refused("too many pixels")
+        except MemoryError:
+            raise
+        # Pillow does not document what its decoders raise on damaged files.
+        except Exception:
+            return _Refused("unreadable image")
+
+
+@lru_cache(maxsize=64)
+def _made_up_image(pixels: int, shade: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (pixels, pixels), (shade, 255 - shade, shade // 2)).save(data, "PNG", compress_level=1)
+    return data.getvalue()

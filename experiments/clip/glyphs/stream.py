@@ -1,0 +1,238 @@
+"""Decoded pairs in memory, and the order in which an epoch visits them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from experiments.clip.cli.terminal import console
+from experiments.clip.errors import UserError
+from experiments.clip.glyphs.dataset import Manifest, read_samples
+from experiments.clip.io.files import write_atomically
+from experiments.clip.models.clip import Clip
+from experiments.clip.reference.cache import FeatureCache
+
+_PREPARED_FORMAT = 1
+_RESIZING = ("size", "resize_mode", "interpolation")
+_BLOCK = 256
+
+
+class Batch(NamedTuple):
+    """A rank's part of a global batch.
+
+    Attributes
+    ----------
+    image : Tensor ``[b, 3, h, w]``
+        Preprocessed images.
+    text : Tensor ``[b, length]``
+        Tokens.
+    index : Tensor ``[b]``
+        Sample indices.
+    skipped : mapping
+        How many samples of this part could not be used, by reason.
+    carried : tuple of Tensor, optional
+        What `experiments.clip.guide.Guide.features` makes the reference's features from.
+    """
+
+    image: Tensor
+    text: Tensor
+    index: Tensor
+    skipped: Mapping[str, int] = MappingProxyType({})
+    carried: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, rows: Tensor) -> Batch:
+        """Return the pairs at places ``rows`` ``[k]`` of the batch, in that order; what was skipped stays with them."""
+        carried = None if self.carried is None else (self.carried[0][rows], self.carried[1][rows])
+        return Batch(self.image[rows], self.text[rows], self.index[rows], self.skipped, carried)
+
+
+class Pairs:
+    """A split of the data in memory, resized for one model: bytes for the images, tokens for the captions.
+
+    The images are what the model's own open_clip preprocessing gives, kept as bytes before normalization. They are
+    made once: a file beside the shards holds them for the next run. Row i is the sample of index i.
+    """
+
+    def __init__(
+        self, manifest: Manifest, split: str, clip: Clip, progress: Callable[[int], None] | None = None
+    ) -> None:
+        config = open_clip.get_model_preprocess_cfg(clip.model)
+        path = _prepared_path(manifest, split, config)
+        prepared = _load_prepared(path) if path.exists() else None
+        if prepared is None:
+            prepared = _prepare(manifest, split, config, progress)
+            try:
+                _save_prepared(path, prepared)
+            except UserError as error:
+                console.print(f"data       the next run prepares the pairs again: {error}")
+        self.pixels, self.captions, self.names = prepared
+        distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
+        tokens = clip.tokenize(list(distinct)).to(torch.int32)
+        self._tokens = tokens[torch.tensor([distinct[caption] for caption in self.captions])]
+        self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
+        self._std = torch.tensor(config["std"]).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def first(self, count: int) -> Pairs:
+        """Return the first ``count`` pairs, in the same memory."""
+        part = copy.copy(self)
+        part.pixels, part._tokens = self.pixels[:count], self._tokens[:count]
+        part.captions, part.names = self.captions[:count], self.names[:count]
+        return part
+
+    def images(self, index: Tensor) -> Tensor:
+        """Return the normalized images ``[b, 3, h, w]`` of samples ``index`` ``[b]``."""
+        return (self.pixels[index].to(torch.float32) / 255 - self._mean) / self._std
+
+    def batch(self, index: Tensor) -> Batch:
+        """Return the samples ``index`` ``[b]``."""
+        return Batch(self.images(index), self._tokens[index].to(torch.int64), index)
+
+    def image_batches(self, size: int = 512) -> Iterator[Tensor]:
+        """Yield all images in order of their index."""
+        for index in torch.arange(len(self)).split(size):
+            yield self.images(index)
+
+
+class _Prepared(NamedTuple):
+    """Images ``[n, 3, h, w]`` as bytes, what is said of them, and their true names."""
+
+    pixels: Tensor
+    captions: list[str]
+    names: list[str]
+
+
+def _prepared_path(manifest: Manifest, split: str, config: dict[str, Any]) -> Path:
+    """Return where a split is kept, for this data and preprocessing."""
+    made_from = json.dumps(
+        [_PREPARED_FORMAT, manifest.fingerprint, [config[key] for key in _RESIZING], open_clip.__version__]
+    )
+    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    return manifest.folder / f"prepared-{split}-{key}.safetensors"
+
+
+def _prepare(
+    manifest: Manifest, split: str, config: dict[str, Any], progress: Callable[[int], None] | None
+) -> _Prepared:
+    transform = open_clip.image_transform(
+        config["size"],
+        is_train=False,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        resize_mode=config["resize_mode"],
+        interpolation=config["interpolation"],
+    )
+    total = manifest.splits[split].samples if split in manifest.splits else 0
+    blocks: list[Tensor] = []
+    captions: list[str] = []
+    names: list[str] = []
+    samples = read_samples(manifest, split)
+    while block := list(itertools.islice(samples, _BLOCK)):
+        for sample in block:
+            if sample.index != len(captions):
+                raise UserError(
+                    f"{split} yields sample {sample.index} where {len(captions)} is due: prepare the data again"
+                )
+            captions.append(sample.caption)
+            names.append(sample.meta.get("name", sample.caption))
+        images = torch.stack([transform(sample.image) for sample in block])
+        blocks.append((images * 255).round().to(torch.uint8))
+        if progress is not None:
+            progress(min(total, len(captions)))
+    return _Prepared(torch.cat(blocks), captions, names)
+
+
+def _save_prepared(path: Path, prepared: _Prepared) -> None:
+    texts = json.dumps([prepared.captions, prepared.names])
+    metadata = {"texts": texts, "checksum": _checksum(prepared.pixels, texts)}
+    write_atomically(path, save({"pixels": prepared.pixels}, metadata))
+
+
+def _load_prepared(path: Path) -> _Prepared | None:
+    """Return what a file holds, or None if it is damaged: it is then made again."""
+    try:
+        with safe_open(path, "pt") as file:
+            # A copy: a mapped file that another process cuts short ends this one with a bus error.
+            pixels, metadata = file.get_tensor("pixels").clone(), file.metadata()
+        if _checksum(pixels, metadata["texts"]) != metadata["checksum"]:
+            return None
+        return _Prepared(pixels, *json.loads(metadata["texts"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _checksum(pixels: Tensor, texts: str) -> str:
+    return str(zlib.crc32(texts.encode(), zlib.crc32(memoryview(pixels.numpy()).cast("B"))))
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Return the number of batches of at most ``batch_size`` that hold every sample once."""
+    return -(-samples // batch_size)
+
+
+def epoch_order(samples: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Return an epoch's batches as sample indices: every sample once, sizes equal up to one.
+
+    A pure function of its arguments, so that a run can go on anywhere.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(samples)
+    return [torch.from_numpy(part) for part in np.array_split(order, steps_per_epoch(samples, batch_size))]
+
+
+class MemoryStream:
+    """An epoch's batches of pairs in memory; this rank has its share of each.
+
+    Parameters
+    ----------
+    batch_size : int
+        Pairs per step over all ranks, at most.
+    rank, ranks : int
+        This rank and how many there are; a batch is cut into contiguous parts, equal up to one.
+    features : FeatureCache, optional
+        The reference's, of these pairs.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        features: FeatureCache | None = None,
+    ) -> None:
+        self._pairs, self._batch_size, self._seed, self._features = pairs, batch_size, seed, features
+        self._rank, self._ranks = rank, ranks
+        self.steps_per_epoch = steps_per_epoch(len(pairs), batch_size)
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
+        for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
+            batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
+            yield batch if self._features is None else batch._replace(carried=self._features.rows(batch.index))
+
+    def counts(self) -> dict[str, int]:
+        """Return nothing: every pair can be used."""
+        return {}
+
+    def go_on(self, counts: Mapping[str, int]) -> None:
+        """Accept nothing."""
+
+    def close(self) -> None:
+        """End nothing: the pairs are in memory."""

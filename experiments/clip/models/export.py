@@ -1,0 +1,132 @@
+"""Trained weights as files that open_clip and CLIP_benchmark load as they are.
+
+=====================  ==============================================================================
+a bundle, a folder     ``create_model_and_transforms("local-dir:FOLDER")``: architecture, weights, preprocessing and
+                       tokenizer, for any model; ``clip_benchmark eval --model local-dir:FOLDER --output FILE``
+a checkpoint, a file   ``create_model_and_transforms(NAME, pretrained=PATH)``, where NAME is registered;
+                       ``clip_benchmark eval --model NAME --pretrained PATH`` for open_clip's own models
+=====================  ==============================================================================
+
+A checkpoint has no say in the preprocessing: open_clip takes the default of the name. The glyph models are registered
+only where `experiments.clip.models.clip` is imported, so CLIP_benchmark's command needs their bundle.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from experiments.clip.errors import UserError
+from experiments.clip.io.files import write_atomically
+from experiments.clip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
+
+# What compiling, checkpointed activations and older sharding put into names.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def plain_state(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return weights under the model's own names, each with storage of its own on the CPU, in ``dtype`` if floating.
+
+    DDP, `torch.compile` and the like, and the averages of `torch.optim.swa_utils.AveragedModel` have other names.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        while parts[0] == "module":
+            del parts[0]
+        if parts == ["n_averaged"]:
+            continue
+        key = ".".join(parts)
+        if key in plain:
+            raise ValueError(f"state has {name!r} and another name of {key!r}: pass the weights of one model")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(f"the weights {key} are not finite: take an earlier checkpoint")
+        value = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True)
+        # Of shape [1] where parameters are sharded.
+        plain[key] = value.reshape(()) if key in ("logit_scale", "logit_bias") else value.contiguous()
+    return plain
+
+
+def export_bundle(
+    name: str,
+    state: Mapping[str, Tensor],
+    preprocess: Mapping[str, Any],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads.
+
+    Parameters
+    ----------
+    name
+        The registered model.
+    state
+        Its weights, or an average of them; whole tensors.
+    preprocess
+        Its preprocessing, as of ``open_clip.get_model_preprocess_cfg``.
+    folder
+        Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` go.
+    dtype
+        Of the floating-point weights in the file.
+    """
+    plain = plain_state(state, dtype)
+    # A model without the bias in its configuration is built without one.
+    head = {"init_logit_bias": plain["logit_bias"].item()} if "logit_bias" in plain else {}
+    config = {"model_cfg": {**_config(name), **head}, "preprocess_cfg": dict(preprocess)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, save(plain, {"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
+
+
+def export_checkpoint(
+    name: str,
+    state: Mapping[str, Tensor],
+    preprocess: Mapping[str, Any],
+    path: Path,
+    *,
+    epoch: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a file that ``open_clip.create_model_and_transforms(name, pretrained=PATH)`` loads.
+
+    It holds ``state_dict``, ``epoch``, ``name`` and ``preprocess_cfg``, all tensors and plain types. The logit bias of
+    a sigmoid loss is left out where the registered model has none: no ranking depends on it, and open_clip refuses it.
+
+    Parameters
+    ----------
+    name, state, preprocess, dtype
+        As for `export_bundle`.
+    path
+        The file, ``epoch_K.pt`` by custom.
+    epoch
+        How many epochs the weights have been trained.
+    """
+    plain = plain_state(state, dtype)
+    if "init_logit_bias" not in _config(name):
+        plain.pop("logit_bias", None)
+    data = io.BytesIO()
+    torch.save({"state_dict": plain, "epoch": epoch, "name": name, "preprocess_cfg": dict(preprocess)}, data)
+    write_atomically(path, data.getvalue())
+
+
+def export_model(
+    clip: Clip, folder: Path, dtype: torch.dtype = torch.float32, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``clip`` as a bundle; ``weights``, whole tensors, instead of the model's own if given."""
+    state = clip.model.state_dict() if weights is None else weights
+    export_bundle(clip.name, state, open_clip.get_model_preprocess_cfg(clip.model), folder, dtype)
+
+
+def _config(name: str) -> dict[str, Any]:
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise UserError(f"no model is called {name!r}: open_clip.list_models() and the glyph models are known")
+    return config

@@ -1,0 +1,459 @@
+"""Training state in safetensors files, one folder per step, written while training goes on; never pickle.
+
+``step-00000120/`` holds ``part-K-of-N.safetensors``: what rank K has of the model, optimizer and averages (its shards
+where they are sharded, every N-th tensor where all ranks have them) and its own rows of running state. A step's folder
+is written under another name and renamed when every rank is done, so that a folder of this name is whole. Any number of
+ranks can take it up: each reads the rows that it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from experiments.clip.distributed import Ranks
+from experiments.clip.errors import UserError
+from experiments.clip.io.files import sync, with_patience, writing
+
+#: What a checkpoint holds and under which names; another number where that changes.
+FORMAT = "1"
+
+_STEP = re.compile(r"step-(\d{8,})")
+_PARTIAL = ".partial-"
+_OLD = f"{_PARTIAL}old-"
+_PART = re.compile(r"part-(\d+)-of-(\d+)\.safetensors")
+_SHARED, _OWN = "shared/", "own/"
+MODEL, _OPTIMIZER = "model.", "optimizer."
+_OF = "|"  # between a parameter's name and the optimizer's
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the folder of the last finished step, if there is one."""
+    return max(_steps(folder), key=step_number, default=None)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def step_number(path: Path) -> int:
+    """Return the number of finished steps of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` steps is kept."""
+    return folder / f"step-{step:08d}"
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in the background, one at a time.
+
+    `start` copies the state and returns; `settle`, once no rank `is_writing`, makes the checkpoint count. Every rank
+    calls both at the same steps.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run's checkpoints.
+    settings : dict
+        All that the weights depend on, in JSON's types.
+    keep : int
+        How many of the last checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], ranks: Ranks, keep: int) -> None:
+        self._folder, self._settings, self._ranks, self._keep = folder, settings, ranks, keep
+        self._thread: threading.Thread | None = None
+        self._failure: UserError | None = None
+        self._step = -1
+        self._spared: Callable[[int], int | None] = lambda step: None
+        if ranks.leads:
+            _recover(folder)
+        ranks.wait()
+
+    def is_of(self, step: int) -> bool:
+        """Whether the checkpoint that was begun or taken up last is of this step and this number of ranks."""
+        return self._step == step
+
+    def took_up(self, step: int, ranks: int) -> None:
+        """Note from which checkpoint the run goes on."""
+        self._step = step if ranks == self._ranks.count else -1
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a checkpoint was started that `settle` has not made count; the same on every rank."""
+        return self._thread is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part is not on the disk yet."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(
+        self,
+        shared: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        progress: dict[str, Any],
+        spared: Callable[[int], int | None] = lambda step: None,
+    ) -> None:
+        """Copy the state after ``progress["step"]`` steps and begin to write it.
+
+        Parameters
+        ----------
+        shared : mapping
+            Tensors that all ranks have, or have shards of.
+        own : mapping
+            This rank's own tensors.
+        counts : mapping
+            This rank's own counts.
+        progress : dict
+            What else all ranks have in common, in JSON's types.
+        spared : callable
+            Returns, of a step whose checkpoint stays, another whose checkpoint must then stay too, if any.
+        """
+        self.settle()
+        self._step, self._spared = progress["step"], spared
+        partial = self._partial()
+        if self._ranks.leads:
+            _remove_partial(self._folder)  # what a killed run left, too
+        self._ranks.wait()
+        tensors, chunks = self._copied(shared)
+        tensors |= {f"{_OWN}{key}": _copy(value) for key, value in own.items()}
+        metadata = {
+            "format": FORMAT,
+            "progress": json.dumps(progress),
+            "settings": json.dumps(self._settings, sort_keys=True),
+            "chunks": json.dumps(chunks),
+            "counts": json.dumps(dict(counts)),
+        }
+        path = partial / f"part-{self._ranks.rank}-of-{self._ranks.count}.safetensors"
+        self._failure = None
+        self._thread = threading.Thread(target=self._write, args=(path, tensors, metadata))
+        self._thread.start()
+
+    def _partial(self) -> Path:
+        return self._folder / f"{_PARTIAL}{step_folder(self._folder, self._step).name}"
+
+    def _copied(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return this rank's share of the tensors, and of shards the whole's shape and where they lie in it."""
+        tensors: dict[str, Tensor] = {}
+        chunks: dict[str, Any] = {}
+        for number, (key, value) in enumerate(shared.items()):
+            if isinstance(value, DTensor):
+                local, offset = _chunk(value)
+                if local.numel():
+                    tensors[f"{_SHARED}{key}"] = _copy(local)
+                    chunks[f"{_SHARED}{key}"] = {"shape": list(value.shape), "offset": offset}
+            elif number % self._ranks.count == self._ranks.rank:
+                tensors[f"{_SHARED}{key}"] = _copy(value)
+        return tensors, chunks
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _system_errors():
+                save_file(tensors, path, metadata)
+            os.chmod(path, 0o666 & ~_UMASK)  # safetensors writes files that only their owner reads
+            sync(path)
+            sync(path.parent)
+
+        try:
+            with writing(path):
+                with_patience(write)
+        except UserError as error:
+            self._failure = error
+        except Exception as error:  # a thread's error would be lost
+            self._failure = UserError(f"cannot write {path} ({error!r})")
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that was begun, if any, and make it count: the last ones and spared ones stay.
+
+        A failure on any rank, such as a full disk, leaves the earlier ones; the rank that failed raises its error, the
+        others one that names it.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        try:
+            self._ranks.agree(self._failure)
+        except UserError:
+            if self._ranks.leads:
+                _remove_partial(self._folder)
+            raise
+        self._ranks.agreed(self._publish if self._ranks.leads else lambda: None)
+
+    def _publish(self) -> None:
+        final, partial = step_folder(self._folder, self._step), self._partial()
+        own, *others = _parts(partial, self._ranks.count)
+        if not own.is_file():  # it was written and synced
+            raise UserError(f"cannot write {final} ({own} has disappeared): leave the folder alone or choose another")
+        if lacking := [part.name for part in others if not part.is_file()]:
+            raise UserError(f"{partial} lacks {lacking[0]}: --out must be a folder that all ranks share")
+
+        def publish() -> None:
+            if partial.exists():  # else this is another attempt, after the last rename
+                if final.exists():  # this step again, as by another number of ranks
+                    os.rename(final, self._folder / f"{_OLD}{final.name}")
+                os.rename(partial, final)
+            sync(self._folder)
+
+        try:
+            with writing(final):
+                with_patience(publish)
+        except UserError:
+            _recover(self._folder)
+            raise
+        _remove_partial(self._folder)
+        steps = sorted(_steps(self._folder), key=step_number)
+        spared = {self._spared(step_number(path)) for path in steps[-self._keep :]}
+        for path in steps[: -self._keep]:
+            if step_number(path) not in spared:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _chunk(value: Tensor) -> tuple[Tensor, list[int]]:
+    """Return what this rank has of a tensor, and where that begins in the whole."""
+    if not isinstance(value, DTensor):
+        return value, [0] * value.ndim
+    [chunk] = value.__create_chunk_list__()
+    return value.to_local(), list(chunk.offsets)
+
+
+def _parts(folder: Path, count: int) -> list[Path]:
+    return [folder / f"part-{rank}-of-{count}.safetensors" for rank in range(count)]
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise the error of the file system that is behind one of safetensors, where there is one."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = _SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def _recover(folder: Path) -> None:
+    """Give back their names to steps that were being replaced when a process ended."""
+    for path in folder.glob(f"{_OLD}*"):
+        final = folder / path.name.removeprefix(_OLD)
+        if not final.exists():
+            os.rename(path, final)
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return weights and optimizer state by name: the tensors themselves, not copies; shards where they are sharded."""
+    state = {f"{MODEL}{key}": value for key, value in get_model_state_dict(model).items()}
+    if not optimizer.state:  # torch would make one, by a step of rate 0 that counts as a step
+        return state
+    for name, values in _optimizer_state(model, optimizer)["state"].items():
+        for key, value in values.items():
+            state[f"{_OPTIMIZER}{name}{_OF}{key}"] = torch.as_tensor(value)
+    return state
+
+
+def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    return {"state": {}, **found}
+
+
+class _Piece(NamedTuple):
+    """What a file has of a tensor."""
+
+    file: Any
+    key: str
+    offset: list[int]
+    shape: list[int]
+
+
+class Checkpoint:
+    """A step's folder, mapped into memory.
+
+    Attributes
+    ----------
+    progress, settings : dict
+        As they were saved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        self._own: list[tuple[Any, list[str]]] = []
+        self._counts: list[dict[str, int]] = []
+        self.progress: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self._guarded(self._open)
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        def attempt() -> Any:
+            with _system_errors():
+                return action()
+
+        try:
+            return with_patience(attempt)
+        except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"checkpoint {self._path} is damaged ({error}): delete it to go on from the one before"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot read checkpoint {self._path} ({error.strerror}): check the storage, then go on"
+            ) from error
+
+    def _open(self) -> None:
+        self._pieces, self._shapes, self._own, self._counts = {}, {}, [], []  # it may be another attempt
+        for part in self._files():
+            file = safe_open(part, "pt")
+            metadata = file.metadata()
+            if (stored := metadata.get("format")) != FORMAT:
+                raise UserError(
+                    f"checkpoint {self._path} has format {stored}, this program reads {FORMAT}: go on with the "
+                    "version that wrote it, or start anew in another --out"
+                )
+            chunks = json.loads(metadata["chunks"])
+            self._counts.append(json.loads(metadata["counts"]))
+            self.progress, self.settings = json.loads(metadata["progress"]), json.loads(metadata["settings"])
+            own: list[str] = []
+            for key in file.keys():
+                if key.startswith(_OWN):
+                    own.append(key)
+                    continue
+                shape = file.get_slice(key).get_shape()
+                chunk = chunks.get(key, {"shape": shape, "offset": [0] * len(shape)})
+                name = key.removeprefix(_SHARED)
+                self._pieces.setdefault(name, []).append(_Piece(file, key, chunk["offset"], shape))
+                self._shapes[name] = chunk["shape"]
+            self._own.append((file, own))
+
+    def _files(self) -> list[Path]:
+        """Return the files of all ranks, in order; a missing one is an error."""
+        found = [match for path in self._path.iterdir() if (match := _PART.fullmatch(path.name))]
+        return _parts(self._path, int(found[0][2]) if found else 1)
+
+    def has(self, prefix: str) -> bool:
+        """Whether there is a tensor whose name begins with ``prefix``."""
+        return any(name.startswith(prefix) for name in self._pieces)
+
+    @property
+    def own(self) -> list[dict[str, Tensor]]:
+        """Return every rank's own tensors, in order; rows that are not read stay on the disk."""
+        return self._guarded(
+            lambda: [{key.removeprefix(_OWN): file.get_tensor(key) for key in keys} for file, keys in self._own]
+        )
+
+    @property
+    def counts(self) -> list[dict[str, int]]:
+        """Return every rank's own counts, in order."""
+        return self._counts
+
+    def whole(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with ``prefix``, whole, by the rest of their names."""
+        names = [name for name in self._pieces if name.startswith(prefix)]
+        found = {name.removeprefix(prefix): self._guarded(lambda name=name: self._empty(name)) for name in names}
+        self.fill({f"{prefix}{key}": value for key, value in found.items()})
+        return found
+
+    def _empty(self, name: str) -> Tensor:
+        first = self._pieces[name][0]
+        return first.file.get_tensor(first.key).new_empty(self._shapes[name])
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors in place, each rank what it has of sharded ones.
+
+        Raises
+        ------
+        UserError
+            If the checkpoint lacks one, or a part of one.
+        """
+        for name, value in tensors.items():
+            self._guarded(lambda name=name, value=value: self._fill(name, value))
+
+    @torch.no_grad()
+    def _fill(self, name: str, value: Tensor) -> None:
+        local, offset = _chunk(value)
+        if name not in self._pieces:
+            raise ValueError(f"{name} is not in it")
+        if value.numel() == 1 and self._pieces[name][0].shape in ([], [1]):
+            # A single number, the logit scale, has shape [1] where parameters are sharded and none elsewhere.
+            if local.numel():
+                piece = self._pieces[name][0]
+                local.copy_(piece.file.get_tensor(piece.key).reshape(local.shape))
+            return
+        if list(value.shape) != self._shapes[name]:
+            raise ValueError(f"{name} has shape {self._shapes[name]}, not {list(value.shape)}")
+        copied = 0
+        for piece in self._pieces[name]:
+            low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
+            ends = zip(offset, local.shape, piece.offset, piece.shape, strict=True)
+            high = [min(a + length, b + size) for a, length, b, size in ends]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            found = piece.file.get_slice(piece.key)[there] if there else piece.file.get_tensor(piece.key)
+            local[here].copy_(found)
+            copied += found.numel()
+        if copied != local.numel():
+            raise ValueError(f"{name} has {copied} numbers of the {local.numel()} that this rank keeps")
+
+
+def restore_training(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state in place."""
+    state = _optimizer_state(model, optimizer)  # made by a step of rate 0, if there was none yet
+    parameters = dict(model.named_parameters())
+    for name, values in state["state"].items():
+        own = optimizer.state[parameters[name]]
+        if not checkpoint.has(f"{_OPTIMIZER}{name}{_OF}"):  # a parameter that had no gradient yet
+            del optimizer.state[parameters[name]]
+            continue
+        for key, value in values.items():
+            found = torch.as_tensor(value)
+            checkpoint.fill({f"{_OPTIMIZER}{name}{_OF}{key}": found})
+            if not isinstance(value, Tensor):
+                own[key] = found.item()
+    checkpoint.fill({f"{MODEL}{key}": value for key, value in get_model_state_dict(model).items()})
+
+
+def check_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse a result made with other settings, naming the first that differs."""
+    for key in sorted(stored.keys() | settings.keys()):
+        if stored.get(key) != settings.get(key):
+            raise UserError(
+                f"{path} was made with {key}={stored.get(key)}, now it is {settings.get(key)}: "
+                "choose another --out or delete that folder"
+            )

@@ -1,0 +1,145 @@
+"""Which pairs of a larger batch to train on: those that the target can learn and the reference has learned.
+
+Each step's candidates go through the target without a graph; the chosen ones, through the usual step. JEST (Evans et
+al., NeurIPS 2024, arXiv 2406.17711) draws a batch that is learnable together; RHO-LOSS (Mindermann et al., ICML 2022)
+takes the pairs with the largest excess losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drrho.ranks import row_counts
+from drrho.selection import PairFeatures, joint_selection_from_features, pair_losses, top_k
+from experiments.clip.distributed import Ranks
+from experiments.clip.errors import UserError
+from experiments.clip.glyphs.stream import Batch
+from experiments.clip.models.clip import Clip
+from experiments.clip.training.methods import Features
+
+_DRAWS = 1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the pairs to train on."""
+
+    select: Literal["all", "jest", "jest-top-k", "rho-top-k"] = "all"
+    """Train on every pair, or on those of a larger batch that are most learnable, by the target's loss minus the
+    reference's: drawn in parts, each given those before (JEST); the same, but the largest scores instead of draws; or
+    the pairs whose own losses among all candidates exceed the reference's most (RHO-LOSS)."""
+    candidates: int = 5
+    """Pairs scored for each pair of --batch-size; JEST's filter ratio is 1 - 1/candidates, published with 5."""
+    select_chunks: int = 16
+    """Parts in which JEST chooses a batch."""
+    select_temperature: float = 1.0
+    """Of JEST's draws, in nats of the score; published: 1."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether pairs are left out."""
+        return self.select != "all"
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the batch is chosen in parts."""
+        return self.select in ("jest", "jest-top-k")
+
+    @property
+    def scored_per_pair(self) -> int:
+        """Pairs that the stream gives for each pair of the batch size."""
+        return self.candidates if self.is_on else 1
+
+
+class Chosen(NamedTuple):
+    """What a step trains on, the reference's features of it, and a function that says how learnable it is.
+
+    ``learnability`` is collective; it returns the mean excess losses of the chosen pairs and of all candidates, each
+    pair's with all candidates as negatives.
+    """
+
+    batch: Batch
+    reference: Features
+    learnability: Callable[[], dict[str, float]]
+
+
+class Selector:
+    """Chooses one in ``selection.candidates`` pairs, rounded up: over ranks what one process would choose.
+
+    Parameters
+    ----------
+    loss : "softmax" or "sigmoid"
+        Whose excess over the reference's is the score, see `drrho.selection.pair_losses`.
+    reference : Clip
+        Its logit scale and bias are the reference's in the scores; one without a bias has 0.
+    seed : int
+        Draws are a function of seed and step.
+    """
+
+    def __init__(
+        self, selection: Selection, loss: Literal["softmax", "sigmoid"], reference: Clip, seed: int, ranks: Ranks
+    ) -> None:
+        self._selection, self._loss, self._seed, self._ranks = selection, loss, seed, ranks
+        head = reference.model
+        bias = getattr(head, "logit_bias", None)
+        self._temperature, self._bias = 1 / head.logit_scale.exp().item(), 0.0 if bias is None else bias.item()
+        #: Pairs scored for each that is trained on.
+        self.candidates = selection.candidates
+
+    def choose(self, step: int, candidates: Batch, target: PairFeatures, reference: Features | None) -> Chosen:
+        """Choose among the candidates, of which both models' features are given; every rank calls.
+
+        Raises
+        ------
+        UserError
+            If all ranks together have too few candidates.
+        """
+        if reference is None:
+            raise ValueError("reference must hold the reference's features of the candidates: give train a guide")
+        guide = PairFeatures(*reference, self._temperature, self._bias)
+        total = sum(row_counts(len(candidates.index), self._ranks.group, self._ranks.device))
+        size = -(-total // self.candidates)
+        least = max(2, self._selection.select_chunks) if self._selection.is_joint else 2
+        if size < least:
+            raise UserError(
+                f"step {step} has {total} candidates for a batch of {size}, which must have at least {least} pairs, a "
+                "negative and one for each of --select-chunks: lower --candidates or --select-chunks, or train on more"
+            )
+        rows = self._rows(step, size, target, guide)
+        learnability = partial(self._learnability, rows, target, guide)
+        return Chosen(candidates.rows(rows.cpu()), (reference[0][rows], reference[1][rows]), learnability)
+
+    def _rows(self, step: int, size: int, target: PairFeatures, guide: PairFeatures) -> Tensor:
+        """Return the chosen among this rank's rows."""
+        if not self._selection.is_joint:
+            return top_k(self._excess(target, guide), size, group=self._ranks.group)
+        # Apart from the seed of dropout, which is of the same numbers.
+        seed = np.random.SeedSequence([self._seed, step], spawn_key=(_DRAWS,)).generate_state(1, np.uint64)
+        return joint_selection_from_features(
+            target,
+            guide,
+            size,
+            chunks=self._selection.select_chunks,
+            seed=int(seed[0]),
+            temperature=self._selection.select_temperature if self._selection.select == "jest" else 0.0,
+            loss=self._loss,
+            group=self._ranks.group,
+        )
+
+    def _excess(self, target: PairFeatures, guide: PairFeatures) -> Tensor:
+        """Return the excess losses of this rank's candidates, all being each other's negatives."""
+        own, other = (pair_losses(model, loss=self._loss, group=self._ranks.group) for model in (target, guide))
+        return own - other
+
+    def _learnability(self, rows: Tensor, target: PairFeatures, guide: PairFeatures) -> dict[str, float]:
+        excess = self._excess(target, guide)
+        sums = torch.stack([torch.stack([part.sum(), torch.ones_like(part).sum()]) for part in (excess[rows], excess)])
+        chosen, candidates = (total / count for total, count in self._ranks.sum(sums).tolist())
+        return {"learnability_chosen": chosen, "learnability_candidates": candidates}
