@@ -22,8 +22,8 @@ from PIL import Image
 
 from experiments.benchmarks.measure import ROOT, markdown, provenance, seconds, within
 from experiments.benchmarks.memory import forget_peak, peak
-from experiments.clip.evaluation.metrics import evaluate
 from experiments.clip.evaluation.tasks import evaluate_task
+from experiments.clip.glyphs.evaluation import evaluate
 from experiments.clip.models.clip import Clip, new_model
 
 RESULTS = Path(__file__).parent / "results" / "validation_memory.md"

@@ -85,11 +85,11 @@ class Ranks:
 
         return encode_part
 
-    def most(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         """Return the largest number of any rank; every rank calls."""
-        return self.largest(number)[0]
+        return self.maxima_over_ranks(number)[0]
 
-    def largest(self, *numbers: int) -> tuple[int, ...]:
+    def maxima_over_ranks(self, *numbers: int) -> tuple[int, ...]:
         """Return of each number the largest of any rank; every rank calls."""
         if self.group is None:
             return numbers
@@ -111,26 +111,30 @@ class Ranks:
         """Return the largest length of any rank's share."""
         return -(-number // self.count)
 
-    def agree(self, error: UserError | None) -> None:
+    def raise_on_all(self, error: UserError | None) -> None:
         """Raise on every rank if there is an error on any, and nothing otherwise; every rank calls.
 
         A rank that has an error raises it, the others one that names the first such rank.
         """
-        failed = self.most(0 if error is None else self.count - self.rank)
+        failed = self.max_over_ranks(0 if error is None else self.count - self.rank)
         if error is not None:
             raise error
         if failed:
             raise UserError(f"stopped because rank {self.count - failed} did: see its message")
 
-    def agreed(self, action: Callable[[], T]) -> T:
+    def run_on_all_or_fail(self, action: Callable[[], T]) -> T:
         """Return what ``action`` returns, if it raised a `UserError` on no rank."""
         try:
             result = action()
         except UserError as error:
-            self.agree(error)
+            self.raise_on_all(error)
             raise  # agree has raised it
-        self.agree(None)
+        self.raise_on_all(None)
         return result
+
+
+#: Without a launcher.
+ONE_PROCESS = Ranks()
 
 
 def launched(environment: Mapping[str, str]) -> tuple[int, int, int]:

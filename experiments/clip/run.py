@@ -25,14 +25,17 @@ from experiments.clip.cli.options import (
 from experiments.clip.cli.parser import as_settings, parse
 from experiments.clip.cli.plan import check_positive, cost_of, described, make_plan
 from experiments.clip.cli.presets import PRESETS
+from experiments.clip.cli.sources import reference_features
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.cli.train import run_training
 from experiments.clip.data.catalog import make_catalog, open_catalog
 from experiments.clip.distributed import joined_ranks, launched
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.tasks import write_glyph_tasks
+from experiments.clip.evaluation.tasks import task_scores
 from experiments.clip.glyphs import report
-from experiments.clip.glyphs.source import evaluate_model, features_in, glyph_features, load_pairs, prepare, task_scores
+from experiments.clip.glyphs.evaluation import evaluate_model
+from experiments.clip.glyphs.source import glyph_features, load_pairs, prepare
+from experiments.clip.glyphs.tasks import write_glyph_tasks
 from experiments.clip.io.files import write_json
 from experiments.clip.models.clip import load_model
 from experiments.clip.study.runner import run_study
@@ -108,7 +111,7 @@ def cache_reference(options: CacheReference) -> None:
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
         reference.model.to(ranks.device)
-        features_in(
+        reference_features(
             options.out,
             reference,
             open_catalog(options.catalog),

@@ -10,7 +10,7 @@ from experiments.clip.run import main
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import Cell, reference_cell
 from experiments.clip.training.optimization import Optimization
-from experiments.clip.training.trainer import Keeping
+from experiments.clip.training.trainer import CheckpointPolicy
 
 
 def training(loss, seed=0, split="train"):
@@ -21,7 +21,7 @@ def training(loss, seed=0, split="train"):
         loss=loss,
         optimization=Optimization(epochs=4, batch_size=32, warmup=2),
         seed=seed,
-        keeping=Keeping(checkpoint_minutes=0.005),
+        keeping=CheckpointPolicy(checkpoint_minutes=0.005),
         validations=2,
     )
 

@@ -12,10 +12,10 @@ from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip.cli.options import Loss, Train
 from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.terminal import console
+from experiments.clip.data.batch import Reference
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
-from experiments.clip.reference.inputs import Guide
 from experiments.clip.training.methods import (
     ConstantTemperature,
     Distilled,
@@ -54,17 +54,17 @@ def build_selector(options: Train, reference: Clip | None, ranks: Ranks) -> Sele
 
 
 def build_method(
-    loss: Loss, epochs: int, samples: int, reference: Clip | None, guide: Guide | None, ranks: Ranks
+    loss: Loss, epochs: int, samples: int, reference: Clip | None, beside: Reference | None, ranks: Ranks
 ) -> tuple[Method, dict[str, Any]]:
     """Return the method and the numbers it was resolved to."""
     chosen: dict[str, Any] = {
         key: value for key, value in as_settings(loss).items() if key not in ("reference", "reference_weights")
     }
-    if guide is not None and loss.temperature == "auto" and loss.takes_temperature:
-        spread = guide.spread()
+    if beside is not None and loss.temperature == "auto" and loss.takes_temperature:
+        spread = beside.margin_spread()
         console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
         # Every rank has computed it, on its own device.
-        chosen["temperature"] = tau = ranks.most(round(_DIGITS * SPREAD_SHARE * spread)) / _DIGITS
+        chosen["temperature"] = tau = ranks.max_over_ranks(round(_DIGITS * SPREAD_SHARE * spread)) / _DIGITS
         low, high = loss.temperature_bounds if loss.learns_temperature else (0.0, math.inf)
         if not low <= tau <= high or tau == 0:
             raise UserError(f"--temperature auto is {tau} here, outside --temperature-bounds {low} {high}: widen them")

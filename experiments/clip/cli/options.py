@@ -15,7 +15,7 @@ from experiments.clip.training.logs import LogName
 from experiments.clip.training.methods import TemperatureSchedule
 from experiments.clip.training.optimization import Optimization
 from experiments.clip.training.selection import Selection
-from experiments.clip.training.trainer import Execution, Keeping
+from experiments.clip.training.trainer import CheckpointPolicy, Execution
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Train:
     """Seed of the initial weights and of the order of the pairs."""
     out: Path = Path("outputs/train")
     """Folder for the checkpoint and the trained model; a run found there is continued."""
-    keeping: Keeping = field(default_factory=Keeping)
+    keeping: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     validations: int = 5
     """How many times to score the model on the validation split, evenly spaced."""
     logs: tuple[LogName, ...] = ("jsonl", "tensorboard")
@@ -166,6 +166,11 @@ class Train:
     samples of each are written to nonfinite.jsonl."""
     weights: Literal["float32", "float16"] = "float32"
     """Precision of the exported weights."""
+
+    @property
+    def source(self) -> str:
+        """Where the pairs come from, a key of `experiments.clip.cli.sources.SOURCES`."""
+        return "glyphs" if self.shards.catalog is None else "catalog"
 
     @property
     def needs_reference(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.clip.cli.options import Data, Loss, Shards, Train
 from experiments.clip.training.optimization import Optimization
-from experiments.clip.training.trainer import Execution, Keeping
+from experiments.clip.training.trainer import CheckpointPolicy, Execution
 
 GLYPH = "glyph-"
 
@@ -36,7 +36,7 @@ PRESETS: dict[str, Train] = {
 _VIT = {"betas": (0.9, 0.98), "adam_eps": 1e-6}
 _RESNET = {"betas": (0.9, 0.999), "adam_eps": 1e-8}
 _MIXED = Execution(precision="bfloat16")
-_SELDOM = Keeping(checkpoint_minutes=15.0)
+_SELDOM = CheckpointPolicy(checkpoint_minutes=15.0)
 
 
 def _fastclip_v3(model: str, out: str, rho: float, optimization: Optimization, **loss: Any) -> Train:

@@ -14,10 +14,10 @@ from torch import Tensor
 from experiments.clip.cli.building import build_method, build_selector, check_ranks
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings, save_config
+from experiments.clip.cli.sources import DataSource, open_training_data
 from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
-from experiments.clip.distributed import Ranks
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.source import ALONE, LoadPairs, catalog_material, glyph_material, load_pairs
 from experiments.clip.io.files import claimed, ensure_writable
 from experiments.clip.models.clip import Clip, load_model, lock_towers, new_model
 from experiments.clip.models.export import export_checkpoint, export_model
@@ -46,7 +46,7 @@ class Trained(NamedTuple):
         return {"settings": self.identity, "history": self.history}
 
 
-def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
+def run_training(options: Train, ranks: Ranks = ONE_PROCESS) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
     models = build_models(options, ranks)
     with ExitStack() as claims:
@@ -69,7 +69,7 @@ def run_training(options: Train, ranks: Ranks = ALONE) -> Trained:
     return trained
 
 
-def build_models(options: Train, ranks: Ranks = ALONE) -> Models:
+def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
     """Return the models of a run, of which nothing is written yet."""
     clip, loss = _target(options, ranks), options.loss
     reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
@@ -80,26 +80,26 @@ def build_models(options: Train, ranks: Ranks = ALONE) -> Models:
 
 
 def train_model(
-    options: Train, models: Models, ranks: Ranks, stop: Callable[[], int], load: LoadPairs = load_pairs
+    options: Train,
+    models: Models,
+    ranks: Ranks,
+    stop: Callable[[], int],
+    source: DataSource = open_training_data,
 ) -> Trained:
     """Train as the options say, going on from a checkpoint in ``options.out``; write logs and checkpoints alone.
 
-    ``stop`` is `experiments.clip.train.train`'s; ``load`` gives the embedded pairs.
+    ``stop`` is `experiments.clip.train.train`'s; ``source`` opens the pairs.
     """
     (clip, reference), loss = models, options.loss
-    folder = options.shards.catalog
-    if folder is None:
-        material = glyph_material(options, clip, reference, ranks, load)
-    else:
-        material = catalog_material(options, clip, reference, folder, ranks)
-    method, chosen = build_method(loss, options.optimization.epochs, material.samples, reference, material.guide, ranks)
+    data = source(options, clip, reference, ranks)
+    method, chosen = build_method(loss, options.optimization.epochs, data.samples, reference, data.reference, ranks)
     identity = {
         "model": options.model,
         "pretrained": clip.fingerprint,
         "lock": list(options.lock),
         "unlocked_groups": options.unlocked_groups,
         "patch_dropout": options.patch_dropout,
-        **material.identity,
+        **data.identity,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         "validations": options.validations,
@@ -113,13 +113,13 @@ def train_model(
         console.print(f"training   going on from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
     title = f"training {options.out.name}"
-    with closing(material.stream), progress_bar(title) as advance:
+    with closing(data.stream), progress_bar(title) as advance:
         history, average = train(
             clip,
             method,
-            material.stream,
+            data.stream,
             options.optimization,
-            guide=material.guide,
+            reference_model=data.reference,
             selector=build_selector(options, reference, ranks),
             ranks=ranks,
             execution=options.execution,
@@ -127,7 +127,7 @@ def train_model(
             checkpoints=checkpoints,
             keeping=options.keeping,
             settings=identity,
-            validate=material.validate,
+            validate=data.validate,
             validations=options.validations,
             logs=logs,
             log_every=options.log_every,

@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from experiments.clip.data.batch import Batch, Reference
 from experiments.clip.data.catalog import Catalog
 from experiments.clip.data.draws import Draws, random_state_restored, visit_draws
 from experiments.clip.data.order import Order, Visits
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.stream import Batch
 from experiments.clip.io.workers import Workers
-from experiments.clip.reference.inputs import Guide
 
 _SEEN = "seen"
 
@@ -51,7 +50,7 @@ class Loader:
         Share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
     pin_memory : bool
         Whether batches are put into page-locked memory, for copies to a GPU.
-    guide : Guide, optional
+    reference : Reference, optional
         The reference, for which a batch carries what it needs.
 
     Attributes
@@ -81,7 +80,7 @@ class Loader:
         block_shards: int = 16,
         skip_limit: float = 0.1,
         pin_memory: bool = False,
-        guide: Guide | None = None,
+        reference: Reference | None = None,
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
@@ -102,7 +101,7 @@ class Loader:
         self._skip_limit, self._ranks = skip_limit, ranks
         part = _Part(order, self.steps_per_epoch, rank, ranks)
         # Workers are in two neighboring blocks at a time.
-        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, guide)
+        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, reference)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -122,14 +121,14 @@ class Loader:
             self._count(batch, step)
             yield batch
 
-    def counts(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """Return how many samples this rank has seen, and how many it skipped, by reason."""
         return {_SEEN: self._seen, **self.skipped}
 
-    def go_on(self, counts: Mapping[str, int]) -> None:
-        """Count on from there, so that a run that is stopped often still meets the limit."""
-        self._seen = counts.get(_SEEN, 0)
-        self.skipped = Counter({reason: count for reason, count in counts.items() if reason != _SEEN})
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue counting from there, so that a run that is stopped often still meets the limit."""
+        self._seen = state.get(_SEEN, 0)
+        self.skipped = Counter({reason: count for reason, count in state.items() if reason != _SEEN})
 
     def close(self) -> None:
         """End the workers."""
@@ -180,9 +179,9 @@ class _BatchMaker:
         transform: Callable[[Image.Image], Tensor],
         tokenize: Callable[[Sequence[str]], Tensor],
         seed: int,
-        guide: Guide | None,
+        reference: Reference | None,
     ) -> None:
-        self._part, self._reader, self._seed, self._guide = part, reader, seed, guide
+        self._part, self._reader, self._seed, self._reference = part, reader, seed, reference
         self._transform, self._tokenize = transform, tokenize
 
     def __call__(self, key: tuple[int, int]) -> Batch:
@@ -191,7 +190,7 @@ class _BatchMaker:
         captions: list[str] = []
         indices: list[int] = []
         drawn: list[Draws] = []
-        guided: list[Tensor | None] = []
+        own_images: list[Tensor | None] = []
         skipped: Counter[str] = Counter()
         visits = self._part.visits(epoch, step)
         with random_state_restored():
@@ -199,8 +198,8 @@ class _BatchMaker:
                 self._reader.read_many(visits.index.tolist()), visits.occurrence.tolist(), strict=True
             ):
                 draws = visit_draws(self._seed, epoch, raw.index, occurrence)
-                if self._guide is not None:
-                    draws = self._guide.draws(raw.index, draws)
+                if self._reference is not None:
+                    draws = self._reference.draws(raw.index, draws)
                 pair = raw if isinstance(raw, Skip) else decode(raw, draws.choice)
                 if isinstance(pair, Skip):
                     skipped[pair.reason] += 1
@@ -210,18 +209,20 @@ class _BatchMaker:
                 captions.append(pair.caption)
                 indices.append(pair.index)
                 drawn.append(draws)
-                if self._guide is not None:
-                    guided.append(self._guide.image(pair.image, draws))
+                if self._reference is not None:
+                    own_images.append(self._reference.image(pair.image, draws))
             if not images:
                 return self._empty(skipped)
             # default_collate writes into shared memory in a worker.
             image, index = default_collate(images), torch.tensor(indices)
-        carried = None if self._guide is None else self._guide.collected(index, drawn, guided, captions)
-        return Batch(image, self._tokenize(captions), index, dict(skipped), carried)
+        reference_inputs = (
+            None if self._reference is None else self._reference.collate(index, drawn, own_images, captions)
+        )
+        return Batch(image, self._tokenize(captions), index, dict(skipped), reference_inputs)
 
     def _empty(self, skipped: Counter[str]) -> Batch:
         """Return a batch of no sample, of the same shapes otherwise."""
         image = self._transform(Image.new("RGB", (64, 64)))[None]
         index = torch.empty(0, dtype=torch.int64)
-        carried = None if self._guide is None else self._guide.nothing()
-        return Batch(image[:0], self._tokenize(["none"])[:0], index, dict(skipped), carried)
+        reference_inputs = None if self._reference is None else self._reference.empty_inputs()
+        return Batch(image[:0], self._tokenize(["none"])[:0], index, dict(skipped), reference_inputs)

@@ -199,6 +199,13 @@ def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
     return Pair(raw.index, image, caption)
 
 
+def first_pairs(catalog: Catalog, count: int) -> list[tuple[Image.Image, str]]:
+    """Return image and caption of those of the first ``count`` samples that can be used."""
+    reader = Reader(catalog)
+    found = [raw if isinstance(raw, Skip) else decode(raw) for raw in reader.read_many(range(min(count, len(catalog))))]
+    return [(pair.image, pair.caption) for pair in found if not isinstance(pair, Skip)]
+
+
 class _Refused(NamedTuple):
     reason: Reason
 

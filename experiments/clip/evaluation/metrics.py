@@ -1,49 +1,18 @@
-"""Zero-shot evaluation of a CLIP model on held-out pairs of a glyph image and its Unicode name.
+"""Zero-shot metrics as pure functions of features and labels, and the collectors that encode images and texts.
 
-The metrics are pure functions of features and labels; ``evaluate`` is the thin collector that encodes the
-held-out pairs and calls them. A query is answered within the top k when fewer than k wrong items score at
+A query is answered within the top k when fewer than k wrong items score at
 least as high as its best right item. Ties therefore count against the model, and a model whose features
 have collapsed to one point scores zero instead of one.
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
-
-SCRIPT_TEMPLATES = ("{} small letter", "{} capital letter", "{} letter")
-BASE_LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
-BASE_LETTER_TEMPLATES = tuple(
-    f"latin {case} letter {{}}{mark}"
-    for case in ("small", "capital")
-    for mark in (
-        "",
-        " with acute",
-        " with grave",
-        " with circumflex",
-        " with diaeresis",
-        " with caron",
-        " with macron",
-        " with dot below",
-    )
-)
-
-# The script is what stands before "letter" up to the first of these words: "georgian mtavruli capital
-# letter an" is Georgian. A name that begins with one ("modifier letter small h", "fullwidth latin small
-# letter a") has no script, because its picture is a styled copy of a letter and its caption does not start
-# with the class name.
-_NOT_SCRIPT = frozenset(
-    "capital circled cluster-final cluster-initial combining crossed epigraphic final fullwidth "
-    "halfwidth love modifier mtavruli negative parenthesized regional shorthand small squared subjoined "
-    "subscript superfixed superscript tag thick tortoise turned vowel-carrier".split()
-)
-_ACCENTED_LATIN = re.compile(r"latin (?:small|capital) letter ([a-z]) with .+")
 
 # A matrix product may round equal rows differently at the edge of a block, so cosines this close are ties.
 _TIE = 1e-6
@@ -76,35 +45,6 @@ class Retrieval(NamedTuple):
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
-
-
-class AttributeTask(NamedTuple):
-    """A zero-shot task: ``members`` are positions among the samples, ``labels`` index ``classes``."""
-
-    name: str
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-    members: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
-class Evaluation(NamedTuple):
-    """All three evaluations of one model."""
-
-    naming: Naming
-    attributes: dict[str, ZeroShot]
-    retrieval: Retrieval
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as nested dictionaries that survive a round trip through JSON."""
-        return {
-            "naming": self.naming._asdict(),
-            "attributes": {name: scores._asdict() for name, scores in self.attributes.items()},
-            "retrieval": {
-                direction: {str(k): recall for k, recall in recalls.items()}
-                for direction, recalls in self.retrieval._asdict().items()
-            },
-        }
 
 
 def naming(
@@ -204,80 +144,6 @@ def predictions(
     return torch.cat([some.values for some in best]), torch.cat([some.indices for some in best])
 
 
-def glyph_attributes(captions: Sequence[str], minimum: int = 20) -> list[AttributeTask]:
-    """Read the zero-shot tasks off the captions; a task with samples of fewer than two classes is left out.
-
-    Parameters
-    ----------
-    captions
-        The held-out captions, one per sample.
-    minimum
-        Number of samples that a script needs to be a class.
-
-    Returns
-    -------
-    list of AttributeTask
-        ``script``: the script of a letter, by the words that its name starts with. ``base letter``: the
-        letter under the accent of a Latin letter, among all 26.
-    """
-    scripts = [_script(caption) for caption in captions]
-    counts = Counter(script for script in scripts if script)
-    letters = [match[1] if match else "" for match in map(_ACCENTED_LATIN.fullmatch, captions)]
-    common = tuple(sorted(script for script, count in counts.items() if count >= minimum))
-    tasks = (
-        _attribute_task("script", common, SCRIPT_TEMPLATES, scripts),
-        _attribute_task("base letter", BASE_LETTERS, BASE_LETTER_TEMPLATES, letters),
-    )
-    return [task for task in tasks if len(set(task.labels)) > 1]
-
-
-def evaluate(
-    encode_image: Callable[[Tensor], Tensor],  # [b, 3, h, w] -> [b, d]
-    encode_text: Callable[[list[str]], Tensor],  # b texts -> [b, d]
-    image_batches: Iterable[Tensor],  # each [b, 3, h, w]
-    captions: Sequence[str],
-    vocabulary: Sequence[str],
-    batch_size: int = 512,
-) -> Evaluation:
-    """Run the three evaluations on held-out pairs.
-
-    Parameters
-    ----------
-    encode_image, encode_text
-        The two encoders; their features need not be normalized.
-    image_batches
-        The held-out images in the order of ``captions``.
-    captions
-        The held-out captions, one per image.
-    vocabulary
-        The distinct captions of the whole data set.
-    batch_size
-        Number of texts per call of ``encode_text``.
-    """
-    positions = {caption: position for position, caption in enumerate(vocabulary)}
-    if len(positions) < len(vocabulary):
-        repeated, _ = Counter(vocabulary).most_common(1)[0]
-        raise ValueError(f"vocabulary has {repeated!r} more than once; pass distinct captions")
-    unknown = [caption for caption in captions if caption not in positions]
-    if unknown:
-        raise ValueError(f"captions has {unknown[0]!r}, which vocabulary lacks; add it to vocabulary")
-    images = encode_images(encode_image, image_batches)
-    if len(images) != len(captions):
-        raise ValueError(f"image_batches has {len(images)} images for {len(captions)} captions; pair them up")
-    texts = encode_texts(encode_text, vocabulary, batch_size)
-    labels = torch.tensor([positions[caption] for caption in captions])
-    distinct = labels.unique()
-    attributes = {}
-    for task in glyph_attributes(captions):
-        classifier = zero_shot_classifier(encode_text, task.classes, task.templates, batch_size)
-        attributes[task.name] = zero_shot(images[list(task.members)], classifier, torch.tensor(task.labels))
-    return Evaluation(
-        naming(images, texts, labels),
-        attributes,
-        retrieval(images, texts[distinct.to(texts.device)], labels, distinct),
-    )
-
-
 @torch.no_grad()
 def encode_images(
     encode_image: Callable[[Tensor], Tensor],  # [b, 3, h, w] -> [b, d]
@@ -346,23 +212,6 @@ class Rows:
             whole[start : start + len(block)] = block
             start += len(block)
         return whole
-
-
-def _script(caption: str) -> str:
-    words = caption.split()
-    if "letter" not in words:
-        return ""
-    before = words[: words.index("letter")]
-    end = next((i for i, word in enumerate(before) if word in _NOT_SCRIPT), len(before))
-    return " ".join(before[:end])
-
-
-def _attribute_task(
-    name: str, classes: tuple[str, ...], templates: tuple[str, ...], values: Sequence[str]
-) -> AttributeTask:
-    index = {value: position for position, value in enumerate(classes)}
-    members = tuple(i for i, value in enumerate(values) if value in index)
-    return AttributeTask(name, classes, templates, members, tuple(index[values[i]] for i in members))
 
 
 def _unit(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]

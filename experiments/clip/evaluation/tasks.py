@@ -1,4 +1,4 @@
-"""Zero-shot tasks in CLIP_benchmark's folder layout: scoring a model with its metrics, writing the glyphs' as such.
+"""Zero-shot tasks in CLIP_benchmark's folder layout: a model's scores by its metrics.
 
 A task is a folder that ``clip_benchmark eval --dataset wds/NAME --dataset_root FOLDER --no_amp`` reads as well, with
 ``--task zeroshot_retrieval`` for captions, and no more ``--num_workers`` than there are shards::
@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +29,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from webdataset.writer import TarWriter
 
-from experiments.clip.distributed import Ranks
+from experiments.clip.data.reader import MAX_PIXELS
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.metrics import RECALL_AT, Rows, glyph_attributes
-from experiments.clip.glyphs.dataset import MAX_PIXELS, Manifest, read_samples
-from experiments.clip.io.files import sync, write_atomically
+from experiments.clip.evaluation.metrics import RECALL_AT, Rows
 from experiments.clip.io.tar import Damaged, tar_members
 from experiments.clip.models.clip import Clip
 
@@ -47,15 +42,13 @@ Progress = Callable[[int, int], None]
 
 # In the order in which CLIP_benchmark looks for them.
 _IMAGES = ("webp", "png", "jpg", "jpeg")
-_LABELS: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-_TYPE, _CLASSES, _TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
+LABELS: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+TYPE_FILE, CLASSES_FILE, TEMPLATES_FILE = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
 _MAX_IMAGE, _MAX_LABEL = 2**28, 2**20  # bytes
 # As webdataset splits a member's name: the type is what follows the first dot of the last part.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
 _QUERIES, _ITEMS = 1024, 2048  # a tile of scores, which stays in a cache
 _AGAIN = "copy the task again"
-_MARKER = "tasks.json"
-_ALONE = Ranks()
 
 
 class TaskScores(NamedTuple):
@@ -73,7 +66,7 @@ class TaskScores(NamedTuple):
 def evaluate_task(
     clip: Clip,
     folder: Path,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = ONE_PROCESS,
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -109,7 +102,7 @@ def evaluate_task(
     UserError
         If a file of the task is missing, damaged, or at odds with another; if features are not finite.
     """
-    task = ranks.agreed(lambda: _open_task(Path(folder), batch_size))
+    task = ranks.run_on_all_or_fail(lambda: _open_task(Path(folder), batch_size))
     was_training = clip.model.training
     clip.model.eval()
     try:
@@ -128,6 +121,14 @@ def evaluate_task(
 
 
 # --- the folder -----------------------------------------------------------------------------------------------
+
+
+def task_scores(clip: Clip, tasks: Sequence[Path], ranks: Ranks = ONE_PROCESS) -> Iterator[tuple[str, float]]:
+    """Yield the name, like ``TASK/acc1``, and the value of every metric of these tasks."""
+    for folder in tasks:
+        scores = evaluate_task(clip, folder, ranks)
+        for metric, value in scores.metrics.items():
+            yield f"{scores.name}/{metric}", value
 
 
 class _Batch(NamedTuple):
@@ -153,21 +154,21 @@ def _open_task(folder: Path, batch_size: int) -> _Task:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: choose at least 1")
     if not folder.is_dir():
-        raise UserError(f"there is no task {folder}: name a folder with {_CLASSES} and test/nshards.txt")
-    kind: Any = _text(folder / _TYPE).strip().lower() if (folder / _TYPE).exists() else "classification"
-    if kind not in _LABELS:
-        raise UserError(f"{folder / _TYPE} says {kind!r}: only {', '.join(_LABELS)} are known")
-    classes = _lines(folder / _CLASSES) if kind != "retrieval" else []
-    templates = _lines(folder / _TEMPLATES) if kind != "retrieval" else []
+        raise UserError(f"there is no task {folder}: name a folder with {CLASSES_FILE} and test/nshards.txt")
+    kind: Any = _text(folder / TYPE_FILE).strip().lower() if (folder / TYPE_FILE).exists() else "classification"
+    if kind not in LABELS:
+        raise UserError(f"{folder / TYPE_FILE} says {kind!r}: only {', '.join(LABELS)} are known")
+    classes = _lines(folder / CLASSES_FILE) if kind != "retrieval" else []
+    templates = _lines(folder / TEMPLATES_FILE) if kind != "retrieval" else []
     for template in templates:
         if "{c}" not in template or set("{}") & set(template.replace("{c}", "")):
             raise UserError(
-                f"{folder / _TEMPLATES} has the line {template!r}: mark the class by {{c}}, use no other brace"
+                f"{folder / TEMPLATES_FILE} has the line {template!r}: mark the class by {{c}}, use no other brace"
             )
     batches: list[_Batch] = []
     samples = 0
     for path in _shard_paths(folder / "test"):
-        spans = _spans(path, _LABELS[kind])
+        spans = _spans(path, LABELS[kind])
         for start in range(0, len(spans), batch_size):
             batches.append(_Batch(path, spans[start : start + batch_size], samples + start))
         samples += len(spans)
@@ -276,12 +277,12 @@ class _Batches(Dataset):
         if task.kind == "multilabel":
             label = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
             if label.shape != (len(task.classes),) or not np.isin(label, (0, 1)).all():
-                stated = f"{_CLASSES} has {len(task.classes)} lines"
+                stated = f"{CLASSES_FILE} has {len(task.classes)} lines"
                 raise ValueError(f"not 0 or 1 for each class, but an array of shape {label.shape}; {stated}")
             return label.astype(np.uint8)
         text = data.decode("ascii").strip()
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(task.classes):
-            raise ValueError(f"class {text[:20]!r}; {_CLASSES} has lines for 0 to {len(task.classes) - 1}")
+            raise ValueError(f"class {text[:20]!r}; {CLASSES_FILE} has lines for 0 to {len(task.classes) - 1}")
         return int(text)
 
 
@@ -333,7 +334,7 @@ def _encoded(clip: Clip, task: _Task, ranks: Ranks, workers: int, progress: Prog
     loader = iter(DataLoader(_Batches(task, clip.preprocess), batch_size=None, sampler=own, num_workers=workers))
     for turn in range(ranks.rounds(len(task.batches))):
         item = next(loader) if turn < len(own) else None
-        ranks.agree(item if isinstance(item, UserError) else None)
+        ranks.raise_on_all(item if isinstance(item, UserError) else None)
         if item is None:
             blank = clip.preprocess(Image.new("RGB", (8, 8)))[None]
             _unit(clip.encode_image(blank), "image", ranks)
@@ -351,7 +352,7 @@ def _unit(features: Tensor, what: str, ranks: Ranks) -> Tensor:  # [b, d] -> [b,
     problem = (
         f"the model gives {bad} of {len(features)} {what} features that are not finite: take an earlier checkpoint"
     )
-    ranks.agree(UserError(problem) if bad else None)
+    ranks.raise_on_all(UserError(problem) if bad else None)
     return F.normalize(features.float(), dim=-1)
 
 
@@ -498,108 +499,3 @@ def wrong_items_ahead(
 
 
 # --- the glyphs as tasks ----------------------------------------------------------------------------------------
-
-
-def write_glyph_tasks(manifest: Manifest, folder: Path, *, shard_size: int = 1000) -> list[Path]:
-    """Write the test split of the glyph-name pairs as tasks, all or none, and return their folders.
-
-    ``glyph-names`` classifies over the names of the whole data set; ``glyph-script`` and ``glyph-base-letter`` are the
-    attribute tasks of `glyph_attributes`, where there are any. ``glyph-retrieval`` has the first image of each name,
-    less those drawn alike, with two captions each, its name alone and with its face: equal items would leave the
-    score to the order in which a sort leaves ties.
-
-    Parameters
-    ----------
-    manifest
-        The data set.
-    folder
-        Where the tasks go. Tasks of the same data that are there already are kept.
-    shard_size
-        Samples per shard.
-    """
-    folder = Path(folder).resolve()
-    marker = {"format": 1, "data": manifest.fingerprint, "shard_size": shard_size}
-    if folder.exists() and (tasks := _written(folder, marker)):
-        return tasks
-    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        for name, kind, classes, templates, rows in _glyph_tasks(manifest):
-            _write_task(scratch / name, kind, classes, templates, rows, shard_size)
-        write_atomically(scratch / _MARKER, json.dumps(marker, indent=2).encode() + b"\n")
-        for path in (*(path for path in scratch.rglob("*") if path.is_dir()), scratch):
-            sync(path)
-        os.rename(scratch, folder)
-        sync(folder.parent)
-    except OSError as error:
-        raise UserError(f"cannot write the tasks {folder} ({error.strerror}): choose another folder") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return _written(folder, marker)
-
-
-def _written(folder: Path, marker: dict[str, Any]) -> list[Path]:
-    """Return the tasks of this marker in a folder; none in an empty one; refuse others."""
-    try:
-        if not any(folder.iterdir()):
-            return []
-        stored = json.loads((folder / _MARKER).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no tasks with a readable {_MARKER}: choose another folder") from error
-    if stored != marker:
-        raise UserError(f"{folder} holds the tasks of other data ({stored}): delete it or choose another folder")
-    return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-class _Row(NamedTuple):
-    """A sample to be written: a PNG, and the class or the captions."""
-
-    image: bytes
-    label: str
-
-
-_TaskText = tuple[str, Kind, Sequence[str], Sequence[str], Sequence[_Row]]
-
-
-def _glyph_tasks(manifest: Manifest) -> Iterator[_TaskText]:
-    samples = list(read_samples(manifest, "test"))
-    images = [_png(sample.image) for sample in samples]
-    names = [sample.meta["name"] for sample in samples]
-    position = {name: number for number, name in enumerate(manifest.vocabulary)}
-    rows = [_Row(image, str(position[name])) for image, name in zip(images, names, strict=True)]
-    yield "glyph-names", "classification", manifest.vocabulary, ("{c}",), rows
-    for task in glyph_attributes(names):
-        templates = [template.replace("{}", "{c}") for template in task.templates]
-        rows = [_Row(images[i], str(label)) for i, label in zip(task.members, task.labels, strict=True)]
-        yield f"glyph-{task.name.replace(' ', '-')}", "classification", task.classes, templates, rows
-    seen: set[bytes | str] = set()
-    rows = []
-    for sample, image, name in zip(samples, images, names, strict=True):
-        if not {image, name} & seen:
-            seen |= {image, name}
-            rows.append(_Row(image, f"{name}\n{name} in {sample.meta['face']}"))
-    yield "glyph-retrieval", "retrieval", (), (), rows
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
-
-
-def _write_task(
-    folder: Path, kind: Kind, classes: Sequence[str], templates: Sequence[str], rows: Sequence[_Row], shard_size: int
-) -> None:
-    starts = range(0, len(rows), shard_size)
-    texts = {_TYPE: [kind], "test/nshards.txt": [str(len(starts))]}
-    if classes:
-        texts |= {_CLASSES: classes, _TEMPLATES: templates}
-    for name, lines in texts.items():
-        write_atomically(folder / name, "".join(f"{line}\n" for line in lines).encode())
-    for number, start in enumerate(starts):
-        data = io.BytesIO()
-        with TarWriter(data, mtime=0, encoder=False) as writer:
-            for index, (image, label) in enumerate(rows[start : start + shard_size], start):
-                writer.write({"__key__": f"s{index:07d}", "png": image, _LABELS[kind]: label.encode()})
-        write_atomically(folder / "test" / f"{number}.tar", data.getvalue())

@@ -21,13 +21,13 @@ import webdataset
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from experiments.clip.data.reader import MAX_PIXELS
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import sync
 
 Progress = Callable[[int], None]
 
 FORMAT = 1
-MAX_PIXELS = 64 * 2**20
 
 _MANIFEST = "manifest.json"
 _MEMBERS = ("png", "txt", "json")

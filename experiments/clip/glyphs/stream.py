@@ -9,7 +9,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from experiments.clip.cli.terminal import console
+from experiments.clip.data.batch import Batch
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import Manifest, read_samples
 from experiments.clip.io.files import write_atomically
@@ -29,35 +29,6 @@ from experiments.clip.reference.cache import FeatureCache
 _PREPARED_FORMAT = 1
 _RESIZING = ("size", "resize_mode", "interpolation")
 _BLOCK = 256
-
-
-class Batch(NamedTuple):
-    """A rank's part of a global batch.
-
-    Attributes
-    ----------
-    image : Tensor ``[b, 3, h, w]``
-        Preprocessed images.
-    text : Tensor ``[b, length]``
-        Tokens.
-    index : Tensor ``[b]``
-        Sample indices.
-    skipped : mapping
-        How many samples of this part could not be used, by reason.
-    carried : tuple of Tensor, optional
-        What `experiments.clip.guide.Guide.features` makes the reference's features from.
-    """
-
-    image: Tensor
-    text: Tensor
-    index: Tensor
-    skipped: Mapping[str, int] = MappingProxyType({})
-    carried: tuple[Tensor, Tensor] | None = None
-
-    def rows(self, rows: Tensor) -> Batch:
-        """Return the pairs at places ``rows`` ``[k]`` of the batch, in that order; what was skipped stays with them."""
-        carried = None if self.carried is None else (self.carried[0][rows], self.carried[1][rows])
-        return Batch(self.image[rows], self.text[rows], self.index[rows], self.skipped, carried)
 
 
 class Pairs:
@@ -225,14 +196,14 @@ class MemoryStream:
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
             batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
-            yield batch if self._features is None else batch._replace(carried=self._features.rows(batch.index))
+            yield batch if self._features is None else batch._replace(reference_inputs=self._features.rows(batch.index))
 
-    def counts(self) -> dict[str, int]:
-        """Return nothing: every pair can be used."""
+    def state_dict(self) -> dict[str, int]:
+        """Return an empty state: every pair can be used, so there is nothing to count."""
         return {}
 
-    def go_on(self, counts: Mapping[str, int]) -> None:
-        """Accept nothing."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Load the empty state."""
 
     def close(self) -> None:
-        """End nothing: the pairs are in memory."""
+        """Do nothing: the pairs are in memory."""

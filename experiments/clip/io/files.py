@@ -26,7 +26,7 @@ _FINAL_TYPES = (FileNotFoundError, FileExistsError, PermissionError, IsADirector
 _FINAL_NUMBERS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP")}
 
 
-def with_patience(action: Callable[[], T], failures: type[Exception] = OSError) -> T:
+def retry_with_backoff(action: Callable[[], T], failures: type[Exception] = OSError) -> T:
     """Return what ``action`` returns; wait and try again where it fails in a way that may pass."""
     for wait in (*WAITS, None):
         try:
@@ -73,7 +73,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
     with writing(path):
-        with_patience(write)
+        retry_with_backoff(write)
 
 
 def sync(path: Path) -> None:
@@ -110,7 +110,7 @@ def append_line(path: Path, line: str) -> None:
             file.write(line.encode() + b"\n")
 
     with writing(path):
-        with_patience(append)
+        retry_with_backoff(append)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ import fsspec
 
 from experiments.clip.errors import UserError
 from experiments.clip.io import files
-from experiments.clip.io.files import is_final, with_patience
+from experiments.clip.io.files import is_final, retry_with_backoff
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def retry(action: Callable[[], T], path: str) -> T:
     # The libraries behind URLs have exceptions of their own.
     failures = Exception if is_remote(path) else OSError
     try:
-        return with_patience(action, failures)
+        return retry_with_backoff(action, failures)
     except UserError:
         raise
     except failures as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from experiments.clip.data.batch import Tensors
 from experiments.clip.data.draws import Draws
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import FeatureCache
@@ -18,40 +19,8 @@ from experiments.clip.reference.cache import FeatureCache
 SPREAD_PAIRS = 1024  # over which the spread of the reference's margins is taken
 _SPREAD_PART = 64  # of them go through the reference at a time
 
-Tensors = tuple[Tensor, Tensor]
 
-
-class Guide(Protocol):
-    """What the stream asks for each pair, in whatever process, and the training loop for each batch."""
-
-    def draws(self, index: int, draws: Draws) -> Draws:
-        """Return what the target is to draw, so that both see the same."""
-        ...
-
-    def image(self, image: Image.Image, draws: Draws) -> Tensor | None:
-        """Return what the reference needs of an image, if anything."""
-        ...
-
-    def collected(
-        self, index: Tensor, draws: Sequence[Draws], images: Sequence[Tensor | None], captions: Sequence[str]
-    ) -> Tensors:
-        """Return what a batch carries for `features`."""
-        ...
-
-    def nothing(self) -> Tensors:
-        """Return what a batch without samples carries."""
-        ...
-
-    def features(self, carried: Tensors, device: torch.device) -> Tensors:
-        """Return the reference's unit features ``[b, d]``, image and text, in float32."""
-        ...
-
-    def spread(self) -> float:
-        """Return the spread of the reference's margins, see `margin_spread`."""
-        ...
-
-
-class CachedGuide:
+class CachedReference:
     """Looks the features up; a batch carries them.
 
     Parameters
@@ -77,27 +46,27 @@ class CachedGuide:
     def image(self, image: Image.Image, draws: Draws) -> None:
         """Need nothing."""
 
-    def collected(
+    def collate(
         self, index: Tensor, draws: Sequence[Draws], images: Sequence[Tensor | None], captions: Sequence[str]
     ) -> Tensors:
         """Return the features, as stored."""
         return self._cache.rows(index, torch.tensor([own.choice for own in draws], dtype=torch.int64))
 
-    def nothing(self) -> Tensors:
+    def empty_inputs(self) -> Tensors:
         """Return no features, of the right width."""
         return self._cache.rows(torch.empty(0, dtype=torch.int64))
 
-    def features(self, carried: Tensors, device: torch.device) -> Tensors:
+    def features(self, inputs: Tensors, device: torch.device) -> Tensors:
         """Return them in float32."""
-        image, text = (part.to(device, non_blocking=True).float() for part in carried)
+        image, text = (part.to(device, non_blocking=True).float() for part in inputs)
         return image, text
 
-    def spread(self) -> float:
+    def margin_spread(self) -> float:
         """Return the spread over the first samples."""
         return margin_spread(*self._cache.first(self._spread_pairs))
 
 
-class LiveGuide:
+class LiveReference:
     """Runs the reference; a batch carries its inputs: the target's crop and caption, in the reference's own form.
 
     Parameters
@@ -126,26 +95,26 @@ class LiveGuide:
         draws.seed_generators()
         return self._clip.augment(image)
 
-    def collected(
+    def collate(
         self, index: Tensor, draws: Sequence[Draws], images: Sequence[Tensor | None], captions: Sequence[str]
     ) -> Tensors:
         """Return images and tokens."""
         return default_collate(list(images)), self._clip.tokenize(captions)
 
-    def nothing(self) -> Tensors:
+    def empty_inputs(self) -> Tensors:
         """Return no images and no tokens, of the right shapes."""
         return self._clip.augment(Image.new("RGB", (64, 64)))[None][:0], self._clip.tokenize(["none"])[:0]
 
     @torch.no_grad()
-    def features(self, carried: Tensors, device: torch.device) -> Tensors:
+    def features(self, inputs: Tensors, device: torch.device) -> Tensors:
         """Return the features that the reference gives."""
-        parts = max(1, min(self._parts, len(carried[0])))
-        image = torch.cat([self._clip.encode_image(part) for part in carried[0].tensor_split(parts)])
-        text = torch.cat([self._clip.encode_tokens(part) for part in carried[1].tensor_split(parts)])
+        parts = max(1, min(self._parts, len(inputs[0])))
+        image = torch.cat([self._clip.encode_image(part) for part in inputs[0].tensor_split(parts)])
+        text = torch.cat([self._clip.encode_tokens(part) for part in inputs[1].tensor_split(parts)])
         return image.float(), text.float()
 
     @torch.no_grad()
-    def spread(self) -> float:
+    def margin_spread(self) -> float:
         """Return the spread over those pairs, in the reference's evaluation preprocessing."""
         images, captions = zip(*self._first(), strict=True)
         parts = range(0, len(images), _SPREAD_PART)

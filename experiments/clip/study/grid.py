@@ -20,7 +20,7 @@ from experiments.clip.cli.presets import PRESETS
 from experiments.clip.glyphs.drawing import Captions
 from experiments.clip.training.optimization import Optimization
 from experiments.clip.training.selection import Selection
-from experiments.clip.training.trainer import Keeping
+from experiments.clip.training.trainer import CheckpointPolicy
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def training(
         selection=setting.selection,
         optimization=Optimization(epochs=passes, batch_size=BATCH, lr=setting.lr),
         seed=seed,
-        keeping=Keeping(checkpoint_minutes=5.0),
+        keeping=CheckpointPolicy(checkpoint_minutes=5.0),
         validations=VALIDATIONS,
         **options,
     )

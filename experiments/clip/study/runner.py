@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +39,10 @@ from experiments.clip.cli.terminal import console, stop_on_signal
 from experiments.clip.cli.train import Trained, build_models, train_model
 from experiments.clip.distributed import joined_ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.metrics import Evaluation
 from experiments.clip.glyphs.dataset import Manifest
 from experiments.clip.glyphs.drawing import Captions
-from experiments.clip.glyphs.source import dataset_settings, evaluate_model, load_pairs, prepare, share
+from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
+from experiments.clip.glyphs.source import dataset_settings, load_pairs, open_data, prepare, share
 from experiments.clip.glyphs.stream import Pairs
 from experiments.clip.io.files import append_whole, claimed, ensure_writable, locked
 from experiments.clip.models.clip import CONFIG_FILE, SHIPPED_REFERENCE, Clip, fingerprint_of
@@ -311,7 +311,9 @@ class _Study:
         options = dataclasses.replace(self._steered(cell), data=data, out=folder, logs=())
         execution = options.execution
         with _quiet_console(), joined_ranks(execution.device, execution.exchange_minutes) as ranks:
-            trained = train_model(options, build_models(options, ranks), ranks, stop, self._load)
+            trained = train_model(
+                options, build_models(options, ranks), ranks, stop, partial(open_data, load=self._load)
+            )
             manifest = self._manifest(cell.train.data)
             return trained, evaluate_model(trained.clip, self._load(manifest, "test", trained.clip), manifest)
 

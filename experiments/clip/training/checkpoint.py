@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.files import sync, with_patience, writing
+from experiments.clip.io.files import retry_with_backoff, sync, writing
 
 #: What a checkpoint holds and under which names; another number where that changes.
 FORMAT = "1"
@@ -181,7 +181,7 @@ class CheckpointWriter:
 
         try:
             with writing(path):
-                with_patience(write)
+                retry_with_backoff(write)
         except UserError as error:
             self._failure = error
         except Exception as error:  # a thread's error would be lost
@@ -198,12 +198,12 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
         try:
-            self._ranks.agree(self._failure)
+            self._ranks.raise_on_all(self._failure)
         except UserError:
             if self._ranks.leads:
                 _remove_partial(self._folder)
             raise
-        self._ranks.agreed(self._publish if self._ranks.leads else lambda: None)
+        self._ranks.run_on_all_or_fail(self._publish if self._ranks.leads else lambda: None)
 
     def _publish(self) -> None:
         final, partial = step_folder(self._folder, self._step), self._partial()
@@ -222,7 +222,7 @@ class CheckpointWriter:
 
         try:
             with writing(final):
-                with_patience(publish)
+                retry_with_backoff(publish)
         except UserError:
             _recover(self._folder)
             raise
@@ -325,7 +325,7 @@ class Checkpoint:
                 return action()
 
         try:
-            return with_patience(attempt)
+            return retry_with_backoff(attempt)
         except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"checkpoint {self._path} is damaged ({error}): delete it to go on from the one before"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from drrho.ranks import row_counts
 from drrho.selection import PairFeatures, joint_selection_from_features, pair_losses, top_k
+from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.stream import Batch
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features
 
@@ -102,8 +102,10 @@ class Selector:
             If all ranks together have too few candidates.
         """
         if reference is None:
-            raise ValueError("reference must hold the reference's features of the candidates: give train a guide")
-        guide = PairFeatures(*reference, self._temperature, self._bias)
+            raise ValueError(
+                "reference must hold the reference's features of the candidates: give the trainer a reference"
+            )
+        of_reference = PairFeatures(*reference, self._temperature, self._bias)
         total = sum(row_counts(len(candidates.index), self._ranks.group, self._ranks.device))
         size = -(-total // self.candidates)
         least = max(2, self._selection.select_chunks) if self._selection.is_joint else 2
@@ -112,19 +114,19 @@ class Selector:
                 f"step {step} has {total} candidates for a batch of {size}, which must have at least {least} pairs, a "
                 "negative and one for each of --select-chunks: lower --candidates or --select-chunks, or train on more"
             )
-        rows = self._rows(step, size, target, guide)
-        learnability = partial(self._learnability, rows, target, guide)
+        rows = self._rows(step, size, target, of_reference)
+        learnability = partial(self._learnability, rows, target, of_reference)
         return Chosen(candidates.rows(rows.cpu()), (reference[0][rows], reference[1][rows]), learnability)
 
-    def _rows(self, step: int, size: int, target: PairFeatures, guide: PairFeatures) -> Tensor:
+    def _rows(self, step: int, size: int, target: PairFeatures, of_reference: PairFeatures) -> Tensor:
         """Return the chosen among this rank's rows."""
         if not self._selection.is_joint:
-            return top_k(self._excess(target, guide), size, group=self._ranks.group)
+            return top_k(self._excess(target, of_reference), size, group=self._ranks.group)
         # Apart from the seed of dropout, which is of the same numbers.
         seed = np.random.SeedSequence([self._seed, step], spawn_key=(_DRAWS,)).generate_state(1, np.uint64)
         return joint_selection_from_features(
             target,
-            guide,
+            of_reference,
             size,
             chunks=self._selection.select_chunks,
             seed=int(seed[0]),
@@ -133,13 +135,13 @@ class Selector:
             group=self._ranks.group,
         )
 
-    def _excess(self, target: PairFeatures, guide: PairFeatures) -> Tensor:
+    def _excess(self, target: PairFeatures, of_reference: PairFeatures) -> Tensor:
         """Return the excess losses of this rank's candidates, all being each other's negatives."""
-        own, other = (pair_losses(model, loss=self._loss, group=self._ranks.group) for model in (target, guide))
+        own, other = (pair_losses(model, loss=self._loss, group=self._ranks.group) for model in (target, of_reference))
         return own - other
 
-    def _learnability(self, rows: Tensor, target: PairFeatures, guide: PairFeatures) -> dict[str, float]:
-        excess = self._excess(target, guide)
+    def _learnability(self, rows: Tensor, target: PairFeatures, of_reference: PairFeatures) -> dict[str, float]:
+        excess = self._excess(target, of_reference)
         sums = torch.stack([torch.stack([part.sum(), torch.ones_like(part).sum()]) for part in (excess[rows], excess)])
         chosen, candidates = (total / count for total, count in self._ranks.sum(sums).tolist())
         return {"learnability_chosen": chosen, "learnability_candidates": candidates}

@@ -6,11 +6,11 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,11 @@ from drrho.accumulation import accumulate
 from drrho.coefficient import within_anchors
 from drrho.ranks import gathered, row_counts
 from drrho.selection import PairFeatures
+from experiments.clip.data.batch import Batch, Reference, Stream
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.stream import Batch
 from experiments.clip.io.files import append_line
 from experiments.clip.models.clip import Clip, at_least_one
-from experiments.clip.reference.inputs import Guide
 from experiments.clip.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -71,31 +70,8 @@ class Execution:
     """How long a rank waits for another before it stops with an error."""
 
 
-class Stream(Protocol):
-    """Batches of this rank: what comes is a function of seed, epoch and step alone."""
-
-    #: Steps of an epoch, on every rank.
-    steps_per_epoch: int
-
-    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
-        ...
-
-    def counts(self) -> dict[str, int]:
-        """Return what this rank has counted so far, for a checkpoint."""
-        ...
-
-    def go_on(self, counts: Mapping[str, int]) -> None:
-        """Count on from there."""
-        ...
-
-    def close(self) -> None:
-        """End what reads."""
-        ...
-
-
 @dataclass(frozen=True)
-class Keeping:
+class CheckpointPolicy:
     """When checkpoints are written, and which stay."""
 
     checkpoint_minutes: float = 1.0
@@ -123,13 +99,13 @@ def train(
     stream: Stream,
     optimization: Optimization,
     *,
-    guide: Guide | None,
+    reference_model: Reference | None,
     selector: Selector | None = None,
     ranks: Ranks,
     execution: Execution,
     seed: int,
     checkpoints: Path,
-    keeping: Keeping,
+    keeping: CheckpointPolicy,
     settings: dict[str, Any],
     validate: Callable[[], Record],
     validations: int,
@@ -149,10 +125,10 @@ def train(
 
     Parameters
     ----------
-    guide : Guide, optional
+    reference_model : Reference, optional
         Gives the reference's features of a batch.
     selector : Selector, optional
-        Chooses what to train on among the pairs of a step, by both models' features; it needs a guide. Otherwise a step
+        Chooses what to train on among the pairs of a step, by both models' features; it needs one. Otherwise a step
         trains on all.
     settings : dict
         All that the weights depend on, in JSON's types; a checkpoint made with others is refused.
@@ -204,11 +180,11 @@ def train(
             # Where some optimizers count.
             "optimizer_steps": [int(group["step"]) if "step" in group else None for group in optimizer.param_groups],
         }
-        writer.start(shared(), method.state_dict(), stream.counts(), progress, best_step)
+        writer.start(shared(), method.state_dict(), stream.state_dict(), progress, best_step)
 
     found = latest_checkpoint(checkpoints)
     number = -1 if found is None else step_number(found)
-    highest, lowest = ranks.largest(number, -number)
+    highest, lowest = ranks.maxima_over_ranks(number, -number)
     if highest != -lowest:
         raise UserError(
             f"rank {ranks.rank} finds {found or 'no checkpoint'}, others another one: --out must be a folder that all "
@@ -240,7 +216,7 @@ def train(
             checkpoint.fill({f"{_SCALER}{key}": value for key, value in state.items()})
             scaler.load_state_dict({key: value.item() for key, value in state.items()})
         method.load_state_dict(checkpoint.own)
-        stream.go_on(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
+        stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
     one = torch.ones((), device=ranks.device)
     saved = time.monotonic()
     interval = Interval(ranks)
@@ -253,9 +229,9 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             scale = ranks.count * float(scaler.scale(one))
             reference = None
-            if guide is not None and candidates.carried is not None:
+            if reference_model is not None and candidates.reference_inputs is not None:
                 with towers.autocast():
-                    reference = guide.features(candidates.carried, ranks.device)
+                    reference = reference_model.features(candidates.reference_inputs, ranks.device)
             lr = learning_rate(step, total, optimization)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -315,7 +291,9 @@ def train(
                 or seconds > 60 * keeping.checkpoint_minutes
                 or step % (keeping.checkpoint_steps or step + 1) == 0
             )
-            wanted, is_writing = ranks.largest(_SAVE + asked if asked else _SAVE * is_due, int(writer.is_writing))
+            wanted, is_writing = ranks.maxima_over_ranks(
+                _SAVE + asked if asked else _SAVE * is_due, int(writer.is_writing)
+            )
             if writer.has_begun and not is_writing:
                 writer.settle()
             if wanted:
@@ -418,7 +396,7 @@ class Towers:
 
     def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
         """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
-        parts = min(parts, max(1, self._ranks.most(len(batch.index)))) if parts > 1 else 1
+        parts = min(parts, max(1, self._ranks.max_over_ranks(len(batch.index)))) if parts > 1 else 1
         return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
 
     def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -429,7 +407,7 @@ class Towers:
 
     def _refuse_not_finite(self, *features: Tensor) -> None:
         # All ranks say it together: one that raised alone would leave the others waiting in the loss.
-        if self._ranks.most(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
+        if self._ranks.max_over_ranks(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
             raise NotFinite("the features are not finite")
 
 

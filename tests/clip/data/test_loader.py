@@ -238,9 +238,9 @@ def test_skips_before_an_interruption_count(make, tmp_path, monkeypatch):
     with pytest.raises(UserError) as again:
         for step in range(12):
             part = make(catalog, batch_size=18, skip_limit=0.05)
-            part.go_on(counts)
+            part.load_state_dict(counts)
             next(part.batches(0, step))
-            counts = part.counts()
+            counts = part.state_dict()
             assert sum(counts.values()) - counts["seen"] == part.skipped.total()
     assert str(again.value) == str(refusal.value)
 

@@ -8,18 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from experiments.clip.evaluation.metrics import (
-    BASE_LETTERS,
     Naming,
     ZeroShot,
     encode_images,
     encode_texts,
-    evaluate,
-    glyph_attributes,
     naming,
     predictions,
     retrieval,
     zero_shot,
     zero_shot_classifier,
+)
+from experiments.clip.glyphs.evaluation import (
+    BASE_LETTERS,
+    evaluate,
+    glyph_attributes,
 )
 
 

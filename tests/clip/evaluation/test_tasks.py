@@ -24,10 +24,11 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation import metrics as evaluate_module
 from experiments.clip.evaluation import tasks as benchmark_tasks
-from experiments.clip.evaluation.metrics import evaluate
-from experiments.clip.evaluation.tasks import evaluate_task, write_glyph_tasks, wrong_items_ahead
+from experiments.clip.evaluation.tasks import evaluate_task, wrong_items_ahead
 from experiments.clip.glyphs.dataset import read_samples
+from experiments.clip.glyphs.evaluation import evaluate
 from experiments.clip.glyphs.stream import Pairs
+from experiments.clip.glyphs.tasks import write_glyph_tasks
 from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
 
 RECORDED = Path(__file__).parents[2] / "fixtures" / "clip_benchmark.json"

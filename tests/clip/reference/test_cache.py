@@ -18,7 +18,7 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.reference.cache import cache_features, open_features
-from experiments.clip.reference.inputs import CachedGuide, LiveGuide, margin_spread
+from experiments.clip.reference.inputs import CachedReference, LiveReference, margin_spread
 from tests.clip.tars import write_tar
 
 
@@ -132,15 +132,21 @@ def test_a_sample_that_cannot_be_read_has_no_row_and_asking_for_it_is_an_error(r
         with pytest.raises(UserError, match=f"sample {index} are missing"):
             features.rows(torch.tensor([1, index]))
     loader = Loader(
-        catalog, reference.augment, reference.tokenize, batch_size=3, seed=0, guide=CachedGuide(features), skip_limit=1
+        catalog,
+        reference.augment,
+        reference.tokenize,
+        batch_size=3,
+        seed=0,
+        reference=CachedReference(features),
+        skip_limit=1,
     )
-    carried = [batch.carried[0] for batch in loader.batches(0) if len(batch.index)]
-    assert sum(map(len, carried)) == 4 == 6 - loader.skipped.total()
+    reference_inputs = [batch.reference_inputs[0] for batch in loader.batches(0) if len(batch.index)]
+    assert sum(map(len, reference_inputs)) == 4 == 6 - loader.skipped.total()
 
 
 @torch.no_grad()
 def test_the_target_sees_the_crop_and_caption_of_the_view_that_is_looked_up(reference, tmp_path):
-    """A reference that is also the target's architecture and size: its features of the batch are the carried ones."""
+    """A reference that is also the target's architecture and size: its features of the batch are those it carries."""
     members = []
     for k in range(5):
         members += [(f"{k}.png", noise(k)), (f"{k}.json", b'{"c": ["letter a", "digit two", "arrow"]}')]
@@ -152,17 +158,17 @@ def test_the_target_sees_the_crop_and_caption_of_the_view_that_is_looked_up(refe
     seen = set()
 
     def check(guide, epochs):
-        loader = Loader(catalog, reference.augment, reference.tokenize, batch_size=5, seed=0, guide=guide)
+        loader = Loader(catalog, reference.augment, reference.tokenize, batch_size=5, seed=0, reference=guide)
         for epoch in range(epochs):
             (batch,) = loader.batches(epoch)
-            image, text = guide.features(batch.carried, torch.device("cpu"))
+            image, text = guide.features(batch.reference_inputs, torch.device("cpu"))
             assert torch.allclose(reference.encode_image(batch.image), image, rtol=0, atol=1e-3)
             assert torch.allclose(reference.encode_tokens(batch.text), text, rtol=0, atol=1e-3)
             seen.update(tuple(row.tolist()) for row in image)
 
-    check(CachedGuide(features), 20)
+    check(CachedReference(features), 20)
     assert len(seen) == 15  # every view of every sample
-    check(LiveGuide(reference, 2, list), 2)
+    check(LiveReference(reference, 2, list), 2)
     assert len(seen) == 25
 
 
@@ -176,13 +182,13 @@ def test_one_view_goes_with_the_first_caption_and_free_crops(catalog, reference,
 def test_a_live_reference_has_its_own_size_and_tokens(catalog, reference):
     """The target takes 64 pixels and another length of context; what the reference gets is the reference's."""
     target = new_model("glyph-small", 0, force_image_size=64, force_context_length=9)
-    guide = LiveGuide(reference, 1, list)
-    loader = Loader(catalog, target.augment, target.tokenize, batch_size=30, seed=0, workers=1, guide=guide)
+    guide = LiveReference(reference, 1, list)
+    loader = Loader(catalog, target.augment, target.tokenize, batch_size=30, seed=0, workers=1, reference=guide)
     batch = next(iter(loader.batches(0)))
     loader.close()
-    assert batch.image.shape[2:] == (64, 64) and batch.carried[0].shape[2:] == (32, 32)
-    assert batch.carried[1].shape[1] == reference.model.context_length
-    image, _ = guide.features(batch.carried, torch.device("cpu"))
+    assert batch.image.shape[2:] == (64, 64) and batch.reference_inputs[0].shape[2:] == (32, 32)
+    assert batch.reference_inputs[1].shape[1] == reference.model.context_length
+    image, _ = guide.features(batch.reference_inputs, torch.device("cpu"))
     assert image.shape == (30, 64)
 
 
@@ -193,8 +199,8 @@ def test_spread_is_that_of_the_margins_of_different_pairs(catalog, reference, ca
     pairs = [(pair.image, pair.caption) for pair in samples(catalog, range(150))]
     features = open_features(reference, catalog, cached)
     first = features.rows(torch.arange(64))
-    assert CachedGuide(features).spread() == pytest.approx(margin_spread(*first), rel=1e-5)
-    assert LiveGuide(reference, 1, lambda: pairs[:64]).spread() == pytest.approx(margin_spread(*first), rel=1e-2)
+    assert CachedReference(features).spread() == pytest.approx(margin_spread(*first), rel=1e-5)
+    assert LiveReference(reference, 1, lambda: pairs[:64]).spread() == pytest.approx(margin_spread(*first), rel=1e-2)
 
 
 def test_a_registered_model_with_a_file_of_weights_is_a_reference(reference, tmp_path):

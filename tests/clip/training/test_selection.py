@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.clip.test_train import run
+from tests.clip.training.test_trainer import run
 
 from drrho.contrastive import contrastive_risk
 from experiments.clip.cli.building import build_method, build_selector
@@ -15,7 +15,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.glyphs.source import glyph_features
 from experiments.clip.glyphs.stream import Pairs, epoch_order
 from experiments.clip.models.clip import new_model
-from experiments.clip.reference.inputs import CachedGuide
+from experiments.clip.reference.inputs import CachedReference
 from experiments.clip.training.methods import OpenCLIP, SigLIP
 from experiments.clip.training.selection import Selection, Selector
 
@@ -53,7 +53,9 @@ def matrices(clip, reference, pairs, features, index):
     with torch.no_grad():
         batch = pairs.batch(index)
         target = clip.encode_image(batch.image).double(), clip.encode_tokens(batch.text).double()
-        guide = [part.double() for part in CachedGuide(features).features(features.rows(index), torch.device("cpu"))]
+        guide = [
+            part.double() for part in CachedReference(features).features(features.rows(index), torch.device("cpu"))
+        ]
         found = []
         for (image, text), model in ((target, clip.model), (guide, reference.model)):
             bias = 0.0 if model.logit_bias is None else model.logit_bias.double()
@@ -126,7 +128,7 @@ def test_one_candidate_for_each_pair_is_training_on_all(pairs, features, referen
 
 def test_an_unsteered_method_gets_no_reference(pairs, features, reference, tmp_path):
     """FastCLIP on chosen pairs is what it is without a reference, not DRRho on them."""
-    guide = CachedGuide(features)
+    guide = CachedReference(features)
     for method in ("fastclip", "drrho"):
         options = parse(["train", "--method", method, "--temperature", "0.1", "--select", "rho-top-k"])
         selector = build_selector(options, reference, Ranks())
@@ -154,5 +156,5 @@ def test_too_few_candidates_and_no_guide_are_refused(pairs, features, reference,
     selector = Selector(Selection("jest", candidates=50, select_chunks=4), "softmax", reference, 0, Ranks())
     with pytest.raises(UserError, match="step 0 has 150 candidates for a batch of 3, which must have at least 4 pairs"):
         run(pairs, OpenCLIP(), tmp_path / "a", features, optimization=SHORT, selector=selector)
-    with pytest.raises(ValueError, match="give train a guide"):
+    with pytest.raises(ValueError, match="give the trainer a reference"):
         run(pairs, OpenCLIP(), tmp_path / "b", optimization=SHORT, selector=selector)

@@ -22,15 +22,15 @@ from experiments.clip.glyphs.stream import MemoryStream, Pairs, epoch_order
 from experiments.clip.io import files
 from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
-from experiments.clip.reference.inputs import CachedGuide
+from experiments.clip.reference.inputs import CachedReference
 from experiments.clip.training import checkpoint as checkpoint_module
 from experiments.clip.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from experiments.clip.training.logs import Logs
 from experiments.clip.training.methods import ConstantTemperature, Distilled, GlobalContrastive, Head, OpenCLIP, SigLIP
 from experiments.clip.training.optimization import MovingAverage, Optimization, learning_rate
-from experiments.clip.training.trainer import Execution, Interrupted, Keeping, best_record, train
+from experiments.clip.training.trainer import CheckpointPolicy, Execution, Interrupted, best_record, train
 
-SELDOM = Keeping(checkpoint_minutes=1e9)
+SELDOM = CheckpointPolicy(checkpoint_minutes=1e9)
 SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
 
 
@@ -80,7 +80,7 @@ def run(
             pairs, optimization.batch_size * (selector.candidates if selector else 1), seed, features=features
         ),
         optimization,
-        guide=None if features is None else CachedGuide(features),
+        reference_model=None if features is None else CachedReference(features),
         selector=selector,
         ranks=Ranks(),
         execution=Execution(**options),
@@ -110,7 +110,7 @@ def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_sample
     image, text = clip.encode_image(images).double(), clip.encode_text(captions).double()
     tau = 0.1
     rows = [features.rows(torch.tensor([k])) for k in index.tolist()]
-    guided = CachedGuide(features).features(features.rows(index), torch.device("cpu"))
+    guided = CachedReference(features).features(features.rows(index), torch.device("cpu"))
     loss = contrastive(len(samples)).loss((image, text), index, HEAD, 0, guided)
 
     ref_image, ref_text = (torch.cat(part).double() for part in zip(*rows, strict=True))
@@ -195,7 +195,7 @@ SETTINGS = {
 def built(name, pairs, features, reference, optimization=SHORT):
     """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
     options = parse(["train", *SETTINGS[name]])
-    guide = (reference, CachedGuide(features)) if options.needs_reference else (None, None)
+    guide = (reference, CachedReference(features)) if options.needs_reference else (None, None)
     scored = options.selection.scored_per_pair
     return {
         "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, Ranks())[0],
@@ -367,7 +367,7 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
 def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
     """Accuracies rise and fall: the highest one's checkpoint stays beside the last, also after an interruption."""
     scores = iter([0.1, 0.7, 0.3, 0.7, 0.2])
-    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=3, keep=1, best="accuracy")
+    keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=3, keep=1, best="accuracy")
     left = iter([False] * 6 + [True])
 
     def validated(**options):
@@ -400,7 +400,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeyp
         saves(*arguments)
 
     monkeypatch.setattr(checkpoint_module, "save_file", slowly)
-    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=4)
+    keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=4)
 
     def on_step(step, total, log):
         steps.append(step)
@@ -459,7 +459,7 @@ def test_a_read_that_fails_for_a_while_is_no_damage(pairs, tmp_path, monkeypatch
 
 def test_the_best_of_an_older_checkpoint_stays_as_long_as_it_does(pairs, tmp_path):
     scores = iter([0.5, 0.1, 0.2, 0.3, 0.9])
-    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=3, keep=2, best="accuracy")
+    keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=3, keep=2, best="accuracy")
     run(pairs, OpenCLIP(), tmp_path / "c", keeping=keeping, validate=lambda: {"accuracy": next(scores)}, validations=5)
     names = sorted(path.name for path in (tmp_path / "c").iterdir())
     assert names == ["step-00000002", "step-00000009", "step-00000010"]  # 2 is the best of 9
@@ -508,7 +508,7 @@ def test_a_disk_that_fails_for_a_while_or_for_good(number, attempts, pairs, tmp_
         saves(*arguments)
 
     monkeypatch.setattr(checkpoint_module, "save_file", failing)
-    keeping = Keeping(checkpoint_minutes=1e9, checkpoint_steps=4)
+    keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=4)
 
     def at_step(step, total, log):
         failures.extend([number] * 50 * (step == 7))

@@ -1,0 +1,128 @@
+"""Where training pairs come from: the one place through which data enter a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from experiments.clip.cli.options import Train
+from experiments.clip.cli.terminal import console, progress_bar
+from experiments.clip.data.batch import Reference, Stream
+from experiments.clip.data.catalog import Catalog, open_catalog
+from experiments.clip.data.loader import Loader
+from experiments.clip.data.reader import first_pairs
+from experiments.clip.data.sources import parse_weights
+from experiments.clip.distributed import ONE_PROCESS, Ranks
+from experiments.clip.errors import UserError
+from experiments.clip.evaluation.tasks import task_scores
+from experiments.clip.models.clip import Clip
+from experiments.clip.reference.cache import FeatureCache, cache_features, open_features
+from experiments.clip.reference.inputs import SPREAD_PAIRS, CachedReference, LiveReference
+
+#: The module of each source by `Train.source`; its function ``open_data`` is a `DataSource`. Embedded data sets stand
+#: above this room, so their modules are imported when they are asked for.
+SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.clip.glyphs.source"}
+
+
+class TrainingData(NamedTuple):
+    """What a run trains on, and how it is validated.
+
+    Attributes
+    ----------
+    samples : int
+        Distinct samples that the stream visits.
+    identity : dict
+        What the weights depend on, in JSON's types.
+    validate : callable
+        Scores the model as it stands.
+    """
+
+    stream: Stream
+    samples: int
+    identity: dict[str, Any]
+    validate: Callable[[], dict[str, float]]
+    reference: Reference | None = None
+
+
+class DataSource(Protocol):
+    """Opens the pairs that the options name, for the model that is trained and the reference beside it."""
+
+    def __call__(self, options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> TrainingData:
+        """Open them; see `TrainingData`."""
+        ...
+
+
+def open_training_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> TrainingData:
+    """Open the source that the options name."""
+    source: DataSource = import_module(SOURCES[options.source]).open_data
+    return source(options, clip, reference, ranks)
+
+
+def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> TrainingData:
+    """Open a catalog: its pairs are read while training, and its zero-shot tasks validate the model."""
+    shards, folder = options.shards, options.shards.catalog
+    assert folder is not None
+    for task in shards.tasks:
+        if not task.is_dir():
+            raise UserError(f"--tasks {task} is no folder: name folders in CLIP_benchmark's layout")
+    catalog = open_catalog(folder)
+    weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
+    order = {
+        "resampled": shards.resampled,
+        "epoch_samples": shards.epoch_samples,
+        "block_shards": shards.block_shards,
+    }
+    identity = {"data": catalog.fingerprint, "weights": weights, **order}
+    beside: Reference | None = None
+    if reference is not None:
+        beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
+    loader = Loader(
+        catalog,
+        clip.augment,
+        clip.tokenize,
+        batch_size=options.pairs_per_step,
+        seed=options.seed,
+        workers=shards.workers,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        weights=weights,
+        skip_limit=shards.skip_limit,
+        pin_memory=ranks.device.type == "cuda",
+        reference=beside,
+        **order,
+    )
+    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
+    validate = partial(_validate, clip, shards.tasks, ranks)
+    return TrainingData(loader, len(catalog), identity, validate, beside)
+
+
+def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:
+    """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
+    folder = options.shards.reference_features
+    if folder is not None:
+        cached = CachedReference(open_features(reference, catalog, folder))
+        console.print(f"features   {folder}, views of a sample: {cached.views}")
+        return cached, cached.views
+    reference.model.to(ranks.device)
+    parts = options.optimization.accumulation * options.selection.scored_per_pair
+    console.print("features   computed while training: `run.py cache-reference` computes them once")
+    return LiveReference(reference, parts, partial(first_pairs, catalog, SPREAD_PAIRS)), "live"
+
+
+def _validate(clip: Clip, tasks: tuple[Path, ...], ranks: Ranks) -> dict[str, float]:
+    return dict(task_scores(clip, tasks, ranks))
+
+
+def reference_features(
+    folder: Path, reference: Clip, catalog: Catalog, ranks: Ranks = ONE_PROCESS, **options: Any
+) -> FeatureCache:
+    """Return the reference's features of a catalog; all ranks compute what is missing."""
+    with progress_bar("reference features") as advance:
+        computed = ranks.run_on_all_or_fail(
+            lambda: cache_features(reference, catalog, folder, ranks=ranks, progress=advance, **options)
+        )
+    console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
+    return open_features(reference, catalog, folder)

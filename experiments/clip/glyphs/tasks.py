@@ -1,0 +1,127 @@
+"""The held-out glyph pairs as zero-shot tasks in CLIP_benchmark's folder layout."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from experiments.clip.errors import UserError
+from experiments.clip.evaluation.tasks import CLASSES_FILE, LABELS, TEMPLATES_FILE, TYPE_FILE, Kind
+from experiments.clip.glyphs.dataset import Manifest, read_samples
+from experiments.clip.glyphs.evaluation import glyph_attributes
+from experiments.clip.io.files import sync, write_atomically
+
+_MARKER = "tasks.json"
+
+
+def write_glyph_tasks(manifest: Manifest, folder: Path, *, shard_size: int = 1000) -> list[Path]:
+    """Write the test split of the glyph-name pairs as tasks, all or none, and return their folders.
+
+    ``glyph-names`` classifies over the names of the whole data set; ``glyph-script`` and ``glyph-base-letter`` are the
+    attribute tasks of `glyph_attributes`, where there are any. ``glyph-retrieval`` has the first image of each name,
+    less those drawn alike, with two captions each, its name alone and with its face: equal items would leave the
+    score to the order in which a sort leaves ties.
+
+    Parameters
+    ----------
+    manifest
+        The data set.
+    folder
+        Where the tasks go. Tasks of the same data that are there already are kept.
+    shard_size
+        Samples per shard.
+    """
+    folder = Path(folder).resolve()
+    marker = {"format": 1, "data": manifest.fingerprint, "shard_size": shard_size}
+    if folder.exists() and (tasks := _written(folder, marker)):
+        return tasks
+    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        for name, kind, classes, templates, rows in _glyph_tasks(manifest):
+            _write_task(scratch / name, kind, classes, templates, rows, shard_size)
+        write_atomically(scratch / _MARKER, json.dumps(marker, indent=2).encode() + b"\n")
+        for path in (*(path for path in scratch.rglob("*") if path.is_dir()), scratch):
+            sync(path)
+        os.rename(scratch, folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"cannot write the tasks {folder} ({error.strerror}): choose another folder") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return _written(folder, marker)
+
+
+def _written(folder: Path, marker: dict[str, Any]) -> list[Path]:
+    """Return the tasks of this marker in a folder; none in an empty one; refuse others."""
+    try:
+        if not any(folder.iterdir()):
+            return []
+        stored = json.loads((folder / _MARKER).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no tasks with a readable {_MARKER}: choose another folder") from error
+    if stored != marker:
+        raise UserError(f"{folder} holds the tasks of other data ({stored}): delete it or choose another folder")
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+class _Row(NamedTuple):
+    """A sample to be written: a PNG, and the class or the captions."""
+
+    image: bytes
+    label: str
+
+
+_TaskText = tuple[str, Kind, Sequence[str], Sequence[str], Sequence[_Row]]
+
+
+def _glyph_tasks(manifest: Manifest) -> Iterator[_TaskText]:
+    samples = list(read_samples(manifest, "test"))
+    images = [_png(sample.image) for sample in samples]
+    names = [sample.meta["name"] for sample in samples]
+    position = {name: number for number, name in enumerate(manifest.vocabulary)}
+    rows = [_Row(image, str(position[name])) for image, name in zip(images, names, strict=True)]
+    yield "glyph-names", "classification", manifest.vocabulary, ("{c}",), rows
+    for task in glyph_attributes(names):
+        templates = [template.replace("{}", "{c}") for template in task.templates]
+        rows = [_Row(images[i], str(label)) for i, label in zip(task.members, task.labels, strict=True)]
+        yield f"glyph-{task.name.replace(' ', '-')}", "classification", task.classes, templates, rows
+    seen: set[bytes | str] = set()
+    rows = []
+    for sample, image, name in zip(samples, images, names, strict=True):
+        if not {image, name} & seen:
+            seen |= {image, name}
+            rows.append(_Row(image, f"{name}\n{name} in {sample.meta['face']}"))
+    yield "glyph-retrieval", "retrieval", (), (), rows
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def _write_task(
+    folder: Path, kind: Kind, classes: Sequence[str], templates: Sequence[str], rows: Sequence[_Row], shard_size: int
+) -> None:
+    starts = range(0, len(rows), shard_size)
+    texts = {TYPE_FILE: [kind], "test/nshards.txt": [str(len(starts))]}
+    if classes:
+        texts |= {CLASSES_FILE: classes, TEMPLATES_FILE: templates}
+    for name, lines in texts.items():
+        write_atomically(folder / name, "".join(f"{line}\n" for line in lines).encode())
+    for number, start in enumerate(starts):
+        data = io.BytesIO()
+        with TarWriter(data, mtime=0, encoder=False) as writer:
+            for index, (image, label) in enumerate(rows[start : start + shard_size], start):
+                writer.write({"__key__": f"s{index:07d}", "png": image, LABELS[kind]: label.encode()})
+        write_atomically(folder / "test" / f"{number}.tar", data.getvalue())
