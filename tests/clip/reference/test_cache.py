@@ -199,8 +199,8 @@ def test_spread_is_that_of_the_margins_of_different_pairs(catalog, reference, ca
     pairs = [(pair.image, pair.caption) for pair in samples(catalog, range(150))]
     features = open_features(reference, catalog, cached)
     first = features.rows(torch.arange(64))
-    assert CachedReference(features).spread() == pytest.approx(margin_spread(*first), rel=1e-5)
-    assert LiveReference(reference, 1, lambda: pairs[:64]).spread() == pytest.approx(margin_spread(*first), rel=1e-2)
+    assert CachedReference(features).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-5)
+    assert LiveReference(reference, 1, lambda: pairs[:64]).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-2)
 
 
 def test_a_registered_model_with_a_file_of_weights_is_a_reference(reference, tmp_path):
