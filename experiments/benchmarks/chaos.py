@@ -223,7 +223,7 @@ def loads(folder: Path) -> bool:
     """Whether the last checkpoint, if there is one, can be read whole."""
     last = latest_checkpoint(folder / "out" / "checkpoints")
     try:
-        return last is None or bool(Checkpoint(last).whole(""))
+        return last is None or bool(Checkpoint(last).full_tensors(""))
     except UserError:
         return False
 

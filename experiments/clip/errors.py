@@ -1,5 +1,13 @@
-"""The one exception that ``run.py`` turns into a single line on stderr and exit status 2."""
+"""The exceptions that ``run.py`` turns into a single line on stderr and an exit status."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the thing, the value it has and the remedy."""
+    """Something the user can mend; the message names the thing, the value it has and the remedy. Exit status 2."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, by the signal of number ``signal``, and its checkpoint is written."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -2,204 +2,87 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from experiments.clip.cli.options import (
-    CacheReference,
-    Catalog,
-    Data,
-    Demo,
-    Evaluate,
-    GlyphTasks,
-    Plan,
-    Prepare,
-    Study,
-    Train,
-)
-from experiments.clip.cli.parser import as_settings, parse
-from experiments.clip.cli.plan import check_positive, cost_of, described, make_plan
-from experiments.clip.cli.presets import PRESETS
-from experiments.clip.cli.sources import reference_features
-from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.cli.train import run_training
-from experiments.clip.data.catalog import make_catalog, open_catalog
-from experiments.clip.distributed import joined_ranks, launched
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.tasks import task_scores
-from experiments.clip.glyphs import report
-from experiments.clip.glyphs.evaluation import evaluate_model
-from experiments.clip.glyphs.source import glyph_features, load_pairs, prepare
-from experiments.clip.glyphs.tasks import write_glyph_tasks
-from experiments.clip.io.files import write_json
-from experiments.clip.models.clip import load_model
-from experiments.clip.study.runner import run_study
-from experiments.clip.training.trainer import Interrupted
+if __name__ == "__main__":
+    # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-QUICK_EPOCHS = 2
+from experiments.clip.errors import Interrupted, UserError
 
 
-def demo(options: Demo) -> None:
-    """Train the steered target and its twin on equal budgets, evaluate them and the reference, report."""
-    started = time.monotonic()
-    data = Data(options.captions, "small" if options.quick else "full", options.cache)
-    reference = load_model(options.reference)
-    console.print(f"reference  {reference.name}: its README.md says how it was made")
-    trained = {
-        name: run_training(demo_run(options, PRESETS[f"glyph-{name}"], data, name)) for name in ("unsteered", "steered")
-    }
-    manifest = prepare(data)
-    clips = {"reference": reference} | {name: run.clip for name, run in trained.items()}
-    held_out = {name: load_pairs(manifest, "test", clip) for name, clip in clips.items()}
-    scores = {name: evaluate_model(clip, held_out[name], manifest) for name, clip in clips.items()}
-    result = report.DemoResult(
-        options=as_settings(options),
-        scores={name: score.as_dict() for name, score in scores.items()},
-        runs={name: run.record() for name, run in trained.items()},
-        pairs=manifest.splits["train"].samples,
-        seconds=time.monotonic() - started,
-    )
-    write_json(options.out / "results.json", dataclasses.asdict(result))
-    report.write_demo(options.out, result, clips, held_out, manifest.vocabulary)
-    console.print(report.demo_table(result))
-    console.print(f"report     {options.out / 'report.md'} with curves.png and predictions.png")
+class Command(NamedTuple):
+    """What a command does, and where its parts are; they are imported when they are needed.
+
+    Attributes
+    ----------
+    options : str
+        ``module:class`` of its options, in a module that imports nothing heavy.
+    run : str
+        ``module:function`` that carries it out, given the options.
+    on_many_ranks : bool
+        Whether torchrun or srun may start it on several ranks.
+    """
+
+    summary: str
+    options: str
+    run: str
+    on_many_ranks: bool = False
 
 
-def demo_run(options: Demo, preset: Train, data: Data, name: str) -> Train:
-    """Return the training that the demo does under this preset."""
-    optimization = preset.optimization
-    if options.quick:
-        optimization = dataclasses.replace(optimization, epochs=QUICK_EPOCHS, warmup=5)
-    return dataclasses.replace(
-        preset,
-        data=data,
-        loss=dataclasses.replace(preset.loss, reference=options.reference)
-        if preset.loss.needs_reference
-        else preset.loss,
-        optimization=optimization,
-        seed=options.seed,
-        out=options.out / name,
-        validations=2 if options.quick else preset.validations,
-    )
-
-
-def evaluate_command(options: Evaluate) -> None:
-    """Print the three evaluations of one model, or its scores on zero-shot tasks."""
-    clip = load_model(options.model, options.weights)
-    if options.tasks:
-        for name, value in task_scores(clip, options.tasks):
-            console.print(f"{name:<48} {value:.4f}")
-        return
-    manifest = prepare(options.data)
-    pairs = load_pairs(manifest, options.split, clip)
-    console.print(report.scores_table({clip.name: evaluate_model(clip, pairs, manifest).as_dict()}))
-
-
-def cache_reference(options: CacheReference) -> None:
-    """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
-    reference = load_model(options.reference, options.reference_weights)
-    if options.catalog is None:
-        if launched(os.environ)[1] > 1:
-            raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
-        glyph_features(reference, prepare(options.data), options.data.cache)
-        return
-    with joined_ranks(options.device, options.exchange_minutes) as ranks:
-        console.quiet = not ranks.leads
-        reference.model.to(ranks.device)
-        reference_features(
-            options.out,
-            reference,
-            open_catalog(options.catalog),
-            ranks,
-            views=options.views,
-            precision=options.precision,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            skip_limit=options.skip_limit,
-        )
-
-
-def count_samples(options: Catalog) -> None:
-    """Make a catalog and say what it holds and what it left out."""
-    with progress_bar("scanning") as advance:
-        catalog = make_catalog(
-            list(options.sources),
-            options.out,
-            caption_key=options.caption_key,
-            workers=options.workers,
-            progress=advance,
-            run_pipe_commands=options.run_pipe_commands,
-        )
-    console.print(f"catalog    {len(catalog)} pairs in {len(catalog.shards)} shards: {catalog.folder}")
-    for reason, count in catalog.left_out.items():
-        console.print(f"left out   {count} for {reason}")
-
-
-def plan(options: Plan) -> None:
-    """Print what a run would take."""
-    train, loss = options.train, options.train.loss
-    check_positive(
-        samples=options.samples,
-        ranks=options.ranks,
-        teraflops=options.teraflops,
-        utilization=options.utilization,
-        reference_width=options.reference_width,
-    )
-    made = make_plan(
-        cost_of(train.model, checkpointing=train.execution.activation_checkpointing),
-        samples=options.samples,
-        samples_seen=(train.shards.epoch_samples or options.samples) * train.optimization.epochs,
-        batch_size=train.optimization.batch_size,
-        scored_per_pair=train.selection.scored_per_pair,
-        accumulation=train.optimization.accumulation,
-        ranks=options.ranks,
-        execution=train.execution,
-        teraflops=options.teraflops,
-        utilization=options.utilization,
-        reference_width=options.reference_width if train.needs_reference else 0,
-        individual_temperatures=loss.temperature_scheme == "individual",
-        running=loss.method in ("fastclip", "drrho"),
-        ema=train.optimization.ema is not None,
-    )
-    console.print(described(made))
-
-
-def run(command: Any) -> None:
-    """Carry out one command."""
-    if isinstance(command, Train):
-        execution = command.execution
-        with joined_ranks(execution.device, execution.exchange_minutes) as ranks:
-            console.quiet = not ranks.leads
-            trained = run_training(command, ranks)
-            if ranks.leads:
-                write_json(command.out / "run.json", {"options": as_settings(command), **trained.record()})
-        return
-    if isinstance(command, CacheReference):
-        cache_reference(command)
-        return
-    if (count := launched(os.environ)[1]) > 1:
-        raise UserError(f"this command takes one process, here are {count}: start it without torchrun or srun")
-    match command:
-        case Demo():
-            demo(command)
-        case Prepare():
-            prepare(command.data)
-        case Evaluate():
-            evaluate_command(command)
-        case Plan():
-            plan(command)
-        case Catalog():
-            count_samples(command)
-        case Study():
-            run_study(command)
-        case GlyphTasks():
-            for folder in write_glyph_tasks(prepare(command.data), command.out):
-                console.print(f"task       {folder}")
+COMMANDS = {
+    "demo": Command(
+        "Train a steered model and its unsteered twin, evaluate both and the reference, write a report.",
+        "glyphs.options:Demo",
+        "glyphs.demo:run",
+    ),
+    "prepare": Command(
+        "Draw the glyph-name pairs and write them as webdataset shards.",
+        "glyphs.options:Prepare",
+        "glyphs.source:run_prepare",
+    ),
+    "cache-reference": Command(
+        "Compute the reference model's features of the training pairs; under torchrun or srun, over all ranks.",
+        "cli.options:CacheReference",
+        "cli.commands:cache_reference",
+        on_many_ranks=True,
+    ),
+    "train": Command(
+        "Train one model, from --preset NAME, or from --config FILE of an earlier run, and other options.",
+        "cli.options:Train",
+        "cli.train:run",
+        on_many_ranks=True,
+    ),
+    "evaluate": Command(
+        "Score a trained model on held-out pairs or zero-shot tasks.", "cli.options:Evaluate", "cli.commands:evaluate"
+    ),
+    "plan": Command(
+        "Say what a run would take: parameters, operations, memory of a rank by part, disk, time.",
+        "cli.options:Plan",
+        "cli.plan:run",
+    ),
+    "catalog": Command(
+        "Count the samples of shards once and give each an index, for `train --catalog`.",
+        "cli.options:MakeCatalog",
+        "cli.commands:catalog",
+    ),
+    "glyph-tasks": Command(
+        "Write the held-out glyph pairs as zero-shot tasks in CLIP_benchmark's layout.",
+        "glyphs.options:GlyphTasks",
+        "glyphs.tasks:run_glyph_tasks",
+    ),
+    "study": Command(
+        "Run grids of trainings, one line of results for each; more processes, started alike, share the work.",
+        "study.options:Study",
+        "study.runner:run",
+    ),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -208,22 +91,65 @@ def main(arguments: Sequence[str]) -> int:
     2 for what the user can mend, 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
     again = " ".join(["python experiments/clip/run.py", *arguments])
-    chosen = None
+    options = None
     try:
-        chosen = parse(arguments)
-        run(chosen)
+        options = parse(arguments)
+        command = COMMANDS[_name_and_words(arguments)[0]]
+        _check_launch(command)
+        _part(command.run)(options)
     except UserError as error:
         # What is wrong with the options is wrong on every rank: the first says so. What a rank meets later is its own.
-        if chosen or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if options is not None or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
-        print(f"run.py: {interruption}; go on with: {again}", file=sys.stderr)
+        print(f"run.py: {interruption}; resume with: {again}", file=sys.stderr)
         return 130 if interruption.signal == signal.SIGINT else os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        print(f"run.py: interrupted; what was finished is kept; go on with: {again}", file=sys.stderr)
+        print(f"run.py: interrupted; what was finished is kept; resume with: {again}", file=sys.stderr)
         return 130
     return 0
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Return the options of the command that the words name.
+
+    Raises
+    ------
+    UserError
+        One line that names what is wrong. ``--help`` prints and exits.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: run.py [COMMAND] [OPTIONS]; COMMAND --help lists its options\n")
+        print("\n".join(f"  {name:<17}{command.summary}" for name, command in COMMANDS.items()))
+        raise SystemExit(0)
+    name, words = _name_and_words(arguments)
+    if name not in COMMANDS:
+        raise UserError(f"no command is called {name!r}: choose one of {', '.join(COMMANDS)}")
+    from experiments.clip.cli.parser import parse_options
+
+    return parse_options(_part(COMMANDS[name].options), words, name)
+
+
+def _name_and_words(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the command's name, by default the demo's, and the words after it."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return "demo", arguments
+
+
+def _part(place: str) -> Any:
+    """Import a part of a command by its place in this folder."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"experiments.clip.{module}"), name)
+
+
+def _check_launch(command: Command) -> None:
+    from experiments.clip.distributed import launched
+
+    count = launched(os.environ)[1]
+    if count > 1 and not command.on_many_ranks:
+        raise UserError(f"this command takes one process, here are {count}: start it without torchrun or srun")
 
 
 if __name__ == "__main__":

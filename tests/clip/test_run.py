@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments.clip.cli.parser import parse
 from experiments.clip.cli.presets import PRESETS
 from experiments.clip.io.files import write_atomically
-from experiments.clip.run import main
+from experiments.clip.run import main, parse
 from experiments.clip.training.checkpoint import latest_checkpoint
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
@@ -42,7 +41,7 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "go on with: python experiments/clip/run.py --quick" in errors.strip().splitlines()[-1]
+    assert "resume with: python experiments/clip/run.py --quick" in errors.strip().splitlines()[-1]
 
     process = start(*arguments)
     output, errors = process.communicate(timeout=900)
@@ -63,7 +62,7 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
     process = start(*arguments)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0
-    assert "going on from" in output
+    assert "resuming from" in output
     assert (tmp_path / "out" / "steered" / "model" / "open_clip_model.safetensors").read_bytes() == trained
 
 

@@ -1,34 +1,51 @@
-"""From options to a training method."""
+"""From options to the parts of a training: models, method, selector."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from drrho import KL, ChiSquare, CVaR
-from drrho.coefficient import AdaptiveCoefficient
-from drrho.temperature import GlobalTemperature, IndividualTemperatures
-from experiments.clip.cli.options import Loss, Train
+from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.terminal import console
 from experiments.clip.data.batch import Reference
-from experiments.clip.distributed import Ranks
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.models.clip import Clip
-from experiments.clip.training.methods import (
-    ConstantTemperature,
-    Distilled,
-    GlobalContrastive,
-    Method,
-    OpenCLIP,
-    SigLIP,
-    TwoLevel,
-)
+from experiments.clip.models.clip import Clip, load_model, lock_towers, new_model
+from experiments.clip.training.methods import METHODS, Context, Distilled, Method
+from experiments.clip.training.options import Loss
 from experiments.clip.training.selection import Selector
 
-SPREAD_SHARE = 0.3  # of the spread of the reference's margins: the temperature that "auto" stands for
+SPREAD_SHARE = 0.3  # share of the spread of the reference's margins that the temperature "auto" stands for
 _DIGITS = 1000  # to the inverse of which "auto" is rounded
+
+
+class Models(NamedTuple):
+    """The model to be trained, and the reference of a steered run."""
+
+    clip: Clip
+    reference: Clip | None
+
+
+def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
+    """Return the models of a run; nothing is written yet."""
+    clip, loss = _target(options, ranks), options.loss
+    reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
+    if reference is not None and options.split != "train":
+        raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
+    check_ranks(options, ranks)
+    return Models(clip, reference)
+
+
+def _target(options: Train, ranks: Ranks) -> Clip:
+    """Return the model to be trained."""
+    more: dict[str, Any] = {"force_patch_dropout": options.patch_dropout} if options.patch_dropout else {}
+    if ranks.group is not None and options.execution.parallel == "fsdp":
+        more["nonscalar_logit_scale"] = True
+    sigmoid = options.loss.method == "siglip"
+    clip = new_model(options.model, options.seed, sigmoid=sigmoid, weights=options.pretrained, **more)
+    lock_towers(clip.model, options.lock, options.unlocked_groups)
+    return clip
 
 
 def check_ranks(options: Train, ranks: Ranks) -> None:
@@ -54,21 +71,19 @@ def build_selector(options: Train, reference: Clip | None, ranks: Ranks) -> Sele
 
 
 def build_method(
-    loss: Loss, epochs: int, samples: int, reference: Clip | None, beside: Reference | None, ranks: Ranks
+    loss: Loss, epochs: int, samples: int, reference: Clip | None, features: Reference | None, ranks: Ranks
 ) -> tuple[Method, dict[str, Any]]:
-    """Return the method and the numbers it was resolved to."""
+    """Return the method, and its options with the numbers that ``auto`` stands for.
+
+    ``reference`` is the model, ``features`` what gives its features.
+    """
     chosen: dict[str, Any] = {
         key: value for key, value in as_settings(loss).items() if key not in ("reference", "reference_weights")
     }
-    if beside is not None and loss.temperature == "auto" and loss.takes_temperature:
-        spread = beside.margin_spread()
-        console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
-        # Every rank has computed it, on its own device.
-        chosen["temperature"] = tau = ranks.max_over_ranks(round(_DIGITS * SPREAD_SHARE * spread)) / _DIGITS
-        low, high = loss.temperature_bounds if loss.learns_temperature else (0.0, math.inf)
-        if not low <= tau <= high or tau == 0:
-            raise UserError(f"--temperature auto is {tau} here, outside --temperature-bounds {low} {high}: widen them")
-    method = _method(loss, epochs, samples, chosen["temperature"], ranks)
+    if features is not None and loss.temperature == "auto" and loss.takes_temperature:
+        chosen["temperature"] = _automatic_temperature(loss, features, ranks)
+    context = Context(samples, epochs, chosen["temperature"], ranks)
+    method = METHODS[loss.method].from_options(loss, context)
     if reference is not None and loss.distill > 0:
         if loss.distill_temperature == "auto":
             chosen["distill_temperature"] = round(1 / reference.model.logit_scale.exp().item(), 6)
@@ -77,36 +92,12 @@ def build_method(
     return method, chosen
 
 
-def _method(loss: Loss, epochs: int, samples: int, tau: Any, ranks: Ranks) -> Method:
-    divergence = {"kl": KL, "chi-square": ChiSquare, "cvar": partial(CVaR, loss.level)}[loss.divergence]()
-    if loss.method == "openclip":
-        return OpenCLIP(ranks.group)
-    if loss.method == "siglip":
-        return SigLIP(ranks.group)
-    if loss.method == "two-level":
-        return TwoLevel(tau, divergence, loss.strength, ranks.group)
-    place = {"group": ranks.group, "device": ranks.device}
-    low, high = loss.temperature_bounds
-    learning = {"learning_rate": loss.temperature_lr, "low": low, "high": high, **place}
-    if not loss.learns_temperature:
-        temperature = ConstantTemperature(tau)
-    elif loss.temperature_scheme == "individual":
-        temperature = IndividualTemperatures(samples, tau, **learning)
-    else:
-        temperature = GlobalTemperature(tau, **learning)
-    return GlobalContrastive(
-        samples,
-        epochs - 1 if loss.gamma_epochs is None else loss.gamma_epochs,
-        temperature,
-        is_steered=loss.method == "drrho",
-        coefficient=AdaptiveCoefficient() if loss.coefficient == "adaptive" else loss.coefficient,
-        final_gamma=loss.final_gamma,
-        log_step=loss.log_step,
-        eps=loss.eps,
-        divergence=divergence,
-        rho=loss.rho,
-        per_temperature=loss.temperature_scheme == "per-temperature",
-        published_temperature_gradient=loss.published_temperature_gradient,
-        temperature_schedule=loss.temperature_lr_schedule,
-        **place,
-    )
+def _automatic_temperature(loss: Loss, features: Reference, ranks: Ranks) -> float:
+    spread = features.margin_spread()
+    console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
+    # Every rank has computed it, on its own device.
+    tau = ranks.max_over_ranks(round(_DIGITS * SPREAD_SHARE * spread)) / _DIGITS
+    low, high = loss.temperature_bounds if loss.learns_temperature else (0.0, math.inf)
+    if not low <= tau <= high or tau == 0:
+        raise UserError(f"--temperature auto is {tau} here, outside --temperature-bounds {low} {high}: widen them")
+    return tau

@@ -1,311 +1,125 @@
-"""Options of the commands: the command line, its checks, and how a run's options are kept."""
+"""From words to options and back: the command line, and the configuration that a run keeps."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
+import difflib
 import json
-import math
-import re
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
-from experiments.clip.cli.options import (
-    CacheReference,
-    Catalog,
-    Data,
-    Demo,
-    Evaluate,
-    GlyphTasks,
-    Loss,
-    Plan,
-    Prepare,
-    Shards,
-    Study,
-    Train,
-)
-from experiments.clip.cli.presets import GLYPH, PRESETS
+from experiments.clip.cli.options import Plan, Shards, Train
+from experiments.clip.cli.presets import EMBEDDED, PRESETS
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_json
-from experiments.clip.study.grid import STUDIES
-from experiments.clip.training.optimization import check_optimizer
-from experiments.clip.training.selection import Selection
+from experiments.clip.ranges import annotations_of, check_options, default_of, flag, refuse_if_given
+from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
 
 _CHECKOUT = Path(__file__).parents[3]
-
-_DEFAULT_LOSS = Loss()
-_WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
-
-COMMANDS: dict[str, type] = {
-    "demo": Demo,
-    "prepare": Prepare,
-    "cache-reference": CacheReference,
-    "train": Train,
-    "evaluate": Evaluate,
-    "plan": Plan,
-    "catalog": Catalog,
-    "glyph-tasks": GlyphTasks,
-    "study": Study,
-}
+#: Where earlier versions kept what a stored configuration may name.
+_MOVED = {"experiments/clip/reference": SHIPPED_REFERENCE}
+T = TypeVar("T")
 
 
-def parse(arguments: Sequence[str]) -> Any:
-    """Turn a command line into options; without a command it is the demo's.
+def parse_options(kind: type, arguments: Sequence[str], name: str) -> Any:
+    """Turn the words after a command's name into its options, checked.
 
     Raises
     ------
     UserError
         One line that names what is wrong. ``--help`` prints and exits.
     """
-    rest = list(arguments)
-    if rest and rest[0] in ("-h", "--help"):
-        summaries = "\n".join(f"  {name:<17}{kind.__doc__}" for name, kind in COMMANDS.items())
-        print(f"usage: run.py [COMMAND] [OPTIONS]; COMMAND --help lists its options\n\n{summaries}")
-        raise SystemExit(0)
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "demo"
-    if name not in COMMANDS:
-        raise UserError(f"no command is called {name!r}: choose one of {', '.join(COMMANDS)}")
-    if name not in ("train", "plan"):
-        options = _parsed(name, rest, None)
-        if isinstance(options, CacheReference):
-            _check_cache(options)
-        if isinstance(options, Study):
-            _check_study(options)
-        return options
-    preset, path = _popped(rest, "--preset"), _popped(rest, "--config")
-    start = _start(preset, path)
-    if name == "plan":
-        options = _parsed(name, rest, Plan(start))
-        _check(options.train)
-        if options.train.fraction != 1:
-            raise UserError(f"--fraction {options.train.fraction} has no part in a plan: give --samples the pairs used")
-        return options
-    options = _parsed(name, rest, start)
-    _check(options)
-    if preset is not None and not preset.startswith(GLYPH) and options.shards.catalog is None:
-        raise UserError(f"--preset {preset} is for your own data: add --catalog FOLDER, which `run.py catalog` makes")
-    _check_shards(options)
+    if kind in (Train, Plan):
+        return _parsed_training(kind, list(arguments), name)
+    options = _parsed(kind, arguments, name)
+    check_options(options)
     return options
 
 
-def _parsed(name: str, arguments: Sequence[str], default: Any) -> Any:
-    refusal = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(refusal):
-            return tyro.cli(
-                COMMANDS[name],
-                args=arguments,
-                default=default,
-                prog=f"run.py {name}",
-                config=(tyro.conf.OmitArgPrefixes,),
+def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
+    """Parse and check the options of `Train` or `Plan`, which start from a preset or a stored configuration."""
+    preset, path = _popped(arguments, "--preset"), _popped(arguments, "--config")
+    start = _start(preset, path)
+    if kind is Plan:
+        options = _parsed(Plan, arguments, name, Plan(start))
+        train = options.train
+        # A plan is given the number of samples, and not where they are.
+        check_options(dataclasses.replace(options, train=dataclasses.replace(train, shards=Shards())))
+    else:
+        options = train = _parsed(Train, arguments, name, start)
+        if preset is not None and not preset.startswith(EMBEDDED) and train.source != "catalog":
+            raise UserError(
+                f"--preset {preset} is for your own data: add --catalog FOLDER, which `run.py catalog` makes"
             )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(f"{_first_message(refusal.getvalue())}: see `run.py {name} --help`") from None
+        check_options(options)
+    check_method(train.loss)
+    _check_optimizer(train.optimization.optimizer)
+    return options
 
 
-def _check(options: Train) -> None:
-    """Refuse numbers out of range, by the name of their option."""
-    optimization, loss, keeping = options.optimization, options.loss, options.keeping
-    tau = 1.0 if loss.temperature == "auto" else loss.temperature
-    distill_tau = 1.0 if loss.distill_temperature == "auto" else loss.distill_temperature
-    share = 1.0 if loss.coefficient == "adaptive" else loss.coefficient
-    low, high = loss.temperature_bounds
-    for flag, value, is_right, meaning in (
-        ("epochs", optimization.epochs, optimization.epochs >= 1, "at least 1"),
-        ("batch-size", optimization.batch_size, optimization.batch_size >= 2, "at least 2: a negative"),
-        ("lr", optimization.lr, 0 < optimization.lr < math.inf, "positive"),
-        ("weight-decay", optimization.weight_decay, 0 <= optimization.weight_decay < math.inf, ">= 0"),
-        ("warmup", optimization.warmup, optimization.warmup >= 0, ">= 0"),
-        ("temperature", loss.temperature, 0 < tau < math.inf, "positive, or auto"),
-        ("final-gamma", loss.final_gamma, 0 < loss.final_gamma <= 1, "in (0, 1]"),
-        ("eps", loss.eps, 0 <= loss.eps < math.inf, ">= 0"),
-        ("log-every", options.log_every, options.log_every >= 1, "at least 1"),
-        ("lr-min", optimization.lr_min, 0 <= optimization.lr_min <= optimization.lr, "between 0 and --lr"),
-        ("betas", optimization.betas, all(0 <= beta < 1 for beta in optimization.betas), "two numbers in [0, 1)"),
-        ("adam-eps", optimization.adam_eps, 0 < optimization.adam_eps < math.inf, "positive"),
-        ("cooldown-steps", optimization.cooldown_steps, optimization.cooldown_steps >= 0, ">= 0"),
-        ("clip-norm", optimization.clip_norm, optimization.clip_norm is None or optimization.clip_norm > 0, "positive"),
-        ("ema", optimization.ema, optimization.ema is None or 0 <= optimization.ema < 1, "in [0, 1)"),
-        ("exchange-minutes", options.execution.exchange_minutes, options.execution.exchange_minutes > 0, "positive"),
-        ("accumulation", optimization.accumulation, 1 <= optimization.accumulation, "at least 1"),
-        ("rho", loss.rho, 0 <= loss.rho < math.inf, ">= 0"),
-        ("temperature-lr", loss.temperature_lr, 0 < loss.temperature_lr < math.inf, "positive"),
-        ("temperature-bounds", loss.temperature_bounds, 0 < low <= high < math.inf, "two numbers, 0 < low <= high"),
-        ("level", loss.level, 0 < loss.level <= 1, "in (0, 1]"),
-        ("strength", loss.strength, 0 < loss.strength < math.inf, "positive"),
-        ("coefficient", loss.coefficient, abs(share) < math.inf, "a finite number, or adaptive"),
-        ("distill", loss.distill, 0 <= loss.distill < math.inf, ">= 0"),
-        ("distill-temperature", loss.distill_temperature, 0 < distill_tau < math.inf, "positive, or auto"),
-        ("checkpoint-minutes", keeping.checkpoint_minutes, keeping.checkpoint_minutes > 0, "positive"),
-        ("checkpoint-steps", keeping.checkpoint_steps, (keeping.checkpoint_steps or 1) >= 1, "at least 1"),
-        ("keep", keeping.keep, keeping.keep >= 1, "at least 1"),
-        ("validations", options.validations, options.validations >= 1, "at least 1"),
-        ("fraction", options.fraction, 0 < options.fraction <= 1, "in (0, 1]"),
-        ("gamma-epochs", loss.gamma_epochs, loss.gamma_epochs is None or loss.gamma_epochs >= 0, ">= 0"),
-        ("patch-dropout", options.patch_dropout, 0 <= options.patch_dropout < 1, "in [0, 1)"),
-        ("unlocked-groups", options.unlocked_groups, options.unlocked_groups >= 0, ">= 0"),
-        ("nonfinite-limit", options.nonfinite_limit, options.nonfinite_limit >= 0, ">= 0"),
-        ("seed", options.seed, options.seed >= 0, ">= 0"),
-    ):
-        if not is_right:
-            raise UserError(f"--{flag} must be {meaning}, got {value}")
-    check_optimizer(optimization.optimizer)
-    if (optimization.schedule == "cooldown") != (optimization.cooldown_steps > 0):
-        raise UserError(
-            f"--schedule cooldown and --cooldown-steps need each other, got {optimization.schedule} and "
-            f"{optimization.cooldown_steps} steps"
-        )
-    if optimization.schedule == "constant" and optimization.lr_min:
-        raise UserError(f"--lr-min {optimization.lr_min} has no part in this run: --schedule constant stays at --lr")
-    if options.unlocked_groups and not options.lock:
-        raise UserError(f"--unlocked-groups {options.unlocked_groups} has no part in this run: it is for --lock")
-    if {"image", "text"} <= set(options.lock) and not options.unlocked_groups:
-        raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
-    _check_meaning(options)
-    _check_selection(options)
+def _parsed(kind: type, arguments: Sequence[str], name: str, default: Any = None) -> Any:
+    """Parse a command's words; what the parser refuses becomes an error of one line."""
 
+    def refuse(event: object) -> None:
+        raise UserError(f"{_refusal(event, kind)}: see `run.py {name} --help`")
 
-def _check_cache(options: CacheReference) -> None:
-    """Refuse numbers out of range, and options of the features that would be ignored."""
-    for flag, value, is_right, meaning in (
-        ("views", options.views, options.views >= 1, "at least 1"),
-        ("batch-size", options.batch_size, options.batch_size >= 1, "at least 1"),
-        ("workers", options.workers, options.workers >= 0, ">= 0"),
-        ("skip-limit", options.skip_limit, 0 <= options.skip_limit <= 1, "in [0, 1]"),
-        ("exchange-minutes", options.exchange_minutes, options.exchange_minutes > 0, "positive"),
-    ):
-        if not is_right:
-            raise UserError(f"--{flag} must be {meaning}, got {value}")
-    if options.catalog is not None and options.data != Data():
-        raise UserError("--catalog takes the place of --captions, --size and --cache: leave those out")
-    if options.catalog is None:
-        for name in ("out", "views", "precision", "batch_size", "workers", "skip_limit"):
-            if getattr(options, name) != getattr(CacheReference(), name):
-                raise UserError(f"--{name.replace('_', '-')} has no part in this run: it is for --catalog")
-
-
-def _check_study(options: Study) -> None:
-    """Refuse names that no study has, and options that would be ignored."""
-    if unknown := [name for name in options.only if name not in STUDIES]:
-        raise UserError(f"--only {unknown[0]} is no study: choose of {', '.join(STUDIES)}")
-    if options.dry_run and options.check:
-        raise UserError("--dry-run and --check are two things: give one of them")
-    if options.seed and not options.check:
-        raise UserError(f"--seed {options.seed} has no part in this run: it is for --check")
-    if options.seconds is not None:
-        if not options.seconds > 0:
-            raise UserError(f"--seconds must be positive, got {options.seconds}")
-        if options.dry_run or options.check:
-            raise UserError(f"--seconds {options.seconds} has no part in this run: leave out --dry-run and --check")
-
-
-def _check_shards(options: Train) -> None:
-    """Refuse options of the pairs that would be ignored."""
-    shards = options.shards
-    if shards.catalog is None:
-        for name, value in vars(shards).items():
-            if value != getattr(Shards(), name):
-                raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for --catalog")
-        return
-    if shards.reference_features is not None and not options.needs_reference:
-        raise UserError(
-            f"--reference-features {shards.reference_features} has no part in this run: it is for {_WITH_REFERENCE}"
-        )
-    if options.split != "train" or options.fraction != 1 or options.data != Data():
-        raise UserError(
-            "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
-        )
-    for flag, value, is_right, meaning in (
-        ("workers", shards.workers, shards.workers >= 0, ">= 0"),
-        ("epoch-samples", shards.epoch_samples, shards.epoch_samples is None or shards.epoch_samples >= 1, ">= 1"),
-        ("block-shards", shards.block_shards, shards.block_shards >= 1, "at least 1"),
-        ("skip-limit", shards.skip_limit, 0 <= shards.skip_limit <= 1, "in [0, 1]"),
-    ):
-        if not is_right:
-            raise UserError(f"--{flag} must be {meaning}, got {value}")
-
-
-def _check_selection(options: Train) -> None:
-    """Refuse options of the selection that would be ignored, and numbers out of range."""
-    selection, batch = options.selection, options.optimization.batch_size
-    for name, takes_part, where in (
-        ("candidates", selection.is_on, "--select jest, jest-top-k or rho-top-k"),
-        ("select_chunks", selection.is_joint, "--select jest or jest-top-k"),
-        ("select_temperature", selection.select == "jest", "--select jest"),
-    ):
-        value = getattr(selection, name)
-        if not takes_part and value != getattr(Selection(), name):
-            raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for {where}")
-    chunks, temperature = selection.select_chunks, selection.select_temperature
-    for flag, value, is_right, meaning in (
-        ("candidates", selection.candidates, selection.candidates >= 2, "at least 2: one is left out"),
-        (
-            "select-chunks",
-            chunks,
-            1 <= chunks <= batch or not selection.is_joint,
-            f"between 1 and --batch-size {batch}",
-        ),
-        ("select-temperature", temperature, 0 < temperature <= 1e300, "positive: 0 is --select jest-top-k"),
-    ):
-        if not is_right:
-            raise UserError(f"--{flag} must be {meaning}, got {value}")
-    if selection.is_on and options.loss.learns_temperature and options.loss.temperature_scheme == "individual":
-        raise UserError(
-            f"--select {selection.select} compares pairs at one temperature, which --temperature-scheme individual has "
-            "not: choose another"
+    with on_parse_error(refuse):
+        return tyro.cli(
+            kind, args=arguments, default=default, prog=f"run.py {name}", config=(tyro.conf.OmitArgPrefixes,)
         )
 
 
-def _check_meaning(options: Train) -> None:
-    """Refuse options that the chosen method would ignore: what is given must take part."""
-    loss = options.loss
-    contrastive = loss.method in ("fastclip", "drrho")
-    learned = loss.learns_temperature
-    with_radius = learned and loss.temperature_scheme != "per-temperature"
-    is_kl = loss.divergence == "kl"
-    for name, takes_part, where in (
-        ("temperature", loss.takes_temperature, "--method fastclip, drrho or two-level"),
-        ("temperature_scheme", contrastive, "--method fastclip or drrho"),
-        ("rho", with_radius, "--temperature-scheme global or individual"),
-        ("temperature_lr", learned, "a learned --temperature-scheme"),
-        ("temperature_lr_schedule", learned, "a learned --temperature-scheme"),
-        ("published_temperature_gradient", learned and is_kl, "a learned --temperature-scheme with --divergence kl"),
-        ("temperature_bounds", learned, "a learned --temperature-scheme"),
-        ("divergence", loss.takes_temperature, "--method fastclip, drrho or two-level"),
-        ("level", loss.divergence == "cvar", "--divergence cvar"),
-        ("strength", loss.method == "two-level" and loss.divergence != "cvar", "--method two-level, without cvar"),
-        ("coefficient", loss.method == "drrho", "--method drrho"),
-        ("final_gamma", contrastive and loss.log_step is None, "--method fastclip or drrho, without --log-step"),
-        ("gamma_epochs", contrastive and loss.log_step is None, "--method fastclip or drrho, without --log-step"),
-        ("log_step", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
-        ("eps", contrastive and is_kl, "--method fastclip or drrho with --divergence kl"),
-        ("distill_temperature", loss.distill > 0, "--distill"),
-        (
-            "distill_own_temperature",
-            loss.distill > 0 and not (contrastive and loss.temperature_scheme == "individual"),
-            "--distill, with one temperature for all samples",
-        ),
-        ("reference", options.needs_reference, _WITH_REFERENCE),
-        ("reference_weights", options.needs_reference, _WITH_REFERENCE),
-    ):
-        value = getattr(loss, name)
-        if not takes_part and value != getattr(_DEFAULT_LOSS, name):
-            raise UserError(f"--{name.replace('_', '-')} {value} has no part in this run: it is for {where}")
-    if loss.temperature_scheme == "individual" and loss.temperature_lr_schedule == "threshold":
-        raise UserError("--temperature-lr-schedule threshold is for a single tau, not --temperature-scheme individual")
-    if loss.temperature_scheme == "per-temperature" and not is_kl:
-        raise UserError(f"--temperature-scheme per-temperature needs --divergence kl, got {loss.divergence}")
-    if contrastive and loss.temperature == "auto" and not options.needs_reference:
-        raise UserError(f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1")
-    low, high = loss.temperature_bounds
-    if learned and loss.temperature != "auto" and not low <= loss.temperature <= high:
-        raise UserError(f"--temperature {loss.temperature} must lie within --temperature-bounds {low} {high}")
+def _refusal(event: object, kind: type) -> str:
+    """Return what the parser found wrong."""
+    match event:
+        case UnrecognizedArgs():
+            near = difflib.get_close_matches(event.tokens[0], sorted(_flags(kind)), n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            return f"Unrecognized options: {', '.join(event.tokens)}{hint}"
+        case InvalidChoice():
+            name = event.argument.display_name()
+            return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}"
+        case InstantiationFailure() if event.argument is not None:
+            return f"{event.argument.display_name()}: {event.message.splitlines()[0]}"
+        case MissingArgs():
+            return f"Missing: {', '.join(each.arg.display_name() for each in event.missing_arguments)}"
+        case BadValue():
+            count = event.argument.lowered.nargs
+            return f"{event.argument.display_name()} needs {'a value' if count == 1 else f'{count} values'}"
+    return f"the options cannot be understood ({type(event).__name__})"
+
+
+def _flags(kind: type) -> Iterator[str]:
+    """Yield the options of a group and of the groups in it."""
+    for name, annotation in annotations_of(kind).items():
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            yield from _flags(annotation)
+        else:
+            yield flag(name)
+
+
+def check_method(loss: Loss) -> None:
+    """Refuse options that the method does not take, by what the methods' classes say."""
+    from experiments.clip.training.methods import METHODS  # loads torch
+
+    for option in sorted(set().union(*(method.takes for method in METHODS.values()))):
+        takers = [name for name, method in METHODS.items() if option in method.takes]
+        if loss.method not in takers:
+            *others, last = takers
+            where = f"{', '.join(others)} or {last}" if others else last
+            refuse_if_given(loss, option, f"--method {where}")
+
+
+def _check_optimizer(name: str) -> None:
+    """Refuse an optimizer that does not exist."""
+    from experiments.clip.training.optimization import check_optimizer  # loads torch
+
+    check_optimizer(name)
 
 
 def _start(preset: str | None, path: str | None) -> Train:
@@ -319,26 +133,15 @@ def _start(preset: str | None, path: str | None) -> Train:
     return Train() if path is None else load_config(Path(path))
 
 
-def _popped(arguments: list[str], flag: str) -> str | None:
+def _popped(arguments: list[str], name: str) -> str | None:
+    """Remove an option with its value from the words, and return the value."""
     for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == flag:
+        own, equals, value = argument.partition("=")
+        if own == name:
             value = value if equals else "".join(arguments[position + 1 : position + 2])
             del arguments[position : position + (1 if equals else 2)]
             return value
     return None
-
-
-def load_config(path: Path) -> Train:
-    """Return the options that `save_config` wrote, checked as a command line is."""
-    try:
-        stored = json.loads(path.read_bytes())
-        words = list(_as_arguments(Train(), stored))
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read ({error.strerror}): name the config.json of a run") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--config {path} is not the config.json of a run ({error!r}): name one") from error
-    return _parsed("train", words, None)
 
 
 def save_config(path: Path, options: Train) -> None:
@@ -346,39 +149,14 @@ def save_config(path: Path, options: Train) -> None:
     write_json(path, as_settings(options))
 
 
-def as_words(options: Train) -> list[str]:
-    """Return the command line of ``train`` that gives these options, of which it has those that are not defaults."""
-    return list(_as_arguments(Train(), as_settings(options)))
-
-
-def _as_arguments(defaults: Any, stored: dict[str, Any]) -> Iterator[str]:
-    """Yield the words of the command line that gives these options."""
-    fields = {each.name: getattr(defaults, each.name) for each in dataclasses.fields(defaults)}
-    if strange := stored.keys() - fields.keys():
-        raise UserError(f"the configuration has the unknown option {min(strange)}: it is of another version")
-    for name, value in stored.items():
-        flag = name.replace("_", "-")
-        if value == _as_setting(fields[name]):
-            continue
-        if isinstance(value, str) and "/" in value and not Path(value).exists() and (_CHECKOUT / value).exists():
-            value = _CHECKOUT / value  # which `as_settings` has made relative
-        if dataclasses.is_dataclass(fields[name]):
-            yield from _as_arguments(fields[name], value)
-        elif isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        elif isinstance(value, list):
-            yield from (f"--{flag}", *map(str, value))
-        else:
-            yield from (f"--{flag}", str(value))
-
-
-def _first_message(framed: str) -> str:
-    """Return the sentence in tyro's framed message: what stands between the title and the next rule."""
-    body = [line.strip(" │╭╮╰╯") for line in framed.splitlines()[1:]]
-    is_rule = [re.fullmatch("[─ -]*", line) is not None for line in body]
-    first = is_rule.index(False) if False in is_rule else 0
-    last = is_rule.index(True, first) if True in is_rule[first:] else len(body)
-    return " ".join(" ".join(body[first:last]).split()).rstrip(".")
+def load_config(path: Path) -> Train:
+    """Return the options that `save_config` wrote."""
+    try:
+        return from_dict(Train, json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): name the config.json of a run") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--config {path} is not the config.json of a run ({error!r}): name one") from error
 
 
 def as_settings(options: Any) -> dict[str, Any]:
@@ -392,3 +170,79 @@ def _as_setting(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_as_setting(part) for part in value]
     return as_settings(value) if dataclasses.is_dataclass(value) else value
+
+
+def from_dict(kind: type[T], stored: Mapping[str, Any]) -> T:
+    """Return the options group that `as_settings` turned into JSON's types.
+
+    Options that are not stored have their defaults.
+
+    Raises
+    ------
+    UserError
+        For an option that the group does not have, or a value of another type.
+    """
+    types_of = annotations_of(kind)
+    if unknown := stored.keys() - types_of.keys():
+        raise UserError(f"the configuration has the unknown option {min(unknown)}: it is of another version")
+    return kind(**{name: _from_setting(types_of[name], value, name) for name, value in stored.items()})
+
+
+def _from_setting(annotation: Any, value: Any, name: str) -> Any:
+    """Return a stored value as one of the field's type."""
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} holds {value!r}, not options")
+        return from_dict(annotation, value)  # pyright: ignore[reportArgumentType]
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _from_setting(parts[0], value, name)
+    if origin in (Union, types.UnionType):
+        for part in parts:
+            if _is_of(part, value):
+                return _from_setting(part, value, name)
+    elif origin is tuple and isinstance(value, list):
+        each = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return tuple(_from_setting(part, item, name) for part, item in zip(each, value, strict=True))
+    elif _is_of(annotation, value):
+        if annotation is Path:
+            return _path(value)
+        return annotation(value) if annotation in (int, float) else value
+    raise UserError(f"the configuration's {name} cannot be {value!r}")
+
+
+def _is_of(annotation: Any, value: Any) -> bool:
+    """Whether a value of JSON's types can stand for one of a type that is not composed."""
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
+    accepted: dict[Any, Any] = {Path: str, float: (int, float), types.NoneType: types.NoneType}
+    return isinstance(value, accepted.get(annotation, annotation))
+
+
+def _path(text: str) -> Path:
+    """Return a stored path; one that `as_settings` has made relative to the checkout is found from anywhere."""
+    if text in _MOVED:
+        return _MOVED[text]
+    is_elsewhere = not Path(text).exists() and (_CHECKOUT / text).exists()
+    return _CHECKOUT / text if "/" in text and is_elsewhere else Path(text)
+
+
+def as_words(options: Train) -> list[str]:
+    """Return the command line of ``train`` that gives these options, naming those that are not defaults."""
+    return list(_words(as_settings(default_of(Train)), as_settings(options)))
+
+
+def _words(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        if value == defaults[name]:
+            continue
+        if isinstance(value, dict):
+            yield from _words(defaults[name], value)
+        elif isinstance(value, bool):
+            yield flag(name) if value else f"--no-{name.replace('_', '-')}"
+        elif isinstance(value, list):
+            yield from (flag(name), *map(str, value))
+        else:
+            yield from (flag(name), str(value))

@@ -14,11 +14,34 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from drrho.tiles import ROWS, TILE
-from experiments.clip.errors import UserError
+from experiments.clip.cli.options import Plan
+from experiments.clip.cli.terminal import console
 from experiments.clip.models.clip import new_model
-from experiments.clip.training.trainer import Execution
+from experiments.clip.training.options import Execution
 
 _FLOAT = 4  # bytes
+
+
+def run(options: Plan) -> None:
+    """Print what a run would take."""
+    train, loss = options.train, options.train.loss
+    estimate = estimated(
+        cost_of(train.model, checkpointing=train.execution.activation_checkpointing),
+        samples=options.samples,
+        samples_seen=(train.shards.epoch_samples or options.samples) * train.optimization.epochs,
+        batch_size=train.optimization.batch_size,
+        scored_per_pair=train.selection.scored_per_pair,
+        accumulation=train.optimization.accumulation,
+        ranks=options.ranks,
+        execution=train.execution,
+        teraflops=options.teraflops,
+        utilization=options.utilization,
+        reference_width=options.reference_width if train.needs_reference else 0,
+        individual_temperatures=loss.temperature_scheme == "individual",
+        running=loss.is_running,
+        ema=train.optimization.ema is not None,
+    )
+    console.print(described(estimate))
 
 
 class Cost(NamedTuple):
@@ -31,7 +54,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run takes; memory in bytes, of one rank."""
 
     parameters: int
@@ -87,7 +110,7 @@ def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
     return Cost(parameters, counter.get_total_flops(), sum(kept.values()), features.shape[1])
 
 
-def make_plan(
+def estimated(
     cost: Cost,
     *,
     samples: int,
@@ -103,7 +126,7 @@ def make_plan(
     individual_temperatures: bool,
     running: bool,
     ema: bool,
-) -> Plan:
+) -> Estimate:
     """Add up what the run takes.
 
     ``teraflops`` is the peak rate of a rank's device in 10^12 operations per second, ``utilization`` the share of it
@@ -133,7 +156,7 @@ def make_plan(
     operations = trained if scored_per_pair == 1 else cost.flops + trained / scored_per_pair
     rate = ranks * teraflops * 1e12 * utilization / operations
     hours = samples_seen / rate / 3600
-    return Plan(
+    return Estimate(
         parameters=cost.parameters,
         flops_per_pair=cost.flops,
         **parts,
@@ -148,33 +171,26 @@ def make_plan(
     )
 
 
-def described(plan: Plan) -> str:
-    """Return the plan as lines of text."""
+def described(estimate: Estimate) -> str:
+    """Return an estimate as lines of text."""
     memory: dict[str, Any] = {
-        "weights": plan.weights,
-        "gradients": plan.gradients,
-        "optimizer": plan.optimizer,
-        "activations (at most)": plan.activations,
-        "loss": plan.loss,
-        "running state": plan.running_state,
-        "together": plan.memory,
+        "weights": estimate.weights,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer,
+        "activations (at most)": estimate.activations,
+        "loss": estimate.loss,
+        "running state": estimate.running_state,
+        "together": estimate.memory,
     }
     lines = [
-        f"parameters        {plan.parameters / 1e6:.1f} million",
-        f"operations        {plan.flops_per_pair / 1e9:.2f} GFLOPs per pair, forward",
-        f"steps             {plan.steps:,}",
-        f"expected          {plan.pairs_per_second:,.0f} pairs/s; {plan.hours:,.1f} hours, "
-        f"times ranks {plan.gpu_hours:,.0f}",
+        f"parameters        {estimate.parameters / 1e6:.1f} million",
+        f"operations        {estimate.flops_per_pair / 1e9:.2f} GFLOPs per pair, forward",
+        f"steps             {estimate.steps:,}",
+        f"expected          {estimate.pairs_per_second:,.0f} pairs/s; {estimate.hours:,.1f} hours, "
+        f"times ranks {estimate.gpu_hours:,.0f}",
         "memory of a rank",
         *(f"  {name:<22}{size / 1e9:10.2f} GB" for name, size in memory.items()),
-        f"reference cache   {plan.reference_cache / 1e9:.2f} GB on disk",
-        f"exported model    {plan.exported_model / 1e9:.2f} GB, checkpoint {plan.checkpoint / 1e9:.2f} GB",
+        f"reference cache   {estimate.reference_cache / 1e9:.2f} GB on disk",
+        f"exported model    {estimate.exported_model / 1e9:.2f} GB, checkpoint {estimate.checkpoint / 1e9:.2f} GB",
     ]
     return "\n".join(lines)
-
-
-def check_positive(**numbers: float) -> None:
-    """Refuse numbers that are not positive, by the name of their option."""
-    for name, value in numbers.items():
-        if not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")

@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.clip.cli.options import Data, Loss, Shards, Train
-from experiments.clip.training.optimization import Optimization
-from experiments.clip.training.trainer import CheckpointPolicy, Execution
+from experiments.clip.cli.options import Data, Shards, Train
+from experiments.clip.training.options import CheckpointPolicy, Execution, Loss, Optimization
 
-GLYPH = "glyph-"
+#: What the names of presets for the embedded pairs begin with.
+EMBEDDED = "glyph-"
 
 PRESETS: dict[str, Train] = {
-    f"{GLYPH}reference": Train(
+    f"{EMBEDDED}reference": Train(
         model="glyph-base",
         split="reference",
         data=Data(captions="clean"),
@@ -24,8 +24,8 @@ PRESETS: dict[str, Train] = {
         weights="float16",
     ),
     # Both tuned alike on the validation split: README.md beside this file says what was tried.
-    f"{GLYPH}steered": Train(optimization=Optimization(epochs=12), out=Path("outputs/glyph-steered")),
-    f"{GLYPH}unsteered": Train(
+    f"{EMBEDDED}steered": Train(optimization=Optimization(epochs=12), out=Path("outputs/glyph-steered")),
+    f"{EMBEDDED}unsteered": Train(
         loss=Loss(method="fastclip", temperature=0.2),
         optimization=Optimization(epochs=12, lr=1e-3),
         out=Path("outputs/glyph-unsteered"),

@@ -8,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from experiments.clip.cli.options import Train
+from rich.table import Table
+
+from experiments.clip.cli.options import Data, Train
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.batch import Reference, Stream
 from experiments.clip.data.catalog import Catalog, open_catalog
@@ -25,6 +27,7 @@ from experiments.clip.reference.inputs import SPREAD_PAIRS, CachedReference, Liv
 #: The module of each source by `Train.source`; its function ``open_data`` is a `DataSource`. Embedded data sets stand
 #: above this room, so their modules are imported when they are asked for.
 SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.clip.glyphs.source"}
+_EMBEDDED = "glyphs"
 
 
 class TrainingData(NamedTuple):
@@ -53,6 +56,23 @@ class DataSource(Protocol):
     def __call__(self, options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> TrainingData:
         """Open them; see `TrainingData`."""
         ...
+
+
+class EmbeddedPairs(Protocol):
+    """What the module of an embedded data set offers beside ``open_data``."""
+
+    def scores_table(self, data: Data, split: str, clip: Clip) -> Table:
+        """Return the scores of a model on a held-out split."""
+        ...
+
+    def cache_features(self, data: Data, reference: Clip) -> FeatureCache:
+        """Return the reference's features of the training pairs, computing what is missing."""
+        ...
+
+
+def embedded_pairs() -> EmbeddedPairs:
+    """Return the module of the embedded pairs."""
+    return import_module(SOURCES[_EMBEDDED])  # pyright: ignore[reportReturnType]
 
 
 def open_training_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> TrainingData:

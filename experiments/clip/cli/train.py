@@ -1,9 +1,10 @@
-"""One training, from its options to the exported model."""
+"""The command ``train``: one training, from its options to the exported model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from math import nan
 from typing import Any, NamedTuple
 
@@ -11,26 +12,29 @@ import torch
 from open_clip import get_model_preprocess_cfg
 from torch import Tensor
 
-from experiments.clip.cli.building import build_method, build_selector, check_ranks
+from experiments.clip.cli.building import Models, build_method, build_models, build_selector
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings, save_config
 from experiments.clip.cli.sources import DataSource, open_training_data
 from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
-from experiments.clip.distributed import ONE_PROCESS, Ranks
+from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.files import claimed, ensure_writable
-from experiments.clip.models.clip import Clip, load_model, lock_towers, new_model
+from experiments.clip.io.files import claimed, ensure_writable, write_json
+from experiments.clip.models.clip import Clip
 from experiments.clip.models.export import export_checkpoint, export_model
 from experiments.clip.training.checkpoint import MODEL, Checkpoint, latest_checkpoint, step_folder
-from experiments.clip.training.logs import Logs
-from experiments.clip.training.trainer import Record, best_record, train, whole
+from experiments.clip.training.logs import Logs, Record
+from experiments.clip.training.towers import full_tensor
+from experiments.clip.training.trainer import Trainer, best_record
 
 
-class Models(NamedTuple):
-    """The model to be trained, and the reference of a steered run."""
-
-    clip: Clip
-    reference: Clip | None
+def run(options: Train) -> None:
+    """Train on the ranks of this launch, and keep what was done in ``run.json``."""
+    with joined_ranks(options.execution.device, options.execution.exchange_minutes) as ranks:
+        console.quiet = not ranks.leads
+        trained = run_training(options, ranks)
+        if ranks.leads:
+            write_json(options.out / "run.json", {"options": as_settings(options), **trained.record()})
 
 
 class Trained(NamedTuple):
@@ -47,7 +51,7 @@ class Trained(NamedTuple):
 
 
 def run_training(options: Train, ranks: Ranks = ONE_PROCESS) -> Trained:
-    """Train as the options say, going on from a checkpoint in ``options.out``; export the model."""
+    """Train as the options say, from a checkpoint in ``options.out`` if there is one; export the model."""
     models = build_models(options, ranks)
     with ExitStack() as claims:
         with ranks.leader_first():
@@ -60,23 +64,10 @@ def run_training(options: Train, ranks: Ranks = ONE_PROCESS) -> Trained:
                 save_config(options.out / "config.json", options)
         with stop_on_signal() as stop:
             trained = train_model(options, models, ranks, stop)
-    weights = {key: whole(value) for key, value in trained.clip.model.state_dict().items()}
+    weights = {key: full_tensor(value) for key, value in trained.clip.model.state_dict().items()}
     if ranks.leads:
-        write_exports(options, trained.clip, weights, trained.average)
-        if (best := best_record(trained.history, options.keeping.best)) is not None:
-            chosen = Checkpoint(step_folder(options.out / "checkpoints", int(best["step"]))).whole(MODEL)
-            export_model(trained.clip, options.out / "model-best", getattr(torch, options.weights), chosen)
+        write_exports(options, trained, weights)
     return trained
-
-
-def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
-    """Return the models of a run, of which nothing is written yet."""
-    clip, loss = _target(options, ranks), options.loss
-    reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
-    if reference is not None and options.split != "train":
-        raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
-    check_ranks(options, ranks)
-    return Models(clip, reference)
 
 
 def train_model(
@@ -86,78 +77,82 @@ def train_model(
     stop: Callable[[], int],
     source: DataSource = open_training_data,
 ) -> Trained:
-    """Train as the options say, going on from a checkpoint in ``options.out``; write logs and checkpoints alone.
+    """Train as the options say, from a checkpoint in ``options.out`` if there is one; write logs and checkpoints only.
 
-    ``stop`` is `experiments.clip.train.train`'s; ``source`` opens the pairs.
+    ``stop`` is the `Trainer`'s; ``source`` opens the pairs.
     """
-    (clip, reference), loss = models, options.loss
+    clip, reference = models
     data = source(options, clip, reference, ranks)
-    method, chosen = build_method(loss, options.optimization.epochs, data.samples, reference, data.reference, ranks)
-    identity = {
+    method, chosen = build_method(
+        options.loss, options.optimization.epochs, data.samples, reference, data.reference, ranks
+    )
+    identity = _identity(options, models, data.identity, chosen)
+    checkpoints = options.out / "checkpoints"
+    if (found := latest_checkpoint(checkpoints)) is not None:
+        console.print(f"training   resuming from {found}")
+    logs = Logs(options.out, options.logs, identity) if ranks.leads else None
+    with closing(data.stream), progress_bar(f"training {options.out.name}") as advance:
+        trainer = Trainer(
+            clip,
+            method,
+            data.stream,
+            options.optimization,
+            reference=data.reference,
+            selector=build_selector(options, reference, ranks),
+            ranks=ranks,
+            execution=options.execution,
+            policy=options.keeping,
+            settings=identity,
+            folder=checkpoints,
+            seed=options.seed,
+            validate=data.validate,
+            validations=options.validations,
+            logs=logs,
+            log_every=options.log_every,
+            on_step=partial(_show_step, advance),
+            stop=stop,
+            nonfinite_limit=options.nonfinite_limit,
+        )
+        history = trainer.fit()
+    if logs is not None:
+        logs.close()
+    return Trained(clip, history, identity, trainer.averaged_weights())
+
+
+def _identity(options: Train, models: Models, data: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
+    """Return all that the weights depend on."""
+    reference = models.reference
+    return {
         "model": options.model,
-        "pretrained": clip.fingerprint,
+        "pretrained": models.clip.fingerprint,
         "lock": list(options.lock),
         "unlocked_groups": options.unlocked_groups,
         "patch_dropout": options.patch_dropout,
-        **data.identity,
+        **data,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
         **as_settings(options.optimization),
         **as_settings(options.selection),
-        **chosen,
+        **method,
     }
-    checkpoints = options.out / "checkpoints"
-    if (found := latest_checkpoint(checkpoints)) is not None:
-        console.print(f"training   going on from {found}")
-    logs = Logs(options.out, options.logs, identity) if ranks.leads else None
-    title = f"training {options.out.name}"
-    with closing(data.stream), progress_bar(title) as advance:
-        history, average = train(
-            clip,
-            method,
-            data.stream,
-            options.optimization,
-            reference_model=data.reference,
-            selector=build_selector(options, reference, ranks),
-            ranks=ranks,
-            execution=options.execution,
-            seed=options.seed,
-            checkpoints=checkpoints,
-            keeping=options.keeping,
-            settings=identity,
-            validate=data.validate,
-            validations=options.validations,
-            logs=logs,
-            log_every=options.log_every,
-            on_step=lambda step, total, log: advance(step, total, f"loss {log.get('loss', nan):.4f}"),
-            stop=stop,
-            nonfinite_limit=options.nonfinite_limit,
-        )
-    if logs is not None:
-        logs.close()
-    return Trained(clip, history, identity, average)
 
 
-def _target(options: Train, ranks: Ranks) -> Clip:
-    """Return the model to be trained."""
-    more: dict[str, Any] = {"force_patch_dropout": options.patch_dropout} if options.patch_dropout else {}
-    if ranks.group is not None and options.execution.parallel == "fsdp":
-        more["nonscalar_logit_scale"] = True
-    sigmoid = options.loss.method == "siglip"
-    clip = new_model(options.model, options.seed, sigmoid=sigmoid, weights=options.pretrained, **more)
-    lock_towers(clip.model, options.lock, options.unlocked_groups)
-    return clip
+def _show_step(advance: Callable[..., None], step: int, total: int, log: Record) -> None:
+    advance(step, total, f"loss {log.get('loss', nan):.4f}")
 
 
-def write_exports(options: Train, clip: Clip, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:
-    """Write the trained model, and the moving average of its weights, for open_clip and CLIP_benchmark."""
-    dtype, epoch = getattr(torch, options.weights), options.optimization.epochs
+def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) -> None:
+    """Write the trained model, its best validation and its moving average for open_clip and CLIP_benchmark."""
+    clip, dtype, epoch = trained.clip, getattr(torch, options.weights), options.optimization.epochs
     preprocess = get_model_preprocess_cfg(clip.model)
-    for name, state in (("model", weights), ("model-ema", average)):
+    for name, state in (("model", weights), ("model-ema", trained.average)):
         if state:
             export_model(clip, options.out / name, dtype, state)
             path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
             export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
+    if (best := best_record(trained.history, options.keeping.best)) is not None:
+        checkpoint = Checkpoint(step_folder(options.out / "checkpoints", int(best["step"])))
+        export_model(clip, options.out / "model-best", dtype, checkpoint.full_tensors(MODEL))

@@ -1,9 +1,9 @@
-"""Training state in safetensors files, one folder per step, written while training goes on; never pickle.
+"""Training state in safetensors files, one folder per step; never pickle.
 
 ``step-00000120/`` holds ``part-K-of-N.safetensors``: what rank K has of the model, optimizer and averages (its shards
 where they are sharded, every N-th tensor where all ranks have them) and its own rows of running state. A step's folder
-is written under another name and renamed when every rank is done, so that a folder of this name is whole. Any number of
-ranks can take it up: each reads the rows that it keeps.
+is written under another name and renamed when every rank is done, so that a folder of this name is complete. A run on
+any number of ranks can resume from it: each rank reads the rows that it keeps.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -28,31 +25,27 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.files import retry_with_backoff, sync, writing
+from experiments.clip.io.files import retry_with_backoff
 
 #: What a checkpoint holds and under which names; another number where that changes.
 FORMAT = "1"
 
 _STEP = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial-"
-_OLD = f"{_PARTIAL}old-"
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.safetensors")
-_SHARED, _OWN = "shared/", "own/"
+SHARED, OWN = "shared/", "own/"
 MODEL, _OPTIMIZER = "model.", "optimizer."
 _OF = "|"  # between a parameter's name and the optimizer's
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the folder of the last finished step, if there is one."""
-    return max(_steps(folder), key=step_number, default=None)
+    return max(step_folders(folder), key=step_number, default=None)
 
 
-def _steps(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders of finished steps."""
     return [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
 
 
@@ -66,192 +59,21 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-class CheckpointWriter:
-    """Writes the checkpoints of a run in the background, one at a time.
-
-    `start` copies the state and returns; `settle`, once no rank `is_writing`, makes the checkpoint count. Every rank
-    calls both at the same steps.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the run's checkpoints.
-    settings : dict
-        All that the weights depend on, in JSON's types.
-    keep : int
-        How many of the last checkpoints stay.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any], ranks: Ranks, keep: int) -> None:
-        self._folder, self._settings, self._ranks, self._keep = folder, settings, ranks, keep
-        self._thread: threading.Thread | None = None
-        self._failure: UserError | None = None
-        self._step = -1
-        self._spared: Callable[[int], int | None] = lambda step: None
-        if ranks.leads:
-            _recover(folder)
-        ranks.wait()
-
-    def is_of(self, step: int) -> bool:
-        """Whether the checkpoint that was begun or taken up last is of this step and this number of ranks."""
-        return self._step == step
-
-    def took_up(self, step: int, ranks: int) -> None:
-        """Note from which checkpoint the run goes on."""
-        self._step = step if ranks == self._ranks.count else -1
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a checkpoint was started that `settle` has not made count; the same on every rank."""
-        return self._thread is not None
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether this rank's part is not on the disk yet."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def start(
-        self,
-        shared: Mapping[str, Tensor],
-        own: Mapping[str, Tensor],
-        counts: Mapping[str, int],
-        progress: dict[str, Any],
-        spared: Callable[[int], int | None] = lambda step: None,
-    ) -> None:
-        """Copy the state after ``progress["step"]`` steps and begin to write it.
-
-        Parameters
-        ----------
-        shared : mapping
-            Tensors that all ranks have, or have shards of.
-        own : mapping
-            This rank's own tensors.
-        counts : mapping
-            This rank's own counts.
-        progress : dict
-            What else all ranks have in common, in JSON's types.
-        spared : callable
-            Returns, of a step whose checkpoint stays, another whose checkpoint must then stay too, if any.
-        """
-        self.settle()
-        self._step, self._spared = progress["step"], spared
-        partial = self._partial()
-        if self._ranks.leads:
-            _remove_partial(self._folder)  # what a killed run left, too
-        self._ranks.wait()
-        tensors, chunks = self._copied(shared)
-        tensors |= {f"{_OWN}{key}": _copy(value) for key, value in own.items()}
-        metadata = {
-            "format": FORMAT,
-            "progress": json.dumps(progress),
-            "settings": json.dumps(self._settings, sort_keys=True),
-            "chunks": json.dumps(chunks),
-            "counts": json.dumps(dict(counts)),
-        }
-        path = partial / f"part-{self._ranks.rank}-of-{self._ranks.count}.safetensors"
-        self._failure = None
-        self._thread = threading.Thread(target=self._write, args=(path, tensors, metadata))
-        self._thread.start()
-
-    def _partial(self) -> Path:
-        return self._folder / f"{_PARTIAL}{step_folder(self._folder, self._step).name}"
-
-    def _copied(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return this rank's share of the tensors, and of shards the whole's shape and where they lie in it."""
-        tensors: dict[str, Tensor] = {}
-        chunks: dict[str, Any] = {}
-        for number, (key, value) in enumerate(shared.items()):
-            if isinstance(value, DTensor):
-                local, offset = _chunk(value)
-                if local.numel():
-                    tensors[f"{_SHARED}{key}"] = _copy(local)
-                    chunks[f"{_SHARED}{key}"] = {"shape": list(value.shape), "offset": offset}
-            elif number % self._ranks.count == self._ranks.rank:
-                tensors[f"{_SHARED}{key}"] = _copy(value)
-        return tensors, chunks
-
-    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _system_errors():
-                save_file(tensors, path, metadata)
-            os.chmod(path, 0o666 & ~_UMASK)  # safetensors writes files that only their owner reads
-            sync(path)
-            sync(path.parent)
-
-        try:
-            with writing(path):
-                retry_with_backoff(write)
-        except UserError as error:
-            self._failure = error
-        except Exception as error:  # a thread's error would be lost
-            self._failure = UserError(f"cannot write {path} ({error!r})")
-
-    def settle(self) -> None:
-        """Wait for the checkpoint that was begun, if any, and make it count: the last ones and spared ones stay.
-
-        A failure on any rank, such as a full disk, leaves the earlier ones; the rank that failed raises its error, the
-        others one that names it.
-        """
-        if self._thread is None:
-            return
-        self._thread.join()
-        self._thread = None
-        try:
-            self._ranks.raise_on_all(self._failure)
-        except UserError:
-            if self._ranks.leads:
-                _remove_partial(self._folder)
-            raise
-        self._ranks.run_on_all_or_fail(self._publish if self._ranks.leads else lambda: None)
-
-    def _publish(self) -> None:
-        final, partial = step_folder(self._folder, self._step), self._partial()
-        own, *others = _parts(partial, self._ranks.count)
-        if not own.is_file():  # it was written and synced
-            raise UserError(f"cannot write {final} ({own} has disappeared): leave the folder alone or choose another")
-        if lacking := [part.name for part in others if not part.is_file()]:
-            raise UserError(f"{partial} lacks {lacking[0]}: --out must be a folder that all ranks share")
-
-        def publish() -> None:
-            if partial.exists():  # else this is another attempt, after the last rename
-                if final.exists():  # this step again, as by another number of ranks
-                    os.rename(final, self._folder / f"{_OLD}{final.name}")
-                os.rename(partial, final)
-            sync(self._folder)
-
-        try:
-            with writing(final):
-                retry_with_backoff(publish)
-        except UserError:
-            _recover(self._folder)
-            raise
-        _remove_partial(self._folder)
-        steps = sorted(_steps(self._folder), key=step_number)
-        spared = {self._spared(step_number(path)) for path in steps[-self._keep :]}
-        for path in steps[: -self._keep]:
-            if step_number(path) not in spared:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
-
-
-def _chunk(value: Tensor) -> tuple[Tensor, list[int]]:
-    """Return what this rank has of a tensor, and where that begins in the whole."""
+def chunk_of(value: Tensor) -> tuple[Tensor, list[int]]:
+    """Return what this rank has of a tensor, and where that begins in the full tensor."""
     if not isinstance(value, DTensor):
         return value, [0] * value.ndim
     [chunk] = value.__create_chunk_list__()
     return value.to_local(), list(chunk.offsets)
 
 
-def _parts(folder: Path, count: int) -> list[Path]:
+def part_paths(folder: Path, count: int) -> list[Path]:
+    """Return the files of all ranks in a step's folder."""
     return [folder / f"part-{rank}-of-{count}.safetensors" for rank in range(count)]
 
 
 @contextmanager
-def _system_errors() -> Iterator[None]:
+def system_errors() -> Iterator[None]:
     """Raise the error of the file system that is behind one of safetensors, where there is one."""
     try:
         yield
@@ -262,28 +84,20 @@ def _system_errors() -> Iterator[None]:
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
-def _recover(folder: Path) -> None:
-    """Give back their names to steps that were being replaced when a process ended."""
-    for path in folder.glob(f"{_OLD}*"):
-        final = folder / path.name.removeprefix(_OLD)
-        if not final.exists():
-            os.rename(path, final)
-
-
-def _remove_partial(folder: Path) -> None:
-    for path in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return weights and optimizer state by name: the tensors themselves, not copies; shards where they are sharded."""
-    state = {f"{MODEL}{key}": value for key, value in get_model_state_dict(model).items()}
+    state = _model_state(model)
     if not optimizer.state:  # torch would make one, by a step of rate 0 that counts as a step
         return state
     for name, values in _optimizer_state(model, optimizer)["state"].items():
         for key, value in values.items():
             state[f"{_OPTIMIZER}{name}{_OF}{key}"] = torch.as_tensor(value)
     return state
+
+
+def _model_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Any] = get_model_state_dict(model)
+    return {f"{MODEL}{key}": value for key, value in found.items()}
 
 
 def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -321,7 +135,7 @@ class Checkpoint:
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         def attempt() -> Any:
-            with _system_errors():
+            with system_errors():
                 return action()
 
         try:
@@ -350,12 +164,12 @@ class Checkpoint:
             self.progress, self.settings = json.loads(metadata["progress"]), json.loads(metadata["settings"])
             own: list[str] = []
             for key in file.keys():
-                if key.startswith(_OWN):
+                if key.startswith(OWN):
                     own.append(key)
                     continue
                 shape = file.get_slice(key).get_shape()
                 chunk = chunks.get(key, {"shape": shape, "offset": [0] * len(shape)})
-                name = key.removeprefix(_SHARED)
+                name = key.removeprefix(SHARED)
                 self._pieces.setdefault(name, []).append(_Piece(file, key, chunk["offset"], shape))
                 self._shapes[name] = chunk["shape"]
             self._own.append((file, own))
@@ -363,7 +177,7 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         """Return the files of all ranks, in order; a missing one is an error."""
         found = [match for path in self._path.iterdir() if (match := _PART.fullmatch(path.name))]
-        return _parts(self._path, int(found[0][2]) if found else 1)
+        return part_paths(self._path, int(found[0][2]) if found else 1)
 
     def has(self, prefix: str) -> bool:
         """Whether there is a tensor whose name begins with ``prefix``."""
@@ -373,7 +187,7 @@ class Checkpoint:
     def own(self) -> list[dict[str, Tensor]]:
         """Return every rank's own tensors, in order; rows that are not read stay on the disk."""
         return self._guarded(
-            lambda: [{key.removeprefix(_OWN): file.get_tensor(key) for key in keys} for file, keys in self._own]
+            lambda: [{key.removeprefix(OWN): file.get_tensor(key) for key in keys} for file, keys in self._own]
         )
 
     @property
@@ -381,8 +195,8 @@ class Checkpoint:
         """Return every rank's own counts, in order."""
         return self._counts
 
-    def whole(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with ``prefix``, whole, by the rest of their names."""
+    def full_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with ``prefix``, from all ranks' parts, by the rest of their names."""
         names = [name for name in self._pieces if name.startswith(prefix)]
         found = {name.removeprefix(prefix): self._guarded(lambda name=name: self._empty(name)) for name in names}
         self.fill({f"{prefix}{key}": value for key, value in found.items()})
@@ -405,7 +219,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def _fill(self, name: str, value: Tensor) -> None:
-        local, offset = _chunk(value)
+        local, offset = chunk_of(value)
         if name not in self._pieces:
             raise ValueError(f"{name} is not in it")
         if value.numel() == 1 and self._pieces[name][0].shape in ([], [1]):
@@ -446,7 +260,7 @@ def restore_training(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: 
             checkpoint.fill({f"{_OPTIMIZER}{name}{_OF}{key}": found})
             if not isinstance(value, Tensor):
                 own[key] = found.item()
-    checkpoint.fill({f"{MODEL}{key}": value for key, value in get_model_state_dict(model).items()})
+    checkpoint.fill(_model_state(model))
 
 
 def check_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

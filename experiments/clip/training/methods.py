@@ -1,9 +1,13 @@
-"""Training methods: one small class each, from a batch's features to a loss."""
+"""Training methods: one class each, from a batch's features to a loss.
+
+A new method is a class here, with the options that it takes, and a line in `METHODS`; its name and its options are
+fields of `experiments.clip.training.options.Loss`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,21 +20,32 @@ from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
 from drrho.ranks import mean_over_ranks, row_counts
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
-from drrho.temperature import IndividualTemperatures
+from drrho.temperature import GlobalTemperature, IndividualTemperatures
+from experiments.clip.distributed import ONE_PROCESS, Ranks
+from experiments.clip.training.options import Loss, TemperatureSchedule
 
 Features = tuple[Tensor, Tensor]  # of images and texts, unit vectors ``[b, d]``
+Group = dist.ProcessGroup | None
+#: One for all samples, or one for each sample and direction.
+Temperatures = Tensor | tuple[Tensor, Tensor]
 
-
-TemperatureSchedule = Literal["constant", "model", "threshold"]
-# Of "threshold", as FastCLIP-v3 has it (Wei et al., 2024, arXiv:2407.01445).
+# FastCLIP v3 divides the temperature's learning rate by 3 below this temperature (Wei et al., 2024, arXiv:2407.01445).
 _LATE_TEMPERATURE, _LATE_RATE = 0.03, 1 / 3
 
 
-class Loss(NamedTuple):
-    """A scalar to minimize and the numbers worth logging beside it."""
+class LookedUp(NamedTuple):
+    """Learned temperatures that took part in a loss, with the samples that they belong to."""
+
+    samples: Tensor
+    temperatures: Temperatures
+
+
+class MethodLoss(NamedTuple):
+    """A scalar to minimize, the numbers to log beside it, and the learned temperatures that it depends on."""
 
     value: Tensor
     log: dict[str, float]
+    learned: LookedUp | None = None
 
 
 class Head(NamedTuple):
@@ -40,63 +55,91 @@ class Head(NamedTuple):
     bias: Tensor | None = None
 
 
+class Context(NamedTuple):
+    """What a method is built for, beside its options: sizes of the run, the resolved temperature, the ranks."""
+
+    samples: int
+    epochs: int
+    temperature: float
+    ranks: Ranks = ONE_PROCESS
+
+
 class Method(Protocol):
     """What the training loop asks of a method."""
 
     #: Whether the model's own learnable temperature takes part.
     learns_scale: bool
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
-        """Return the loss of the target's features of samples ``index``, and the reference's if it is steered."""
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+        """Return the loss of the target's features of samples ``index``, given the reference's if there is one."""
         ...
 
     def logits_at(self, head: Head) -> tuple[float, float]:
         """Return the temperature and the bias of its logits as they stand."""
         ...
 
-    def step(self, scale: float, rate: float) -> dict[str, float]:
-        """Move what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log.
+    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
+        """Update what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log.
 
         ``rate`` is the model's learning rate in units of its peak.
         """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must keep."""
+        """Return what a checkpoint must hold."""
         ...
 
     def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take up a checkpoint's state: what `state_dict` returned on every rank that wrote it, in order."""
+        """Load a checkpoint's state: what `state_dict` returned on every rank that wrote it, in order."""
+        ...
+
+
+class MethodClass(Protocol):
+    """A method that can be chosen by name."""
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The options of `Loss` that it takes, beside those of distillation and of the reference."""
+        ...
+
+    def from_options(self, options: Loss, context: Context) -> Method:
+        """Build the method."""
         ...
 
 
 class _Stateless:
-    """A method that learns nothing of its own."""
+    """A method that learns nothing of its own: what is learned is the model's."""
 
-    def step(self, scale: float, rate: float) -> dict[str, float]:
-        """Move nothing."""
+    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
+        """Return no numbers: there is nothing to update."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: what is learned is the model's."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Accept nothing."""
+        """Load an empty state."""
 
 
 class OpenCLIP(_Stateless):
     """InfoNCE over the batch with the model's learnable temperature, as open_clip trains."""
 
+    takes: ClassVar[frozenset[str]] = frozenset()
     learns_scale = True
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Group = None) -> None:
         self._group = group
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
+    @classmethod
+    def from_options(cls, options: Loss, context: Context) -> OpenCLIP:
+        """Build the method."""
+        return cls(context.ranks.group)
+
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return InfoNCE at the model's temperature."""
         tau = 1 / head.scale
-        return Loss(info_nce(*own, tau, group=self._group), {"temperature": tau.item()})
+        return MethodLoss(info_nce(*own, tau, group=self._group), {"temperature": tau.item()})
 
     def logits_at(self, head: Head) -> tuple[float, float]:
         """Return the model's temperature."""
@@ -106,20 +149,26 @@ class OpenCLIP(_Stateless):
 class SigLIP(_Stateless):
     """The pairwise sigmoid loss with the model's learnable scale and bias: open_clip's own ``SigLipLoss``."""
 
+    takes: ClassVar[frozenset[str]] = frozenset()
     learns_scale = True
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Group = None) -> None:
         self._group = group
         rank, self._ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._loss = SigLipLoss(rank=rank, world_size=self._ranks)
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
+    @classmethod
+    def from_options(cls, options: Loss, context: Context) -> SigLIP:
+        """Build the method."""
+        return cls(context.ranks.group)
+
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the sigmoid loss: the mean of the ranks' own, each this rank's images against all texts."""
         part = self._loss(*own, head.scale, head.bias) / self._ranks
         total = part.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
-        return Loss(part + (total - part.detach()), {"temperature": 1 / head.scale.item()})
+        return MethodLoss(part + (total - part.detach()), {"temperature": 1 / head.scale.item()})
 
     def logits_at(self, head: Head) -> tuple[float, float]:
         """Return the model's temperature and bias."""
@@ -133,31 +182,29 @@ class ConstantTemperature:
         self._value = value
 
     def lookup(self, index: Tensor) -> float:
-        """Return it."""
+        """Return the temperature."""
         return self._value
 
-    def step(self, index: Tensor, temperature: float, rate: float) -> int:
-        """Move nothing."""
-        return 0
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Accept nothing."""
+        """Load an empty state."""
 
 
+LearnedTemperature = GlobalTemperature | IndividualTemperatures
+# What has a row for each sample, and loads its rows from all ranks' states.
 _BY_SAMPLE = (RunningEstimates, RunningThresholds, IndividualTemperatures)
 
 
 class GlobalContrastive:
-    """The global contrastive risk: FastCLIP v0 to v3; with a reference, DRRho-CLIP; of any divergence.
+    """The global contrastive risk, of any divergence, with or without a reference.
 
     Parameters
     ----------
     samples : int
-        Size of the training split; sizes the running state.
+        Size of the training split, which is the size of the running state.
     gamma_epochs : int
         The epoch, counted from 0, in which gamma arrives at ``final_gamma``, by a cosine from 1 in the first.
     temperature : ConstantTemperature, or GlobalTemperature or IndividualTemperatures of `drrho.temperature`
@@ -167,11 +214,12 @@ class GlobalContrastive:
     final_gamma, log_step, eps, divergence, rho, per_temperature, published_temperature_gradient, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
     is_steered : bool
-        Whether a reference that is there takes part: FastCLIP has none, though what is beside it may.
+        Whether a reference that is given takes part: FastCLIP has none, though distillation or a selection may use one.
     temperature_schedule : "constant", "model" or "threshold"
-        Of a learned temperature's rate: constant, in step with the model's, or a third below a temperature of 0.03.
+        How the learning rate of a learned temperature changes: constant; proportional to the model's; divided by three
+        below a temperature of 0.03.
     device : torch.device or str
-        Where the running state is kept and its rows go.
+        Where the running state is kept and its rows are sent.
     """
 
     learns_scale = False
@@ -180,7 +228,7 @@ class GlobalContrastive:
         self,
         samples: int,
         gamma_epochs: int,
-        temperature: Any,
+        temperature: ConstantTemperature | LearnedTemperature,
         *,
         is_steered: bool = True,
         coefficient: float | AdaptiveCoefficient = 1.0,
@@ -192,65 +240,78 @@ class GlobalContrastive:
         per_temperature: bool = False,
         published_temperature_gradient: bool = False,
         temperature_schedule: TemperatureSchedule = "constant",
-        group: Any = None,
+        group: Group = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._temperature, self._coefficient = temperature, coefficient
         self._schedule, self._is_steered = temperature_schedule, is_steered
         self._gamma_epochs, self._final_gamma = gamma_epochs, final_gamma
         divergence = KL() if divergence is None else divergence
+        # KL's dual variable has a closed form, a log-normalizer, which has options of its own.
         self._is_kl = isinstance(divergence, KL)
         self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, device, group)
-        for_kl = {
+        for_kl: dict[str, Any] = {
             "log_step": log_step,
             "eps": eps,
             "per_temperature": per_temperature,
             "published_temperature_gradient": published_temperature_gradient,
         }
-        self._options = {"divergence": divergence, "rho": rho, "group": group, **(for_kl if self._is_kl else {})}
+        self._options: dict[str, Any] = {
+            "divergence": divergence,
+            "rho": rho,
+            "group": group,
+            **(for_kl if self._is_kl else {}),
+        }
         self._group = group
-        self._looked_up: tuple[Tensor, Any] | None = None
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
-        """Return the contrastive risk and move the running state of these samples."""
-        adaptive = self._options.get("log_step") is not None
-        last = self._gamma_epochs
-        gamma = 1.0 if adaptive else cosine_gamma(min(epoch, last), last + 1, self._final_gamma)
-        log = {} if adaptive else {"gamma": gamma}
-        options = self._options | {"gamma": gamma}
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+        """Return the contrastive risk and update the running state of these samples."""
+        gamma, log = self._gamma(epoch)
+        options: dict[str, Any] = {**self._options, "gamma": gamma}
         if self._is_steered and reference is not None:
             options |= {"reference": reference, "coefficient": self._coefficient}
             if isinstance(self._coefficient, AdaptiveCoefficient):
                 options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
                 log["coefficient"] = options["coefficient"]
         temperature = self._temperature.lookup(index)
-        self._looked_up = index, temperature
-        state = self._running.lookup(index)
-        step = contrastive_risk(*own, temperature, **{"log_u" if self._is_kl else "threshold": state}, **options)
+        learned = LookedUp(index, temperature) if isinstance(temperature, Tensor | tuple) else None
+        options["log_u" if self._is_kl else "threshold"] = self._running.lookup(index)
+        step = contrastive_risk(*own, temperature, **options)
         self._running.update(index, step.log_u if self._is_kl else step.threshold)  # pyright: ignore[reportArgumentType]
         share = mean_over_ranks(torch.exp(-torch.cat(step.distances)), self._group)
         negatives = sum(row_counts(len(index), self._group, own[0].device)) - 1
-        return Loss(step.value, {**log, "effective_negatives": negatives * share.item()})
+        return MethodLoss(step.value, {**log, "effective_negatives": negatives * share.item()}, learned)
+
+    def _gamma(self, epoch: int) -> tuple[float, dict[str, float]]:
+        """Return the rate of the running estimates, and what to log of it."""
+        if self._options.get("log_step") is not None:
+            return 1.0, {}
+        last = self._gamma_epochs
+        gamma = cosine_gamma(min(epoch, last), last + 1, self._final_gamma)
+        return gamma, {"gamma": gamma}
 
     def logits_at(self, head: Head) -> tuple[float, float]:
         """Return the one temperature of all samples: there must not be one for each."""
         tau = self._temperature.lookup(torch.empty(0, dtype=torch.int64))
+        assert not isinstance(tau, tuple)
         return tau.item() if isinstance(tau, Tensor) else tau, 0.0
 
-    def step(self, scale: float, rate: float) -> dict[str, float]:
-        """Move learned temperatures; log their mean over the batch, and how many met a bound."""
-        if self._looked_up is None or isinstance(self._temperature, ConstantTemperature):
+    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
+        """Update learned temperatures; log their mean over the batch, and how many met a bound."""
+        if loss.learned is None or isinstance(self._temperature, ConstantTemperature):
             return {}
-        index, taus = self._looked_up
+        samples, taus = loss.learned
         both = taus if isinstance(taus, tuple) else (taus,)
         for tau in both:
+            assert tau.grad is not None
             tau.grad /= scale
         mean = torch.cat([tau.detach().reshape(-1) for tau in both]).mean().item()
         if self._schedule == "constant":
             rate = 1.0
         elif self._schedule == "threshold":
             rate = _LATE_RATE if mean < _LATE_TEMPERATURE else 1.0
-        return {"temperature": mean, "temperatures_bounded": self._temperature.step(index, taus, rate)}
+        bounded = self._temperature.step(samples, taus, rate)  # pyright: ignore[reportArgumentType]
+        return {"temperature": mean, "temperatures_bounded": bounded}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return running state, learned temperatures and the adaptive coefficient."""
@@ -259,7 +320,7 @@ class GlobalContrastive:
         }
 
     def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take them up: rows of samples from all ranks' states, what ranks share from the first."""
+        """Load the state: rows of samples from all ranks' states, what ranks share from the first."""
         for name, part in self._parts().items():
             prefix = f"{name}."
             own = [
@@ -275,23 +336,74 @@ class GlobalContrastive:
         return parts
 
 
+class FastCLIP(GlobalContrastive):
+    """The global contrastive risk without a reference: FastCLIP v0 to v3."""
+
+    takes: ClassVar[frozenset[str]] = frozenset(
+        "temperature temperature_scheme rho temperature_lr temperature_lr_schedule published_temperature_gradient "
+        "temperature_bounds divergence level final_gamma gamma_epochs log_step eps".split()
+    )
+    #: Whether the reference's margins are subtracted.
+    steered = False
+
+    @classmethod
+    def from_options(cls, options: Loss, context: Context) -> FastCLIP:
+        """Build the method."""
+        place = {"group": context.ranks.group, "device": context.ranks.device}
+        return cls(
+            context.samples,
+            context.epochs - 1 if options.gamma_epochs is None else options.gamma_epochs,
+            _temperature(options, context),
+            is_steered=cls.steered,
+            coefficient=AdaptiveCoefficient() if options.coefficient == "adaptive" else options.coefficient,
+            final_gamma=options.final_gamma,
+            log_step=options.log_step,
+            eps=options.eps,
+            divergence=options.build_divergence(),
+            rho=options.rho,
+            per_temperature=options.temperature_scheme == "per-temperature",
+            published_temperature_gradient=options.published_temperature_gradient,
+            temperature_schedule=options.temperature_lr_schedule,
+            **place,
+        )
+
+
+class DRRhoCLIP(FastCLIP):
+    """The same of the pair losses in excess of the reference's."""
+
+    takes: ClassVar[frozenset[str]] = FastCLIP.takes | {"coefficient"}
+    steered = True
+
+
+def _temperature(options: Loss, context: Context) -> ConstantTemperature | LearnedTemperature:
+    if not options.learns_temperature:
+        return ConstantTemperature(context.temperature)
+    low, high = options.temperature_bounds
+    learning = {"learning_rate": options.temperature_lr, "low": low, "high": high}
+    place = {"group": context.ranks.group, "device": context.ranks.device}
+    if options.temperature_scheme == "individual":
+        return IndividualTemperatures(context.samples, context.temperature, **learning, **place)
+    return GlobalTemperature(context.temperature, **learning, **place)
+
+
 class TwoLevel(_Stateless):
     """The DRRho risk over samples: weights from each sample's own contrastive risk in excess of the reference's."""
 
+    takes: ClassVar[frozenset[str]] = frozenset({"temperature", "divergence", "level", "strength"})
     learns_scale = False
 
-    def __init__(
-        self,
-        temperature: float,
-        outer: Divergence,
-        strength: float,
-        group: Any = None,
-    ) -> None:
+    def __init__(self, temperature: float, outer: Divergence, strength: float, group: Group = None) -> None:
         self._temperature, self._outer, self._group = temperature, outer, group
         self._strength = strength if outer.has_radius else None
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
+    @classmethod
+    def from_options(cls, options: Loss, context: Context) -> TwoLevel:
+        """Build the method."""
+        return cls(context.temperature, options.build_divergence(), options.strength, context.ranks.group)
+
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the outer risk over the batch."""
+        assert reference is not None  # options without one are refused
         risk = two_level_risk(
             *own,
             self._temperature,
@@ -303,11 +415,21 @@ class TwoLevel(_Stateless):
         squares = risk.weights.detach().square().sum()
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
-        return Loss(risk.value, {"effective_samples": 1 / squares.item()})
+        return MethodLoss(risk.value, {"effective_samples": 1 / squares.item()})
 
     def logits_at(self, head: Head) -> tuple[float, float]:
-        """Return its temperature."""
+        """Return the method's temperature."""
         return self._temperature, 0.0
+
+
+#: The methods by the name that chooses them.
+METHODS: dict[str, MethodClass] = {
+    "openclip": OpenCLIP,
+    "siglip": SigLIP,
+    "fastclip": FastCLIP,
+    "drrho": DRRhoCLIP,
+    "two-level": TwoLevel,
+}
 
 
 class Distilled:
@@ -316,38 +438,40 @@ class Distilled:
     Parameters
     ----------
     temperature : float
-        Of the reference's softmax, and of the target's unless that is ``own``: the method's, as it stands.
+        Temperature of the reference's softmax, and of the target's, unless ``own`` gives that the method's temperature.
     """
 
     def __init__(
-        self, method: Method, weight: float, temperature: float, *, own: bool = False, group: Any = None
+        self, method: Method, weight: float, temperature: float, *, own: bool = False, group: Group = None
     ) -> None:
         self._method, self._weight, self._temperature, self._own, self._group = method, weight, temperature, own, group
         self.learns_scale = method.learns_scale
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> Loss:
-        """Return the sum."""
+    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+        """Return the sum of both."""
+        assert reference is not None  # options without one are refused
         first = self._method.loss(own, index, head, epoch, reference)
-        tau: Any = self._temperature
+        tau: Tensor | float = self._temperature
         if self._own:
             tau = 1 / head.scale if self.learns_scale else self._method.logits_at(head)[0]
         distilled = distillation_loss(
             *own, tau, reference=reference, reference_temperature=self._temperature, group=self._group
         )
-        return Loss(first.value + self._weight * distilled, {**first.log, "distillation": distilled.item()})
+        log = {**first.log, "distillation": distilled.item()}
+        return first._replace(value=first.value + self._weight * distilled, log=log)
 
     def logits_at(self, head: Head) -> tuple[float, float]:
-        """Return the other method's."""
+        """Return what the other method returns."""
         return self._method.logits_at(head)
 
-    def step(self, scale: float, rate: float) -> dict[str, float]:
-        """Move what the other method learns."""
-        return self._method.step(scale, rate)
+    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
+        """Update what the other method learns."""
+        return self._method.step(loss, scale, rate)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the other method's."""
+        """Return what the other method returns."""
         return self._method.state_dict()
 
     def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Hand it to the other method."""
+        """Load the other method's state."""
         self._method.load_state_dict(states)

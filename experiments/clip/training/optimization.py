@@ -4,47 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from experiments.clip.errors import UserError
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How long and how to train."""
-
-    epochs: int = 16
-    """Passes over the training pairs."""
-    batch_size: int = 512
-    """Pairs trained on per step over all ranks, at most: an epoch is cut into batches of equal size up to one."""
-    accumulation: int = 1
-    """Parts of a rank's batch that go through the towers one after the other; the loss still sees the whole batch."""
-    optimizer: str = "adamw"
-    """adamw, or the name of any optimizer of timm (timm.optim.list_optimizers())."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay rates of adamw's moments: 0.9 and 0.98 are usual for transformers, 0.9 and 0.999 for ResNets."""
-    adam_eps: float = 1e-6
-    """Added to the root of adamw's second moment."""
-    weight_decay: float = 0.2
-    """Decoupled weight decay of matrices; gains, biases and the temperature have none."""
-    schedule: Literal["cosine", "constant", "cooldown"] = "cosine"
-    """After the warm-up: a cosine to --lr-min; constant; or constant, and linear to --lr-min in --cooldown-steps."""
-    warmup: int = 50
-    """Steps of linear warm-up."""
-    lr_min: float = 0.0
-    """Where cosine and cooldown end."""
-    cooldown_steps: int = 0
-    """Steps of the cooldown, the last of the run."""
-    clip_norm: float | None = None
-    """Largest norm of the gradient; larger ones are scaled down to it."""
-    ema: float | None = None
-    """Decay per step of a moving average of the weights, exported beside them."""
+from experiments.clip.training.options import Optimization
 
 
 def build_optimizer(model: torch.nn.Module, options: Optimization) -> torch.optim.Optimizer:
@@ -59,14 +24,14 @@ def build_optimizer(model: torch.nn.Module, options: Optimization) -> torch.opti
     ]
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.adam_eps, fused=True)
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
     return create_optimizer_v2(groups, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that there is not."""
-    from timm.optim import list_optimizers
+    """Refuse an optimizer that does not exist, or whose state a checkpoint cannot hold."""
+    from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
     if name.startswith("kron"):
         raise UserError(f"--optimizer {name} keeps a state that checkpoints cannot hold: choose another of timm's")
@@ -100,7 +65,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         self._steps += 1
         for key, average in self.average.items():
@@ -114,7 +79,7 @@ class MovingAverage:
         return {**self.average, "steps": torch.tensor(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self._steps = int(state["steps"])
         for key, average in self.average.items():
             average.copy_(state[key])

@@ -8,7 +8,6 @@ takes the pairs with the largest excess losses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -23,39 +22,9 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features
+from experiments.clip.training.options import Selection
 
 _DRAWS = 1
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which of the pairs to train on."""
-
-    select: Literal["all", "jest", "jest-top-k", "rho-top-k"] = "all"
-    """Train on every pair, or on those of a larger batch that are most learnable, by the target's loss minus the
-    reference's: drawn in parts, each given those before (JEST); the same, but the largest scores instead of draws; or
-    the pairs whose own losses among all candidates exceed the reference's most (RHO-LOSS)."""
-    candidates: int = 5
-    """Pairs scored for each pair of --batch-size; JEST's filter ratio is 1 - 1/candidates, published with 5."""
-    select_chunks: int = 16
-    """Parts in which JEST chooses a batch."""
-    select_temperature: float = 1.0
-    """Of JEST's draws, in nats of the score; published: 1."""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether pairs are left out."""
-        return self.select != "all"
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether the batch is chosen in parts."""
-        return self.select in ("jest", "jest-top-k")
-
-    @property
-    def scored_per_pair(self) -> int:
-        """Pairs that the stream gives for each pair of the batch size."""
-        return self.candidates if self.is_on else 1
 
 
 class Chosen(NamedTuple):

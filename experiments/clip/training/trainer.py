@@ -1,4 +1,4 @@
-"""The training loop, on one process or many."""
+"""Training, on one process or many: `Trainer.fit` reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -6,31 +6,24 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from drrho.accumulation import accumulate
-from drrho.coefficient import within_anchors
 from drrho.ranks import gathered, row_counts
-from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch, Reference, Stream
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.io.files import append_line
-from experiments.clip.models.clip import Clip, at_least_one
+from experiments.clip.models.clip import Clip
 from experiments.clip.training.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
     check_settings,
     latest_checkpoint,
     restore_training,
@@ -38,100 +31,111 @@ from experiments.clip.training.checkpoint import (
     step_number,
     training_state,
 )
-from experiments.clip.training.logs import Logs
-from experiments.clip.training.methods import Features, Head, Loss, Method
-from experiments.clip.training.optimization import MovingAverage, Optimization, build_optimizer, learning_rate
+from experiments.clip.training.checkpoint_writer import CheckpointWriter
+from experiments.clip.training.logs import Logs, Record, StepMeans, steering_measures
+from experiments.clip.training.methods import Features, Method, MethodLoss
+from experiments.clip.training.optimization import MovingAverage, build_optimizer, learning_rate
+from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
 from experiments.clip.training.selection import Selector
+from experiments.clip.training.towers import NotFinite, Towers, clipped_norm, full_tensor
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
 # Names of a checkpoint's tensors beside weights and optimizer.
 EMA, _SCALER = "ema.", "scaler."
 
-Record = dict[str, float]
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds; see `CheckpointWriter.start`."""
+
+    shared: dict[str, Tensor]
+    own: dict[str, Tensor]
+    counts: dict[str, int]
+    progress: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Execution:
-    """On what and how the towers run."""
+@dataclass
+class TrainState:
+    """Everything that training changes: a checkpoint holds it, and a run resumes from it.
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Over ranks (torchrun or srun): whole copies of the model, or its parameters sharded (FSDP2)."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the towers, by autocast; float16 scales the loss. Similarities and losses are float32 always."""
-    compile: bool = False
-    """Compile the towers with torch.compile."""
-    activation_checkpointing: bool = False
-    """Keep the inputs of blocks alone and compute them again in the backward pass."""
-    exchange_minutes: float = 10.0
-    """How long a rank waits for another before it stops with an error."""
+    Attributes
+    ----------
+    step : int
+        Finished steps.
+    skipped_steps : int
+        Steps that were not taken because something was not finite.
+    seen : dict
+        Pairs so far, over all ranks: those that the stream gave, and those that a backward pass was for.
+    history : list
+        One record per validation.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
+    average: MovingAverage | None
+    method: Method
+    stream: Stream
+    step: int = 0
+    skipped_steps: int = 0
+    seen: dict[str, int] = field(default_factory=lambda: {"samples_scored": 0, "samples_trained": 0})
+    history: list[Record] = field(default_factory=list)
+
+    def state_dict(self) -> Snapshot:
+        """Return the state: tensors are those that training goes on to change, not copies."""
+        shared = training_state(self.model, self.optimizer)
+        if self.average is not None:
+            shared |= {f"{EMA}{key}": value for key, value in self.average.state_dict().items()}
+        if self.scaler.is_enabled():
+            shared |= {f"{_SCALER}{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()}
+        progress = {
+            "step": self.step,
+            "history": self.history,
+            "passed_over": self.skipped_steps,
+            "seen": self.seen,
+            # Where some optimizers count.
+            "optimizer_steps": [
+                int(group["step"]) if "step" in group else None for group in self.optimizer.param_groups
+            ],
+        }
+        return Snapshot(shared, self.method.state_dict(), self.stream.state_dict(), progress)
+
+    def load_state_dict(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
+        """Load the state of a checkpoint, which may be of another number of ranks."""
+        restore_training(checkpoint, self.model, self.optimizer)
+        progress = checkpoint.progress
+        self.step, self.history = progress["step"], progress["history"]
+        self.skipped_steps, self.seen = progress["passed_over"], progress["seen"]
+        for group, count in zip(self.optimizer.param_groups, progress["optimizer_steps"], strict=True):
+            if count is not None:
+                group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
+        if self.average is not None:
+            state = self.average.state_dict()
+            checkpoint.fill({f"{EMA}{key}": value for key, value in state.items()})
+            self.average.load_state_dict(state)
+        if self.scaler.is_enabled():
+            state = {key: torch.tensor(value) for key, value in self.scaler.state_dict().items()}
+            checkpoint.fill({f"{_SCALER}{key}": value for key, value in state.items()})
+            self.scaler.load_state_dict({key: value.item() for key, value in state.items()})
+        self.method.load_state_dict(checkpoint.own)
+        # Counts of ranks that no longer exist go to those that do.
+        self.stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
 
 
-@dataclass(frozen=True)
-class CheckpointPolicy:
-    """When checkpoints are written, and which stay."""
-
-    checkpoint_minutes: float = 1.0
-    """Minutes between checkpoints, which are written while training goes on."""
-    checkpoint_steps: int | None = None
-    """Steps between checkpoints, besides."""
-    keep: int = 2
-    """How many of the last checkpoints stay."""
-    best: str | None = None
-    """Metric of the validations, such as naming_top1, whose highest value's checkpoint stays too; it is exported as
-    model-best."""
-
-
-class Interrupted(Exception):
-    """Training was asked to stop, by the signal of number ``signal``; the checkpoint is written."""
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.signal = signal
-
-
-def train(
-    clip: Clip,
-    method: Method,
-    stream: Stream,
-    optimization: Optimization,
-    *,
-    reference_model: Reference | None,
-    selector: Selector | None = None,
-    ranks: Ranks,
-    execution: Execution,
-    seed: int,
-    checkpoints: Path,
-    keeping: CheckpointPolicy,
-    settings: dict[str, Any],
-    validate: Callable[[], Record],
-    validations: int,
-    logs: Logs | None,
-    log_every: int,
-    on_step: Callable[[int, int, Record], None],
-    stop: Callable[[], int],
-    nonfinite_limit: int = 0,
-) -> tuple[list[Record], dict[str, Tensor]]:
-    """Train ``clip.model`` in place; return one record per validation, and the weights' moving average if there is one.
-
-    Records and lines of the log count the pairs of all steps so far, over all ranks: ``samples_scored`` is those that
-    were visited, ``samples_trained`` those that a backward pass was for.
-
-    A checkpoint is written as ``keeping`` says, when ``stop`` does and at the end; if one made with the same
-    ``settings`` is there, training goes on from it and, on one machine, ends at the same weights bit by bit.
+class Trainer:
+    """Trains a model in place; a run that is interrupted resumes and, on one machine, ends at the same bits.
 
     Parameters
     ----------
-    reference_model : Reference, optional
+    reference : Reference, optional
         Gives the reference's features of a batch.
     selector : Selector, optional
-        Chooses what to train on among the pairs of a step, by both models' features; it needs one. Otherwise a step
-        trains on all.
+        Chooses the pairs to train on among those of a step, by both models' features; it needs a reference. Without it
+        a step trains on all.
     settings : dict
         All that the weights depend on, in JSON's types; a checkpoint made with others is refused.
+    folder : Path
+        Where checkpoints are written.
     validate : callable
         Scores the model as it stands; called ``validations`` times, evenly spaced, the last time at the end.
     logs : Logs, optional
@@ -139,175 +143,254 @@ def train(
     on_step : callable
         Receives the number of finished steps, their total and the step's log.
     stop : callable
-        Asked after every step, on every rank, for the number of a signal; other than 0 on one, it ends the run with a
-        checkpoint and `Interrupted`.
+        Asked after every step, on every rank, for the number of a signal; other than 0 on one of them, it ends the run
+        with a checkpoint and `Interrupted`.
     nonfinite_limit : int
-        Steps whose features, loss or gradient are not finite that are passed over before such a one ends the run. The
-        samples of each are written down, in ``nonfinite.jsonl`` beside the checkpoints.
+        How many steps with features, a loss or a gradient that is not finite are skipped before another one ends the
+        run. The samples of each are written to ``nonfinite.jsonl`` beside the checkpoints.
+
+    Attributes
+    ----------
+    state : TrainState
+        Everything that training changes.
+    total : int
+        Steps of the run.
     """
-    clip.model.logit_scale.requires_grad_(method.learns_scale)
-    towers = Towers(clip, execution, ranks)
-    optimizer = build_optimizer(clip.model, optimization)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=execution.precision == "float16")
-    average = None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema)
-    per_epoch = stream.steps_per_epoch
-    total = per_epoch * optimization.epochs
-    due = {round(total * (k + 1) / validations) for k in range(validations)}
-    step: int = 0
-    passed_over: int = 0
-    seen = {"samples_scored": 0, "samples_trained": 0}
-    history: list[Record] = []
-    writer = CheckpointWriter(checkpoints, settings, ranks, keeping.keep)
 
-    def shared() -> dict[str, Tensor]:
-        state = training_state(clip.model, optimizer)
-        if average is not None:
-            state |= {f"{EMA}{key}": value for key, value in average.state_dict().items()}
-        if scaler.is_enabled():
-            state |= {f"{_SCALER}{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
-        return state
+    def __init__(
+        self,
+        clip: Clip,
+        method: Method,
+        stream: Stream,
+        optimization: Optimization,
+        *,
+        reference: Reference | None = None,
+        selector: Selector | None = None,
+        ranks: Ranks,
+        execution: Execution,
+        policy: CheckpointPolicy,
+        settings: dict[str, Any],
+        folder: Path,
+        seed: int,
+        validate: Callable[[], Record],
+        validations: int,
+        logs: Logs | None,
+        log_every: int,
+        on_step: Callable[[int, int, Record], None],
+        stop: Callable[[], int],
+        nonfinite_limit: int = 0,
+    ) -> None:
+        clip.model.logit_scale.requires_grad_(method.learns_scale)
+        self._towers = Towers(clip, execution, ranks)
+        self.state = TrainState(
+            clip.model,
+            build_optimizer(clip.model, optimization),
+            torch.amp.GradScaler(ranks.device.type, enabled=execution.precision == "float16"),  # pyright: ignore[reportPrivateImportUsage]
+            None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema),
+            method,
+            stream,
+        )
+        self._optimization, self._reference, self._selector = optimization, reference, selector
+        self._ranks, self._seed, self._nonfinite_limit = ranks, seed, nonfinite_limit
+        self._policy, self._settings, self._folder = policy, settings, folder
+        self._validate, self._logs, self._log_every = validate, logs, log_every
+        self._on_step, self._stop = on_step, stop
+        self.total = stream.steps_per_epoch * optimization.epochs
+        self._validation_steps = {round(self.total * (k + 1) / validations) for k in range(validations)}
+        self._writer = CheckpointWriter(folder, settings, ranks, policy.keep)
+        self._means, self._saved_at = StepMeans(ranks), time.monotonic()
+        # Measured when a line of the log is due: what steering depends on, and what a selection has chosen.
+        self._steering: Callable[[], Record] = dict
+        self._learnability: Callable[[], Record] = dict
 
-    def best_step(last: int) -> int | None:
-        best = best_record([record for record in history if record["step"] <= last], keeping.best)
+    def fit(self) -> list[Record]:
+        """Train to the end, from the last checkpoint if there is one; return one record per validation.
+
+        Records and lines of the log count the pairs of all steps so far, over all ranks: ``samples_scored`` are those
+        that the stream gave, ``samples_trained`` those that a backward pass was for.
+        """
+        state, stream = self.state, self.state.stream
+        self.restore()
+        self._means, self._saved_at = StepMeans(self._ranks), time.monotonic()
+        for epoch in range(state.step // stream.steps_per_epoch, self._optimization.epochs):
+            first = state.step - epoch * stream.steps_per_epoch
+            for candidates in self._means.timed(stream.batches(epoch, first)):
+                log = self.step(candidates, epoch)
+                self._on_step(state.step, self.total, log)
+                if state.step % self._log_every == 0 or state.step == self.total:
+                    self._write_log()
+                is_best = state.step in self._validation_steps and self.validate(log)
+                self._checkpoint_if_due(is_best)
+        if not self._writer.is_of(state.step):
+            self.save()
+        self._writer.commit()
+        return state.history
+
+    def restore(self) -> None:
+        """Load the last checkpoint, if there is one."""
+        found = latest_checkpoint(self._folder)
+        number = -1 if found is None else step_number(found)
+        highest, lowest = self._ranks.maxima_over_ranks(number, -number)
+        if highest != -lowest:
+            raise UserError(
+                f"rank {self._ranks.rank} finds {found or 'no checkpoint'}, others another one: --out must be a folder "
+                "that all ranks share"
+            )
+        if found is None:
+            return
+        checkpoint = Checkpoint(found)
+        check_settings(found, checkpoint.settings, self._settings)
+        self.state.load_state_dict(checkpoint, self._ranks)
+        self._writer.resumed_from(self.state.step, len(checkpoint.counts))
+        best = best_record(self.state.history, self._policy.best)
+        if best is not None and not step_folder(self._folder, int(best["step"])).is_dir():
+            raise UserError(
+                f"--best {self._policy.best}: the checkpoint of the best validation so far, step {best['step']}, was "
+                "not kept: leave out --best, or start anew in another --out"
+            )
+
+    def step(self, candidates: Batch, epoch: int) -> Record:
+        """Take one step on a batch, or skip it where something is not finite; return the numbers to log."""
+        state = self.state
+        # Dropout is a function of seed, step and rank, so that a resumed run needs no generators' states.
+        torch.manual_seed(int(np.random.SeedSequence([self._seed, state.step, self._ranks.rank]).generate_state(1)[0]))
+        state.optimizer.zero_grad(set_to_none=True)
+        scale = self._ranks.count * float(state.scaler.scale(torch.ones((), device=self._ranks.device)))
+        reference = self._reference_features(candidates)
+        lr = self._set_learning_rate()
+        batch, trained = candidates, 0
+        try:
+            if self._selector is not None:
+                batch, reference = self._select(self._selector, candidates, reference)
+            parts = self._optimization.accumulation
+            loss, features = self._towers.backward(state.method, batch, reference, parts, epoch, scale)
+            trained = len(batch.index)
+            norm = self._gradient_norm(loss)
+        except NotFinite as problem:
+            self._skip(batch, problem)
+            log = {"lr": lr}
+        else:
+            log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
+            log |= self._update(loss, scale, norm, lr)
+            self._steering = partial(steering_measures, features, reference, self._ranks)
+        state.step += 1
+        self._count(len(candidates.index), trained)
+        self._means.add(candidates, log)
+        return log
+
+    def _reference_features(self, batch: Batch) -> Features | None:
+        if self._reference is None or batch.reference_inputs is None:
+            return None
+        with self._towers.autocast():
+            return self._reference.features(batch.reference_inputs, self._ranks.device)
+
+    def _set_learning_rate(self) -> float:
+        lr = learning_rate(self.state.step, self.total, self._optimization)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _select(
+        self, selector: Selector, candidates: Batch, reference: Features | None
+    ) -> tuple[Batch, Features | None]:
+        """Return the pairs to train on, with the reference's features of them."""
+        parts = self._optimization.accumulation * selector.candidates
+        target = self._towers.pairs(self.state.method, candidates, parts)
+        batch, reference, self._learnability = selector.choose(self.state.step, candidates, target, reference)
+        return batch, reference
+
+    def _gradient_norm(self, loss: MethodLoss) -> float:
+        """Return the norm of the gradient, clipped; refuse a loss or a gradient that is not finite."""
+        state = self.state
+        if not bool(torch.isfinite(loss.value)):
+            raise NotFinite(f"the loss is {loss.value.item()}")
+        state.scaler.unscale_(state.optimizer)
+        norm = clipped_norm(state.model, self._optimization.clip_norm)
+        if not math.isfinite(norm) and not state.scaler.is_enabled():
+            raise NotFinite(f"the gradient's norm is {norm}")
+        return norm
+
+    def _update(self, loss: MethodLoss, scale: float, norm: float, lr: float) -> Record:
+        """Update the weights, their moving average and what the method learns; return the method's numbers to log."""
+        state = self.state
+        log = state.method.step(loss, scale, lr / self._optimization.lr) if math.isfinite(norm) else {}
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update(state.model.state_dict())
+        return log
+
+    def _skip(self, batch: Batch, problem: NotFinite) -> None:
+        """Write down the samples of a step that cannot be taken; end the run where there were too many."""
+        state, ranks = self.state, self._ranks
+        state.skipped_steps += 1
+        path = self._folder.parent / "nonfinite.jsonl"
+        own = batch.index.to(ranks.device)
+        index = gathered(own, row_counts(len(own), ranks.group, ranks.device), ranks.group)
+        if ranks.leads:
+            append_line(path, json.dumps({"step": state.step, "problem": str(problem), "samples": index.tolist()}))
+        if state.skipped_steps > self._nonfinite_limit:
+            self._writer.commit()
+            raise UserError(
+                f"{problem} at step {state.step}, whose samples are in {path}: look at them, lower --lr, set "
+                "--clip-norm, or allow for such steps by --nonfinite-limit"
+            ) from None
+
+    def _count(self, scored: int, trained: int) -> None:
+        counts = self._ranks.sum(torch.tensor([scored, trained], device=self._ranks.device)).tolist()
+        self.state.seen = {
+            key: seen + count for (key, seen), count in zip(self.state.seen.items(), counts, strict=True)
+        }
+
+    def _write_log(self) -> None:
+        """Write the means since the last line, and what is measured on the last batch."""
+        state = self.state
+        values = self._means.finish() | self._steering() | self._learnability()
+        if self._logs is not None:
+            self._logs.write(state.step, {**values, **state.seen, "epoch": state.step / state.stream.steps_per_epoch})
+
+    def validate(self, log: Record) -> bool:
+        """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
+        state = self.state
+        record = {"step": state.step, **state.seen, **log, **self._steering(), **self._validate()}
+        state.history.append(record)
+        if self._logs is not None:
+            self._logs.write(state.step, {f"validation/{key}": value for key, value in record.items()})
+        return self._policy.best is not None and best_record(state.history, self._policy.best) is record
+
+    def _checkpoint_if_due(self, is_best: bool) -> None:
+        """Save after the best validation so far, by time, by steps, or when asked to stop; then end the run."""
+        policy, step = self._policy, self.state.step
+        asked, seconds = self._stop(), time.monotonic() - self._saved_at
+        is_due = (
+            is_best or seconds > 60 * policy.checkpoint_minutes or step % (policy.checkpoint_steps or step + 1) == 0
+        )
+        wanted, is_writing = self._ranks.maxima_over_ranks(
+            _SAVE + asked if asked else _SAVE * is_due, int(self._writer.is_writing)
+        )
+        if self._writer.has_begun and not is_writing:
+            self._writer.commit()
+        if wanted:
+            self.save()
+            self._saved_at = time.monotonic()
+        if wanted > _SAVE:
+            self._writer.commit()
+            message = f"stopped after step {step} of {self.total}; {self._folder} holds the state"
+            raise Interrupted(message, wanted - _SAVE)
+
+    def save(self) -> None:
+        """Start to write a checkpoint, which is committed later."""
+        self._writer.start(*self.state.state_dict(), self._best_step)
+
+    def _best_step(self, last: int) -> int | None:
+        """Return the step of the best validation up to a step, whose checkpoint stays as long as that step's does."""
+        best = best_record([record for record in self.state.history if record["step"] <= last], self._policy.best)
         return None if best is None else int(best["step"])
 
-    def save() -> None:
-        progress = {
-            "step": step,
-            "history": history,
-            "passed_over": passed_over,
-            "seen": seen,
-            # Where some optimizers count.
-            "optimizer_steps": [int(group["step"]) if "step" in group else None for group in optimizer.param_groups],
-        }
-        writer.start(shared(), method.state_dict(), stream.state_dict(), progress, best_step)
-
-    found = latest_checkpoint(checkpoints)
-    number = -1 if found is None else step_number(found)
-    highest, lowest = ranks.maxima_over_ranks(number, -number)
-    if highest != -lowest:
-        raise UserError(
-            f"rank {ranks.rank} finds {found or 'no checkpoint'}, others another one: --out must be a folder that all "
-            "ranks share"
-        )
-    if found is not None:
-        checkpoint = Checkpoint(found)
-        check_settings(found, checkpoint.settings, settings)
-        restore_training(checkpoint, clip.model, optimizer)
-        progress = checkpoint.progress
-        step, history, passed_over = progress["step"], progress["history"], progress["passed_over"]
-        seen = progress["seen"]
-        writer.took_up(step, len(checkpoint.counts))
-        for group, count in zip(optimizer.param_groups, progress["optimizer_steps"], strict=True):
-            if count is not None:
-                group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
-        best = best_record(history, keeping.best)
-        if best is not None and not step_folder(checkpoints, int(best["step"])).is_dir():
-            raise UserError(
-                f"--best {keeping.best}: the checkpoint of the best validation so far, step {best['step']}, was not "
-                "kept: leave out --best, or start anew in another --out"
-            )
-        if average is not None:
-            state = average.state_dict()
-            checkpoint.fill({f"{EMA}{key}": value for key, value in state.items()})
-            average.load_state_dict(state)
-        if scaler.is_enabled():
-            state = {key: torch.tensor(value) for key, value in scaler.state_dict().items()}
-            checkpoint.fill({f"{_SCALER}{key}": value for key, value in state.items()})
-            scaler.load_state_dict({key: value.item() for key, value in state.items()})
-        method.load_state_dict(checkpoint.own)
-        stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
-    one = torch.ones((), device=ranks.device)
-    saved = time.monotonic()
-    interval = Interval(ranks)
-    spread: Callable[[], Record] = dict
-    learnability: Callable[[], Record] = dict
-    for epoch in range(step // per_epoch, optimization.epochs):
-        for candidates in interval.timed(stream.batches(epoch, step - epoch * per_epoch)):
-            # Dropout is a function of seed, step and rank, so that a run that goes on needs no generators' states.
-            torch.manual_seed(int(np.random.SeedSequence([seed, step, ranks.rank]).generate_state(1)[0]))
-            optimizer.zero_grad(set_to_none=True)
-            scale = ranks.count * float(scaler.scale(one))
-            reference = None
-            if reference_model is not None and candidates.reference_inputs is not None:
-                with towers.autocast():
-                    reference = reference_model.features(candidates.reference_inputs, ranks.device)
-            lr = learning_rate(step, total, optimization)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch, trained = candidates, 0
-            try:
-                if selector is not None:
-                    parts = optimization.accumulation * selector.candidates
-                    target = towers.pairs(method, candidates, parts)
-                    batch, reference, learnability = selector.choose(step, candidates, target, reference)
-                loss, features = towers.backward(method, batch, reference, optimization.accumulation, epoch, scale)
-                trained = len(batch.index)
-                if not bool(torch.isfinite(loss.value)):
-                    raise NotFinite(f"the loss is {loss.value.item()}")
-                scaler.unscale_(optimizer)
-                norm = _clipped_norm(clip.model, optimization.clip_norm)
-                if not math.isfinite(norm) and not scaler.is_enabled():
-                    raise NotFinite(f"the gradient's norm is {norm}")
-            except NotFinite as problem:
-                passed_over += 1
-                path = checkpoints.parent / "nonfinite.jsonl"
-                _write_down(path, step, batch, str(problem), ranks)
-                if passed_over > nonfinite_limit:
-                    writer.settle()
-                    raise UserError(
-                        f"{problem} at step {step}, whose samples are in {path}: look at them, lower --lr, set "
-                        "--clip-norm, or allow for such steps by --nonfinite-limit"
-                    ) from None
-                log = {"lr": lr}
-            else:
-                log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
-                if math.isfinite(norm):
-                    log |= method.step(scale, lr / optimization.lr)
-                scaler.step(optimizer)
-                scaler.update()
-                if average is not None:
-                    average.update(clip.model.state_dict())
-                spread = partial(_spread, features, reference, ranks)
-            step += 1
-            counts = ranks.sum(torch.tensor([len(candidates.index), trained], device=ranks.device)).tolist()
-            seen = {key: seen[key] + count for key, count in zip(seen, counts, strict=True)}
-
-            interval.add(candidates, log)
-            on_step(step, total, log)
-            if step % log_every == 0 or step == total:
-                values = interval.finish() | spread() | learnability()
-                if logs is not None:
-                    logs.write(step, {**values, **seen, "epoch": step / per_epoch})
-            is_best = False
-            if step in due:
-                history.append({"step": step, **seen, **log, **spread(), **validate()})
-                if logs is not None:
-                    logs.write(step, {f"validation/{key}": value for key, value in history[-1].items()})
-                is_best = keeping.best is not None and best_record(history, keeping.best) is history[-1]
-            asked, seconds = stop(), time.monotonic() - saved
-            is_due = (
-                is_best
-                or seconds > 60 * keeping.checkpoint_minutes
-                or step % (keeping.checkpoint_steps or step + 1) == 0
-            )
-            wanted, is_writing = ranks.maxima_over_ranks(
-                _SAVE + asked if asked else _SAVE * is_due, int(writer.is_writing)
-            )
-            if writer.has_begun and not is_writing:
-                writer.settle()
-            if wanted:
-                save()
-                saved = time.monotonic()
-            if wanted > _SAVE:
-                writer.settle()
-                raise Interrupted(
-                    f"stopped after step {step} of {total}; {checkpoints} holds the state", wanted - _SAVE
-                )
-    if not writer.is_of(step):
-        save()
-    writer.settle()
-    return history, {} if average is None else {key: whole(value) for key, value in average.average.items()}
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Return the moving average of the weights in full; empty without one."""
+        average = self.state.average
+        return {} if average is None else {key: full_tensor(value) for key, value in average.average.items()}
 
 
 def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
@@ -324,181 +407,3 @@ def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
         if metric not in record:
             raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
     return max(history, key=lambda record: (record[metric], -record["step"]))
-
-
-class NotFinite(Exception):
-    """A step that cannot be taken, on every rank: what is not finite."""
-
-
-def _write_down(path: Path, step: int, batch: Batch, problem: str, ranks: Ranks) -> None:
-    """Append a step and the samples of all ranks."""
-    own = batch.index.to(ranks.device)
-    index = gathered(own, row_counts(len(own), ranks.group, ranks.device), ranks.group)
-    if ranks.leads:
-        append_line(path, json.dumps({"step": step, "problem": problem, "samples": index.tolist()}))
-
-
-class Towers:
-    """The model as it runs: on a device, compiled, copied or sharded over ranks."""
-
-    def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
-        model = clip.model.to(ranks.device)
-        model.train()
-        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
-        if execution.activation_checkpointing:
-            model.set_grad_checkpointing()
-        if execution.compile:
-            model.compile()  # in place: names of parameters stay what they are
-        self.model: Any = model
-        if ranks.group is not None and execution.parallel == "fsdp":
-            policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
-            for block in _blocks(model):
-                fully_shard(block, mp_policy=policy)
-            fully_shard(model, mp_policy=policy)
-            for method in ("encode_image", "encode_text"):  # which evaluation calls instead of forward
-                register_fsdp_forward_method(model, method)
-        elif ranks.group is not None:
-            devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=devices)
-
-    def autocast(self) -> torch.autocast:
-        """Return the context in which towers run."""
-        return torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32)
-
-    def backward(
-        self, method: Method, batch: Batch, reference: Features | None, parts: int, epoch: int, scale: float
-    ) -> tuple[Loss, Features]:
-        """Return the batch's loss and features; the gradient of ``scale`` times the loss is left in the parameters.
-
-        DistributedDataParallel and FSDP2 average it over ranks.
-        """
-        kept: list[Tensor] = []
-
-        def loss(image: Tensor, text: Tensor, *head: Tensor) -> Loss:
-            self._refuse_not_finite(image, text)
-            kept[:] = image.detach(), text.detach()
-            return method.loss((image, text), batch.index, Head(*head), epoch, reference)
-
-        with self.autocast():
-            chunks = self._chunks(batch, parts)
-            found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
-        return found, (kept[0], kept[1])
-
-    @torch.no_grad()
-    def pairs(self, method: Method, batch: Batch, parts: int) -> PairFeatures:
-        """Return the batch's features without a graph, as in training, and how the method compares them."""
-        with self.autocast():
-            encoded = [self._encode(chunk) for chunk in self._chunks(batch, parts)]
-        images, texts, *heads = zip(*encoded, strict=True)
-        image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
-        self._refuse_not_finite(image, text, *head)
-        return PairFeatures(image, text, *method.logits_at(Head(*head)))
-
-    def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
-        """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
-        parts = min(parts, max(1, self._ranks.max_over_ranks(len(batch.index)))) if parts > 1 else 1
-        return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
-
-    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
-        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
-        image, text, *head = self.model(*inputs)
-        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
-        return [image[:count], text[:count], *(number.reshape(()) for number in head)]
-
-    def _refuse_not_finite(self, *features: Tensor) -> None:
-        # All ranks say it together: one that raised alone would leave the others waiting in the loss.
-        if self._ranks.max_over_ranks(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
-            raise NotFinite("the features are not finite")
-
-
-def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the transformers' blocks, in the order in which they run."""
-    for module in model.modules():
-        if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
-            yield module
-
-
-def _clipped_norm(model: torch.nn.Module, most: float | None) -> float:
-    """Return the gradient's norm, after scaling it down to ``most``."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
-    return float(whole(norm))
-
-
-def whole(value: Tensor) -> Tensor:
-    """Return a sharded tensor whole, on every rank."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-@torch.no_grad()
-def _spread(features: Features, reference: Features | None, ranks: Ranks) -> Record:
-    """Return what steering rests on, over the negatives of this batch: Var(l), Var(l - l_ref), correlation with l_ref.
-
-    Pooled over both directions, and by side: over an image's negative texts, over a text's negative images.
-    """
-    own = features[0].float(), features[1].float()
-    variance = _by_side(within_anchors(own, own, ranks.group))
-    found = {f"variance_of_losses{side}": value for side, value in variance.items()}
-    if reference is None:
-        return found
-    guide = reference[0].to(own[0]), reference[1].to(own[1])
-    covariance = _by_side(within_anchors(own, guide, ranks.group))
-    of_reference = _by_side(within_anchors(guide, guide, ranks.group))
-    for side, value in variance.items():
-        found[f"variance_of_excess{side}"] = value - 2 * covariance[side] + of_reference[side]
-        found[f"correlation_with_reference{side}"] = covariance[side] / math.sqrt(
-            max(value * of_reference[side], 1e-300)
-        )
-    return found
-
-
-def _by_side(sides: tuple[float, float]) -> Record:
-    """Return the mean of both sides, and each, by the ending of its name."""
-    return {"": sum(sides) / 2, "/image": sides[0], "/text": sides[1]}
-
-
-class Interval:
-    """Means of the numbers between two lines of the log, and where the time went."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._waited = time.monotonic(), 0.0
-        self._samples, self._sums = 0, {}
-        self._counts: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches, counting how long they are waited for."""
-        while True:
-            start = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - start
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, batch: Batch, log: Record) -> None:
-        """Take in a step."""
-        self._samples += len(batch.index)
-        self._skipped.update(batch.skipped)
-        self._counts.update(log.keys())  # a step that was passed over has few numbers
-        for key, value in log.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-
-    def finish(self) -> Record:
-        """Return the means and start anew; samples, and counts of those skipped by reason, are this rank's."""
-        seconds = time.monotonic() - self._start
-        means = {key: value / self._counts[key] for key, value in self._sums.items()}
-        found = {
-            **means,
-            "pairs_per_second_per_rank": self._samples / seconds,
-            "share_of_time_waiting_for_data": self._waited / seconds,
-            **{f"skipped/{reason}": count for reason, count in self._skipped.items()},
-        }
-        if self._ranks.device.type == "cuda":
-            found["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._ranks.device) / 1e9
-        self._reset()
-        return found

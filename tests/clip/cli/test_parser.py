@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from drrho.running import published_final_gamma
-from experiments.clip.cli.parser import as_settings, load_config, parse, save_config
+from experiments.clip.cli.parser import as_settings, load_config, save_config
 from experiments.clip.cli.presets import PRESETS
 from experiments.clip.errors import UserError
+from experiments.clip.run import parse
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "fixtures" / "published_hyperparameters.json").read_text())
 

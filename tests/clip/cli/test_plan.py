@@ -8,12 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drrho.running import RunningEstimates
 from drrho.temperature import IndividualTemperatures
-from experiments.clip.cli.parser import parse
-from experiments.clip.cli.plan import cost_of, make_plan
+from experiments.clip.cli.plan import cost_of, estimated
 from experiments.clip.models.clip import new_model
 from experiments.clip.models.export import export_model
-from experiments.clip.run import main
-from experiments.clip.training.trainer import Execution
+from experiments.clip.run import main, parse
+from experiments.clip.training.options import Execution
 
 SMALL = {
     "samples": 1000,
@@ -60,7 +59,7 @@ def test_counts_are_those_of_the_real_model(name):
 
 def test_sizes_are_those_of_a_real_run(tmp_path):
     clip = new_model("glyph-small", 0)
-    plan = make_plan(cost_of("glyph-small"), **SMALL)
+    plan = estimated(cost_of("glyph-small"), **SMALL)
     optimizer = torch.optim.AdamW(clip.model.parameters())
     images, texts = torch.rand(2, 3, 32, 32), clip.tokenize(["a", "b"])
     sum(part.sum() for part in clip.model(images, texts)).backward()
@@ -73,7 +72,7 @@ def test_sizes_are_those_of_a_real_run(tmp_path):
     assert plan.gradients == sum(4 * parameter.grad.numel() for parameter in clip.model.parameters())
     state = RunningEstimates(1000).state_dict()["log_u"]
     assert plan.running_state == state.numel() * state.element_size()
-    individual = make_plan(cost_of("glyph-small"), **SMALL | {"individual_temperatures": True, "running": False})
+    individual = estimated(cost_of("glyph-small"), **SMALL | {"individual_temperatures": True, "running": False})
     state = IndividualTemperatures(1000, 0.1, learning_rate=1.0, low=0.1, high=1.0).state_dict()["temperatures"]
     assert individual.running_state == state.numel() * state.element_size()
     export_model(clip, tmp_path)
@@ -84,17 +83,17 @@ def test_sizes_are_those_of_a_real_run(tmp_path):
 
 def test_more_ranks_share_and_accumulation_divides():
     cost = cost_of("glyph-small")
-    one = make_plan(cost, **SMALL)
-    eight = make_plan(cost, **SMALL | {"ranks": 8, "execution": Execution(parallel="fsdp")})
+    one = estimated(cost, **SMALL)
+    eight = estimated(cost, **SMALL | {"ranks": 8, "execution": Execution(parallel="fsdp")})
     assert eight.optimizer == one.optimizer // 8
     assert eight.running_state == one.running_state // 8
     assert eight.activations == one.activations // 8
     assert eight.hours == pytest.approx(one.hours / 8)
-    parts = make_plan(cost, **SMALL | {"accumulation": 4})
+    parts = estimated(cost, **SMALL | {"accumulation": 4})
     assert parts.activations == one.activations // 4
     assert parts.hours == pytest.approx(one.hours * 4 / 3)  # a second forward pass
     # JEST at its published ratio: of five pairs that are scored, one is trained on, with less than half the operations.
-    chosen = make_plan(cost, **SMALL | {"scored_per_pair": 5})
+    chosen = estimated(cost, **SMALL | {"scored_per_pair": 5})
     assert chosen.steps == -(-one.steps // 5)
     assert chosen.hours == pytest.approx(one.hours * (1 + 3 / 5) / 3)
     assert one.memory == sum(

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 from drrho import KL, penalized_risk
 from experiments.clip.cli.building import build_method, build_selector
-from experiments.clip.cli.parser import parse
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.glyphs.source import glyph_features
 from experiments.clip.glyphs.stream import MemoryStream, Pairs, epoch_order
@@ -23,12 +22,16 @@ from experiments.clip.io import files
 from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
 from experiments.clip.reference.inputs import CachedReference
+from experiments.clip.run import parse
 from experiments.clip.training import checkpoint as checkpoint_module
-from experiments.clip.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from experiments.clip.training import checkpoint_writer as writer_module
+from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.training.checkpoint_writer import CheckpointWriter
 from experiments.clip.training.logs import Logs
 from experiments.clip.training.methods import ConstantTemperature, Distilled, GlobalContrastive, Head, OpenCLIP, SigLIP
-from experiments.clip.training.optimization import MovingAverage, Optimization, learning_rate
-from experiments.clip.training.trainer import CheckpointPolicy, Execution, Interrupted, best_record, train
+from experiments.clip.training.optimization import MovingAverage, learning_rate
+from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
+from experiments.clip.training.trainer import Trainer, best_record
 
 SELDOM = CheckpointPolicy(checkpoint_minutes=1e9)
 SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
@@ -73,20 +76,20 @@ def run(
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
     if clip is None:
         clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
-    history, average = train(
+    trainer = Trainer(
         clip,
         method,
         MemoryStream(
             pairs, optimization.batch_size * (selector.candidates if selector else 1), seed, features=features
         ),
         optimization,
-        reference_model=None if features is None else CachedReference(features),
+        reference=None if features is None else CachedReference(features),
         selector=selector,
         ranks=Ranks(),
         execution=Execution(**options),
         seed=seed,
-        checkpoints=checkpoints,
-        keeping=keeping,
+        folder=checkpoints,
+        policy=keeping,
         settings={"method": type(method).__name__, "seed": seed},
         validate=validate,
         validations=validations,
@@ -96,7 +99,8 @@ def run(
         stop=stop,
         nonfinite_limit=limit,
     )
-    return clip, history, average
+    history = trainer.fit()
+    return clip, history, trainer.averaged_weights()
 
 
 @torch.no_grad()
@@ -337,11 +341,11 @@ def test_a_folder_that_is_moved_while_a_checkpoint_is_made_is_named(tmp_path):
         time.sleep(0.01)
     (tmp_path / "c").rename(tmp_path / "aside")
     with pytest.raises(UserError, match=r"cannot write .*step-00000001 .*has disappeared"):
-        writer.settle()
+        writer.commit()
     (tmp_path / "c").write_text("")
     writer.start({"weight": torch.zeros(3)}, {}, {}, {"step": 2})
     with pytest.raises(UserError, match=r"cannot write .*(Not a directory|File exists)"):
-        writer.settle()
+        writer.commit()
 
 
 def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
@@ -391,7 +395,7 @@ def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeypatch):
     """Writing is held up until three more steps are done: state is that of the step at which it began."""
     steps: list[int] = []
-    saves = checkpoint_module.save_file
+    saves = writer_module.save_file
 
     def slowly(*arguments):
         begun = len(steps)
@@ -399,7 +403,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeyp
             time.sleep(0.01)
         saves(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", slowly)
+    monkeypatch.setattr(writer_module, "save_file", slowly)
     keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=4)
 
     def on_step(step, total, log):
@@ -421,14 +425,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeyp
 def test_a_checkpoint_is_published_whatever_the_disk_says_of_its_folder(pairs, tmp_path, monkeypatch):
     """Syncing the folder fails once after the rename; then a process ends between the renames of a step made again."""
     monkeypatch.setattr(files, "WAITS", (0.0,) * 5)
-    synced, failures = checkpoint_module.sync, [OSError(errno.EIO, "Input/output error")]
+    synced, failures = writer_module.sync, [OSError(errno.EIO, "Input/output error")]
 
     def failing(path):
         if path.name == "c" and failures:
             raise failures.pop()
         synced(path)
 
-    monkeypatch.setattr(checkpoint_module, "sync", failing)
+    monkeypatch.setattr(writer_module, "sync", failing)
     left = iter([False] * 3 + [True])
     with pytest.raises(Interrupted):
         run(pairs, OpenCLIP(), tmp_path / "c", stop=lambda: next(left))
@@ -500,14 +504,14 @@ def test_a_disk_that_fails_for_a_while_or_for_good(number, attempts, pairs, tmp_
     """Errors of a network file system are waited for; a full disk ends the run, and earlier checkpoints stay."""
     monkeypatch.setattr(files, "WAITS", (0.0,) * 5)
     failures: list[int] = []
-    saves = checkpoint_module.save_file
+    saves = writer_module.save_file
 
     def failing(*arguments):
         if failures:
             raise SafetensorError(f"Error while serializing: I/O error: what it says (os error {failures.pop()})")
         saves(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", failing)
+    monkeypatch.setattr(writer_module, "save_file", failing)
     keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=4)
 
     def at_step(step, total, log):

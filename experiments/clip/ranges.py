@@ -1,0 +1,115 @@
+"""What an option's value must be, written beside the field: ``epochs: Annotated[int, AtLeast(1)] = 16``.
+
+An options group is a frozen dataclass. `check_options` refuses, by the option's name, a value outside its range, and an
+option that was given although it takes no part in the run. A group's own method ``check`` refuses what involves several
+of its options. Nothing here imports more than the standard library, so that a wrong option is refused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, get_type_hints
+
+from experiments.clip.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that an option may have; None and words such as ``auto`` are the type's business.
+
+    ``meaning`` completes "--option must be ...".
+    """
+
+    meaning: str
+    allows: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyWith:
+    """An option that takes part in a run only where ``holds`` of its group; ``where`` completes "it is for ..."."""
+
+    where: str
+    holds: Callable[[Any], bool]
+
+
+def AtLeast(least: int, why: str = "") -> Range:
+    """Return the range of numbers from ``least`` on; ``why`` gives a reason."""
+    return Range(f"at least {least}" + (f": {why}" if why else ""), lambda value: value >= least)
+
+
+NotNegative = Range(">= 0", lambda value: 0 <= value < math.inf)
+Positive = Range("positive", lambda value: 0 < value < math.inf)
+#: Infinity switches off what the option limits.
+PositiveOrInfinite = Range("positive", lambda value: value > 0)
+PositiveOrAuto = Range("positive, or auto", Positive.allows)
+#: A share of something, which may be all of it but not nothing.
+Share = Range("in (0, 1]", lambda value: 0 < value <= 1)
+ShareOrNone = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+BelowOne = Range("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def check_options(options: Any) -> None:
+    """Check an options group and the groups in it.
+
+    Raises
+    ------
+    UserError
+        That names the first option that is wrong, its value and what it must be.
+    """
+    groups = list(_groups(options))
+    for group in groups:
+        for name, value, notes in _fields(group):
+            for note in notes:
+                if isinstance(note, Range) and value is not None and not isinstance(value, str):
+                    if not note.allows(value):
+                        raise UserError(f"{flag(name)} must be {note.meaning}, got {value}")
+    for group in groups:
+        for name, _, notes in _fields(group):
+            for note in notes:
+                if isinstance(note, OnlyWith) and not note.holds(group):
+                    refuse_if_given(group, name, note.where)
+    for group in groups:
+        if hasattr(group, "check"):
+            group.check()
+
+
+def refuse_if_given(group: Any, name: str, where: str) -> None:
+    """Refuse an option that takes no part in the run, if it has another value than its default."""
+    value = getattr(group, name)
+    if value != getattr(default_of(type(group)), name):
+        raise UserError(f"{flag(name)} {value} has no part in this run: it is for {where}")
+
+
+def flag(name: str) -> str:
+    """Return a field's option on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+@cache
+def default_of(kind: type) -> Any:
+    """Return a group with all defaults."""
+    return kind()
+
+
+@cache
+def annotations_of(kind: type) -> dict[str, Any]:
+    """Return the types of a group's fields, with the notes beside them."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def _groups(options: Any) -> Iterator[Any]:
+    """Yield the groups within a group, then itself."""
+    for each in dataclasses.fields(options):
+        value = getattr(options, each.name)
+        if dataclasses.is_dataclass(value):
+            yield from _groups(value)
+    yield options
+
+
+def _fields(group: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield name, value and notes of a group's own options."""
+    for name, annotation in annotations_of(type(group)).items():
+        yield name, getattr(group, name), getattr(annotation, "__metadata__", ())

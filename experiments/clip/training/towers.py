@@ -1,0 +1,118 @@
+"""The model's towers as they run: on a device, in a precision, compiled, replicated or sharded over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from drrho.accumulation import accumulate
+from drrho.selection import PairFeatures
+from experiments.clip.data.batch import Batch
+from experiments.clip.distributed import Ranks
+from experiments.clip.models.clip import Clip, at_least_one
+from experiments.clip.training.methods import Features, Head, Method, MethodLoss
+from experiments.clip.training.options import Execution
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NotFinite(Exception):
+    """A step that cannot be taken, on every rank: the message says what is not finite."""
+
+
+class Towers:
+    """The model as it runs; every rank has one."""
+
+    def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
+        model = clip.model.to(ranks.device)
+        model.train()
+        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
+        if execution.activation_checkpointing:
+            model.set_grad_checkpointing()
+        if execution.compile:
+            model.compile()  # in place: names of parameters stay what they are
+        self.model: torch.nn.Module = model
+        if ranks.group is not None and execution.parallel == "fsdp":
+            policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
+            for block in _blocks(model):
+                fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+            for method in ("encode_image", "encode_text"):  # which evaluation calls instead of forward
+                register_fsdp_forward_method(model, method)
+        elif ranks.group is not None:
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self.model = DistributedDataParallel(model, device_ids=devices)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which towers run."""
+        return torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    def backward(
+        self, method: Method, batch: Batch, reference: Features | None, parts: int, epoch: int, scale: float
+    ) -> tuple[MethodLoss, Features]:
+        """Return the batch's loss and features, after a backward pass of ``scale`` times the loss.
+
+        The gradient is in the parameters; DistributedDataParallel and FSDP2 average it over ranks.
+        """
+        kept: list[Tensor] = []
+
+        def loss(image: Tensor, text: Tensor, *head: Tensor) -> MethodLoss:
+            self._refuse_not_finite(image, text)
+            kept[:] = image.detach(), text.detach()
+            return method.loss((image, text), batch.index, Head(*head), epoch, reference)
+
+        with self.autocast():
+            chunks = self._chunks(batch, parts)
+            found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
+        return found, (kept[0], kept[1])
+
+    @torch.no_grad()
+    def pairs(self, method: Method, batch: Batch, parts: int) -> PairFeatures:
+        """Return the batch's features without a graph, as in training, and how the method compares them."""
+        with self.autocast():
+            encoded = [self._encode(chunk) for chunk in self._chunks(batch, parts)]
+        images, texts, *heads = zip(*encoded, strict=True)
+        image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
+        self._refuse_not_finite(image, text, *head)
+        return PairFeatures(image, text, *method.logits_at(Head(*head)))
+
+    def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
+        parts = min(parts, max(1, self._ranks.max_over_ranks(len(batch.index)))) if parts > 1 else 1
+        return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+
+    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
+        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
+        image, text, *head = self.model(*inputs)
+        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
+        return [image[:count], text[:count], *(number.reshape(()) for number in head)]
+
+    def _refuse_not_finite(self, *features: Tensor) -> None:
+        # All ranks say it together: one that raised alone would leave the others waiting in the loss.
+        if self._ranks.max_over_ranks(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
+            raise NotFinite("the features are not finite")
+
+
+def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the transformers' blocks, in the order in which they run."""
+    for module in model.modules():
+        if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
+            yield module
+
+
+def clipped_norm(model: torch.nn.Module, limit: float | None) -> float:
+    """Return the gradient's norm, and scale the gradient down to ``limit`` where it is larger."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    return float(full_tensor(norm))
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Return a sharded tensor in full, on every rank."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
