@@ -61,7 +61,7 @@ def build_method(
         key: value for key, value in as_settings(loss).items() if key not in ("reference", "reference_weights")
     }
     if beside is not None and loss.temperature == "auto" and loss.takes_temperature:
-        spread = beside.margin_spread()
+        spread = beside.margin_spread(samples)
         console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
         # Every rank has computed it, on its own device.
         chosen["temperature"] = tau = ranks.max_over_ranks(round(_DIGITS * SPREAD_SHARE * spread)) / _DIGITS
