@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the thing, the value it has and the remedy."""
+    """An error that the user can correct; the message names what is wrong, the value it has and the remedy."""
