@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the thing, the value it has and the remedy. Exit status 2."""
+    """An error that the user can correct; the message names what is wrong, the value it has and the remedy. Exit status 2."""
 
 
 class Interrupted(Exception):

@@ -592,7 +592,7 @@ def test_tables_of_hostile_captions(feed_table):
 def test_a_quote_that_is_not_closed_swallows_nothing(feed_table, ending):
     rows = ["filepath,title", "0.png,one", '0.png,"two', "0.png,three" + ending]
     outcome = feed_table("\n".join(rows).encode())
-    assert re.search(r"table.csv breaks off at line 3 \(a quote is not closed\): mend it$", outcome.refused)
+    assert re.search(r"table.csv breaks off at line 3 \(a quote is not closed\): correct it$", outcome.refused)
     rows = ["filepath,title", "0.png,one", "\x1c", '0.png,"two', '0.png,three"' + ending]
     outcome = feed_table("\n".join(rows).encode())
     assert [caption for _, caption in outcome.delivered.values()] == ["one", "two\n0.png,three"]
@@ -664,7 +664,7 @@ def test_pipes_and_folders_in_the_place_of_files(tmp_path, name):
         path = tmp_path / make.__name__ / name
         path.parent.mkdir()
         make(path)
-        with no_hang(), pytest.raises(UserError, match=r"is no file: name one|is a folder: name its tar files"):
+        with no_hang(), pytest.raises(UserError, match=r"is no regular file: name one|is a folder: name its tar files"):
             make_catalog(path, tmp_path / "catalog")
 
 

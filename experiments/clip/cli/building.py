@@ -81,7 +81,7 @@ def build_method(
         key: value for key, value in as_settings(loss).items() if key not in ("reference", "reference_weights")
     }
     if features is not None and loss.temperature == "auto" and loss.takes_temperature:
-        chosen["temperature"] = _automatic_temperature(loss, features, ranks)
+        chosen["temperature"] = _automatic_temperature(loss, features.margin_spread(samples), ranks)
     context = Context(samples, epochs, chosen["temperature"], ranks)
     method = METHODS[loss.method].from_options(loss, context)
     if reference is not None and loss.distill > 0:
@@ -92,8 +92,7 @@ def build_method(
     return method, chosen
 
 
-def _automatic_temperature(loss: Loss, features: Reference, ranks: Ranks) -> float:
-    spread = features.margin_spread()
+def _automatic_temperature(loss: Loss, spread: float, ranks: Ranks) -> float:
     console.print(f"reference  margins r_ij - r_ii of different pairs have standard deviation {spread:.3f}")
     # Every rank has computed it, on its own device.
     tau = ranks.max_over_ranks(round(_DIGITS * SPREAD_SHARE * spread)) / _DIGITS

@@ -21,8 +21,8 @@ from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.tasks import task_scores
 from experiments.clip.models.clip import Clip
-from experiments.clip.reference.cache import FeatureCache, cache_features, open_features
-from experiments.clip.reference.inputs import SPREAD_PAIRS, CachedReference, LiveReference
+from experiments.clip.reference.cache import CachedReference, cache_features, open_features
+from experiments.clip.reference.live import LiveReference
 
 #: The module of each source by `Train.source`; its function ``open_data`` is a `DataSource`. Embedded data sets stand
 #: above this room, so their modules are imported when they are asked for.
@@ -123,13 +123,13 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
     folder = options.shards.reference_features
     if folder is not None:
-        cached = CachedReference(open_features(reference, catalog, folder))
+        cached = open_features(reference, catalog, folder)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
         return cached, cached.views
     reference.model.to(ranks.device)
     parts = options.optimization.accumulation * options.selection.scored_per_pair
     console.print("features   computed while training: `run.py cache-reference` computes them once")
-    return LiveReference(reference, parts, partial(first_pairs, catalog, SPREAD_PAIRS)), "live"
+    return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"
 
 
 def _validate(clip: Clip, tasks: tuple[Path, ...], ranks: Ranks) -> dict[str, float]:
@@ -138,7 +138,7 @@ def _validate(clip: Clip, tasks: tuple[Path, ...], ranks: Ranks) -> dict[str, fl
 
 def reference_features(
     folder: Path, reference: Clip, catalog: Catalog, ranks: Ranks = ONE_PROCESS, **options: Any
-) -> FeatureCache:
+) -> CachedReference:
     """Return the reference's features of a catalog; all ranks compute what is missing."""
     with progress_bar("reference features") as advance:
         computed = ranks.run_on_all_or_fail(

@@ -1,7 +1,6 @@
-"""A batch of training pairs, and what a stream of batches and a reference beside it promise.
+"""A batch of training pairs, and the protocols of a stream of batches and of the reference beside it.
 
-A stream and a reference are used in two places: worker processes make batches, and the training loop uses them. Both
-sides know these protocols alone.
+Worker processes make batches and the training loop uses them; both know streams and references only by these protocols.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from experiments.clip.data.draws import Draws
 
-#: Of images and texts, in this order.
+#: A tensor about images and one about texts, in this order.
 Tensors = tuple[Tensor, Tensor]
 
 
@@ -28,43 +27,46 @@ class Batch(NamedTuple):
     image : Tensor ``[b, 3, h, w]``
         Preprocessed images.
     text : Tensor ``[b, length]``
-        Tokens.
+        Tokens of the captions.
     index : Tensor ``[b]``
         Sample indices.
     skipped : mapping
-        How many samples of this part could not be used, by reason.
+        Number of samples of this part that could not be used, by reason.
     reference_inputs : tuple of Tensor, optional
-        What `Reference.features` computes the reference's features from.
+        The input of `Reference.features`.
     """
 
     image: Tensor
     text: Tensor
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] (a field, not tuple.index)
     skipped: Mapping[str, int] = MappingProxyType({})
     reference_inputs: Tensors | None = None
 
     def rows(self, rows: Tensor) -> Batch:
-        """Return the pairs at places ``rows`` ``[k]`` of the batch, in that order; ``skipped`` stays the same."""
-        inputs = None if self.reference_inputs is None else tuple(part[rows] for part in self.reference_inputs)
+        """Return the pairs in rows ``rows`` ``[k]`` of the batch, in that order; ``skipped`` stays the same."""
+        inputs = None
+        if self.reference_inputs is not None:
+            image, text = self.reference_inputs
+            inputs = image[rows], text[rows]
         return Batch(self.image[rows], self.text[rows], self.index[rows], self.skipped, inputs)
 
 
 class Stream(Protocol):
-    """The batches of this rank, a function of seed, epoch and step alone."""
+    """The batches of this rank, determined by seed, epoch and step alone."""
 
-    #: Steps of an epoch, on every rank.
+    #: Steps of an epoch, the same on every rank.
     steps_per_epoch: int
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
+        """Yield this rank's part of each batch of the epoch, beginning with step ``first``."""
         ...
 
     def state_dict(self) -> dict[str, int]:
-        """Return what this rank has counted so far."""
+        """Return this rank's counts so far."""
         ...
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue counting from what `state_dict` returned."""
+        """Load the counts that `state_dict` returned, and continue from them."""
         ...
 
     def close(self) -> None:
@@ -73,14 +75,14 @@ class Stream(Protocol):
 
 
 class Reference(Protocol):
-    """The reference model: what it asks of each pair where batches are made, and what it gives the training loop."""
+    """The reference model: its inputs are prepared where batches are made, its features used in the training loop."""
 
     def draws(self, index: int, draws: Draws) -> Draws:
-        """Return the random numbers that the target's augmentation uses, so that both models see the same."""
+        """Return the draws to use for the target, so that both models see the same crop and caption."""
         ...
 
     def image(self, image: Image.Image, draws: Draws) -> Tensor | None:
-        """Return the reference's own form of an image, where it needs one."""
+        """Return the image as the reference's preprocessing gives it, or None if the reference needs no image."""
         ...
 
     def collate(
@@ -97,6 +99,6 @@ class Reference(Protocol):
         """Return the reference's unit features ``[b, d]``, image and text, in float32."""
         ...
 
-    def margin_spread(self) -> float:
-        """Return the standard deviation of the reference's margins over some pairs."""
+    def margin_spread(self, pairs: int) -> float:
+        """Return the standard deviation of the reference's margins over the first ``pairs`` pairs, or fewer of them."""
         ...

@@ -1,12 +1,12 @@
-"""A catalog of training data: counts shards once, and gives every sample a dense stable index and its place.
+"""A catalog of training data: a dense stable index for every sample, and where its image and captions are.
 
-What a sample is, says `experiments.clip.data.scan`. Keys may repeat, within a shard and across shards: the index is the
-sample's name. Samples are numbered in the order of sources, shards and members; those without an image or a caption are
-left out, and counted by reason.
+`experiments.clip.data.scan` defines what a sample is. Samples are numbered in the order of sources, shards and members,
+and named by their index, because keys may repeat within a shard and across shards. Those without an image or a caption
+are left out, and counted by reason.
 
 In the catalog's folder, ``catalog.json`` lists the shards, and ``index/`` holds an npy file for each of them, with the
-offsets and sizes of its samples' members. ``journal.jsonl`` records the shards as they are finished, so that a scan
-that was interrupted goes on, and one over more shards, or changed ones, reads only those.
+offsets and sizes of its samples' members. ``journal.jsonl`` records each shard when its scan is finished, so that an
+interrupted scan resumes, and a scan of more shards, or of changed ones, reads only those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.clip.data.scan import CHUNK, FORMAT, Job, Shard, canonical, digest_of, heads_digest, scan
+from experiments.clip.data.scan import CHUNK, FORMAT, ScanJob, Shard, canonical, digest_of, heads_digest, scan
 from experiments.clip.data.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
@@ -43,8 +43,8 @@ _CONCURRENT_CHECKS = 16
 class Catalog:
     """All samples of the data.
 
-    ``fingerprint`` hashes the shards' names (not their folders), sizes and headers, and what counts as an image and a
-    caption: equal ones give every sample the same index.
+    ``fingerprint`` is a digest of the shards' names (not their folders), sizes and indices, and of the types of members
+    that are images and captions. Catalogs of equal fingerprints give every sample the same index.
     """
 
     folder: Path
@@ -60,23 +60,23 @@ class Catalog:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How much was left out of all shards, by reason."""
+        """Number of samples and members that were left out of all shards, by reason."""
         return dict(sum((Counter(shard.left_out) for shard in self.shards), Counter()))
 
     @property
     def damaged(self) -> list[str]:
-        """A line about each damaged shard."""
+        """A line for each damaged shard that says where and how it is damaged."""
         return [f"{shard.path}: {shard.damage}" for shard in self.shards if shard.damage]
 
     def locate(self, index: int) -> tuple[Shard, int]:
-        """Return a sample's shard and its row there."""
+        """Return the shard of a sample and the sample's row in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}: the catalog has {len(self)}")
         shard = self.shards[bisect_right(self._firsts, index) - 1]
         return shard, index - shard.first_index
 
     def shard_weights(self, weights: Sequence[float] | None) -> list[float] | None:
-        """Spread weights of the sources over the shards."""
+        """Return the weight of each shard, which is that of its source; None for no weights."""
         if weights is None:
             return None
         if len(weights) != len(self.sources):
@@ -99,32 +99,32 @@ def make_catalog(
     progress: Callable[[int, int], None] | None = None,
     run_pipe_commands: bool = False,
 ) -> Catalog:
-    """Scan the data and write its catalog, going on where an earlier scan was stopped; what is unchanged is kept.
+    """Scan the data and write its catalog; an earlier scan is resumed, and unchanged shards are not scanned again.
 
-    Only headers are read. Of a remote shard that means most of its blocks nevertheless, once.
+    Only headers are read; but of a remote shard this means most of its blocks, once.
 
     Parameters
     ----------
     sources
-        See `experiments.clip.sources.parse_sources`.
+        See `experiments.clip.data.sources.parse_sources`.
     folder : Path
-        Where the catalog goes. Tables, and what ``pipe:`` commands write, are copied into it.
+        Where the catalog is written. Tables, and the output of ``pipe:`` commands, are copied into it.
     image_keys : sequence of str
-        Types of members that are images; a sample's image is the first that it has.
+        Types of members that are images; a sample's image is its member of the first of these types.
     caption_key : str or sequence of str
         Types of members that are captions; ``json:FIELD`` is a field of the member ``json``, a string or a list of
-        strings. All that a sample has are its captions, among which one is drawn for each visit.
+        strings. A sample may have several captions, among which one is drawn for each visit.
     workers : int
-        Processes that scan; 0 for this one.
+        Number of processes that scan; 0 for this one.
     progress : callable
-        Receives how many tar files and tables are done, and their total.
+        Called with the number of tar files and tables that are scanned, and their total.
     run_pipe_commands : bool
         Whether to run the shell commands of ``pipe:`` sources, which are refused otherwise.
 
     Raises
     ------
     UserError
-        If data is missing, listed twice, compressed, or has no sample at all.
+        If data is missing, listed twice or compressed, or has no sample at all.
     """
     folder = Path(folder).resolve()
     parsed = parse_sources(sources)
@@ -134,12 +134,12 @@ def make_catalog(
     ensure_writable(folder)
     jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands))
     journal = _Journal(folder)
-    todo = [job for _, job in jobs if isinstance(job, Job) and job.name not in journal.done]
-    total = sum(isinstance(job, Job) for _, job in jobs)
-    pool: Workers[Job, list[dict[str, Any]]] = Workers(scan, min(workers, len(todo)))
+    todo = [job for _, job in jobs if isinstance(job, ScanJob) and job.name not in journal.done]
+    total = sum(isinstance(job, ScanJob) for _, job in jobs)
+    pool: Workers[ScanJob, list[Shard]] = Workers(scan, min(workers, len(todo)))
     try:
-        for done, (job, records) in enumerate(zip(todo, pool.map(todo), strict=True), start=total - len(todo) + 1):
-            journal.add(job.name, records)
+        for done, (job, scanned) in enumerate(zip(todo, pool.map(todo), strict=True), start=total - len(todo) + 1):
+            journal.add(job.name, scanned)
             if progress is not None:
                 progress(done, total)
     finally:
@@ -147,8 +147,8 @@ def make_catalog(
     shards: list[Shard] = []
     first = 0
     for source, job in jobs:
-        for record in journal.done[job.name] if isinstance(job, Job) else job:
-            shards.append(dataclasses.replace(Shard(**record), source=source, first_index=first))
+        for shard in journal.done[job.name] if isinstance(job, ScanJob) else job:
+            shards.append(dataclasses.replace(shard, source=source, first_index=first))
             first += shards[-1].samples
     described = tuple(_describe(source) for source in parsed)
     catalog = Catalog(folder, described, tuple(image_keys), caption_keys, tuple(shards), "")
@@ -161,7 +161,7 @@ def make_catalog(
 
 
 def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
-    """Open a catalog.
+    """Read the catalog in a folder.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
     Raises
     ------
     UserError
-        If there is none, it cannot be understood, or it does not fit the data any more.
+        If there is no catalog, it cannot be parsed, or it no longer fits the data.
     """
     folder = Path(folder).resolve()
     path = folder / _CATALOG
@@ -204,14 +204,15 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
 
 
 def data_path(catalog: Catalog, shard: Shard) -> str:
-    """Return where the bytes that a shard's index points into are."""
+    """Return the path or URL of the file that a shard's index points into."""
     return str(catalog.folder / shard.path) if shard.kind == "table" else shard.path
 
 
 def open_index(catalog: Catalog, shard: Shard) -> np.ndarray:
-    """Map a shard's index: fields ``image`` [2] and ``caption`` [k, 2], offset and size each, and ``key``.
+    """Map a shard's index into memory: a structured array with a row for each sample.
 
-    A caption that a sample lacks has the size -1.
+    The fields ``image`` [2] and ``caption`` [k, 2] hold offset and size of each member; ``key`` is the sample's key. A
+    caption that a sample lacks has the size -1.
     """
     path = catalog.folder / shard.index
     try:
@@ -248,35 +249,34 @@ def _jobs(
     image_keys: tuple[str, ...],
     caption_keys: tuple[str, ...],
     run_pipe_commands: bool,
-) -> Iterator[tuple[int, Job | list[dict[str, Any]]]]:
-    """Yield each source's number with its jobs, or with the shards themselves where nothing needs to be read."""
+) -> Iterator[tuple[int, ScanJob | list[Shard]]]:
+    """Yield the number of each source with its jobs, or with its shards if nothing needs to be read."""
     seen: set[str] = set()
     for number, source in enumerate(sources):
         if isinstance(source, Synthetic):
             sizes = [min(CHUNK, source.samples - first) for first in range(0, source.samples, CHUNK)]
             path = f"synthetic:{source.samples}:{source.pixels}"
-            yield (
-                number,
-                [dataclasses.asdict(Shard("synthetic", path, 0, size, pixels=source.pixels)) for size in sizes],
-            )
+            yield number, [Shard("synthetic", path, 0, size, pixels=source.pixels) for size in sizes]
             continue
         paths = [os.path.abspath(source.path)] if isinstance(source, Table) else expand(source.pattern)
         for path in paths:
             if path in seen:
-                raise UserError(f"{path} is listed twice: give its source a weight instead")
+                raise UserError(f"{path} is listed twice: list it once and give its source a weight")
             seen.add(path)
             if path.startswith(PIPE):
                 path = _pipe_output(path, folder, run_pipe_commands)
             size = file_size(path)
             modified = 0 if is_remote(path) else os.stat(path).st_mtime_ns
-            yield number, Job(source, path, (size, modified), folder, image_keys, caption_keys)
+            yield number, ScanJob(source, path, (size, modified), folder, image_keys, caption_keys)
 
 
 def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
-    """Return the tar file that a command writes, run the first time only."""
+    """Return the tar file that a command writes; the command is run if there is no such file yet."""
     command = source.removeprefix(PIPE)
     if not run_pipe_commands:
-        raise UserError(f"the data {source!r} would run a shell command: allow it by run_pipe_commands, or name files")
+        raise UserError(
+            f"the data {source!r} would run a shell command: allow it with run_pipe_commands, or name files"
+        )
     path = folder / "pipes" / f"{digest_of(command.encode())[:24]}.tar"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,42 +296,44 @@ def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
 
 
 class _Journal:
-    """The finished jobs: a line of JSON each, appended when the index files are written."""
+    """The finished jobs: a line of JSON for each, appended after its index files are written."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / _JOURNAL
-        self.done: dict[str, list[dict[str, Any]]] = {}
+        self.done: dict[str, list[Shard]] = {}
         try:
             lines = self._path.read_bytes().splitlines() if self._path.exists() else []
         except OSError as error:
             raise UserError(f"cannot read {self._path} ({error.strerror})") from error
         for line in lines:
-            # A line that was being written when the process died does not count.
+            # A line that was being written when the process died is ignored.
             try:
                 job, records = json.loads(line)
-                if all(self._is_whole(Shard(**record)) for record in records):
-                    self.done[job] = records
+                shards = [Shard(**record) for record in records]
+                if all(map(self._has_files, shards)):
+                    self.done[job] = shards
             except (ValueError, TypeError, RecursionError):
                 continue
 
-    def add(self, job: str, records: list[dict[str, Any]]) -> None:
-        self.done[job] = records
+    def add(self, job: str, shards: list[Shard]) -> None:
+        self.done[job] = shards
+        records = [dataclasses.asdict(shard) for shard in shards]
         try:
             with self._path.open("ab") as file:
-                # On a line of its own even after half a line.
+                # The line feed first ends an incomplete line, if there is one.
                 file.write(b"\n" + canonical([job, records]) + b"\n")
         except OSError as error:
             raise UserError(f"cannot write {self._path} ({error.strerror}): free space") from error
 
-    def _is_whole(self, shard: Shard) -> bool:
+    def _has_files(self, shard: Shard) -> bool:
         files = [(shard.index, shard.index_bytes)] + [(shard.path, shard.bytes)] * (shard.kind == "table")
         paths = [(self._folder / name, size) for name, size in files]
         return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def _describe(source: Source) -> dict[str, Any]:
-    # In JSON's types, as it is read back.
-    return json.loads(canonical({"kind": type(source).__name__.lower(), **dataclasses.asdict(source)}))
+    # In JSON's types, so that it equals what is read back.
+    return json.loads(canonical({"kind": source.kind, **dataclasses.asdict(source)}))
 
 
 def _document(catalog: Catalog) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is random about a visit of a sample: its augmentation, its choice among several captions or cached views."""
+"""The random numbers of a visit of a sample: they choose its augmentation, and among its captions or cached views."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class Draws(NamedTuple):
-    """Random 64-bit numbers that belong to one visit.
+    """Random 64-bit numbers of one visit.
 
     ``choice`` chooses among captions and cached views; the others seed the global generators that augmentation uses.
     """
@@ -25,7 +25,7 @@ class Draws(NamedTuple):
     choice: int
 
     def seed_generators(self) -> None:
-        """Have the next augmentation be this visit's, whatever came before."""
+        """Seed the global generators, so that the next augmentation is that of this visit."""
         torch.default_generator.manual_seed(self.for_torch)
         np.random.seed(self.for_numpy % 2**32)  # noqa: NPY002 (timm draws from the global generator)
         random.seed(self.for_python)
@@ -37,7 +37,7 @@ def visit_draws(seed: int, epoch: int, index: int, occurrence: int) -> Draws:
 
 
 def view_draws(index: int, view: int) -> Draws:
-    """Return the draws of a sample's view that is cached; they are no training run's. ``choice`` is the view."""
+    """Return the draws of a cached view of a sample, the same for all training runs; ``choice`` is the view."""
     return _digested(struct.pack("<2Q", index, view))._replace(choice=view)
 
 
@@ -47,7 +47,7 @@ def _digested(place: bytes) -> Draws:
 
 @contextmanager
 def random_state_restored() -> Iterator[None]:
-    """Leave the global generators as they were."""
+    """Restore the states of the global generators at the end of the block."""
     before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield

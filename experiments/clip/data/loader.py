@@ -1,8 +1,8 @@
-"""Batches of training pairs from a catalog, in an order that neither workers nor ranks nor interruptions change.
+"""Batches of training pairs from a catalog, the same for any number of workers and ranks and after interruptions.
 
-The stream is a pure function of (seed, epoch, position). An epoch's order (`experiments.clip.data.order`) is cut into
-global batches of sizes equal up to one, and each of these into contiguous parts, one per rank. What is random about a
-sample, its augmentation and its choice among several captions, follows from (seed, epoch, index, occurrence).
+The stream is a pure function of (seed, epoch, position). An epoch's order (`experiments.clip.data.order`) is divided
+into global batches whose sizes differ by at most one, and each of these into contiguous parts, one per rank. The random
+numbers of a visit (augmentation, choice among captions) are a function of (seed, epoch, index, occurrence).
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ _SEEN = "seen"
 
 
 class Loader:
-    """The batches of a catalog's samples.
+    """Loads the batches of a catalog's samples: a `experiments.clip.data.batch.Stream`.
 
     Parameters
     ----------
     transform : callable
-        Maps a PIL image to the model's input; it may draw from the global generators of torch, NumPy and Python.
+        Maps a PIL image to the model's input; may draw from the global generators of torch, NumPy and Python.
     tokenize : callable
         Maps a list of captions to tokens ``[b, length]``.
     batch_size : int
-        Of the global batch, over all ranks, at most.
+        Size of the global batch, summed over ranks; batches may be smaller.
     workers : int
-        Processes of this rank that read and decode; 0 for this one.
+        Number of processes of this rank that read and decode; 0 for this one.
     weights : sequence of float
-        Of the sources, see `Order`.
+        Weights of the sources, see `Order`.
     resampled : bool
-        Draw samples with replacement, ``epoch_samples`` an epoch.
+        Draw samples with replacement, ``epoch_samples`` in each epoch.
     block_shards : int
-        Shards whose samples are shuffled together.
+        Number of shards whose samples are shuffled together.
     skip_limit : float
-        Share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
+        Largest share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
     pin_memory : bool
-        Whether batches are put into page-locked memory, for copies to a GPU.
+        Whether batches are put into page-locked memory, which makes copies to a GPU faster.
     reference : Reference, optional
-        The reference, for which a batch carries what it needs.
+        The reference, whose inputs are collated into each batch.
 
     Attributes
     ----------
     samples : int
-        Visits per epoch, over all ranks.
+        Visits per epoch, summed over ranks.
     steps_per_epoch : int
         Batches per epoch.
     skipped : Counter
@@ -100,19 +100,20 @@ class Loader:
         self._seen = 0
         self._skip_limit, self._ranks = skip_limit, ranks
         part = _Part(order, self.steps_per_epoch, rank, ranks)
-        # Workers are in two neighboring blocks at a time.
+        # At any time, workers read from at most two neighboring blocks.
         task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, reference)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from step ``first`` on; starting late costs no more than starting at 0.
+        """Yield an epoch's batches from step ``first`` on, without reading those before.
 
-        Parts differ in size by one, and by what was skipped; with several ranks one may be empty.
+        The parts of the ranks differ in size by one and by their skipped samples; with several ranks a part may be
+        empty.
 
         Raises
         ------
         UserError
-            If too many samples are skipped, a batch of all ranks has none left, or a worker dies.
+            If too many samples are skipped, if one process has a batch without a usable sample, or if a worker dies.
         """
         if not 0 <= first <= self.steps_per_epoch:
             raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
@@ -122,16 +123,16 @@ class Loader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many samples this rank has seen, and how many it skipped, by reason."""
+        """Return the number of samples that this rank has seen, and of those that it skipped, by reason."""
         return {_SEEN: self._seen, **self.skipped}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue counting from there, so that a run that is stopped often still meets the limit."""
+        """Load the counts, so that the limit on skipped samples holds for a run that is often interrupted as well."""
         self._seen = state.get(_SEEN, 0)
         self.skipped = Counter({reason: count for reason, count in state.items() if reason != _SEEN})
 
     def close(self) -> None:
-        """End the workers."""
+        """End the worker processes."""
         self._workers.close()
 
     def _count(self, batch: Batch, step: int) -> None:
@@ -144,7 +145,7 @@ class Loader:
         if lost > max(SKIPS_ALLOWED, self._skip_limit * self._seen):
             raise UserError(
                 f"{lost} of the {self._seen} samples so far cannot be used ({reasons}): "
-                f"mend the data, or raise the limit of {self._skip_limit:g}"
+                f"correct the data, or raise the limit of {self._skip_limit:g}"
             )
 
 
@@ -163,14 +164,14 @@ class _Part(NamedTuple):
 
 
 def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
-    """Return where a part begins and ends if ``total`` is cut into parts equal up to one, the larger ones first."""
+    """Return start and end of a part of ``total``; sizes of parts differ by at most one, the larger ones come first."""
     size, larger = divmod(total, parts)
     start = part * size + min(part, larger)
     return start, start + size + (part < larger)
 
 
 class _BatchMaker:
-    """Makes the batch of (epoch, step), in whatever process."""
+    """Makes the batch of (epoch, step), in this process or in a worker."""
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class _BatchMaker:
                     own_images.append(self._reference.image(pair.image, draws))
             if not images:
                 return self._empty(skipped)
-            # default_collate writes into shared memory in a worker.
+            # In a worker, default_collate writes into shared memory.
             image, index = default_collate(images), torch.tensor(indices)
         reference_inputs = (
             None if self._reference is None else self._reference.collate(index, drawn, own_images, captions)
@@ -221,7 +222,7 @@ class _BatchMaker:
         return Batch(image, self._tokenize(captions), index, dict(skipped), reference_inputs)
 
     def _empty(self, skipped: Counter[str]) -> Batch:
-        """Return a batch of no sample, of the same shapes otherwise."""
+        """Return a batch of zero samples, whose other dimensions are those of any batch."""
         image = self._transform(Image.new("RGB", (64, 64)))[None]
         index = torch.empty(0, dtype=torch.int64)
         reference_inputs = None if self._reference is None else self._reference.empty_inputs()

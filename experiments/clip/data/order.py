@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.clip.errors import UserError
 
+Key = TypeVar("Key")
 T = TypeVar("T")
 
 _SHARDS, _BLOCK = 0, 1
@@ -18,16 +19,18 @@ _KEPT = 4
 class Visits(NamedTuple):
     """Samples in the order of their visits.
 
-    ``occurrence`` tells apart the visits of one sample in one epoch: its repetitions, or with resampling the position.
+    ``occurrence`` distinguishes the visits of one sample in one epoch: the number of the repetition, or with resampling
+    the position in the epoch.
     """
 
-    index: np.ndarray
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] (a field, not tuple.index)
     occurrence: np.ndarray
 
 
 class _Layout(NamedTuple):
-    """An epoch's blocks: ``shard`` and ``copy`` in shuffled order, block b being entries ``cut[b]`` to ``cut[b + 1]``
-    and positions ``start[b]`` to ``start[b + 1]``.
+    """An epoch's blocks: ``shard`` and ``copy`` are in shuffled order.
+
+    Block b consists of entries ``cut[b]`` to ``cut[b + 1]`` and covers positions ``start[b]`` to ``start[b + 1]``.
     """
 
     shard: np.ndarray
@@ -37,23 +40,23 @@ class _Layout(NamedTuple):
 
 
 class Order:
-    """Every sample once per epoch, blockwise shuffled, so that reads are local; or draws with replacement.
+    """The order of an epoch: every sample once, shuffled in blocks so that reads are local; or draws with replacement.
 
     The shards are shuffled and grouped into blocks of at most ``block_shards``; the samples of a block are shuffled.
-    The more shards a block has, the nearer to a uniform permutation, and the more files are read at a time.
+    With more shards in a block, the order is closer to a uniform permutation, and more files are read at a time.
 
     Parameters
     ----------
     counts : sequence of int
-        Samples of each shard; sample indices number them through.
+        Number of samples of each shard; sample indices count through the shards.
     weights : sequence of float
-        Of each shard. Without resampling integers >= 1: how often an epoch visits each of its samples, every time at
-        another place. With resampling any numbers >= 0: how likely its samples are drawn, relative to the others'.
+        Weight of each shard. Without resampling, an integer >= 1: how often an epoch visits each of its samples, every
+        time at another position. With resampling, any number >= 0, proportional to the probability of each sample.
     resampled : bool
         Draw with replacement: every block draws ``block_shards`` shards, then its samples from these, so that each
         visit is a sample of weight w with probability proportional to w.
     epoch_samples : int
-        Visits per epoch with resampling; by default as many as there are samples.
+        Visits per epoch with resampling; by default the number of samples.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Order:
         self._blocks: dict[tuple[int, int], Visits] = {}
         for weight in np.unique(self._weights):
             if not (0 <= weight < np.inf) or not (resampled or (weight >= 1 and weight == int(weight))):
-                kind = "a number >= 0" if resampled else "an integer >= 1, or the samples be drawn with replacement"
+                kind = "a number >= 0" if resampled else "an integer >= 1, unless samples are drawn with replacement"
                 raise UserError(f"the weight of a source must be {kind}, got {weight:g}")
         if epoch_samples is not None and not (resampled and epoch_samples > 0):
             raise UserError(f"{epoch_samples} samples per epoch: only resampling has a length to choose, at least 1")
@@ -147,8 +150,8 @@ class Order:
         return np.random.default_rng(np.random.SeedSequence([self._seed, epoch], spawn_key=use))
 
 
-def _remembered(cache: dict, key: object, make: Callable[[], T]) -> T:
-    """Return ``cache[key]``, made if need be; only the newest few are kept."""
+def _remembered(cache: dict[Key, T], key: Key, make: Callable[[], T]) -> T:
+    """Return ``cache[key]``, which is computed if it is not there; only the newest few values are kept."""
     if key not in cache:
         while len(cache) >= _KEPT:
             del cache[next(iter(cache))]

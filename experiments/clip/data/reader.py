@@ -1,6 +1,7 @@
-"""Reading single samples of a catalog, in any order, and decoding them: nothing is trusted, nothing executed.
+"""Reading samples of a catalog in any order, and decoding them without trusting their contents.
 
-A sample that cannot be used becomes a `Skip` with one of a few reasons, for its reader to count.
+Nothing that a sample contains is executed. A sample that cannot be used becomes a `Skip` with one of a few reasons,
+which the caller counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -23,40 +25,42 @@ from experiments.clip.io.storage import Ranges
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_CAPTION_BYTES = 2**20
-# Of the text: no tokenizer's context reaches as far, and open_clip's takes time quadratic in the length of a word.
+# No tokenizer's context is as long, and open_clip's tokenizer takes time quadratic in the length of a word.
 MAX_CAPTION_CHARACTERS = 4096
 MAX_PIXELS = 64 * 2**20
-# Every scan of a progressive JPEG goes over all of its pixels, and a small file can have a million scans.
+# Every scan of a progressive JPEG decodes all of its pixels, and a small file can have a million scans.
 MAX_SCANNED_PIXELS = 32 * MAX_PIXELS
-# Resizing the shorter side would make a line of pixels as large as any bomb.
+# Enlarging the shorter side of a line of pixels to the model's size would make an image as large as any bomb.
 MAX_ASPECT = 200
-# So many samples may be skipped before their share counts.
+# Number of samples that may be skipped before their share is compared with the limit.
 SKIPS_ALLOWED = 64
 
 Reason = Literal[
     "too many bytes",  # of the image, or of a caption
     "cut off",  # the file ends before the sample does
-    "no image file",  # where a table says that it is
-    "unreadable image",  # damaged, or of another format than JPEG, PNG and WebP
-    "too many pixels",  # or, of a progressive JPEG, too many scans over them
+    "no image file",  # at the path that a table has
+    "unreadable image",  # damaged, or in another format than JPEG, PNG and WebP
+    "too many pixels",  # or too many scans over them in a progressive JPEG
     "extreme aspect ratio",
-    "invalid caption",  # not UTF-8, not JSON, without the field
+    "invalid caption",  # not UTF-8, not JSON, or without the field
     "empty caption",
 ]
 
-# Two members of a sample that are further apart are read separately.
+# Members of a sample with more bytes than this between them are read separately.
 _MAX_GAP = 2**16
 
 
-class Skip(NamedTuple):
+@dataclass(frozen=True)
+class Skip:
     """A sample that cannot be used."""
 
     index: int
     reason: Reason
 
 
-class RawSample(NamedTuple):
-    """The bytes of a sample; each caption with the JSON field that holds it, or None if it is text itself."""
+@dataclass(frozen=True)
+class RawSample:
+    """The bytes of a sample; a caption comes with the JSON field that holds it, or None if it is plain text."""
 
     index: int
     key: str
@@ -64,7 +68,8 @@ class RawSample(NamedTuple):
     captions: tuple[tuple[bytes, str | None], ...]
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """A decoded sample; ``image`` is RGB."""
 
     index: int
@@ -73,12 +78,12 @@ class Pair(NamedTuple):
 
 
 class Reader:
-    """Reads samples by index. It can be copied to other processes, forked or spawned.
+    """Reads samples by index. A reader can be copied to other processes, forked or spawned.
 
     Parameters
     ----------
     kept : int
-        How many shards are kept open: at least as many as are read by turns.
+        Number of shards that stay open: at least as many as are read in turn.
     """
 
     def __init__(self, catalog: Catalog, kept: int = 64) -> None:
@@ -96,22 +101,22 @@ class Reader:
         Raises
         ------
         UserError
-            If the storage fails, in spite of patience.
+            If the storage fails, even after retries.
         """
         return self.read_many([index])[0]
 
     def read_many(self, indices: Sequence[int]) -> list[RawSample | Skip]:
-        """Return the bytes of several samples; those on one remote storage are fetched at once."""
+        """Return the bytes of several samples, requesting those on one remote storage together."""
         plans = [self._plan(index) for index in indices]
         data = iter(
-            self._ranges.read_many([wanted for plan in plans if isinstance(plan, _Plan) for wanted in plan.ranges])
+            self._ranges.read_many([wanted for plan in plans if isinstance(plan, _ReadPlan) for wanted in plan.ranges])
         )
         return [
-            plan if not isinstance(plan, _Plan) else self._assemble(plan, [next(data) for _ in plan.ranges])
+            plan if not isinstance(plan, _ReadPlan) else self._assemble(plan, [next(data) for _ in plan.ranges])
             for plan in plans
         ]
 
-    def _plan(self, index: int) -> _Plan | RawSample | Skip:
+    def _plan(self, index: int) -> _ReadPlan | RawSample | Skip:
         shard, row = self._catalog.locate(index)
         if shard.kind == "synthetic":
             caption = f"made-up pair number {index}".encode()
@@ -128,9 +133,9 @@ class Reader:
             ranges = [(path, first, end - first)]
         else:
             ranges = [(path, offset, size) for offset, size in present]
-        return _Plan(index, shard, entry["key"].decode("utf-8", "surrogateescape"), places, ranges)
+        return _ReadPlan(index, shard, entry["key"].decode("utf-8", "surrogateescape"), places, ranges)
 
-    def _assemble(self, plan: _Plan, data: list[bytes]) -> RawSample | Skip:
+    def _assemble(self, plan: _ReadPlan, data: list[bytes]) -> RawSample | Skip:
         if any(len(part) < size for part, (_, _, size) in zip(data, plan.ranges, strict=True)):
             return Skip(plan.index, "cut off")
         if len(data) == 1:
@@ -172,8 +177,9 @@ class Reader:
         return rows
 
 
-class _Plan(NamedTuple):
-    """What is to be read for a sample: its places, image first, and the ranges that cover them."""
+@dataclass(frozen=True)
+class _ReadPlan:
+    """The ranges of bytes to read for a sample, and offset and size of its members in them, the image first."""
 
     index: int
     shard: Shard
@@ -183,12 +189,12 @@ class _Plan(NamedTuple):
 
 
 def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
-    """Return image and caption, the latter at most `MAX_CAPTION_CHARACTERS` long.
+    """Decode image and caption, and cut the caption to `MAX_CAPTION_CHARACTERS`.
 
     Parameters
     ----------
     draw : int
-        Chooses among several captions: number ``draw`` modulo their count.
+        Chooses among several captions: the caption of number ``draw`` modulo their count.
     """
     caption = _caption(raw.captions, draw)
     if isinstance(caption, _Refused):
@@ -200,7 +206,7 @@ def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
 
 
 def first_pairs(catalog: Catalog, count: int) -> list[tuple[Image.Image, str]]:
-    """Return image and caption of those of the first ``count`` samples that can be used."""
+    """Return image and caption of the first ``count`` samples, without those that cannot be used."""
     reader = Reader(catalog)
     found = [raw if isinstance(raw, Skip) else decode(raw) for raw in reader.read_many(range(min(count, len(catalog))))]
     return [(pair.image, pair.caption) for pair in found if not isinstance(pair, Skip)]
@@ -217,7 +223,7 @@ def _caption(members: Sequence[tuple[bytes, str | None]], draw: int) -> str | _R
             text = data.decode("utf-8")
             value = text if name is None else json.loads(text)[name]
             captions += value if isinstance(value, list) else [value]
-        # JSON can spell halves of surrogate pairs, which are no text.
+        # JSON can contain halves of surrogate pairs, which are no valid text.
         captions = [caption for caption in captions if caption.encode("utf-8") and caption.strip()]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return _Refused("invalid caption")
@@ -228,7 +234,7 @@ def _caption(members: Sequence[tuple[bytes, str | None]], draw: int) -> str | _R
 
 
 def _image(data: bytes) -> Image.Image | _Refused:
-    # Pillow warns of what it repairs, and of bombs: here only the outcome counts.
+    # Pillow warns about damage that it repairs and about bombs; both are handled here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,7 +1,7 @@
-"""Scanning a tar file or a table: what samples it holds, and where their members are.
+"""Scanning a tar file or a table: which samples it holds, and where their members are.
 
-A sample is webdataset's: consecutive members of a tar file whose names agree up to the first dot after the last slash;
-what follows the dot, in lower case, is the member's type. A type that comes a second time begins a new sample. Only
+Samples are those of webdataset: consecutive members of a tar file whose names agree up to the first dot after the last
+slash. What follows the dot, in lower case, is the member's type; a type that occurs again begins a new sample. Only
 headers are read.
 """
 
@@ -30,7 +30,7 @@ from experiments.clip.io.storage import is_remote, open_seekable, retry
 from experiments.clip.io.tar import BLOCK, Damaged, Member, tar_members
 
 FORMAT = 1
-# Samples in a shard of a table or of made-up pairs.
+# Largest number of samples in a shard of a table or of made-up pairs.
 CHUNK = 10_000
 
 _INDEX = "index"
@@ -60,19 +60,20 @@ class Shard:
     Attributes
     ----------
     kind : "tar", "table" or "synthetic"
-        What holds them: the tar file ``path``; a file of image paths and captions taken from a table; nothing.
+        Where the samples are: in the tar file ``path``; in a file of image paths and captions that was copied from a
+        table; nowhere, because they are made up.
     path : str
-        An absolute path or a URL; of a table, within the catalog's folder.
+        An absolute path or a URL; for a table, relative to the catalog's folder.
     index : str
-        The npy file of offsets, within the catalog's folder.
+        The npy file of offsets, relative to the catalog's folder.
     heads : str
-        Digest of the headers of first and last sample in a local tar file.
+        Digest of the headers of the first and the last sample in a local tar file.
     left_out : dict
-        How much was left out, by reason.
+        Number of samples and members that were left out, by reason.
     damage : str
-        Where and how the shard is damaged, if it is.
+        Where and how the shard is damaged; empty if it is intact.
     root : str
-        Where relative image paths of a table start.
+        The folder at which relative image paths of a table start.
     pixels : int
         Width and height of made-up images.
     """
@@ -94,8 +95,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one worker does at a time: a tar file, or a whole table. ``stamp`` is its size and time of change."""
+class ScanJob:
+    """The unit of work of a scan: a tar file or a table. ``stamp`` is its size and time of modification."""
 
     source: Source
     path: str
@@ -106,21 +107,19 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Digest of all that the result depends on."""
+        """Digest of everything that the result depends on."""
         what = dataclasses.asdict(self.source) if isinstance(self.source, Table) else self.path
         return digest_of(canonical([FORMAT, what, self.stamp, self.image_keys, self.caption_keys]))[:24]
 
 
-def scan(job: Job) -> list[dict[str, Any]]:
-    """Scan a tar file or table, write index files into the catalog's folder, return the fields of the `Shard` s."""
+def scan(job: ScanJob) -> list[Shard]:
+    """Scan a tar file or a table, write its index files into the catalog's folder, and return its shards."""
     if isinstance(job.source, Table):
-        shards = _scan_table(job, job.source)
-    else:
-        shards = [retry(lambda: _scan_tar(job), job.path)]
-    return [dataclasses.asdict(shard) for shard in shards]
+        return _scan_table(job, job.source)
+    return [retry(lambda: _scan_tar(job), job.path)]
 
 
-def _scan_tar(job: Job) -> Shard:
+def _scan_tar(job: ScanJob) -> Shard:
     size = job.stamp[0]
     left_out: Counter[str] = Counter()
     damage = ""
@@ -130,7 +129,7 @@ def _scan_tar(job: Job) -> Shard:
         for magic, method in _COMPRESSED.items():
             if start.startswith(magic):
                 raise UserError(
-                    f"{job.path} is compressed ({method}): samples are read from their places, so unpack it"
+                    f"{job.path} is compressed ({method}), but samples are read by their offsets: decompress it"
                 )
         grouping = _Grouping(job.image_keys, [_member_type(key) for key in job.caption_keys], left_out)
         try:
@@ -141,16 +140,16 @@ def _scan_tar(job: Job) -> Shard:
             damage = f"{problem}, of {size}"
         rows += grouping.end()
         heads = heads_digest(file, [rows[0][0][0], rows[-1][0][0]]) if rows and not is_remote(job.path) else ""
-    index = _write_index(job.folder, job.name, rows, len(job.caption_keys))
-    return Shard("tar", job.path, size, len(rows), **index, heads=heads, left_out=dict(left_out), damage=damage)
+    shard = Shard("tar", job.path, size, len(rows), heads=heads, left_out=dict(left_out), damage=damage)
+    return _with_index(shard, job.folder, job.name, rows, len(job.caption_keys))
 
 
-# Places of the image and of the captions, and the key.
+# Offset and size of the image, those of the captions, and the key.
 _Row = tuple[tuple[int, int], list[tuple[int, int]], bytes]
 
 
 class _Grouping:
-    """Turns members into samples."""
+    """Groups consecutive members into samples."""
 
     def __init__(self, image_types: Sequence[str], caption_types: Sequence[str], left_out: Counter[str]) -> None:
         self._image_types, self._caption_types, self._left_out = image_types, caption_types, left_out
@@ -158,7 +157,7 @@ class _Grouping:
         self._found: dict[str, Member] = {}
 
     def add(self, member: Member) -> list[_Row]:
-        """Take the next member; return the sample that it ends, if it does and the sample is whole."""
+        """Add the next member; return the sample before it if it ends there and is complete, in a list."""
         if member.kind == "folder":
             return []
         if _META.match(member.name):
@@ -175,7 +174,7 @@ class _Grouping:
         return ended
 
     def end(self) -> list[_Row]:
-        """Return the last sample, if it is whole."""
+        """Return the last sample if it is complete, in a list."""
         found, key = self._found, self._key
         self._found, self._key = {}, None
         if key is None:
@@ -206,15 +205,15 @@ def _member_type(caption_key: str) -> str:
 
 
 def json_field(caption_key: str) -> str | None:
-    """Return the field of the JSON member that a caption key names; None if the member itself is the caption."""
+    """Return the JSON field that a caption key names, or None if the member itself is the caption."""
     return caption_key.removeprefix(_JSON_FIELD) if caption_key.startswith(_JSON_FIELD) else None
 
 
-def _scan_table(job: Job, table: Table) -> list[Shard]:
-    """Copy image paths and captions into files of `CHUNK` rows, so that any row is found at once."""
+def _scan_table(job: ScanJob, table: Table) -> list[Shard]:
+    """Copy image paths and captions into files of `CHUNK` rows, in which each row has a known offset."""
     left_out: Counter[str] = Counter()
     shards: list[Shard] = []
-    rows = _whole_rows(table, left_out)
+    rows = _complete_rows(table, left_out)
     while (chunk := list(islice(rows, CHUNK))) or left_out:
         name = f"{job.name}-{len(shards):06d}"
         data = io.BytesIO()
@@ -225,23 +224,21 @@ def _scan_table(job: Job, table: Table) -> list[Shard]:
             places.append((image_place, caption_places, key))
         path = f"{_INDEX}/{name}.rows"
         write_atomically(job.folder / path, data.getvalue())
-        shards.append(
-            Shard(
-                "table",
-                path,
-                len(data.getvalue()),
-                len(chunk),
-                **_write_index(job.folder, name, places, len(table.captions)),
-                heads=digest_of(data.getvalue()),
-                left_out=dict(left_out),
-                root=table.root or os.path.dirname(job.path),
-            )
+        shard = Shard(
+            "table",
+            path,
+            len(data.getvalue()),
+            len(chunk),
+            heads=digest_of(data.getvalue()),
+            left_out=dict(left_out),
+            root=table.root or os.path.dirname(job.path),
         )
+        shards.append(_with_index(shard, job.folder, name, places, len(table.captions)))
         left_out.clear()
     return shards
 
 
-def _whole_rows(table: Table, left_out: Counter[str]) -> Iterator[tuple[bytes, bytes, list[bytes | None]]]:
+def _complete_rows(table: Table, left_out: Counter[str]) -> Iterator[tuple[bytes, bytes, list[bytes | None]]]:
     for number, (image, captions) in enumerate(table_rows(table)):
         encoded = [text.encode("utf-8", "surrogateescape") if text is not None else None for text in captions]
         if not image:
@@ -252,18 +249,20 @@ def _whole_rows(table: Table, left_out: Counter[str]) -> Iterator[tuple[bytes, b
             yield str(number).encode(), image.encode("utf-8", "surrogateescape"), encoded
 
 
-def _write_index(folder: Path, name: str, rows: Sequence[_Row], captions: int) -> dict[str, Any]:
+def _with_index(shard: Shard, folder: Path, name: str, rows: Sequence[_Row], captions: int) -> Shard:
+    """Write the index of a shard and return the shard with the index's path, size and digest."""
     width = max((len(key) for *_, key in rows), default=1)
     fields = [("image", "<i8", (2,)), ("caption", "<i8", (captions, 2)), ("key", f"S{width}")]
     data = io.BytesIO()
     np.save(data, np.array(rows, dtype=fields), allow_pickle=False)
     path = f"{_INDEX}/{name}.npy"
     write_atomically(folder / path, data.getvalue())
-    return {"index": path, "index_bytes": len(data.getvalue()), "index_sha256": digest_of(data.getvalue())}
+    size, digest = len(data.getvalue()), digest_of(data.getvalue())
+    return dataclasses.replace(shard, index=path, index_bytes=size, index_sha256=digest)
 
 
 def heads_digest(file: BinaryIO, offsets: Iterable[int]) -> str:
-    """Digest the headers before the contents at ``offsets``."""
+    """Return a digest of the headers before the contents at ``offsets``."""
     digest = hashlib.sha256()
     for offset in offsets:
         file.seek(offset - BLOCK)
@@ -272,10 +271,10 @@ def heads_digest(file: BinaryIO, offsets: Iterable[int]) -> str:
 
 
 def canonical(value: Any) -> bytes:
-    """Return JSON that is the same for equal values."""
+    """Return a value as JSON, equal for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def digest_of(data: bytes) -> str:
-    """Return the SHA-256 in hexadecimal."""
+    """Return the SHA-256 digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

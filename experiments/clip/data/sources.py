@@ -1,4 +1,4 @@
-"""Where training pairs come from: webdataset shards, tables of image paths, or made-up pairs for speed tests."""
+"""Sources of training pairs: tar files in webdataset's layout, tables of image paths, made-up pairs for speed tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from braceexpand import braceexpand
 
@@ -20,18 +20,20 @@ from experiments.clip.io.storage import filesystem, is_remote
 PIPE = "pipe:"
 _TABLES = (".csv", ".tsv", ".parquet")
 _SYNTHETIC = "synthetic:"
-# A row after the last one, which a quote that is not closed would swallow.
+# A row that is added after the last one: a quote that is not closed would include it.
 _END = "\x1c"
 
 
 @dataclass(frozen=True)
-class Shards:
-    """Tar files in webdataset's layout.
+class TarPattern:
+    """Tar files in webdataset's layout, given by a pattern.
 
-    ``pattern`` is a path or a URL that fsspec knows, with braces (``{00000..00099}.tar``) or, where it has none of
-    those, wildcards; or ``pipe:`` and a shell command that writes a tar file.
+    ``pattern`` is a path or a URL that fsspec knows, with braces (``{00000..00099}.tar``) or, if it has no braces,
+    wildcards; or ``pipe:`` and a shell command that writes a tar file.
     """
 
+    #: What a catalog's file calls this kind of source.
+    kind: ClassVar[str] = "shards"
     pattern: str
 
 
@@ -39,10 +41,11 @@ class Shards:
 class Table:
     """A CSV, TSV or parquet file with a column of image paths and columns of captions.
 
-    Relative image paths start at ``root``, by default the table's folder. ``separator`` is found from the header line
-    if not given. Column names default to open_clip's.
+    Relative image paths start at ``root``, by default the table's folder. ``separator`` is determined from the header
+    line if it is not given. The default column names are open_clip's.
     """
 
+    kind: ClassVar[str] = "table"
     path: str
     image: str = "filepath"
     captions: tuple[str, ...] = ("title",)
@@ -54,19 +57,20 @@ class Table:
 class Synthetic:
     """Made-up pairs, for speed tests: images of one shade, ``pixels`` wide and high, and captions with the index."""
 
+    kind: ClassVar[str] = "synthetic"
     samples: int
     pixels: int = 224
 
 
-Source = Shards | Table | Synthetic
+Source = TarPattern | Table | Synthetic
 
 
 def parse_sources(sources: str | Path | Source | Sequence[str | Path | Source]) -> list[Source]:
     """Return the sources that the user named.
 
-    One string may hold several, joined by ``::`` as open_clip has it; the entries of a list are taken as they are (so
-    fsspec's chained URLs, which have ``::`` too, can be given in a list). A name that ends in .csv, .tsv or .parquet
-    is a `Table`; ``synthetic:N`` makes N pairs up, ``synthetic:N:P`` of P x P pixels.
+    A string may name several, joined by ``::`` as in open_clip. The entries of a list name one each, so that fsspec's
+    chained URLs, which contain ``::``, can be given in a list. A name that ends in .csv, .tsv or .parquet is a `Table`;
+    ``synthetic:N`` is N made-up pairs, ``synthetic:N:P`` of P x P pixels; every other name is a `TarPattern`.
     """
     if isinstance(sources, str) and not sources.startswith(PIPE):
         sources = sources.split("::")
@@ -87,11 +91,11 @@ def _parse(source: str | Path) -> Source:
         return Synthetic(*map(int, numbers))
     if Path(text).suffix.lower() in _TABLES:
         return Table(text)
-    return Shards(text)
+    return TarPattern(text)
 
 
 def parse_weights(text: str, sources: int) -> list[float]:
-    """Parse open_clip's ``--train-data-upsampling-factors``: a number for each source, joined by ``::``."""
+    """Parse a weight for each source, joined by ``::`` as in open_clip's ``--train-data-upsampling-factors``."""
     try:
         weights = [float(part) for part in text.split("::")]
     except ValueError:
@@ -102,12 +106,12 @@ def parse_weights(text: str, sources: int) -> list[float]:
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the shards that a pattern stands for: absolute paths, or URLs, in the pattern's order.
+    """Return the tar files that a pattern names, as absolute paths or URLs in the pattern's order.
 
-    A path that exists is itself, whatever characters it has. Wildcards give what exists, sorted.
+    A path that exists names itself, whatever characters it contains. Wildcards name the files that exist, sorted.
     """
     if not pattern:
-        raise UserError("a source has no name: remove the :: beside it")
+        raise UserError("a source has no name: remove the :: next to it")
     if not is_remote(pattern) and not pattern.startswith(PIPE) and os.path.exists(pattern):
         if os.path.isdir(pattern):
             raise UserError(f"{pattern} is a folder: name its tar files, like {pattern.rstrip('/')}/*.tar")
@@ -118,12 +122,16 @@ def expand(pattern: str) -> list[str]:
         raise UserError(f"the braces of {pattern!r} do not match: write them like {{00000..00099}}") from error
     if pattern.startswith(PIPE):
         return names
-    shards = [shard for name in names for shard in _matches(name)]
-    missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)]
-    if missing or not shards:
-        what = f"{len(missing)} of its {len(shards)} shards are missing, {missing[0]} first" if missing else "nothing"
-        raise UserError(f"the data {pattern!r} cannot be used ({what} found): correct the pattern")
-    return shards
+    paths = [path for name in names for path in _matches(name)]
+    missing = [path for path in paths if not is_remote(path) and not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"the data {pattern!r} cannot be used: {len(missing)} of its {len(paths)} files are missing, the first is "
+            f"{missing[0]}: correct the pattern"
+        )
+    if not paths:
+        raise UserError(f"the data {pattern!r} cannot be used: no file matches: correct the pattern")
+    return paths
 
 
 def _matches(name: str) -> list[str]:
@@ -138,14 +146,14 @@ def _matches(name: str) -> list[str]:
 
 
 def table_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
-    """Yield image path and captions of every row as they are written, "" and None where a row lacks them."""
+    """Yield image path and captions of every row as they are written; "" and None if a row lacks them."""
     return _parquet_rows(table) if table.path.lower().endswith(".parquet") else _text_rows(table)
 
 
 def _text_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
     line = 1
     try:
-        # What is not UTF-8 is found by who reads the caption.
+        # Captions that are not UTF-8 are reported when they are decoded.
         with open(table.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
             wanted = [table.image, *table.captions]
@@ -169,7 +177,7 @@ def _text_rows(table: Table) -> Iterator[tuple[str, list[str | None]]]:
                 line = start
                 raise csv.Error("a quote is not closed")
     except csv.Error as error:
-        raise UserError(f"the table {table.path} breaks off at line {line} ({error}): mend it") from error
+        raise UserError(f"the table {table.path} breaks off at line {line} ({error}): correct it") from error
     except OSError as error:
         raise UserError(f"cannot read the table {table.path} ({error.strerror})") from error
 

@@ -330,7 +330,7 @@ def _encoded(clip: Clip, task: _Task, ranks: Ranks, workers: int, progress: Prog
 
     A rank that has no batch in the last round encodes a blank image and yields no row.
     """
-    own = ranks.share(len(task.batches))
+    own = ranks.own_indices(len(task.batches))
     loader = iter(DataLoader(_Batches(task, clip.preprocess), batch_size=None, sampler=own, num_workers=workers))
     for turn in range(ranks.rounds(len(task.batches))):
         item = next(loader) if turn < len(own) else None
@@ -364,7 +364,7 @@ def _classifier(clip: Clip, task: _Task, ranks: Ranks, batch_size: int) -> Tenso
     names = list(dict.fromkeys(task.classes))
     per_call = max(1, batch_size // len(task.templates))
     chunks = [names[start : start + per_call] for start in range(0, len(names), per_call)]
-    own = ranks.share(len(chunks))
+    own = ranks.own_indices(len(chunks))
     vectors = torch.empty(0)
     for turn in range(ranks.rounds(len(chunks))):
         chunk = chunks[own[turn]] if turn < len(own) else chunks[-1]
@@ -456,7 +456,7 @@ def _recalls(
     """Return R@k for each k that there are items for."""
     found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=queries.device)
     tiles = queries.split(_QUERIES)
-    for number in ranks.share(len(tiles)):
+    for number in ranks.own_indices(len(tiles)):
         labels = query_labels[number * _QUERIES : (number + 1) * _QUERIES]
         ahead = wrong_items_ahead(tiles[number], items, labels, item_labels)
         found += torch.stack([(ahead < k).sum() for k in RECALL_AT])

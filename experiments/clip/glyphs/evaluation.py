@@ -92,7 +92,7 @@ def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = 
     def encode(captions: Sequence[str]) -> Tensor:
         return clip.encode_tokens(_tokens(clip.tokenize, tuple(captions)))
 
-    encode_image, encode_text = ranks.sharing(clip.encode_image), ranks.sharing(encode)
+    encode_image, encode_text = ranks.split_over_ranks(clip.encode_image), ranks.split_over_ranks(encode)
     return evaluate(encode_image, encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
 
 

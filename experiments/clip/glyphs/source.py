@@ -21,8 +21,7 @@ from experiments.clip.glyphs.evaluation import evaluate_model
 from experiments.clip.glyphs.stream import MemoryStream, Pairs
 from experiments.clip.io.files import locked
 from experiments.clip.models.clip import Clip
-from experiments.clip.reference.cache import FeatureCache
-from experiments.clip.reference.inputs import SPREAD_PAIRS, CachedReference
+from experiments.clip.reference.cache import CachedReference
 
 PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
@@ -74,7 +73,7 @@ def load_pairs(manifest: Manifest, split: str, clip: Clip) -> Pairs:
         return Pairs(manifest, split, clip, lambda done: advance(done, total))
 
 
-def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> FeatureCache:
+def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedReference:
     """Return the reference's features of the training pairs, computing what is not there yet."""
     shards = [str(manifest.folder / shard.name) for shard in manifest.splits["train"].shards]
     catalog = make_catalog(shards, cache / f"catalog-{manifest.fingerprint[:12]}")
@@ -95,8 +94,7 @@ def open_data(
     held_out = load(manifest, "validation", clip)
     stream = MemoryStream(pairs, options.pairs_per_step, options.seed, ranks.rank, ranks.count, features)
     identity = {"data": manifest.fingerprint, "split": options.split, "fraction": options.fraction}
-    beside = None if features is None else CachedReference(features, min(samples, SPREAD_PAIRS))
-    return TrainingData(stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), beside)
+    return TrainingData(stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), features)
 
 
 def _validate(clip: Clip, held_out: Pairs, manifest: Manifest, ranks: Ranks) -> dict[str, float]:

@@ -24,7 +24,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import Manifest, read_samples
 from experiments.clip.io.files import write_atomically
 from experiments.clip.models.clip import Clip
-from experiments.clip.reference.cache import FeatureCache
+from experiments.clip.reference.cache import CachedReference
 
 _PREPARED_FORMAT = 1
 _RESIZING = ("size", "resize_mode", "interpolation")
@@ -175,8 +175,8 @@ class MemoryStream:
         Pairs per step over all ranks, at most.
     rank, ranks : int
         This rank and how many there are; a batch is cut into contiguous parts, equal up to one.
-    features : FeatureCache, optional
-        The reference's, of these pairs.
+    features : CachedReference, optional
+        The reference's features of these pairs.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class MemoryStream:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
-        features: FeatureCache | None = None,
+        features: CachedReference | None = None,
     ) -> None:
         self._pairs, self._batch_size, self._seed, self._features = pairs, batch_size, seed, features
         self._rank, self._ranks = rank, ranks

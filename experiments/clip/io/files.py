@@ -1,4 +1,4 @@
-"""Writing files that are either whole or absent."""
+"""Writing files so that a crash leaves them complete or absent, and locks on files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,17 +18,18 @@ from experiments.clip.errors import UserError
 
 T = TypeVar("T")
 
-# Seconds between the attempts; the last failure is final.
+# Seconds between attempts; the failure after the last of them is raised.
 WAITS: tuple[float, ...] = (0.1, 0.5, 2.0, 8.0, 30.0)
 
 _ABANDONED_SECONDS = 3600.0
-# What waiting does not mend: all else, such as EIO, ESTALE and ETIMEDOUT of network file systems, may pass.
+# Errors that stay however long one waits. All others, such as EIO, ESTALE and ETIMEDOUT of network file systems, may
+# be temporary.
 _FINAL_TYPES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
 _FINAL_NUMBERS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP")}
 
 
 def retry_with_backoff(action: Callable[[], T], failures: type[Exception] = OSError) -> T:
-    """Return what ``action`` returns; wait and try again where it fails in a way that may pass."""
+    """Return what ``action`` returns; where it fails with an error that may be temporary, wait and try again."""
     for wait in (*WAITS, None):
         try:
             return action()
@@ -39,13 +41,13 @@ def retry_with_backoff(action: Callable[[], T], failures: type[Exception] = OSEr
 
 
 def is_final(error: Exception) -> bool:
-    """Whether an error is one that waiting does not mend."""
+    """Whether an error stays however long one waits, so that there is no use in trying again."""
     return isinstance(error, _FINAL_TYPES) or getattr(error, "errno", None) in _FINAL_NUMBERS
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise a `UserError` where what is done inside, writing ``path``, fails."""
+    """Turn an `OSError` of the block, which writes ``path``, into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -56,7 +58,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``; a crash or a full disk leaves the old content or the new, never a part."""
+    """Replace the content of ``path`` by ``data``; a crash or a full disk leaves the old content or the new."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
     def write() -> None:
@@ -76,8 +78,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         retry_with_backoff(write)
 
 
+def share_permissions(path: Path) -> None:
+    """Give a file the permissions that ``open(path, "w")`` would have given it.
+
+    They follow from the process's umask and the folder's access control list. Both are read from a file that is created
+    in the same folder for a moment: Python can read the umask only by changing it, which other threads would notice.
+    """
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    with open(probe, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    os.chmod(path, mode)
+
+
 def sync(path: Path) -> None:
-    """Have the file system keep a file's content, or the names in a folder."""
+    """Wait until a file's content, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,22 +101,22 @@ def sync(path: Path) -> None:
 
 
 def ensure_writable(folder: Path) -> None:
-    """Create ``folder`` and prove that a file can be written there, so that hours of work do not end in an error.
+    """Create ``folder`` and check that a file can be written there, before hours of work end in an error.
 
-    Parts of files that processes left when they were killed are removed.
+    Incomplete files that killed processes left behind are removed.
     """
     probe = folder / f".writable-{secrets.token_hex(8)}"
     write_atomically(probe, b"")
     probe.unlink()
     for path in folder.glob(".*.partial"):
-        # Processes on other machines may be writing here: their files are young.
+        # Processes on other machines may be writing here: their incomplete files are younger.
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line of text; after half a line, which a full disk or a crash left, on a line of its own."""
+    """Append a line of text; an incomplete line at the end, left by a full disk or a crash, is ended first."""
 
     def append() -> None:
         with path.open("ab+") as file:
@@ -114,16 +129,16 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by ``value`` as JSON."""
+    """Replace the content of ``path`` by ``value`` as JSON."""
     write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes from what is done inside, waiting for the one that does it now.
+    """Hold an exclusive lock on ``path`` during the block; wait while another process holds it.
 
-    ``path`` is created; the kernel lets go of it when the process ends, however it ends, whatever becomes of processes
-    that it forked.
+    ``path`` is created if need be. The kernel releases the lock when this process ends, in whatever way, even if
+    processes that it forked live on.
     """
     with _opened(path) as descriptor:
         fcntl.lockf(descriptor, fcntl.LOCK_EX)
@@ -132,7 +147,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Like `locked`, but yield at once whether this process has it."""
+    """Try to lock ``path`` as `locked` does, without waiting; yield whether this process holds the lock."""
     with _opened(path) as descriptor:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,8 +168,8 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def append_whole(path: Path, lines: str) -> None:
-    """Append lines so that they are on disk when this returns; half a line that was left at the end is cut off."""
+def append_durably(path: Path, lines: str) -> None:
+    """Append lines and wait until they are on disk; an incomplete line at the end of the file is cut off first."""
     with writing(path), path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""Bytes of local files and of URLs that fsspec knows, with patience for storage that fails for a while."""
+"""Reading local files and URLs that fsspec knows; storage that fails for a while is tried again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_remote(path: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URL, and the path there. fsspec keeps one per process, also after a fork."""
+    """Return fsspec's file system of a URL, and the path in it; fsspec keeps one per process, also after a fork."""
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -31,14 +31,14 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def retry(action: Callable[[], T], path: str) -> T:
-    """Return what ``action`` returns; wait and try again where storage fails.
+    """Return what ``action`` returns, which reads ``path``; wait and try again where storage fails.
 
     Raises
     ------
     UserError
-        If the file is not there or may not be read, or all attempts failed.
+        If the file does not exist or may not be read, or if all attempts fail.
     """
-    # The libraries behind URLs have exceptions of their own.
+    # The libraries that read URLs have exceptions of their own, not derived from OSError.
     failures = Exception if is_remote(path) else OSError
     try:
         return retry_with_backoff(action, failures)
@@ -47,27 +47,27 @@ def retry(action: Callable[[], T], path: str) -> T:
     except failures as error:
         attempts = "" if is_final(error) else f" after {len(files.WAITS) + 1} attempts"
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"cannot read {path}{attempts} ({reason}): check the storage, then go on") from error
+        raise UserError(f"cannot read {path}{attempts} ({reason}): check the storage, then resume") from error
 
 
 def file_size(path: str) -> int:
-    """Return a file's number of bytes.
+    """Return the number of bytes of a file.
 
     Raises
     ------
     UserError
-        Also for a folder, and for a pipe, whose reader would wait for ever.
+        If the file cannot be read, or is a folder or a pipe (a pipe's reader would wait for ever).
     """
     if is_remote(path):
         return retry(lambda: int(filesystem(path)[0].size(filesystem(path)[1])), path)
     status = retry(lambda: os.stat(path), path)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is no file: name one that can be read from any place")
+        raise UserError(f"{path} is no regular file: name one that can be read from any offset")
     return status.st_size
 
 
 def open_seekable(path: str) -> BinaryIO:
-    """Open a file for reading."""
+    """Open a file for reading bytes, at any offset."""
     if not is_remote(path):
         return retry(lambda: cast(BinaryIO, open(path, "rb")), path)
     fs, inner = filesystem(path)
@@ -75,9 +75,9 @@ def open_seekable(path: str) -> BinaryIO:
 
 
 class Ranges:
-    """Reads of byte ranges, with the last ``kept`` local files left open.
+    """Reads byte ranges of files; the ``kept`` local files that were used last stay open.
 
-    Positions are given with every read, so that processes forked from this one may share the open files.
+    Every read gives its own offset, so that processes forked from this one can share the open files.
     """
 
     def __init__(self, kept: int) -> None:
@@ -96,7 +96,7 @@ class Ranges:
         return retry(partial(self._read, path, offset, size), path)
 
     def read_many(self, wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Return the ranges ``(path, offset, size)``; those of one remote file system are asked for at once."""
+        """Return the bytes of ranges ``(path, offset, size)``, requesting those of one remote file system together."""
         results: dict[int, bytes] = {}
         groups: dict[str, list[int]] = {}
         for position, (path, _, _) in enumerate(wanted):
@@ -109,7 +109,7 @@ class Ranges:
             ends = [wanted[i][1] + wanted[i][2] for i in positions]
             answers = fs.cat_ranges(paths, starts, ends, on_error="return")
             results |= {i: data for i, data in zip(positions, answers, strict=True) if isinstance(data, bytes)}
-        # A range whose request failed is asked for again, alone, with patience.
+        # A range whose request failed is requested again, alone, with retries.
         return [results[i] if i in results else self.read(*request) for i, request in enumerate(wanted)]
 
     def _read(self, path: str, offset: int, size: int) -> bytes:
@@ -124,7 +124,7 @@ class Ranges:
                 offset, size = offset + len(part), size - len(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
         except OSError:
-            # A network file system may have lost the file behind the descriptor: open it anew next time.
+            # A network file system may have lost the file of this descriptor: the next attempt opens it anew.
             self._close(path)
             raise
 

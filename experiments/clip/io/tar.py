@@ -1,7 +1,7 @@
-"""Walking through the headers of a tar file: exact offsets, no contents read, no silent end.
+"""Listing the members of a tar file from its headers: exact offsets, without reading contents.
 
-`tarfile` ends an archive without a word at a header it cannot read, and damaged sizes or extended headers make some
-versions of it loop; so it parses single headers here, and the walk is our own.
+Python's `tarfile` silently ends an archive at a header that it cannot read, and damaged sizes or extended headers make
+some versions of it loop. So here it only parses single headers; following them is done by `tar_members`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, Literal, NamedTuple
 
 BLOCK = 512
-# Of an extended header or a long name, which are read whole.
+# Largest extended header or long name that is read into memory.
 _MAX_EXTENSION = 2**16
 _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
@@ -20,13 +20,14 @@ _EXTENSIONS = (
     tarfile.SOLARIS_XHDTYPE,
     tarfile.XGLTYPE,
 )
-# Tar writers fill up their last record with zeros; more of them are a hole, that may have swallowed samples.
+# Tar writers fill up their last record with zeros. More zeros than this are a hole that may have replaced samples.
 _TAIL = 2**20
 
 
 class Member(NamedTuple):
-    """A member of a tar file; its content are the ``size`` bytes from ``offset``. Bytes of the name that are not UTF-8
-    are kept as surrogates.
+    """A member of a tar file, whose content is the ``size`` bytes from ``offset`` on.
+
+    Bytes of the name that are not UTF-8 are kept as surrogates.
     """
 
     name: str
@@ -44,14 +45,14 @@ class Damaged(Exception):
 
 
 def tar_members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """Yield the members of an uncompressed tar file of ``size`` bytes whose content is all there.
+    """Yield the members of an uncompressed tar file of ``size`` bytes whose content is complete.
 
-    Global extended headers are passed over: what they say belongs to no single member.
+    Global extended headers are ignored: they describe no single member.
 
     Raises
     ------
     Damaged
-        At what is not a header, at a member that is cut off, at an end without the mark of one, at data after it.
+        Where bytes are no header, where a member is cut off, where the end mark is missing, or where data follow it.
     """
     position = 0
     long_name: str | None = None

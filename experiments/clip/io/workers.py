@@ -1,4 +1,4 @@
-"""Work done by other processes, results in order: torch's DataLoader, whose workers end when their parent does."""
+"""Worker processes that return results in order: torch's DataLoader, whose workers end when their parent does."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from experiments.clip.errors import UserError
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
-# How torch's messages begin.
+# How torch's messages about a dead worker, and about an error of a task, begin.
 _DEATH = "DataLoader worker (pid"
 _TASK_FAILED = "Caught "
 
 
 class Workers(Generic[Key, Result]):
-    """``count`` processes that compute ``task(key)``; with 0 of them this process does.
+    """Computes ``task(key)`` in ``count`` worker processes; with 0 of them, in this process.
 
-    They start at the first `map` and stay until `close`. A signal meant for the whole job, like a scheduler's, does
-    not stop them: their parent decides.
+    The processes start at the first `map` and end at `close`. They ignore signals that a scheduler sends to all
+    processes of a job: their parent decides when they end.
 
     Parameters
     ----------
     task : callable
-        What to do, the same in every process.
+        The function that every process computes.
     ahead : int
-        How many results each worker has ready, at most, before they are asked for.
+        Largest number of results that each worker computes before they are requested.
     pin_memory : bool
-        Whether tensors of the results are put into page-locked memory, for copies to a GPU.
+        Whether tensors of the results are put into page-locked memory, which makes copies to a GPU faster.
     """
 
     def __init__(self, task: Callable[[Key], Result], count: int, *, ahead: int = 2, pin_memory: bool = False) -> None:
@@ -45,24 +45,24 @@ class Workers(Generic[Key, Result]):
         self._iterations = 0
 
     def map(self, keys: Iterable[Key]) -> Iterator[Result]:
-        """Yield the results in the order of the keys. A new iteration ends the one before.
+        """Yield the results in the order of the keys. A new iteration ends the previous one.
 
         Raises
         ------
         UserError
-            What the task raised, or that a worker died.
+            If the task raises one, or if a worker dies.
         """
         self._iterations += 1
         own = self._iterations
         self._keys.pending = keys
-        with self._deaths_told(), _own_child_handler(), warnings.catch_warnings():
-            # Whoever chose the number of workers knows the machine.
+        with self._reporting_deaths(), _child_handler_kept(), warnings.catch_warnings():
+            # The user has chosen the number of workers; torch warns if it exceeds that of the cores.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             if self._loader is None:
                 self._loader = self._start()
             results = iter(self._loader)
         while own == self._iterations:
-            with self._deaths_told():
+            with self._reporting_deaths():
                 try:
                     result = next(results)
                 except StopIteration:
@@ -77,7 +77,7 @@ class Workers(Generic[Key, Result]):
         loader, self._loader = self._loader, None
         results: Any = loader._iterator if loader is not None else None
         if results is not None:
-            # Left to the garbage collector, which may take its queues first, it waits 10 s and kills.
+            # The garbage collector may delete its queues first; then shutting down waits 10 s and kills the workers.
             results._shutdown_workers()
 
     def _start(self) -> DataLoader:
@@ -86,17 +86,17 @@ class Workers(Generic[Key, Result]):
             batch_size=None,
             sampler=self._keys,
             num_workers=self._count,
-            collate_fn=_same,
+            collate_fn=_unchanged,
             pin_memory=self._pin_memory,
-            worker_init_fn=_outlive_signals,
-            # Without its own, it draws from the global generator, whose state a run saves.
+            worker_init_fn=_ignore_signals,
+            # Without a generator of its own, it draws from the global one, whose state a run saves.
             generator=torch.Generator(),
             prefetch_factor=self._ahead if self._count else None,
             persistent_workers=self._count > 0,
         )
 
     @contextmanager
-    def _deaths_told(self) -> Iterator[None]:
+    def _reporting_deaths(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -105,11 +105,13 @@ class Workers(Generic[Key, Result]):
             is_cut_off = isinstance(error, ConnectionError | EOFError) and not reason.startswith(_TASK_FAILED)
             if not self._count or not (is_cut_off or reason.startswith(_DEATH)):
                 raise
-            raise UserError(f"a data worker died ({reason}): look for a lack of memory, take fewer workers") from error
+            raise UserError(
+                f"a data worker died ({reason}): look for a lack of memory, or use fewer workers"
+            ) from error
 
 
 class _Keys:
-    """What the workers are to do, replaced for each iteration."""
+    """The keys of the current iteration: the loader's sampler, which stays the same object."""
 
     pending: Iterable[Any] = ()
 
@@ -125,27 +127,27 @@ class _Tasks(Dataset):
         try:
             return self._task(key)
         except UserError as error:
-            # Raised here, it would reach the parent with a traceback in its message.
+            # An exception raised here would reach the parent with a traceback in its message.
             return error
 
 
-def _same(result: Any) -> Any:
+def _unchanged(result: Any) -> Any:
     return result
 
 
-def _outlive_signals(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _die_next_time)
+    signal.signal(signal.SIGTERM, _restore_default)
 
 
-def _die_next_time(number: int, frame: object) -> None:
+def _restore_default(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
-def _own_child_handler() -> Iterator[None]:
-    """Keep torch from installing a handler that raises a worker's death amid whatever runs: `next` tells it too."""
+def _child_handler_kept() -> Iterator[None]:
+    """Remove the handler that torch installs, which would raise a worker's death anywhere: `next` reports it too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,48 +1,62 @@
-"""open_clip models with their own preprocessing and tokenizer, from a registered name or a folder."""
+"""open_clip models with their preprocessing and tokenizer, made by a registered name or loaded from a folder."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor
 
 from experiments.clip.errors import UserError
 
-open_clip.add_model_config(Path(__file__).parent / "configs")
-
 SHIPPED_REFERENCE = Path(__file__).parents[1] / "glyphs" / "reference_model"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+_CONFIGS = Path(__file__).parent / "configs"
 _SIGMOID_BIAS = -10.0
+
+Transform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A model and what it needs to read images and captions.
+    """A model with the functions that prepare images and captions for it.
 
-    ``preprocess`` maps a PIL image to the model's normalized input; ``tokenize`` a list of captions to ``[b, length]``.
-    ``name`` is the registered name or the folder; ``fingerprint`` identifies weights, preprocessing and tokenizer of
-    a model that was loaded, and is empty for a new one. ``augment`` is the preprocessing for training.
+    Attributes
+    ----------
+    name : str
+        The registered name, or the folder that the model was loaded from.
+    preprocess : callable
+        Maps a PIL image to the model's normalized input, in evaluation.
+    tokenize : callable
+        Maps a list of captions to tokens ``[b, length]``.
+    fingerprint : str
+        Identifies weights, preprocessing and tokenizer of a model that was loaded; empty for a new one.
+    augment : callable
+        The preprocessing for training, with random crops.
     """
 
     name: str
     model: open_clip.CLIP
-    preprocess: Callable[[Any], Tensor]
-    tokenize: Callable[[Sequence[str]], Tensor]
+    preprocess: Transform
+    tokenize: Tokenizer
     fingerprint: str
-    augment: Callable[[Any], Tensor]
+    augment: Transform
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights."""
         return self.model.logit_scale.device
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -59,38 +73,49 @@ class Clip:
 
 
 def at_least_one(inputs: Tensor) -> Tensor:
-    """Return inputs ``[b, ...]``, or where b = 0 a single zero: open_clip's towers take no empty batch."""
+    """Return inputs ``[b, ...]`` as they are, or one zero if b = 0: open_clip's towers take no empty batch."""
     return inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
+
+
+@functools.cache
+def register_models() -> None:
+    """Add the glyph models to the names that open_clip knows, for this process."""
+    open_clip.add_model_config(_CONFIGS)
+
+
+def check_registered(name: str) -> None:
+    """Raise a `UserError` if no registered model has this name."""
+    register_models()
+    if name not in open_clip.list_models():
+        raise UserError(f"no model is called {name!r}: name one of open_clip.list_models() or a glyph model")
 
 
 def new_model(name: str, seed: int, *, sigmoid: bool = False, weights: Path | None = None, **options: Any) -> Clip:
     """Build a registered open_clip model with weights drawn from ``seed``, or from a file.
 
-    ``sigmoid`` gives it SigLIP's head: a logit bias of -10 and a scale of 10 to start from. ``options`` go to
-    ``open_clip.create_model_and_transforms``.
+    With ``sigmoid`` it has SigLIP's head, whose logit bias starts at -10 and whose scale starts at 10. ``options`` are
+    passed to ``open_clip.create_model_and_transforms``.
     """
-    if name not in open_clip.list_models():
-        raise UserError(f"no model is called {name!r}: open_clip.list_models() and the glyph models are known")
+    check_registered(name)
     head = {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(10)} if sigmoid else {}
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         if weights is not None:
             return _from_weights(name, weights, **head, **options)
         try:
-            model, augment, preprocess = open_clip.create_model_and_transforms(name, **head, **options)
-            return Clip(name, model, preprocess, open_clip.get_tokenizer(name), "", augment)
+            return _create(name, name, "", **head, **options)
         except ImportError as error:
             raise UserError(f"--model {name} needs another package ({error}): install it") from error
 
 
 def load_model(name: str | Path, weights: Path | None = None) -> Clip:
-    """Load a model in evaluation mode: a folder in open_clip's ``local-dir:`` layout, or a registered name and a file.
+    """Load a model in evaluation mode, from a folder in open_clip's ``local-dir:`` layout.
 
-    Files of weights are safetensors, or torch's, of which only tensors are read.
+    With a file of ``weights``, ``name`` is a registered model instead. The file is safetensors, or torch's format, of
+    which only tensors are read.
     """
     if weights is not None:
-        if str(name) not in open_clip.list_models():
-            raise UserError(f"no model is called {name!r}: with a file of weights, name one of open_clip.list_models()")
+        check_registered(str(name))
         with _quiet():
             clip = _from_weights(str(name), weights)
         clip.model.eval()
@@ -104,22 +129,21 @@ def load_model(name: str | Path, weights: Path | None = None) -> Clip:
         )
     try:
         with _quiet():
-            model, augment, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    except Exception as error:  # open_clip lets through whatever JSON, safetensors and torch raise on damaged files
+            clip = _create(str(folder), f"local-dir:{folder}", fingerprint_of(folder))
+    except Exception as error:  # open_clip passes on whatever JSON, safetensors and torch raise on damaged files
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} does not load as an open_clip model ({reason}): make or copy it again") from error
-    model.eval()
-    return Clip(str(folder), model, preprocess, tokenizer, fingerprint_of(folder), augment)
+    clip.model.eval()
+    return clip
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Return what identifies the model in a folder of open_clip's local-dir layout."""
+    """Return a digest of the configuration and the weights in a folder of open_clip's ``local-dir:`` layout."""
     return _digest(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
-def lock_towers(model: Any, towers: Sequence[str], unlocked: int) -> None:
-    """Keep the image tower, the text tower or both as they are, but for their last ``unlocked`` groups of layers."""
+def lock_towers(model: torch.nn.Module, towers: Sequence[str], unlocked: int) -> None:
+    """Freeze the image tower, the text tower or both, except for their last ``unlocked`` groups of layers."""
     for tower in towers:
         lock = getattr(model, f"lock_{tower}_tower", None)
         try:
@@ -135,11 +159,18 @@ def _from_weights(name: str, weights: Path, **options: Any) -> Clip:
     if not weights.is_file():
         raise UserError(f"there is no file of weights {weights}: name one that was saved for {name}")
     try:
-        model, augment, preprocess = open_clip.create_model_and_transforms(name, pretrained=str(weights), **options)
-    except Exception as error:  # as above
+        return _create(name, name, name + _digest(weights), pretrained=str(weights), **options)
+    except Exception as error:  # see load_model
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{weights} does not load as weights of {name} ({reason}): name the model it is of") from error
-    return Clip(name, model, preprocess, open_clip.get_tokenizer(name), name + _digest(weights), augment)
+
+
+def _create(name: str, location: str, fingerprint: str, **options: Any) -> Clip:
+    """Build a model from a registered name or a ``local-dir:`` folder; open_clip's annotations allow other types."""
+    model, augment, preprocess = open_clip.create_model_and_transforms(location, **options)
+    tokenize = cast(Tokenizer, open_clip.get_tokenizer(location))
+    model = cast(open_clip.CLIP, model)
+    return Clip(name, model, cast(Transform, preprocess), tokenize, fingerprint, cast(Transform, augment))
 
 
 def _digest(*paths: Path) -> str:
@@ -151,11 +182,12 @@ def _digest(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-class _quiet:
-    """open_clip warns on the root logger that a model to be trained has no pretrained weights."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *error: object) -> None:
-        logging.disable(logging.NOTSET)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's warning, on the root logger, that a model to be trained has no pretrained weights."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)

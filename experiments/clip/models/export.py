@@ -1,4 +1,4 @@
-"""Trained weights as files that open_clip and CLIP_benchmark load as they are.
+"""Exporting trained weights as files that open_clip and CLIP_benchmark load unchanged.
 
 =====================  ==============================================================================
 a bundle, a folder     ``create_model_and_transforms("local-dir:FOLDER")``: architecture, weights, preprocessing and
@@ -7,8 +7,9 @@ a checkpoint, a file   ``create_model_and_transforms(NAME, pretrained=PATH)``, w
                        ``clip_benchmark eval --model NAME --pretrained PATH`` for open_clip's own models
 =====================  ==============================================================================
 
-A checkpoint has no say in the preprocessing: open_clip takes the default of the name. The glyph models are registered
-only where `experiments.clip.models.clip` is imported, so CLIP_benchmark's command needs their bundle.
+A checkpoint does not determine the preprocessing: open_clip uses the default of the name. The glyph models are
+registered only in this program, once it has made a model or called `experiments.clip.models.clip.register_models`; so
+CLIP_benchmark's command needs a bundle of them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from torch import Tensor
 
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_atomically
-from experiments.clip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
+from experiments.clip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_registered
 
-# What compiling, checkpointed activations and older sharding put into names.
+# Parts of names that compiling, activation checkpointing and older sharding add.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 def plain_state(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Return weights under the model's own names, each with storage of its own on the CPU, in ``dtype`` if floating.
+    """Return weights under the model's own names, on the CPU; floating-point ones are converted to ``dtype``.
 
-    DDP, `torch.compile` and the like, and the averages of `torch.optim.swa_utils.AveragedModel` have other names.
+    DDP, `torch.compile` and the like, and the averages of `torch.optim.swa_utils.AveragedModel` use other names, which
+    are translated. Each tensor has storage of its own.
     """
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -50,7 +52,7 @@ def plain_state(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32)
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise UserError(f"the weights {key} are not finite: take an earlier checkpoint")
         value = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True)
-        # Of shape [1] where parameters are sharded.
+        # Sharded parameters cannot be scalars, so these have the shape [1] there.
         plain[key] = value.reshape(()) if key in ("logit_scale", "logit_bias") else value.contiguous()
     return plain
 
@@ -69,16 +71,16 @@ def export_bundle(
     name
         The registered model.
     state
-        Its weights, or an average of them; whole tensors.
+        The model's weights, or an average of them, as full tensors.
     preprocess
-        Its preprocessing, as of ``open_clip.get_model_preprocess_cfg``.
+        The model's preprocessing, as returned by ``open_clip.get_model_preprocess_cfg``.
     folder
-        Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` go.
+        Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` are written.
     dtype
-        Of the floating-point weights in the file.
+        Type of the floating-point weights in the file.
     """
     plain = plain_state(state, dtype)
-    # A model without the bias in its configuration is built without one.
+    # open_clip builds a logit bias only if the configuration has its initial value.
     head = {"init_logit_bias": plain["logit_bias"].item()} if "logit_bias" in plain else {}
     config = {"model_cfg": {**_config(name), **head}, "preprocess_cfg": dict(preprocess)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,17 +99,18 @@ def export_checkpoint(
 ) -> None:
     """Write a file that ``open_clip.create_model_and_transforms(name, pretrained=PATH)`` loads.
 
-    It holds ``state_dict``, ``epoch``, ``name`` and ``preprocess_cfg``, all tensors and plain types. The logit bias of
-    a sigmoid loss is left out where the registered model has none: no ranking depends on it, and open_clip refuses it.
+    The file holds ``state_dict``, ``epoch``, ``name`` and ``preprocess_cfg``: only tensors and plain types. The logit
+    bias of a sigmoid loss is left out if the registered model has none: no ranking depends on it, and open_clip refuses
+    it.
 
     Parameters
     ----------
     name, state, preprocess, dtype
         As for `export_bundle`.
     path
-        The file, ``epoch_K.pt`` by custom.
+        The file, named ``epoch_K.pt`` by convention.
     epoch
-        How many epochs the weights have been trained.
+        Number of epochs that the weights have been trained.
     """
     plain = plain_state(state, dtype)
     if "init_logit_bias" not in _config(name):
@@ -120,13 +123,13 @@ def export_checkpoint(
 def export_model(
     clip: Clip, folder: Path, dtype: torch.dtype = torch.float32, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write ``clip`` as a bundle; ``weights``, whole tensors, instead of the model's own if given."""
+    """Write ``clip`` as a bundle, with ``weights`` (full tensors) in place of the model's own if given."""
     state = clip.model.state_dict() if weights is None else weights
     export_bundle(clip.name, state, open_clip.get_model_preprocess_cfg(clip.model), folder, dtype)
 
 
 def _config(name: str) -> dict[str, Any]:
+    check_registered(name)
     config = open_clip.get_model_config(name)
-    if config is None:
-        raise UserError(f"no model is called {name!r}: open_clip.list_models() and the glyph models are known")
+    assert config is not None
     return config

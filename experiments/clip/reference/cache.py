@@ -1,29 +1,32 @@
-"""The reference model's features of every sample of a catalog, computed once, in one file for each shard.
+"""The reference model's features of every sample of a catalog, computed once and looked up while training.
 
-A file ``features-00012.safetensors`` holds the tensor ``features`` ``[samples, views, 2, width]`` (image and text, unit
-length, float16 or bfloat16), rows in the order of the shard, and ``present`` ``[samples]``: which could be decoded. Its
-metadata name the reference, the data and the rows; a file of anything else, or a missing row, is an error.
+There is one file for each shard. ``features-00012.safetensors`` holds the tensor ``features`` ``[samples, views, 2,
+width]`` (image and text, unit length, float16 or bfloat16), whose rows are in the order of the shard, and ``present``
+``[samples]``, which tells the samples that could be decoded. Its metadata identify the reference, the data and the
+rows; a file that was made for others, or a missing row, is an error.
 
-One view is the reference's own evaluation preprocessing and the first caption. With several, view v is a random crop
-(the reference's own training preprocessing) and caption number v, both functions of the sample's index and v alone, so
-that the target can be shown the same crop and caption.
+With one view, features are those of the reference's evaluation preprocessing and the first caption. With several, view
+v is a random crop (the reference's training preprocessing) and caption number v, both functions of the sample's index
+and v alone, so that the target can use the same crop and caption.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from experiments.clip.data.batch import Tensors
 from experiments.clip.data.catalog import Catalog
 from experiments.clip.data.draws import Draws, random_state_restored, view_draws
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
@@ -33,21 +36,24 @@ from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_atomically
 from experiments.clip.io.workers import Workers
 from experiments.clip.models.clip import Clip
+from experiments.clip.reference.margins import SPREAD_PAIRS, margin_spread
 
 Precision = Literal["float16", "bfloat16"]
 
 _AGAIN = "run `run.py cache-reference` on this data again"
 _CONCURRENT_CHECKS = 16
-_MAPPED = 256  # files mapped at a time
+_MAPPED = 256  # files that are mapped into memory at a time
 
 
-class FeatureCache:
-    """Unit features of all samples of a catalog, mapped into memory; copies in other processes map the files anew.
+class CachedReference:
+    """Looks up the reference's unit features of a catalog's samples: a `experiments.clip.data.batch.Reference`.
+
+    A batch carries the features. The files are mapped into memory; a copy in another process maps them anew.
 
     Attributes
     ----------
     views : int
-        Of each sample.
+        Number of cached views of each sample.
     """
 
     def __init__(self, files: list[Path], firsts: np.ndarray, samples: int, views: int, precision: Precision) -> None:
@@ -64,11 +70,33 @@ class FeatureCache:
         return self.__dict__ | {"_mapped": OrderedDict()}
 
     def draws(self, index: int, draws: Draws) -> Draws:
-        """Return what the target must draw so that it sees the caption, and of several views the crop, of its row."""
+        """Return the draws that give the target the caption of the cached view and, with several views, its crop."""
         return draws._replace(choice=0) if self.views == 1 else view_draws(index, draws.choice % self.views)
 
-    def rows(self, index: Tensor, view: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-        """Return image and text features ``[b, d]``, as stored, of samples ``index`` ``[b]`` in their views.
+    def image(self, image: Image.Image, draws: Draws) -> None:
+        """Return None: features that are cached need no image."""
+
+    def collate(
+        self, index: Tensor, draws: Sequence[Draws], images: Sequence[Tensor | None], captions: Sequence[str]
+    ) -> Tensors:
+        """Return the features of a batch, as stored."""
+        return self.rows(index, torch.tensor([own.choice for own in draws], dtype=torch.int64))
+
+    def empty_inputs(self) -> Tensors:
+        """Return the features ``[0, d]`` of a batch without samples."""
+        return self.rows(torch.empty(0, dtype=torch.int64))
+
+    def features(self, inputs: Tensors, device: torch.device) -> Tensors:
+        """Return a batch's features ``[b, d]``, image and text, in float32."""
+        image, text = (part.to(device, non_blocking=True).float() for part in inputs)
+        return image, text
+
+    def margin_spread(self, pairs: int) -> float:
+        """Return `margin_spread` over the first ``pairs`` samples, at most `SPREAD_PAIRS` and those of one file."""
+        return margin_spread(*self.first(min(pairs, SPREAD_PAIRS)))
+
+    def rows(self, index: Tensor, view: Tensor | int = 0) -> Tensors:
+        """Return image and text features ``[b, d]``, as stored, of samples ``index`` ``[b]`` in views ``view`` ``[b]``.
 
         Raises
         ------
@@ -92,15 +120,15 @@ class FeatureCache:
         both = torch.from_numpy(found).view(self._dtype)
         return both[:, 0], both[:, 1]
 
-    def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the features of the first samples that have them, up to ``count``, in float32."""
+    def first(self, count: int) -> Tensors:
+        """Return the features of the first ``count`` samples of the first file that have features, in float32."""
         features, present = self._file(self._first)
         rows = np.flatnonzero(present)[:count]
         both = torch.from_numpy(np.array(features[rows, 0])).view(self._dtype).float()
         return both[:, 0], both[:, 1]
 
     def _file(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a file's features ``[samples, views, 2, width]``, as 16-bit numbers, and presence."""
+        """Return a file's features ``[samples, views, 2, width]``, as 16-bit integers, and its ``present``."""
         if shard not in self._mapped:
             while len(self._mapped) >= _MAPPED:
                 self._mapped.popitem(last=False)
@@ -122,31 +150,31 @@ def cache_features(
     skip_limit: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Compute the features of all samples, the shards dealt out to the ranks; return how many were computed now.
+    """Compute the features of all samples, each rank those of its shards; return the number computed by this rank.
 
-    Files that are there already are kept, so that an interrupted run goes on.
+    Files that exist are kept, so that an interrupted run resumes.
 
     Parameters
     ----------
     batch_size : int
-        Samples that go through the towers at a time.
+        Number of samples that go through the towers at a time.
     workers : int
-        Processes of this rank that read and decode; 0 for this one.
+        Number of processes of this rank that read and decode; 0 for this one.
     skip_limit : float
-        Share of a shard's samples that may turn out to be unusable, once more than `SKIPS_ALLOWED` are.
+        Largest share of a shard's samples that may be unusable, once more than `SKIPS_ALLOWED` are.
     progress : callable
-        Receives how many samples are done, and of how many, of this rank.
+        Called with the number of this rank's samples that are done, and their total.
 
     Raises
     ------
     UserError
-        If a file was made otherwise, cannot be written, or too many samples are unusable.
+        If a file was made for something else or cannot be written, or if too many samples are unusable.
     """
     ranks = Ranks() if ranks is None else ranks
     own = [number for number, shard in enumerate(catalog.shards) if shard.samples][ranks.rank :: ranks.count]
     total = sum(catalog.shards[number].samples for number in own)
     ensure_writable(folder)
-    task = _Preparing(Reader(catalog), clip, views)
+    task = _InputMaker(Reader(catalog), clip, views)
     pool: Workers[tuple[int, int], _Inputs] = Workers(task, workers, pin_memory=ranks.device.type == "cuda")
     computed = done = 0
     try:
@@ -170,12 +198,12 @@ def cache_features(
     return computed
 
 
-def open_features(clip: Clip, catalog: Catalog, folder: Path) -> FeatureCache:
-    """Open the features of a catalog; refuse files made by another reference or on other data."""
+def open_features(clip: Clip, catalog: Catalog, folder: Path) -> CachedReference:
+    """Open the cached features of a catalog; refuse files that were made by another reference or from other data."""
     files = [_path(folder, number) for number in range(len(catalog.shards))]
     full = [number for number, shard in enumerate(catalog.shards) if shard.samples]
     made = _metadata(files[full[0]]) if files[full[0]].is_file() else {}
-    views, precision = int(made.get("views", 1)), made.get("precision", "float16")
+    views, precision = int(made.get("views", 1)), cast(Precision, made.get("precision", "float16"))
 
     def check(number: int) -> str:
         if not files[number].is_file():
@@ -188,20 +216,20 @@ def open_features(clip: Clip, catalog: Catalog, folder: Path) -> FeatureCache:
             if problem:
                 raise UserError(problem)
     firsts = np.array([shard.first_index for shard in catalog.shards])
-    return FeatureCache(files, firsts, len(catalog), views, precision)  # pyright: ignore[reportArgumentType]
+    return CachedReference(files, firsts, len(catalog), views, precision)
 
 
 class _Inputs(NamedTuple):
-    """Some samples' views as the reference takes them: ``image`` ``[m * views, 3, h, w]``, ``text`` likewise."""
+    """The reference's inputs of m samples: ``image`` ``[m * views, 3, h, w]``, ``text`` ``[m * views, length]``."""
 
-    index: list[int]
+    indices: list[int]
     image: Tensor
     text: Tensor
     skipped: dict[str, int]
 
 
-class _Preparing:
-    """Reads and decodes samples ``first`` to ``stop`` for the reference, in whatever process."""
+class _InputMaker:
+    """Reads and decodes samples ``first`` to ``stop`` for the reference, in this process or in a worker."""
 
     def __init__(self, reader: Reader, clip: Clip, views: int) -> None:
         self._reader, self._views = reader, views
@@ -209,7 +237,7 @@ class _Preparing:
         self._preprocess, self._augment = clip.preprocess, clip.augment
 
     def __call__(self, key: tuple[int, int]) -> _Inputs:
-        index: list[int] = []
+        indices: list[int] = []
         images: list[Tensor] = []
         captions: list[str] = []
         skipped: Counter[str] = Counter()
@@ -219,15 +247,15 @@ class _Preparing:
                 if isinstance(pairs[0], Skip):
                     skipped[pairs[0].reason] += 1
                     continue
-                index.append(raw.index)
+                indices.append(raw.index)
                 for view, pair in enumerate(pairs):
                     assert not isinstance(pair, Skip)
                     view_draws(raw.index, view).seed_generators()
                     images.append((self._preprocess if self._views == 1 else self._augment)(pair.image))
                     captions.append(pair.caption)
-        if not index:
+        if not indices:
             return _Inputs([], torch.empty(0), torch.empty(0), dict(skipped))
-        return _Inputs(index, torch.stack(images), self._tokenize(captions), dict(skipped))
+        return _Inputs(indices, torch.stack(images), self._tokenize(captions), dict(skipped))
 
 
 @torch.no_grad()
@@ -239,22 +267,22 @@ def _encoded(
     skipped: Counter[str] = Counter()
     for part in parts:
         skipped.update(part.skipped)
-        if not part.index:
+        if not part.indices:
             continue
         both = torch.stack([clip.encode_image(part.image), clip.encode_tokens(part.text)], dim=1)
         if not bool(torch.isfinite(both).all()):
             raise UserError(f"the reference gives features that are not finite on {shard.path}: check its weights")
-        rows = both.to(getattr(torch, precision)).cpu().unflatten(0, (len(part.index), views))
+        rows = both.to(getattr(torch, precision)).cpu().unflatten(0, (len(part.indices), views))
         if features is None:
             features = torch.zeros(shard.samples, *rows.shape[1:], dtype=rows.dtype)
-        at = torch.tensor(part.index) - shard.first_index
+        at = torch.tensor(part.indices) - shard.first_index
         features[at] = rows
         present[at] = 1
     if skipped.total() > max(SKIPS_ALLOWED, skip_limit * shard.samples):
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
         raise UserError(
             f"{skipped.total()} of the {shard.samples} samples of {shard.path} cannot be used ({reasons}): "
-            f"mend the data, or raise the limit of {skip_limit:g}"
+            f"correct the data, or raise the limit of {skip_limit:g}"
         )
     if features is None:
         width = clip.encode_tokens(clip.tokenize(["none"])).shape[1]
@@ -295,7 +323,7 @@ def _check(path: Path, identity: dict[str, str]) -> None:
 
 
 def _map(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Map a safetensors file: 8 bytes that say how long its header is, the header in JSON, the tensors' bytes."""
+    """Map a safetensors file: 8 bytes with the length of its header, the header in JSON, the bytes of the tensors."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -44,7 +44,7 @@ from experiments.clip.glyphs.drawing import Captions
 from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
 from experiments.clip.glyphs.source import dataset_settings, load_pairs, open_data, prepare, share
 from experiments.clip.glyphs.stream import Pairs
-from experiments.clip.io.files import append_whole, claimed, ensure_writable, locked
+from experiments.clip.io.files import append_durably, claimed, ensure_writable, locked
 from experiments.clip.models.clip import CONFIG_FILE, SHIPPED_REFERENCE, Clip, fingerprint_of
 from experiments.clip.models.export import export_model
 from experiments.clip.study.grid import STUDIES, Cell, reference_cell
@@ -511,7 +511,7 @@ def _append(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, str]]
     if not path.exists() or b"\n" not in path.read_bytes():
         writer.writeheader()
     writer.writerows(rows)
-    append_whole(path, lines.getvalue())
+    append_durably(path, lines.getvalue())
 
 
 def _go_on(stop: Callable[[], int]) -> None:

@@ -214,13 +214,13 @@ def test_weights_are_those_of_open_clip():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("data/{00000..00004}.tar", r"2 of its 5 shards are missing, .*/data/00003.tar first found"),
-        ("data/*.tgz", "nothing found"),
+        ("data/{00000..00004}.tar", r"2 of its 5 files are missing, the first is .*/data/00003.tar: correct"),
+        ("data/*.tgz", "no file matches: correct the pattern"),
         ("data/{00000.tar", r"braces of .* do not match"),
         ("data", r"is a folder: name its tar files"),
         ("", "a source has no name"),
-        ("data/00000.tar::data/0000*.tar", "00000.tar is listed twice: give its source a weight"),
-        ("pipe:touch pwned", r"would run a shell command: allow it by run_pipe_commands"),
+        ("data/00000.tar::data/0000*.tar", "00000.tar is listed twice: list it once and give its source a weight"),
+        ("pipe:touch pwned", r"would run a shell command: allow it with run_pipe_commands"),
         ("nosuchprotocol://x.tar", "install the package that reads it"),
         ("synthetic:many", "must be synthetic:SAMPLES"),
         ("absent.csv", r"cannot read .*absent.csv \(No such file"),

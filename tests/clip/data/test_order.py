@@ -72,7 +72,7 @@ def test_resampling_follows_the_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": [1.5]}, "the weight of a source must be an integer >= 1, or the samples be drawn .*, got 1.5"),
+        ({"weights": [1.5]}, "the weight of a source must be an integer >= 1, unless samples are drawn .*, got 1.5"),
         ({"weights": [0]}, "integer >= 1"),
         ({"weights": [-1], "resampled": True}, "a number >= 0, got -1"),
         ({"weights": [float("nan")], "resampled": True}, "got nan"),

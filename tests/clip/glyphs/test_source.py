@@ -8,7 +8,8 @@ from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.source import glyph_features, load_pairs, open_data, prepare
 from experiments.clip.models.clip import new_model
-from experiments.clip.reference.inputs import CachedReference, margin_spread
+from experiments.clip.reference.cache import CachedReference
+from experiments.clip.reference.margins import margin_spread
 
 
 def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference):
@@ -24,6 +25,6 @@ def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference
         # The automatic temperature rests on no pair outside of the share.
         features = glyph_features(reference, prepare(data), data.cache).rows(torch.arange(min(samples, 64)))
         assert isinstance(opened.reference, CachedReference)
-        assert opened.reference.margin_spread() == pytest.approx(margin_spread(*features), rel=1e-5)
+        assert opened.reference.margin_spread(samples) == pytest.approx(margin_spread(*features), rel=1e-5)
     with pytest.raises(UserError, match=r"--fraction 0\.007 leaves 1 of 150"):
         open_data(Train(data=data, fraction=0.007), clip, None, ONE_PROCESS)

@@ -13,7 +13,6 @@ from experiments.clip.errors import UserError
 from experiments.clip.glyphs.source import glyph_features
 from experiments.clip.glyphs.stream import Pairs, epoch_order
 from experiments.clip.models.clip import new_model
-from experiments.clip.reference.inputs import CachedReference
 from experiments.clip.run import parse
 from experiments.clip.training.methods import OpenCLIP, SigLIP
 from experiments.clip.training.options import Selection
@@ -54,9 +53,7 @@ def matrices(clip, reference, pairs, features, index):
     with torch.no_grad():
         batch = pairs.batch(index)
         target = clip.encode_image(batch.image).double(), clip.encode_tokens(batch.text).double()
-        guide = [
-            part.double() for part in CachedReference(features).features(features.rows(index), torch.device("cpu"))
-        ]
+        guide = [part.double() for part in features.features(features.rows(index), torch.device("cpu"))]
         found = []
         for (image, text), model in ((target, clip.model), (guide, reference.model)):
             bias = 0.0 if model.logit_bias is None else model.logit_bias.double()
@@ -129,17 +126,16 @@ def test_one_candidate_for_each_pair_is_training_on_all(pairs, features, referen
 
 def test_an_unsteered_method_gets_no_reference(pairs, features, reference, tmp_path):
     """FastCLIP on chosen pairs is what it is without a reference, not DRRho on them."""
-    guide = CachedReference(features)
     for method in ("fastclip", "drrho"):
         options = parse(["train", "--method", method, "--temperature", "0.1", "--select", "rho-top-k"])
         selector = build_selector(options, reference, Ranks())
-        chosen, _ = build_method(options.loss, 1, len(pairs), reference, guide, Ranks())
+        chosen, _ = build_method(options.loss, 1, len(pairs), reference, features, Ranks())
         chosen, steps, losses = remembering(chosen)
         run(pairs, chosen, tmp_path / method / "c", features, optimization=SHORT, selector=selector)
         index, clip = torch.tensor(steps[0]), new_model("glyph-small", 0)
         with torch.no_grad():
             own = clip.encode_image(pairs.images(index)), clip.encode_tokens(pairs.batch(index).text)
-            given = guide.features(features.rows(index), own[0].device) if method == "drrho" else None
+            given = features.features(features.rows(index), own[0].device) if method == "drrho" else None
             expected = contrastive_risk(*own, 0.1, reference=given).value.item()
         assert losses[0] == pytest.approx(expected, abs=1e-5)
 

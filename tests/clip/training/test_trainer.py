@@ -21,7 +21,6 @@ from experiments.clip.glyphs.stream import MemoryStream, Pairs, epoch_order
 from experiments.clip.io import files
 from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
-from experiments.clip.reference.inputs import CachedReference
 from experiments.clip.run import parse
 from experiments.clip.training import checkpoint as checkpoint_module
 from experiments.clip.training import checkpoint_writer as writer_module
@@ -83,7 +82,7 @@ def run(
             pairs, optimization.batch_size * (selector.candidates if selector else 1), seed, features=features
         ),
         optimization,
-        reference=None if features is None else CachedReference(features),
+        reference=features,
         selector=selector,
         ranks=Ranks(),
         execution=Execution(**options),
@@ -114,7 +113,7 @@ def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_sample
     image, text = clip.encode_image(images).double(), clip.encode_text(captions).double()
     tau = 0.1
     rows = [features.rows(torch.tensor([k])) for k in index.tolist()]
-    guided = CachedReference(features).features(features.rows(index), torch.device("cpu"))
+    guided = features.features(features.rows(index), torch.device("cpu"))
     loss = contrastive(len(samples)).loss((image, text), index, HEAD, 0, guided)
 
     ref_image, ref_text = (torch.cat(part).double() for part in zip(*rows, strict=True))
@@ -199,7 +198,7 @@ SETTINGS = {
 def built(name, pairs, features, reference, optimization=SHORT):
     """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
     options = parse(["train", *SETTINGS[name]])
-    guide = (reference, CachedReference(features)) if options.needs_reference else (None, None)
+    guide = (reference, features) if options.needs_reference else (None, None)
     scored = options.selection.scored_per_pair
     return {
         "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, Ranks())[0],
