@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.clip.training.test_trainer import run
 
 from drrho.contrastive import contrastive_risk
 from experiments.clip.cli.building import build_method, build_selector
@@ -13,11 +12,12 @@ from experiments.clip.cli.parser import parse
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.source import glyph_features
-from experiments.clip.glyphs.stream import Pairs, epoch_order
+from experiments.clip.glyphs.stream import PreparedPairs, epoch_order
 from experiments.clip.models.clip import new_model
 from experiments.clip.reference.inputs import CachedReference
 from experiments.clip.training.methods import OpenCLIP, SigLIP
 from experiments.clip.training.selection import Selection, Selector
+from tests.clip.training.test_trainer import run
 
 CANDIDATES = 32  # of a step, of which 8 are trained on
 SHORT = parse(["train", "--epochs", "1", "--batch-size", "8", "--lr", "1e-3", "--warmup", "2"]).optimization
@@ -25,7 +25,7 @@ SHORT = parse(["train", "--epochs", "1", "--batch-size", "8", "--lr", "1e-3", "-
 
 @pytest.fixture(scope="module")
 def pairs(manifest):
-    return Pairs(manifest, "train", new_model("glyph-small", 0))
+    return PreparedPairs(manifest, "train", new_model("glyph-small", 0))
 
 
 @pytest.fixture(scope="module")
