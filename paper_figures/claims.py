@@ -388,7 +388,7 @@ def _poor_captions(results: Results) -> Iterator[Claim]:
             yield _judge(
                 "poor captions",
                 f"{captions} captions, {LONGER} times as many pairs seen: {NAMES[method]} has at least twice the "
-                f"naming accuracy of the best of {', '.join(map(NAMES.get, others))}",
+                f"naming accuracy of the best of {', '.join(NAMES[name] for name in others)}",
                 "",
                 longer,
                 ("longer",),

@@ -17,6 +17,7 @@ COLORS = {TWIN: VERMILION, "drrho": BLUE, WITH_DISTILLATION: SKY}
 MARKERS = {TWIN: "o", "drrho": "^", WITH_DISTILLATION: "v"}
 SHARES = {1.0: "-", 0.5: "--"}
 CAPTIONS = ("clean", "swapped")
+PLACES = ("outside upper center", "outside lower center")
 
 
 def draw_curves(axes: Axes, results: Results, captions: str) -> None:
@@ -73,9 +74,9 @@ def draw(results: Results) -> Figure:
             panel(axis, letters[column], f"{captions} captions, {what}")
     if not drawn:
         raise missing[0]
-    for row, place in zip(axes, ("upper", "lower"), strict=True):
+    for row, place in zip(axes, PLACES, strict=True):
         handles = max((axis.get_legend_handles_labels() for axis in row), key=lambda found: len(found[0]))
-        figure.legend(*handles, loc=f"outside {place} center", ncols=len(handles[0]) or 1)
+        figure.legend(*handles, loc=place, ncols=len(handles[0]) or 1)
     return figure
 
 

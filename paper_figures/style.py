@@ -6,12 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paper_figures.study_results import RESULTS, NotMeasured, Results
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # older matplotlib has no such name
 
 HERE = Path(__file__).parent
 COLUMN, PAGE = 3.4, 7.0  # inches
@@ -20,7 +24,7 @@ COLUMN, PAGE = 3.4, 7.0  # inches
 BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, VERMILION, PURPLE, GRAY = "#E69F00", "#D55E00", "#CC79A7", "#777777"
 
-_FONTS = {
+_FONTS: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.titlesize": 8,

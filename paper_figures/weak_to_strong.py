@@ -92,13 +92,12 @@ def draw_bars(axes: Axes, found: dict[str, Group | None]) -> None:
 def draw(results: Results) -> Figure:
     """Return the figure: the published teaser, ours on clean and on swapped captions, and five measures of both."""
     figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     theirs, clean, swapped = above.subplots(1, 3, width_ratios=(1, 2.4, 2.4))
     table = published()["table_1"]["imagenet_top1"]
     numbers = [table[name][0] for name in ("reference", "fastclip", "drrho_clip")]
-    draw_bars(
-        theirs, {"ViT-B/32 to B/16\n(twin: FastCLIP v3)": tuple(Interval(value, value, value) for value in numbers)}
-    )
+    reference, twin, target = (Interval(value, value, value) for value in numbers)
+    draw_bars(theirs, {"ViT-B/32 to B/16\n(twin: FastCLIP v3)": (reference, twin, target)})
     theirs.set(ylabel="ImageNet top-1, %")
     theirs.set_ylim(0, 80)
     panel(theirs, "a", "published")

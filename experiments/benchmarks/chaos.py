@@ -21,18 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from experiments.benchmarks.measure import markdown, provenance
+from experiments.clip.data.batch import Batch
 from experiments.clip.data.loader import Loader
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import Record, write_dataset
+from experiments.clip.glyphs.dataset import GlyphPair, write_dataset
 from experiments.clip.glyphs.drawing import glyph_splits
 from experiments.clip.io import files
 from experiments.clip.run import main as run
@@ -48,7 +48,7 @@ OFTEN = "0.002"  # minutes between checkpoints: 0.12 s
 PATIENCE = 180.0  # seconds, after which a process counts as hung
 STEPS = 4 * -(-PAIRS // 48)
 
-Splits = dict[str, list[Record]]
+Splits = dict[str, list[GlyphPair]]
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def _note_samples(path: Path) -> None:
     """Have this process write down the samples of every batch that training gets."""
     batches = Loader.batches
 
-    def noted(loader: Loader, epoch: int, first: int = 0) -> Any:
+    def noted(self: Loader, epoch: int, first: int = 0) -> Iterator[Batch]:
         with path.open("a", buffering=1) as file:
-            for step, batch in enumerate(batches(loader, epoch, first), start=first + epoch * loader.steps_per_epoch):
+            for step, batch in enumerate(batches(self, epoch, first), start=first + epoch * self.steps_per_epoch):
                 file.write(f"{step} {batch.index.tolist()}\n")
                 yield batch
 
@@ -262,8 +262,8 @@ class Trials:
     def _left_alone(self, ranks: int) -> tuple[dict[str, torch.Tensor], list[dict[str, set[str]]]]:
         folder = self.folder(ranks)
         begun = Run(folder, self.splits, ranks)
+        starts: dict[str, float] = {}
         if ranks == 1:
-            starts = {}
             for name in STAGES:
                 begun.wait_for(lambda name=name: begun.stage() == name)
                 starts[name] = time.monotonic()

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from drrho.contrastive import contrastive_risk
 from drrho.ranks import gathered, gathered_with_gradient
@@ -134,7 +134,7 @@ def main() -> None:
     ]
     for world, per_rank in ((2, 512), (2, 2048), (4, 512), (4, 2048)):
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(work, args=(world, folder, per_rank, options.repeats), nprocs=world)  # pyright: ignore[reportPrivateImportUsage]
+            spawn(work, args=(world, folder, per_rank, options.repeats), nprocs=world)
             times = torch.load(Path(folder) / "times.pt")
         for steered in (False, True):
             found = [times[name, steered] for name in FORMS]

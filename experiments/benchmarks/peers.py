@@ -130,7 +130,7 @@ def _above_mean(z: Tensor) -> Callable[[Any], Any]:
 
 def _dro_loss(geometry: str, tolerance: Callable[[float], float]) -> Callable[[Tensor, float], Attempt]:
     def prepare(z: Tensor, value: float) -> Attempt:
-        from dro.neural_model.fdro_utils import RobustLoss
+        from dro.neural_model.fdro_utils import RobustLoss  # pyright: ignore[reportMissingImports]
 
         # The public call takes predictions and targets; this is the step from losses to risk inside it.
         risk = RobustLoss(value, 0.0, geometry, tol=tolerance(value))._compute_robust_loss
@@ -165,7 +165,7 @@ def _dro_linear(module: str, model: str, setting: str, scale: float) -> Callable
 
 def _skfolio(measure: str, confidence: Callable[[float], float]) -> Callable[[Tensor, float], Attempt]:
     def prepare(z: Tensor, value: float) -> Attempt:
-        from skfolio import measures
+        from skfolio import measures  # pyright: ignore[reportMissingImports]
 
         function, returns, beta = getattr(measures, measure), -z.numpy(), confidence(value)
         return Attempt(lambda: function(returns, beta=beta), _above_mean(z))
@@ -178,7 +178,7 @@ def _skfolio(measure: str, confidence: Callable[[float], float]) -> Callable[[Te
 
 def _entmax(function: str, order: float, **settings: Any) -> Callable[[Tensor, float], Attempt]:
     def prepare(z: Tensor, strength: float) -> Attempt:
-        import entmax
+        import entmax  # pyright: ignore[reportMissingImports]
 
         scores, project, n = z / (strength * len(z) ** (order - 1)), getattr(entmax, function), len(z)
 

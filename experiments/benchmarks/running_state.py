@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from drrho.running import RunningEstimates
 from experiments.benchmarks import memory
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(setting, *measured(setting)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, args=(folder, setting), nprocs=setting.ranks)
+        spawn(work, args=(folder, setting), nprocs=setting.ranks)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,15 @@ MEASURES = ("risk", "error", "variance", "excess_variance", "bound")
 
 def load(path: Path) -> Measured:
     """Read the results, in the order of the repetitions."""
-    measured: Measured = {}
+    cells: dict[tuple[str, int, str], list[list[float]]] = {}
     with path.open() as file:
         for row in csv.DictReader(file):
-            cell = measured.setdefault(row["table"], {}).setdefault(int(row["n"]), {}).setdefault(row["method"], {})
-            for measure in MEASURES:
-                cell.setdefault(measure, []).append(float(row[measure]))  # pyright: ignore[reportAttributeAccessIssue]
-    for sizes in measured.values():
-        for methods in sizes.values():
-            for cell in methods.values():
-                cell.update({measure: np.array(values) for measure, values in cell.items()})
+            cell = cells.setdefault((row["table"], int(row["n"]), row["method"]), [])
+            cell.append([float(row[measure]) for measure in MEASURES])
+    measured: Measured = {}
+    for (table, n, method), rows in cells.items():
+        columns: dict[str, Array] = dict(zip(MEASURES, np.ascontiguousarray(np.array(rows).T), strict=True))
+        measured.setdefault(table, {}).setdefault(n, {})[method] = columns
     return measured
 
 

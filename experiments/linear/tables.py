@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +25,21 @@ class Table:
     sizes: tuple[int, ...]
 
 
+def _arrays(load: Callable[..., object]) -> tuple[Array, Array]:
+    return cast(tuple[Array, Array], load(return_X_y=True))  # annotated as if it could return a ``Bunch`` here
+
+
 def _digits() -> tuple[Array, Array]:
-    x, y = load_digits(return_X_y=True)
+    x, y = _arrays(load_digits)
     return x, y % 2
 
 
 TABLES = {
     table.name: table
     for table in (
-        Table("diabetes", lambda: load_diabetes(return_X_y=True), False, 160, (20, 40, 80, 120)),
-        Table("breast cancer", lambda: load_breast_cancer(return_X_y=True), True, 200, (25, 50, 100, 150)),
-        Table("wine", lambda: load_wine(return_X_y=True), True, 60, (15, 30, 60)),
+        Table("diabetes", lambda: _arrays(load_diabetes), False, 160, (20, 40, 80, 120)),
+        Table("breast cancer", lambda: _arrays(load_breast_cancer), True, 200, (25, 50, 100, 150)),
+        Table("wine", lambda: _arrays(load_wine), True, 60, (15, 30, 60)),
         Table("digits, odd or even", _digits, True, 600, (75, 150, 300)),
     )
 }

@@ -1,11 +1,13 @@
-"""Zero-shot metrics as pure functions of features and labels, and the collectors that encode images and texts.
+"""Zero-shot metrics as pure functions of features and labels.
 
-A query is answered within the top k when fewer than k wrong items score at
-least as high as its best right item. Ties therefore count against the model, and a model whose features
-have collapsed to one point scores zero instead of one.
+In `naming`, `zero_shot` and `retrieval` a query is answered within the top k when fewer than k wrong items score at
+least as high as its best right item. Ties therefore count against the model, and a model whose features have collapsed
+to one point scores zero instead of one. `wrong_items_ahead` breaks ties by the items' order instead, as CLIP_benchmark
+does: no tolerance makes the two counts one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,6 @@ RECALL_AT = (1, 5, 10)
 # A matrix product may round equal rows differently at the edge of a block, so cosines this close are ties.
 _TIE = 1e-6
 _QUERIES, _ITEMS = 1024, 4096  # a tile of cosines
-_BLOCK = 2**14  # rows
 
 
 class Naming(NamedTuple):
@@ -59,35 +60,6 @@ def naming(
     return Naming(_recall(ranks, 1), _recall(ranks, 5), 1 / classes, len(ranks), classes)
 
 
-def zero_shot_classifier(
-    encode_text: Callable[[list[str]], Tensor],  # b prompts -> [b, d]
-    classes: Sequence[str],
-    templates: Sequence[str],
-    batch_size: int = 512,
-) -> Tensor:  # [c, d]
-    """Return one unit vector per class: the normalized mean of its prompts' normalized text features.
-
-    Parameters
-    ----------
-    encode_text
-        Maps a list of prompts to their text features.
-    classes
-        The class names.
-    templates
-        Prompts with ``{}`` where the class name goes.
-    batch_size
-        Number of prompts per call of ``encode_text``.
-    """
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"templates has {template!r}; mark the place of the class name with {{}}")
-    if not classes or not templates:
-        raise ValueError(f"classes ({len(classes)}) and templates ({len(templates)}) must both be non-empty")
-    prompts = [template.format(name) for name in classes for template in templates]
-    features = encode_texts(encode_text, prompts, batch_size)
-    return F.normalize(features.unflatten(0, (len(classes), len(templates))).mean(dim=1), dim=-1)
-
-
 def zero_shot(
     image_features: Tensor,  # [n, d]
     classifier: Tensor,  # [c, d]
@@ -115,8 +87,8 @@ def retrieval(
 
     R@k is the share of queries with at least one right item in the top k, as in CLIP_benchmark.
     """
-    images = _checked("image_features", image_features)
-    texts = _checked("text_features", text_features)
+    images = finite_features("image_features", image_features)
+    texts = finite_features("text_features", text_features)
     image_labels = _labels("image_labels", image_labels, images)
     text_labels = _labels("text_labels", text_labels, texts)
     for name, own, other in (
@@ -126,8 +98,8 @@ def retrieval(
         alone = own[~torch.isin(own, other)]
         if len(alone):
             raise ValueError(f"{name} has {alone[0].item()}, which the other side lacks; drop it")
-    to_text = _ranks(images, texts, image_labels, text_labels, chunk)
-    to_image = _ranks(texts, images, text_labels, image_labels, chunk)
+    to_text = _wrong_items_not_below(images, texts, image_labels, text_labels, chunk)
+    to_image = _wrong_items_not_below(texts, images, text_labels, image_labels, chunk)
     return Retrieval(*({k: _recall(ranks, k) for k in RECALL_AT} for ranks in (to_text, to_image)))
 
 
@@ -137,88 +109,23 @@ def predictions(
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [n, k], [n, k]
     """Return the k highest cosines of each image, best first, and the positions of their captions."""
-    images, captions = _checked("image_features", image_features), _unit("caption_features", caption_features)
+    images, captions = (
+        finite_features("image_features", image_features),
+        unit_features("caption_features", caption_features),
+    )
     if not 1 <= k <= len(captions):
         raise ValueError(f"k is {k}; choose it from 1 to the number of captions, {len(captions)}")
     best = [(F.normalize(some, dim=-1) @ captions.T).topk(k) for some in images.split(_QUERIES)]
     return torch.cat([some.values for some in best]), torch.cat([some.indices for some in best])
 
 
-@torch.no_grad()
-def encode_images(
-    encode_image: Callable[[Tensor], Tensor],  # [b, 3, h, w] -> [b, d]
-    image_batches: Iterable[Tensor],  # each [b, 3, h, w]
-) -> Tensor:  # [n, d]
-    """Return the unit-length float32 features of all images."""
-    features = Rows()
-    for batch in image_batches:
-        features.add(_unit("image_features", encode_image(batch)))
-    if not len(features):
-        raise ValueError("image_batches is empty; pass at least one batch")
-    return features.joined()
+def unit_features(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+    """Return the features in float32 and of unit length; refuse those that `finite_features` refuses."""
+    return F.normalize(finite_features(name, features), dim=-1)
 
 
-@torch.no_grad()
-def encode_texts(
-    encode_text: Callable[[list[str]], Tensor],  # b texts -> [b, d]
-    texts: Sequence[str],
-    batch_size: int = 512,
-) -> Tensor:  # [n, d]
-    """Return the unit-length float32 features of all texts, ``batch_size`` texts per call."""
-    features = Rows()
-    for start in range(0, len(texts), batch_size):
-        features.add(_unit("text_features", encode_text(list(texts[start : start + batch_size]))))
-    if not len(features):
-        raise ValueError("texts is empty; pass at least one text")
-    return features.joined()
-
-
-class Rows:
-    """Rows that arrive in batches, kept in blocks.
-
-    Many small tensors that stay, among larger ones that go, leave holes in the heap of several times their size.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: list[Tensor] = []
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def add(self, rows: Tensor) -> None:
-        """Copy some rows behind those there are."""
-        while len(rows):
-            place = self._count % _BLOCK
-            if place == 0:
-                self._blocks.append(rows.new_empty(_BLOCK, *rows.shape[1:]))
-            some, rows = rows[: _BLOCK - place], rows[_BLOCK - place :]
-            self._blocks[-1][place : place + len(some)] = some
-            self._count += len(some)
-
-    def take(self) -> Iterator[Tensor]:
-        """Return all rows, a block after the other; each goes when the next is asked for."""
-        left, self._count = self._count, 0
-        while left:
-            block = self._blocks.pop(0)[:left]
-            left -= len(block)
-            yield block
-
-    def joined(self) -> Tensor:
-        """Return all rows in one tensor, and keep none."""
-        whole = self._blocks[0].new_empty(self._count, *self._blocks[0].shape[1:])
-        start = 0
-        for block in self.take():
-            whole[start : start + len(block)] = block
-            start += len(block)
-        return whole
-
-
-def _unit(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
-    return F.normalize(_checked(name, features), dim=-1)
-
-
-def _checked(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+def finite_features(name: str, features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+    """Return the features in float32; refuse, by ``name``, none at all and those that are not finite."""
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"{name} has shape {tuple(features.shape)}; pass at least one feature as [n, d]")
     features = features.detach().float()
@@ -244,25 +151,25 @@ def _classification_ranks(
     labels: Tensor,  # [n]
     chunk: int,
 ) -> Tensor:  # [n]
-    images, classifier = _checked("image_features", image_features), _checked(classifier_name, classifier)
+    images, classifier = finite_features("image_features", image_features), finite_features(classifier_name, classifier)
     labels = _labels("labels", labels, images)
     classes = torch.arange(len(classifier), device=images.device)
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
         raise ValueError(f"labels has {outside[0].item()}; keep labels from 0 to {len(classes) - 1}")
-    return _ranks(images, classifier, labels, classes, chunk)
+    return _wrong_items_not_below(images, classifier, labels, classes, chunk)
 
 
-def _ranks(
+def _wrong_items_not_below(
     queries: Tensor,  # [n, d]
     items: Tensor,  # [m, d]
     query_labels: Tensor,  # [n]
     item_labels: Tensor,  # [m]
     chunk: int,
 ) -> Tensor:  # [n]
-    """Count, for each query, the wrong items that score at least as high as its best right item.
+    """Count, for each query, the wrong items whose cosine is at least that of its best right item.
 
-    Takes memory for ``chunk`` queries by `_ITEMS` items.
+    Scores are taken for ``chunk`` queries and `_ITEMS` items at a time.
     """
     ranks = torch.zeros_like(query_labels)
     for some, labels, ahead in zip(queries.split(chunk), query_labels.split(chunk), ranks.split(chunk), strict=True):
@@ -281,9 +188,54 @@ def _scores(
     query_labels: Tensor,  # [b]
     item_labels: Tensor,  # [m]
 ) -> Iterator[tuple[Tensor, Tensor]]:  # [b, k], [b, k]
-    """Yield the cosines of some items after the other, and which of them are right."""
+    """Yield the cosines of the items, tile by tile, and which of them are right."""
     for some, labels in zip(items.split(_ITEMS), item_labels.split(_ITEMS), strict=True):
         yield queries @ F.normalize(some, dim=-1).T, query_labels[:, None] == labels
+
+
+def wrong_items_ahead(
+    queries: Tensor,  # [q, d]
+    items: Tensor,  # [m, d]
+    query_labels: Tensor,  # [q]
+    item_labels: Tensor,  # [m]
+    tile: int,
+) -> Tensor:  # [q]
+    """Count, for each query, the wrong items ahead of its first right item in a stable sort by descending score.
+
+    An item is right when its label is the query's. Scores are inner products, taken for ``tile`` items at a time: no
+    matrix ``[q, m]`` is made.
+    """
+    best = queries.new_full((len(queries),), -torch.inf)
+    place = torch.full((len(queries),), len(items), device=queries.device)
+    ahead = torch.zeros_like(place)
+    starts = range(0, len(items), tile)
+    parts = list(zip(starts, items.split(tile), item_labels.split(tile), strict=True))
+    low, high = query_labels.min(), query_labels.max()
+    may_be_right = torch.stack([(labels.max() >= low) & (labels.min() <= high) for _, _, labels in parts]).tolist()
+    for start, some, labels in itertools.compress(parts, may_be_right):
+        score, position = (queries @ some.T).masked_fill_(query_labels[:, None] != labels, -torch.inf).max(dim=1)
+        place = torch.where(score > best, position + start, place)
+        best = best.maximum(score)
+    # What is higher than the best right item, or the same and before the first such, is wrong: labels do not matter.
+    at_least = best.nextafter(torch.full_like(best, -torch.inf))  # more than this
+    for start, some, _ in parts:
+        scores = queries @ some.T
+        before = place - start  # items of this tile
+        ahead += (scores > torch.where(before > 0, at_least, best)[:, None]).sum(dim=1, dtype=torch.int32)
+        rows = ((before > 0) & (before < len(some))).nonzero()[:, 0]
+        behind = torch.arange(len(some), device=queries.device) >= before[rows, None]
+        ahead[rows] -= ((scores[rows] == best[rows, None]) & behind).sum(dim=1)
+    return ahead
+
+
+def mean_average_precision(scores: Tensor, labels: Tensor) -> float:  # [c, n], [c, n] of 0 and 1
+    """Return the mean over classes of the average precision of their samples, sorted by descending score."""
+    places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    total = 0.0
+    for some, truth in zip(scores, labels, strict=True):
+        sorted_truth = truth[some.argsort(descending=True, stable=True)].double()
+        total += (sorted_truth.cumsum(dim=0) / places * sorted_truth).sum().item() / max(int(truth.sum()), 1)
+    return total / len(scores)
 
 
 def _recall(ranks: Tensor, k: int) -> float:  # [n]

@@ -1,4 +1,4 @@
-"""Image-caption data sets in webdataset shards, with a manifest: whole or absent, never half there."""
+"""Image-caption data sets in webdataset shards with a manifest, written completely or not at all."""
 
 import errno
 import hashlib
@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import webdataset
 from PIL import Image
+from webdataset.pipeline import DataPipeline
 from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.writer import TarWriter
 
 from experiments.clip.data.reader import MAX_PIXELS
 from experiments.clip.errors import UserError
@@ -37,8 +38,8 @@ _REMEDY = "delete the folder or choose another with --cache"
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,90}")
 
 
-class Record(NamedTuple):
-    """One pair to be written."""
+class GlyphPair(NamedTuple):
+    """An image and its caption, to be written under ``key``."""
 
     key: str
     image: Image.Image
@@ -46,8 +47,9 @@ class Record(NamedTuple):
     meta: dict[str, Any]
 
 
-class Sample(NamedTuple):
-    """One pair as read back: ``index`` is its place in the split, ``image`` is RGB."""
+@dataclass(frozen=True)
+class StoredPair:
+    """A pair as read back: ``index`` is its place in the split, ``image`` is RGB."""
 
     index: int
     key: str
@@ -57,7 +59,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shard:
+class GlyphShard:
     """One tar file; ``name`` is its path within the data set's folder."""
 
     name: str
@@ -68,17 +70,17 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Split:
+class GlyphSplit:
     """The shards of a split; a sample's index is its shard's ``first_index`` plus its position there."""
 
     name: str
-    shards: tuple[Shard, ...]
+    shards: tuple[GlyphShard, ...]
     samples: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole data set on disk.
+    """A complete data set on disk.
 
     ``vocabulary`` lists the distinct true captions of all splits, over which zero-shot naming chooses;
     ``fingerprint`` hashes the format, the settings, the vocabulary and the shards.
@@ -86,21 +88,21 @@ class Manifest:
 
     folder: Path
     settings: dict[str, Any]
-    splits: dict[str, Split]
+    splits: dict[str, GlyphSplit]
     vocabulary: tuple[str, ...]
     fingerprint: str
 
 
 def write_dataset(
     folder: Path,
-    splits: Mapping[str, Iterable[Record]],
+    splits: Mapping[str, Iterable[GlyphPair]],
     settings: dict[str, Any],
     *,
     vocabulary: Sequence[str] = (),
     shard_size: int = 4096,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write a data set, all of it or nothing, and return its manifest.
+    """Write a data set, completely or not at all, and return its manifest.
 
     Everything goes to a sibling folder ``.NAME.partial-PID`` that is renamed at the end, so a process killed
     at any moment leaves nothing that `open_dataset` accepts; the next write removes what dead processes left.
@@ -109,11 +111,11 @@ def write_dataset(
     Parameters
     ----------
     folder
-        Where the data set goes. A whole one with equal settings that is there already is returned as it is.
+        Where the data set goes. If it is there already, complete and of equal settings, it is returned as it is.
     splits
-        The records of each split, in the order of their indices.
+        The pairs of each split, in the order of their indices.
     settings
-        What the data set was made from, in JSON's types, for `open_dataset` to compare.
+        What the data set was made from, in JSON's types: `open_dataset` compares it.
     vocabulary
         The distinct captions among which zero-shot naming chooses.
     shard_size
@@ -135,8 +137,7 @@ def write_dataset(
         try:
             written = itertools.count(1)
             entries = {
-                name: _write_split(scratch, name, records, shard_size, written, report)
-                for name, records in splits.items()
+                name: _write_split(scratch, name, pairs, shard_size, written, report) for name, pairs in splits.items()
             }
             report(next(written) - 1)
             document = {
@@ -155,15 +156,15 @@ def write_dataset(
 
 
 def _write_split(
-    scratch: Path, name: str, records: Iterable[Record], size: int, written: Iterator[int], report: Progress
+    scratch: Path, name: str, pairs: Iterable[GlyphPair], size: int, written: Iterator[int], report: Progress
 ) -> list[dict[str, Any]]:
     (scratch / name).mkdir()
-    rest = iter(records)
+    rest = iter(pairs)
     keys: set[str] = set()
     shards: list[dict[str, Any]] = []
     while batch := list(itertools.islice(rest, size)):
         path = scratch / name / f"{len(shards):05d}.tar"
-        with path.open("wb") as stream, webdataset.TarWriter(stream, mtime=0, encoder=False) as writer:
+        with path.open("wb") as stream, TarWriter(stream, mtime=0, encoder=False) as writer:
             for key, image, caption, meta in batch:
                 if not _KEY.fullmatch(key) or key in keys:
                     raise ValueError(f"the key {key!r} must match {_KEY.pattern} and occur once in its split")
@@ -176,7 +177,7 @@ def _write_split(
                     report(count)
         data = path.read_bytes()
         first = len(shards) * size
-        shards.append(asdict(Shard(f"{name}/{path.name}", len(batch), first, len(data), _digest(data))))
+        shards.append(asdict(GlyphShard(f"{name}/{path.name}", len(batch), first, len(data), _digest(data))))
     return shards
 
 
@@ -187,7 +188,7 @@ def _publish(scratch: Path, folder: Path, manifest: str) -> None:
     try:
         os.rename(scratch, folder)
     except OSError as error:
-        # Another writer was first: our caller takes what it wrote.
+        # Another writer was first: the caller opens what that one wrote.
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
     sync(folder.parent)
@@ -249,10 +250,10 @@ def open_dataset(folder: Path, settings: dict[str, Any] | None = None) -> Manife
             raise ValueError("its fingerprint does not match its contents")
         stored = dict(document["settings"])
         vocabulary = tuple(document["vocabulary"])
-        splits: dict[str, Split] = {}
+        splits: dict[str, GlyphSplit] = {}
         for name, entries in document["splits"].items():
-            shards = tuple(Shard(**entry) for entry in entries)
-            splits[name] = Split(name, shards, sum(shard.samples for shard in shards))
+            shards = tuple(GlyphShard(**entry) for entry in entries)
+            splits[name] = GlyphSplit(name, shards, sum(shard.samples for shard in shards))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot understand {folder / _MANIFEST} ({error!r}): {_REMEDY}") from error
     wanted = stored if settings is None else json.loads(_canonical(settings))
@@ -283,7 +284,7 @@ def verify(manifest: Manifest) -> None:
             raise UserError(f"the shard {path} has the SHA-256 {digest}, not {shard.sha256}: {_REMEDY}")
 
 
-def read_samples(manifest: Manifest, split: str, *, start: int = 0) -> Iterator[Sample]:
+def read_samples(manifest: Manifest, split: str, *, start: int = 0) -> Iterator[StoredPair]:
     """Read a split in the order of its indices, from the index ``start`` on.
 
     Only PNG, text and JSON members are decoded; whatever else a shard holds is passed over unread.
@@ -300,13 +301,13 @@ def read_samples(manifest: Manifest, split: str, *, start: int = 0) -> Iterator[
     return itertools.chain.from_iterable(_read_shard(manifest.folder / s.name, s, start) for s in shards)
 
 
-def _read_shard(path: Path, shard: Shard, start: int) -> Iterator[Sample]:
+def _read_shard(path: Path, shard: GlyphShard, start: int) -> Iterator[StoredPair]:
     index, end = shard.first_index, shard.first_index + shard.samples
     try:
         with path.open("rb") as stream:
             # Not the class WebDataset: it deals shards out to workers, which would shift the indices, takes
             # characters of the path for URL syntax, and leaves the file open.
-            for members in webdataset.DataPipeline(
+            for members in DataPipeline(
                 lambda: iter([{"url": str(path), "stream": stream}]),
                 partial(tar_file_expander, select_files=lambda name: name.partition(".")[2] in _MEMBERS),
                 group_by_keys,
@@ -324,7 +325,7 @@ def _read_shard(path: Path, shard: Shard, start: int) -> Iterator[Sample]:
         raise UserError(f"the shard {path} ends before sample {index} of {end}: {_REMEDY}")
 
 
-def _decode(members: dict[str, Any], index: int, path: Path) -> Sample:
+def _decode(members: dict[str, Any], index: int, path: Path) -> StoredPair:
     key = members["__key__"]
     sample = f"the sample {index} ({key}) of the shard {path}"
     if missing := {"png", "txt"} - members.keys():
@@ -334,7 +335,7 @@ def _decode(members: dict[str, Any], index: int, path: Path) -> Sample:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS}")
         meta = dict(json.loads(members.get("json", b"{}")))
-        return Sample(index, key, image.convert("RGB"), members["txt"].decode("utf-8"), meta)
+        return StoredPair(index, key, image.convert("RGB"), members["txt"].decode("utf-8"), meta)
     # Pillow does not document what its decoders raise on damaged files.
     except Exception as error:
         raise UserError(f"{sample} cannot be decoded ({error}): {_REMEDY}") from error

@@ -16,7 +16,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import Record
+from experiments.clip.glyphs.dataset import GlyphPair
 
 Captions = Literal["clean", "vague", "swapped"]
 
@@ -62,7 +62,7 @@ class Glyph(NamedTuple):
 
 
 def faces() -> tuple[str, ...]:
-    """Return the names of the faces, in the order in which they are drawn."""
+    """Return the names of the faces in the order of drawing."""
     return tuple(name.lower() for name in _FONT_FILES)
 
 
@@ -97,8 +97,10 @@ def draw_glyphs(size: int = 32, chosen: Sequence[str] | None = None) -> Iterator
         if not path.is_file():
             raise UserError(f"the font {path} is missing: reinstall matplotlib, which ships it")
         with TTFont(path, lazy=True) as font:
-            code_points = sorted(font.getBestCmap())
-        for code_point in code_points:
+            characters = font.getBestCmap()
+        if characters is None:
+            raise UserError(f"the font {path} maps no characters: reinstall matplotlib, which ships it")
+        for code_point in sorted(characters):
             character = chr(code_point)
             name = unicodedata.name(character, "")
             if not name or unicodedata.category(character).startswith(_UNDRAWN_CATEGORIES):
@@ -203,7 +205,7 @@ def swapped(captions: Sequence[str], share: float, seed: int) -> list[str]:
 
 def glyph_splits(
     captions: Captions = "clean", size: int = 32, chosen: Sequence[str] | None = None
-) -> dict[str, list[Record]]:
+) -> dict[str, list[GlyphPair]]:
     """Draw the data set and lay it out in splits, each in a fixed random order.
 
     Parameters
@@ -220,21 +222,21 @@ def glyph_splits(
     Returns
     -------
     dict
-        The records of each split; ``meta["name"]`` holds the true caption.
+        The pairs of each split; ``meta["name"]`` holds the true caption.
     """
     if captions not in get_args(Captions):
         raise ValueError(f"captions is {captions!r}: choose one of {', '.join(get_args(Captions))}")
-    splits: dict[str, list[Record]] = {name: [] for name in SPLITS}
+    splits: dict[str, list[GlyphPair]] = {name: [] for name in SPLITS}
     for face, code_point, name, image in draw_glyphs(size, chosen):
         meta = {"face": face, "code_point": code_point, "name": name}
-        record = Record(f"{face}-{code_point:05x}", image, name, meta)
-        splits[split_of(face, code_point)].append(record)
-    for records in splits.values():
-        records.sort(key=lambda record: _unit(f"order:{record.key}"))
-    names = [record.caption for record in splits["train"]]
+        pair = GlyphPair(f"{face}-{code_point:05x}", image, name, meta)
+        splits[split_of(face, code_point)].append(pair)
+    for pairs in splits.values():
+        pairs.sort(key=lambda pair: _unit(f"order:{pair.key}"))
+    names = [pair.caption for pair in splits["train"]]
     if captions == "vague":
-        names = [vague(record.caption, VAGUE_KEEP, record.key) for record in splits["train"]]
+        names = [vague(pair.caption, VAGUE_KEEP, pair.key) for pair in splits["train"]]
     elif captions == "swapped":
         names = swapped(names, SWAPPED_SHARE, SWAPPED_SEED)
-    splits["train"] = [record._replace(caption=name) for record, name in zip(splits["train"], names, strict=True)]
+    splits["train"] = [pair._replace(caption=name) for pair, name in zip(splits["train"], names, strict=True)]
     return splits

@@ -1,4 +1,4 @@
-"""What a model is scored on with the held-out glyphs: naming, two zero-shot tasks on attributes, retrieval."""
+"""Scores of a model on held-out glyphs: naming, two zero-shot tasks on attributes, retrieval."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 
 from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.evaluation.metrics import (
-    Naming,
-    Retrieval,
-    ZeroShot,
-    encode_images,
-    encode_texts,
-    naming,
-    retrieval,
-    zero_shot,
-    zero_shot_classifier,
-)
+from experiments.clip.evaluation.encoding import encode_images, encode_texts, zero_shot_classifier
+from experiments.clip.evaluation.metrics import Naming, Retrieval, ZeroShot, naming, retrieval, zero_shot
 from experiments.clip.glyphs.dataset import Manifest
-from experiments.clip.glyphs.stream import Pairs
+from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.models.clip import Clip
 
 SCRIPT_TEMPLATES = ("{} small letter", "{} capital letter", "{} letter")
@@ -85,8 +76,8 @@ class Evaluation(NamedTuple):
         }
 
 
-def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = ONE_PROCESS) -> Evaluation:
-    """Score a model on held-out pairs: naming over all names, attributes, retrieval; ranks share the encoding."""
+def evaluate_model(clip: Clip, pairs: PreparedPairs, manifest: Manifest, ranks: Ranks = ONE_PROCESS) -> Evaluation:
+    """Score a model on held-out pairs by naming over all names, attributes and retrieval; ranks share the encoding."""
     clip.model.eval()
 
     def encode(captions: Sequence[str]) -> Tensor:
@@ -98,7 +89,7 @@ def evaluate_model(clip: Clip, pairs: Pairs, manifest: Manifest, ranks: Ranks = 
 
 @lru_cache(maxsize=64)
 def _tokens(tokenize: Callable[[Sequence[str]], Tensor], captions: tuple[str, ...]) -> Tensor:
-    """Return tokens; the names among which every validation chooses are the same."""
+    """Return the captions' tokens, kept because every validation encodes the same names."""
     return tokenize(captions)
 
 

@@ -1,4 +1,4 @@
-"""What the demo shows: a table, learning curves, a sheet of predictions, a page that holds them."""
+"""The demo's report: a table, learning curves, a sheet of predictions, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from experiments.clip.evaluation.metrics import encode_images, encode_texts, predictions
-from experiments.clip.glyphs.stream import Pairs
+from experiments.clip.evaluation.encoding import encode_images, encode_texts
+from experiments.clip.evaluation.metrics import predictions
+from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.io.files import write_atomically
 from experiments.clip.models.clip import Clip
 
@@ -25,7 +26,7 @@ _SHEET = (4, 3)  # rows and columns of the prediction sheet
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What ``results.json`` holds."""
+    """The demo's results, as ``results.json`` holds them."""
 
     options: dict[str, Any]
     scores: dict[str, dict[str, Any]]
@@ -75,7 +76,7 @@ def write_demo(
     folder: Path,
     result: DemoResult,
     clips: Mapping[str, Clip],
-    held_out: Mapping[str, Pairs],
+    held_out: Mapping[str, PreparedPairs],
     vocabulary: Sequence[str],
 ) -> None:
     """Write ``curves.png``, ``predictions.png`` and ``report.md``."""
@@ -118,7 +119,9 @@ def _line(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def draw_predictions(clips: Mapping[str, Clip], held_out: Mapping[str, Pairs], vocabulary: Sequence[str]) -> Figure:
+def draw_predictions(
+    clips: Mapping[str, Clip], held_out: Mapping[str, PreparedPairs], vocabulary: Sequence[str]
+) -> Figure:
     """Draw held-out glyphs, evenly spaced in the test split, with their name and what each model calls them."""
     height, width = _SHEET
     some = next(iter(held_out.values()))

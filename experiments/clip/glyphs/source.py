@@ -1,4 +1,4 @@
-"""The embedded pairs as training data: drawn once, kept in memory, with the reference's features of them."""
+"""The embedded pairs as training data: drawn once, kept in memory, with their reference features."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import Manifest, open_dataset, write_dataset
 from experiments.clip.glyphs.drawing import faces, glyph_splits
 from experiments.clip.glyphs.evaluation import evaluate_model
-from experiments.clip.glyphs.stream import MemoryStream, Pairs
+from experiments.clip.glyphs.options import Prepare
+from experiments.clip.glyphs.stream import MemoryStream, PreparedPairs
 from experiments.clip.io.files import locked
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference
 
 PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
-GLYPH_BATCH = 512  # that goes through the reference at a time
+GLYPH_BATCH = 512  # glyphs that go through the reference at a time
 
-LoadPairs = Callable[[Manifest, str, Clip], Pairs]  # of a split, for a model
+LoadPairs = Callable[[Manifest, str, Clip], PreparedPairs]  # decodes a split for a model
 
 
 def dataset_folder(data: Data) -> Path:
@@ -36,7 +37,7 @@ def dataset_folder(data: Data) -> Path:
 
 
 def dataset_settings(data: Data) -> dict[str, Any]:
-    """Return all that the glyph-name pairs follow from."""
+    """Return everything that determines the glyph-name pairs."""
     return {
         "captions": data.captions,
         "size": data.size,
@@ -45,8 +46,13 @@ def dataset_settings(data: Data) -> dict[str, Any]:
     }
 
 
+def run_prepare(options: Prepare) -> None:
+    """Draw the pairs and write their shards, unless they are there."""
+    prepare(options.data)
+
+
 def prepare(data: Data) -> Manifest:
-    """Return the shards of the glyph-name pairs, drawing and writing them if they are not there yet."""
+    """Return the manifest of the glyph-name pairs, after drawing and writing them if they are not there."""
     folder = dataset_folder(data)
     settings = dataset_settings(data)
     if (manifest := open_dataset(folder, settings)) is not None:
@@ -55,8 +61,8 @@ def prepare(data: Data) -> Manifest:
     chosen = faces() if data.size == "full" else SMALL_FACES
     with console.status("drawing the glyphs"):
         splits = glyph_splits(data.captions, PIXELS, chosen)
-    total = sum(len(records) for records in splits.values())
-    vocabulary = sorted({record.meta["name"] for records in splits.values() for record in records})
+    total = sum(len(pairs) for pairs in splits.values())
+    vocabulary = sorted({pair.meta["name"] for pairs in splits.values() for pair in pairs})
     with progress_bar("writing shards") as advance:
         manifest = write_dataset(
             folder, splits, settings, vocabulary=vocabulary, progress=lambda done: advance(done, total)
@@ -66,15 +72,15 @@ def prepare(data: Data) -> Manifest:
     return manifest
 
 
-def load_pairs(manifest: Manifest, split: str, clip: Clip) -> Pairs:
+def load_pairs(manifest: Manifest, split: str, clip: Clip) -> PreparedPairs:
     """Decode a split into memory."""
     total = manifest.splits[split].samples
     with progress_bar(f"reading {split} pairs") as advance:
-        return Pairs(manifest, split, clip, lambda done: advance(done, total))
+        return PreparedPairs(manifest, split, clip, lambda done: advance(done, total))
 
 
 def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedReference:
-    """Return the reference's features of the training pairs, computing what is not there yet."""
+    """Return the reference's features of the training pairs, after computing those that are missing."""
     shards = [str(manifest.folder / shard.name) for shard in manifest.splits["train"].shards]
     catalog = make_catalog(shards, cache / f"catalog-{manifest.fingerprint[:12]}")
     folder = cache / f"features-{catalog.fingerprint[:12]}-{reference.fingerprint[:12]}"
@@ -84,7 +90,10 @@ def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedRe
 def open_data(
     options: Train, clip: Clip, reference: Clip | None, ranks: Ranks, load: LoadPairs = load_pairs
 ) -> TrainingData:
-    """Open the embedded pairs, a `experiments.clip.cli.sources.DataSource`; ``load`` decodes a split into memory."""
+    """Open the embedded pairs; this is a `experiments.clip.cli.sources.DataSource`.
+
+    ``load`` decodes a split into memory.
+    """
     # Runs that start together share what one of them has prepared.
     with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
         manifest = prepare(options.data)
@@ -97,7 +106,7 @@ def open_data(
     return TrainingData(stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), features)
 
 
-def _validate(clip: Clip, held_out: Pairs, manifest: Manifest, ranks: Ranks) -> dict[str, float]:
+def _validate(clip: Clip, held_out: PreparedPairs, manifest: Manifest, ranks: Ranks) -> dict[str, float]:
     naming = evaluate_model(clip, held_out, manifest, ranks).naming
     clip.model.train()
     return {"naming_top1": naming.top1, "naming_top5": naming.top5}

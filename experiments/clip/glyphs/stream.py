@@ -1,4 +1,4 @@
-"""Decoded pairs in memory, and the order in which an epoch visits them."""
+"""Decoded pairs in memory, and the batches in which an epoch visits them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -31,11 +32,11 @@ _RESIZING = ("size", "resize_mode", "interpolation")
 _BLOCK = 256
 
 
-class Pairs:
-    """A split of the data in memory, resized for one model: bytes for the images, tokens for the captions.
+class PreparedPairs:
+    """A split in memory, prepared for one model: its images as bytes, its captions as tokens.
 
-    The images are what the model's own open_clip preprocessing gives, kept as bytes before normalization. They are
-    made once: a file beside the shards holds them for the next run. Row i is the sample of index i.
+    The images are resized by the model's own open_clip preprocessing and kept as bytes before normalization. This is
+    done once: a file beside the shards keeps them for the next run. Row i is the sample of index i.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def first(self, count: int) -> Pairs:
+    def first(self, count: int) -> PreparedPairs:
         """Return the first ``count`` pairs, in the same memory."""
         part = copy.copy(self)
         part.pixels, part._tokens = self.pixels[:count], self._tokens[:count]
@@ -82,7 +83,7 @@ class Pairs:
 
 
 class _Prepared(NamedTuple):
-    """Images ``[n, 3, h, w]`` as bytes, what is said of them, and their true names."""
+    """Images ``[n, 3, h, w]`` as bytes, their captions, and their true names."""
 
     pixels: Tensor
     captions: list[str]
@@ -90,7 +91,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepared_path(manifest: Manifest, split: str, config: dict[str, Any]) -> Path:
-    """Return where a split is kept, for this data and preprocessing."""
+    """Return the file that keeps a split, prepared as ``config`` says."""
     made_from = json.dumps(
         [_PREPARED_FORMAT, manifest.fingerprint, [config[key] for key in _RESIZING], open_clip.__version__]
     )
@@ -101,13 +102,17 @@ def _prepared_path(manifest: Manifest, split: str, config: dict[str, Any]) -> Pa
 def _prepare(
     manifest: Manifest, split: str, config: dict[str, Any], progress: Callable[[int], None] | None
 ) -> _Prepared:
-    transform = open_clip.image_transform(
-        config["size"],
-        is_train=False,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        resize_mode=config["resize_mode"],
-        interpolation=config["interpolation"],
+    # With is_train False it returns one transform, not the three that its annotation allows.
+    transform = cast(
+        Callable[[Image.Image], Tensor],
+        open_clip.image_transform(
+            config["size"],
+            is_train=False,
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+            resize_mode=config["resize_mode"],
+            interpolation=config["interpolation"],
+        ),
     )
     total = manifest.splits[split].samples if split in manifest.splits else 0
     blocks: list[Tensor] = []
@@ -136,7 +141,7 @@ def _save_prepared(path: Path, prepared: _Prepared) -> None:
 
 
 def _load_prepared(path: Path) -> _Prepared | None:
-    """Return what a file holds, or None if it is damaged: it is then made again."""
+    """Return what a file holds, or None if it is damaged and must be made again."""
     try:
         with safe_open(path, "pt") as file:
             # A copy: a mapped file that another process cuts short ends this one with a bus error.
@@ -149,7 +154,7 @@ def _load_prepared(path: Path) -> _Prepared | None:
 
 
 def _checksum(pixels: Tensor, texts: str) -> str:
-    return str(zlib.crc32(texts.encode(), zlib.crc32(memoryview(pixels.numpy()).cast("B"))))
+    return str(zlib.crc32(texts.encode(), zlib.crc32(pixels.numpy().data.cast("B"))))
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
@@ -158,30 +163,30 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
 
 
 def epoch_order(samples: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Return an epoch's batches as sample indices: every sample once, sizes equal up to one.
+    """Return an epoch's batches as sample indices: every sample once, in sizes that differ by one at most.
 
-    A pure function of its arguments, so that a run can go on anywhere.
+    It is a pure function of its arguments, so that a run can resume anywhere.
     """
     order = np.random.default_rng([seed, epoch]).permutation(samples)
     return [torch.from_numpy(part) for part in np.array_split(order, steps_per_epoch(samples, batch_size))]
 
 
 class MemoryStream:
-    """An epoch's batches of pairs in memory; this rank has its share of each.
+    """Gives an epoch's batches of pairs in memory, of each the part that is this rank's.
 
     Parameters
     ----------
     batch_size : int
         Pairs per step over all ranks, at most.
     rank, ranks : int
-        This rank and how many there are; a batch is cut into contiguous parts, equal up to one.
+        This rank, and how many there are; a batch is cut into contiguous parts whose sizes differ by one at most.
     features : CachedReference, optional
         The reference's features of these pairs.
     """
 
     def __init__(
         self,
-        pairs: Pairs,
+        pairs: PreparedPairs,
         batch_size: int,
         seed: int,
         rank: int = 0,

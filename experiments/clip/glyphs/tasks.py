@@ -13,22 +13,31 @@ from typing import Any, NamedTuple
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from experiments.clip.cli.terminal import console
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.tasks import CLASSES_FILE, LABELS, TEMPLATES_FILE, TYPE_FILE, Kind
+from experiments.clip.evaluation.task_files import CLASSES_FILE, LABELS, TEMPLATES_FILE, TYPE_FILE, Kind
 from experiments.clip.glyphs.dataset import Manifest, read_samples
 from experiments.clip.glyphs.evaluation import glyph_attributes
+from experiments.clip.glyphs.options import GlyphTasks
+from experiments.clip.glyphs.source import prepare
 from experiments.clip.io.files import sync, write_atomically
 
 _MARKER = "tasks.json"
 
 
+def run_glyph_tasks(options: GlyphTasks) -> None:
+    """Write the tasks of the held-out pairs and print their folders."""
+    for folder in write_glyph_tasks(prepare(options.data), options.out):
+        console.print(f"task       {folder}")
+
+
 def write_glyph_tasks(manifest: Manifest, folder: Path, *, shard_size: int = 1000) -> list[Path]:
-    """Write the test split of the glyph-name pairs as tasks, all or none, and return their folders.
+    """Write the test split of the glyph-name pairs as tasks, all of them or none, and return their folders.
 
     ``glyph-names`` classifies over the names of the whole data set; ``glyph-script`` and ``glyph-base-letter`` are the
-    attribute tasks of `glyph_attributes`, where there are any. ``glyph-retrieval`` has the first image of each name,
-    less those drawn alike, with two captions each, its name alone and with its face: equal items would leave the
-    score to the order in which a sort leaves ties.
+    attribute tasks of `glyph_attributes`, where there are any. ``glyph-retrieval`` has the first image of each name
+    with two captions, the name alone and with the face. Images drawn alike are left out: among equal items the score
+    would depend on the order in which a sort leaves ties.
 
     Parameters
     ----------
@@ -62,7 +71,7 @@ def write_glyph_tasks(manifest: Manifest, folder: Path, *, shard_size: int = 100
 
 
 def _written(folder: Path, marker: dict[str, Any]) -> list[Path]:
-    """Return the tasks of this marker in a folder; none in an empty one; refuse others."""
+    """Return the tasks in a folder, none if it is empty; refuse a folder without this marker."""
     try:
         if not any(folder.iterdir()):
             return []
@@ -75,7 +84,7 @@ def _written(folder: Path, marker: dict[str, Any]) -> list[Path]:
 
 
 class _Row(NamedTuple):
-    """A sample to be written: a PNG, and the class or the captions."""
+    """A sample to be written: a PNG, and its class or captions."""
 
     image: bytes
     label: str

@@ -43,7 +43,7 @@ from experiments.clip.glyphs.dataset import Manifest
 from experiments.clip.glyphs.drawing import Captions
 from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
 from experiments.clip.glyphs.source import dataset_settings, load_pairs, open_data, prepare, share
-from experiments.clip.glyphs.stream import Pairs
+from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.io.files import append_durably, claimed, ensure_writable, locked
 from experiments.clip.models.clip import CONFIG_FILE, SHIPPED_REFERENCE, Clip, fingerprint_of
 from experiments.clip.models.export import export_model
@@ -405,9 +405,9 @@ class PairsInMemory:
     """Splits as models read them, kept for the trainings that follow; the last few."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[str, str, str], Pairs] = OrderedDict()
+        self._held: OrderedDict[tuple[str, str, str], PreparedPairs] = OrderedDict()
 
-    def __call__(self, manifest: Manifest, split: str, clip: Clip) -> Pairs:
+    def __call__(self, manifest: Manifest, split: str, clip: Clip) -> PreparedPairs:
         """Return a split for a registered model."""
         key = manifest.fingerprint, split, clip.name
         if key not in self._held:

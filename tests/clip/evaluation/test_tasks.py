@@ -27,7 +27,7 @@ from experiments.clip.evaluation import tasks as benchmark_tasks
 from experiments.clip.evaluation.tasks import evaluate_task, wrong_items_ahead
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.glyphs.evaluation import evaluate
-from experiments.clip.glyphs.stream import Pairs
+from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.glyphs.tasks import write_glyph_tasks
 from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
 
@@ -151,7 +151,7 @@ def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, referenc
 
 
 def test_glyph_tasks_agree_with_the_evaluation_of_pairs_in_memory(glyph_tasks, manifest, reference):
-    pairs = Pairs(manifest, "test", reference)
+    pairs = PreparedPairs(manifest, "test", reference)
     result = evaluate(
         reference.encode_image, reference.encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary
     )

@@ -11,7 +11,7 @@ from experiments.clip.cli.building import build_method, build_selector
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.source import glyph_features
-from experiments.clip.glyphs.stream import Pairs, epoch_order
+from experiments.clip.glyphs.stream import PreparedPairs, epoch_order
 from experiments.clip.models.clip import new_model
 from experiments.clip.run import parse
 from experiments.clip.training.methods import OpenCLIP, SigLIP
@@ -25,7 +25,7 @@ SHORT = parse(["train", "--epochs", "1", "--batch-size", "8", "--lr", "1e-3", "-
 
 @pytest.fixture(scope="module")
 def pairs(manifest):
-    return Pairs(manifest, "train", new_model("glyph-small", 0))
+    return PreparedPairs(manifest, "train", new_model("glyph-small", 0))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.glyphs.source import glyph_features
-from experiments.clip.glyphs.stream import MemoryStream, Pairs, epoch_order
+from experiments.clip.glyphs.stream import MemoryStream, PreparedPairs, epoch_order
 from experiments.clip.io import files
 from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
@@ -38,7 +38,7 @@ SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
 
 @pytest.fixture(scope="module")
 def pairs(manifest):
-    return Pairs(manifest, "train", new_model("glyph-small", 0))
+    return PreparedPairs(manifest, "train", new_model("glyph-small", 0))
 
 
 @pytest.fixture(scope="module")
@@ -605,7 +605,7 @@ def test_tensorboard_and_unknown_writers(pairs, tmp_path):
         Logs(tmp_path, ("wandb",), {})
 
 
-class Poisoned(Pairs):
+class Poisoned(PreparedPairs):
     """The pairs, of which sample 77 has an image that is not finite."""
 
     def __init__(self, pairs):

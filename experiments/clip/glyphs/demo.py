@@ -1,0 +1,64 @@
+"""The demo: a steered model and its unsteered twin, trained on equal budgets and scored beside their reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from experiments.clip.cli.options import Data, Train
+from experiments.clip.cli.parser import as_settings
+from experiments.clip.cli.presets import PRESETS
+from experiments.clip.cli.terminal import console
+from experiments.clip.cli.train import run_training
+from experiments.clip.glyphs.evaluation import evaluate_model
+from experiments.clip.glyphs.options import Demo
+from experiments.clip.glyphs.source import load_pairs, prepare
+from experiments.clip.io.files import write_json
+from experiments.clip.models.clip import load_model
+
+QUICK_EPOCHS = 2
+
+
+def run(options: Demo) -> None:
+    """Train both models, score them and the reference on the test pairs, and write ``results.json`` and a report."""
+    from experiments.clip.glyphs import report  # matplotlib, which only this command draws with
+
+    started = time.monotonic()
+    data = Data(options.captions, "small" if options.quick else "full", options.cache)
+    reference = load_model(options.reference)
+    console.print(f"reference  {reference.name}: its README.md says how it was made")
+    trained = {name: run_training(training_options(options, data, name)) for name in ("unsteered", "steered")}
+    manifest = prepare(data)
+    clips = {"reference": reference} | {name: run.clip for name, run in trained.items()}
+    held_out = {name: load_pairs(manifest, "test", clip) for name, clip in clips.items()}
+    scores = {name: evaluate_model(clip, held_out[name], manifest) for name, clip in clips.items()}
+    result = report.DemoResult(
+        options=as_settings(options),
+        scores={name: score.as_dict() for name, score in scores.items()},
+        runs={name: run.record() for name, run in trained.items()},
+        pairs=manifest.splits["train"].samples,
+        seconds=time.monotonic() - started,
+    )
+    write_json(options.out / "results.json", dataclasses.asdict(result))
+    report.write_demo(options.out, result, clips, held_out, manifest.vocabulary)
+    console.print(report.demo_table(result))
+    console.print(f"report     {options.out / 'report.md'} with curves.png and predictions.png")
+
+
+def training_options(options: Demo, data: Data, name: str) -> Train:
+    """Return the options of one of the demo's trainings: those of the preset ``glyph-NAME``, changed as needed."""
+    preset = PRESETS[f"glyph-{name}"]
+    loss, optimization = preset.loss, preset.optimization
+    if loss.needs_reference:
+        loss = dataclasses.replace(loss, reference=options.reference)
+    if options.quick:
+        optimization = dataclasses.replace(optimization, epochs=QUICK_EPOCHS, warmup=5)
+    return dataclasses.replace(
+        preset,
+        data=data,
+        loss=loss,
+        optimization=optimization,
+        seed=options.seed,
+        out=options.out / name,
+        validations=2 if options.quick else preset.validations,
+    )

@@ -1,0 +1,42 @@
+"""Options of the commands that belong to the embedded glyphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.clip.cli.options import SHIPPED_REFERENCE, Captions, Data
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a steered model and its unsteered twin, evaluate both and the reference, write a report."""
+
+    quick: bool = False
+    """A small version for tests: 4 faces, few epochs; its numbers mean nothing."""
+    captions: Captions = "swapped"
+    """What the training captions say: the names, a random half of each name's words, or 40 % exchanged."""
+    cache: Path = Path("cache")
+    """Folder of shards and reference features; it can be moved."""
+    out: Path = Path("outputs/demo")
+    """Folder of checkpoints, models and report; what is there is reused."""
+    reference: Path = SHIPPED_REFERENCE
+    """Folder of the reference model, in open_clip's local-dir layout."""
+    seed: int = 0
+    """Seed of initial weights and order of the pairs, the same for both models."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Draw the glyph-name pairs and write them as webdataset shards."""
+
+    data: Data = field(default_factory=Data)
+
+
+@dataclass(frozen=True)
+class GlyphTasks:
+    """Write the held-out glyph pairs as zero-shot tasks in CLIP_benchmark's layout."""
+
+    data: Data = field(default_factory=Data)
+    out: Path = Path("glyph-tasks")
+    """Folder of the tasks."""
