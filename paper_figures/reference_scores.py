@@ -11,7 +11,8 @@ import torch
 
 from experiments.clip.cli.options import Data
 from experiments.clip.glyphs.source import evaluate_model, load_pairs, prepare
-from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
+from experiments.clip.models.clip import load_model
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 HERE = Path(__file__).parent
 

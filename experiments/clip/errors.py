@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """An error that the user can correct; the message names what is wrong, the value it has and the remedy. Exit status 2."""
+    """An error that the user can correct, exit status 2; the message names what is wrong, its value and the remedy."""
 
 
 class Interrupted(Exception):

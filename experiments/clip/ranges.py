@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, get_type_hints
@@ -97,7 +98,8 @@ def default_of(kind: type) -> Any:
 @cache
 def annotations_of(kind: type) -> dict[str, Any]:
     """Return the types of a group's fields, with the notes beside them."""
-    return get_type_hints(kind, include_extras=True)
+    # By default the module's names are the locals of what is evaluated, which functions in annotations do not see.
+    return get_type_hints(kind, globalns=vars(sys.modules[kind.__module__]), include_extras=True)
 
 
 def _groups(options: Any) -> Iterator[Any]:

@@ -6,7 +6,8 @@ from experiments.clip.cli.options import Data
 from experiments.clip.glyphs.dataset import write_dataset
 from experiments.clip.glyphs.drawing import glyph_splits
 from experiments.clip.glyphs.source import dataset_folder, dataset_settings
-from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
+from experiments.clip.models.clip import load_model
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
     "arguments, message",
     [
         (["--bogus", "3"], "Unrecognized options: --bogus, 3"),
-        (["--captions", "foo"], "'foo'.*--captions.*vague"),
+        (["--captions", "foo"], "--captions must be one of clean, vague, swapped, got 'foo'"),
         (["fly"], "no command is called 'fly': choose one of demo"),
         (["train", "--preset", "foo"], "no preset is called 'foo': choose one of glyph-reference"),
         (["train", "--epochs", "x"], "--epochs.*'x'"),

@@ -185,7 +185,12 @@ def from_dict(kind: type[T], stored: Mapping[str, Any]) -> T:
     types_of = annotations_of(kind)
     if unknown := stored.keys() - types_of.keys():
         raise UserError(f"the configuration has the unknown option {min(unknown)}: it is of another version")
-    return kind(**{name: _from_setting(types_of[name], value, name) for name, value in stored.items()})
+    defaults = default_of(kind)
+    # A path that is a default is one in this checkout, whatever the folder that the program is started from.
+    given = {name: value for name, value in stored.items() if value != _as_setting(getattr(defaults, name))}
+    return dataclasses.replace(
+        defaults, **{name: _from_setting(types_of[name], value, name) for name, value in given.items()}
+    )
 
 
 def _from_setting(annotation: Any, value: Any, name: str) -> Any:

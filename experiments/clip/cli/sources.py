@@ -65,7 +65,7 @@ class EmbeddedPairs(Protocol):
         """Return the scores of a model on a held-out split."""
         ...
 
-    def cache_features(self, data: Data, reference: Clip) -> FeatureCache:
+    def cache_features(self, data: Data, reference: Clip) -> CachedReference:
         """Return the reference's features of the training pairs, computing what is missing."""
         ...
 

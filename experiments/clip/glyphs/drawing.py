@@ -9,16 +9,15 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import matplotlib
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from experiments.clip.cli.options import Captions
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import GlyphPair
-
-Captions = Literal["clean", "vague", "swapped"]
 
 SPLITS = ("train", "reference", "validation", "test")
 VAGUE_KEEP = 0.5

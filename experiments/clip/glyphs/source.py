@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from experiments.clip.cli.options import Data, Train
 from experiments.clip.cli.sources import TrainingData, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
@@ -85,6 +87,20 @@ def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedRe
     catalog = make_catalog(shards, cache / f"catalog-{manifest.fingerprint[:12]}")
     folder = cache / f"features-{catalog.fingerprint[:12]}-{reference.fingerprint[:12]}"
     return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH)
+
+
+def cache_features(data: Data, reference: Clip) -> CachedReference:
+    """Return the reference's features of the training pairs, drawing the pairs first if they are not there."""
+    return glyph_features(reference, prepare(data), data.cache)
+
+
+def scores_table(data: Data, split: str, clip: Clip) -> Table:
+    """Return the scores of a model on a held-out split."""
+    from experiments.clip.glyphs import report  # loads matplotlib
+
+    manifest = prepare(data)
+    scores = evaluate_model(clip, load_pairs(manifest, split, clip), manifest)
+    return report.scores_table({clip.name: scores.as_dict()})
 
 
 def open_data(

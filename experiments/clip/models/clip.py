@@ -19,7 +19,6 @@ from torch import Tensor
 
 from experiments.clip.errors import UserError
 
-SHIPPED_REFERENCE = Path(__file__).parents[1] / "glyphs" / "reference_model"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _CONFIGS = Path(__file__).parent / "configs"

@@ -45,10 +45,11 @@ from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
 from experiments.clip.glyphs.source import dataset_settings, load_pairs, open_data, prepare, share
 from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.io.files import append_durably, claimed, ensure_writable, locked
-from experiments.clip.models.clip import CONFIG_FILE, SHIPPED_REFERENCE, Clip, fingerprint_of
+from experiments.clip.models.clip import CONFIG_FILE, Clip, fingerprint_of
 from experiments.clip.models.export import export_model
 from experiments.clip.study.grid import STUDIES, Cell, reference_cell
 from experiments.clip.training.checkpoint import latest_checkpoint
+from experiments.clip.training.options import SHIPPED_REFERENCE
 from experiments.clip.training.trainer import Interrupted, Record
 
 VARIANCES = tuple(

@@ -140,7 +140,7 @@ def test_presets_of_published_recipes_want_the_users_data():
             "--select jest compares pairs at one temperature.*individual",
         ),
         (["cache-reference", "--views", "0"], "--views must be at least 1, got 0"),
-        (["cache-reference", "--views", "2"], "--views has no part in this run: it is for --catalog"),
+        (["cache-reference", "--views", "2"], "--views 2 has no part in this run: it is for --catalog"),
         (["cache-reference", "--catalog", "c", "--captions", "vague"], "--catalog takes the place of --captions"),
     ],
 )

@@ -29,7 +29,8 @@ from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.glyphs.evaluation import evaluate
 from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.glyphs.tasks import write_glyph_tasks
-from experiments.clip.models.clip import SHIPPED_REFERENCE, load_model
+from experiments.clip.models.clip import load_model
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 RECORDED = Path(__file__).parents[2] / "fixtures" / "clip_benchmark.json"
 CLASSES = ["latin small letter a", "greek capital letter omega", "comma", "digit two", "snowman", "black square"]

@@ -7,8 +7,9 @@ import torch
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.glyphs.stream import PreparedPairs
-from experiments.clip.models.clip import SHIPPED_REFERENCE, WEIGHTS_FILE, load_model, new_model
+from experiments.clip.models.clip import WEIGHTS_FILE, load_model, new_model
 from experiments.clip.models.export import export_model
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 def test_pairs_in_memory_are_open_clips_preprocessing_row_by_row(manifest):

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from experiments.clip.reference.inputs import CachedReference, LiveReference, margin_spread
 from PIL import Image
 from safetensors import safe_open
 
@@ -18,7 +19,6 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.reference.cache import cache_features, open_features
-from experiments.clip.reference.inputs import CachedReference, LiveReference, margin_spread
 from tests.clip.tars import write_tar
 
 
@@ -200,7 +200,9 @@ def test_spread_is_that_of_the_margins_of_different_pairs(catalog, reference, ca
     features = open_features(reference, catalog, cached)
     first = features.rows(torch.arange(64))
     assert CachedReference(features).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-5)
-    assert LiveReference(reference, 1, lambda: pairs[:64]).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-2)
+    assert LiveReference(reference, 1, lambda: pairs[:64]).margin_spread() == pytest.approx(
+        margin_spread(*first), rel=1e-2
+    )
 
 
 def test_a_registered_model_with_a_file_of_weights_is_a_reference(reference, tmp_path):
