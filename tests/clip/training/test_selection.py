@@ -5,32 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
+from training_runs import run
 
 from drrho.contrastive import contrastive_risk
 from experiments.clip.cli.building import build_method, build_selector
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.source import glyph_features
-from experiments.clip.glyphs.stream import PreparedPairs, epoch_order
+from experiments.clip.glyphs.stream import epoch_order
 from experiments.clip.models.clip import new_model
 from experiments.clip.run import parse
 from experiments.clip.training.methods import OpenCLIP, SigLIP
 from experiments.clip.training.options import Selection
 from experiments.clip.training.selection import Selector
-from tests.clip.training.test_trainer import run
 
 CANDIDATES = 32  # of a step, of which 8 are trained on
 SHORT = parse(["train", "--epochs", "1", "--batch-size", "8", "--lr", "1e-3", "--warmup", "2"]).optimization
-
-
-@pytest.fixture(scope="module")
-def pairs(manifest):
-    return PreparedPairs(manifest, "train", new_model("glyph-small", 0))
-
-
-@pytest.fixture(scope="module")
-def features(manifest, reference, tmp_path_factory):
-    return glyph_features(reference, manifest, tmp_path_factory.mktemp("features"))
 
 
 def remembering(method):

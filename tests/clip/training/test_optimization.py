@@ -1,0 +1,63 @@
+"""Optimizers, schedules and the moving average."""
+
+import dataclasses
+
+import pytest
+import torch
+from training_runs import SHORT, run
+
+from experiments.clip.errors import Interrupted
+from experiments.clip.training.methods import OpenCLIP
+from experiments.clip.training.optimization import MovingAverage, learning_rate
+from experiments.clip.training.options import Optimization
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adan", "sgd"])
+def test_optimizers_that_count_elsewhere_are_resumed(optimizer, pairs, tmp_path):
+    optimization = dataclasses.replace(SHORT, optimizer=optimizer)
+    whole, *_ = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
+    left = iter([False] * 4 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization, stop=lambda: next(left))
+    again, *_ = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_the_moving_average_is_that_of_the_weights_and_is_resumed(pairs, tmp_path):
+    optimization = dataclasses.replace(SHORT, ema=0.9, clip_norm=0.5)
+    _, _, whole = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
+    left = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization, stop=lambda: next(left))
+    clip, _, again = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
+    assert whole.keys() == again.keys() == clip.model.state_dict().keys()
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    moved = [torch.equal(whole[key], value) for key, value in clip.model.state_dict().items()]
+    assert not all(moved)
+    # Against its definition, on two steps of one number.
+    average = MovingAverage({"w": torch.tensor(0.0)}, 0.9)
+    average.update({"w": torch.tensor(1.0)})
+    assert float(average.average["w"]) == pytest.approx(0.9)  # the first decay is 1 / 10
+    average.update({"w": torch.tensor(0.0)})
+    assert float(average.average["w"]) == pytest.approx(0.9 * 2 / 11)
+
+
+def test_schedules():
+    cosine = Optimization(lr=1.0, warmup=4, lr_min=0.1)
+    assert [learning_rate(step, 24, cosine) for step in (0, 3, 4, 14)] == pytest.approx([0.25, 1.0, 1.0, 0.55])
+    assert learning_rate(24, 24, cosine) == pytest.approx(0.1)
+    cooldown = Optimization(lr=1.0, warmup=0, schedule="cooldown", cooldown_steps=4)
+    assert [learning_rate(step, 20, cooldown) for step in (0, 16, 18, 19)] == pytest.approx([1.0, 1.0, 0.5, 0.25])
+    assert learning_rate(19, 20, Optimization(lr=1.0, warmup=0, schedule="constant")) == 1.0
+
+
+def test_a_timm_optimizer_trains(pairs, tmp_path):
+    optimization = dataclasses.replace(SHORT, optimizer="lion", lr=1e-4)
+    whole, *_ = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
+    left = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization, stop=lambda: next(left))
+    again, *_ = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key

@@ -1,0 +1,135 @@
+"""Short trainings of the glyphs, as the tests of training start them."""
+
+import dataclasses
+
+import torch
+
+from experiments.clip.cli.building import build_method, build_selector
+from experiments.clip.distributed import Ranks
+from experiments.clip.glyphs.stream import MemoryStream
+from experiments.clip.models.clip import new_model
+from experiments.clip.run import parse
+from experiments.clip.training.logs import Logs
+from experiments.clip.training.methods import ConstantTemperature, GlobalContrastive, Head, SigLIP
+from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
+from experiments.clip.training.trainer import Trainer
+
+SELDOM = CheckpointPolicy(checkpoint_minutes=1e9)
+
+SHORT = Optimization(epochs=2, batch_size=32, lr=1e-3, warmup=2)
+
+HEAD = Head(torch.tensor(1.0))
+
+
+def contrastive(samples=150, epochs=2):
+    return GlobalContrastive(samples, epochs - 1, ConstantTemperature(0.1), final_gamma=0.6, eps=1e-8)
+
+
+def run(
+    pairs,
+    method,
+    checkpoints,
+    features=None,
+    stop=int,
+    optimization=SHORT,
+    seed=0,
+    limit=0,
+    keeping=SELDOM,
+    validate=dict,
+    validations=2,
+    on_step=lambda step, total, log: None,
+    selector=None,
+    patch_dropout=0.0,
+    clip=None,
+    **options,
+):
+    sigmoid = isinstance(method, SigLIP)
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    if clip is None:
+        clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
+    trainer = Trainer(
+        clip,
+        method,
+        MemoryStream(
+            pairs, optimization.batch_size * (selector.candidates if selector else 1), seed, features=features
+        ),
+        optimization,
+        reference=features,
+        selector=selector,
+        ranks=Ranks(),
+        execution=Execution(**options),
+        seed=seed,
+        folder=checkpoints,
+        policy=keeping,
+        settings={"method": type(method).__name__, "seed": seed},
+        validate=validate,
+        validations=validations,
+        logs=Logs(checkpoints.parent, ("jsonl",), {}),
+        log_every=3,
+        on_step=on_step,
+        stop=stop,
+        nonfinite_limit=limit,
+    )
+    history = trainer.fit()
+    return clip, history, trainer.averaged_weights()
+
+
+FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
+CHOSEN = ("--candidates", "2", "--select")
+
+SETTINGS = {
+    "openclip": ("--method", "openclip"),
+    "siglip": ("--method", "siglip"),
+    "fastclip v1": FASTCLIP,
+    "fastclip v0": (*FASTCLIP, "--temperature-scheme", "per-temperature"),
+    "fastclip v2": (*FASTCLIP, "--temperature-scheme", "individual", "--rho", "0.5"),
+    "fastclip v3": (*FASTCLIP, "--temperature-scheme", "global", "--rho", "0.5"),
+    "fastclip v3, as published": (
+        *FASTCLIP,
+        *("--temperature-scheme", "global", "--rho", "0.5", "--temperature-lr-schedule", "threshold"),
+        *("--published-temperature-gradient", "--gamma-epochs", "1"),
+    ),
+    "fastclip with chi-square": (*FASTCLIP, "--divergence", "chi-square"),
+    "fastclip with cvar": (*FASTCLIP, "--divergence", "cvar", "--level", "0.2"),
+    "scent": (*FASTCLIP, "--log-step", "0.5"),
+    "drrho": (),
+    "drrho, adaptive": ("--coefficient", "adaptive"),
+    "drrho and distillation": ("--distill", "0.5"),
+    "openclip and distillation": ("--method", "openclip", "--distill", "1"),
+    "drrho and distillation, each at its temperature": ("--distill", "0.5", "--distill-own-temperature"),
+    "openclip and distillation, each at its temperature": (
+        *("--method", "openclip", "--distill", "1", "--distill-own-temperature"),
+    ),
+    "two levels": ("--method", "two-level"),
+    "openclip on jest": (
+        "--method",
+        "openclip",
+        *CHOSEN,
+        "jest",
+        "--select-chunks",
+        "4",
+        "--select-temperature",
+        "0.5",
+    ),
+    "siglip on jest": ("--method", "siglip", *CHOSEN, "jest", "--select-chunks", "4"),
+    "siglip on jest top-k": ("--method", "siglip", *CHOSEN, "jest-top-k", "--select-chunks", "7"),
+    "fastclip v3 on jest top-k, and distillation": (
+        *("--method", "fastclip", "--temperature-scheme", "global", "--rho", "0.5", "--distill", "0.5"),
+        *(*CHOSEN, "jest-top-k", "--select-chunks", "4"),
+    ),
+    "drrho on rho top-k": (*CHOSEN, "rho-top-k"),
+    "two levels on rho top-k": ("--method", "two-level", *CHOSEN, "rho-top-k"),
+}
+
+
+def built(name, pairs, features, reference, optimization=SHORT):
+    """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
+    options = parse(["train", *SETTINGS[name]])
+    guide = (reference, features) if options.needs_reference else (None, None)
+    scored = options.selection.scored_per_pair
+    return {
+        "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, Ranks())[0],
+        "features": features if options.needs_reference else None,
+        "selector": build_selector(options, guide[0], Ranks()),
+        "optimization": dataclasses.replace(optimization, batch_size=optimization.batch_size // scored),
+    }
