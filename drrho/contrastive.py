@@ -88,7 +88,7 @@ def contrastive_risk(
     ----------
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target, b >= 2; row i of both is one pair. Similarities are computed in float32 or
-        wider, whatever autocast says.
+        wider, also under autocast.
     temperature : float, scalar tensor, or pair of tensors ``[b]``
         tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
         respect to it is that of ``F_i + rho tau``, which is ``rho - KL_i`` without running estimates.

@@ -247,7 +247,7 @@ class Multilevel:
         size = batch.shape[-1]
         sizes = [self.base_size << level for level in range(1, self.levels + 1)]
         if size not in sizes:
-            raise ValueError(f"losses must number one of {sizes}, got {size}: draw as many as draw_size says")
+            raise ValueError(f"losses must number one of {sizes}, got {size}: draw_size returns such a number")
         correction = risk(batch) - risk(_blocks(batch, size // 2)).mean(0)
         return risk(_blocks(batch, self.base_size)).mean(0) + correction / self.probabilities[sizes.index(size)]
 
