@@ -164,3 +164,18 @@ def near(actual, expected, tolerance):
     """Two numbers agree to within an absolute tolerance."""
     __tracebackhide__ = True
     assert abs(actual - expected) <= tolerance, f"{actual} is not {expected} within {tolerance}"
+
+
+def agree(actual, expected, tolerance):
+    """As `close`, with equal dtypes and something to compare."""
+    size = max(float(part.abs().max()) for part in expected)
+    assert size > 0
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= tolerance * size
+
+
+def leaves(pairs=17, width=8, scale=9.0):
+    """Features of images and texts and a logit scale, each with a gradient."""
+    image, text = features(pairs, width, 0)
+    return image.requires_grad_(), text.requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)

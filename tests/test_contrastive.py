@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from problems import close, features
+from problems import agree, close, features, leaves
 
 from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, hybrid_risk, penalized_risk, tiles
 from drrho.contrastive import (
@@ -225,6 +226,30 @@ def test_bfloat16_features_are_compared_in_float32():
     assert abs(rounded - exact) <= 2**-8  # that of the features, not of their products
 
 
+# --- InfoNCE ----------------------------------------------------------------------------------------------------------
+
+
+def test_info_nce_is_open_clip_s_loss_with_its_temperature_gradient():
+    image, text, scale = leaves()
+    expected = open_clip.ClipLoss()(image, text, scale)
+    ours = info_nce(image, text, 1 / scale)
+    assert abs(ours - expected) <= 1e-12 * abs(expected)
+    agree(torch.autograd.grad(ours, leaves_of := (image, text, scale)), torch.autograd.grad(expected, leaves_of), 1e-12)
+
+
+def test_steered_info_nce_is_the_cross_entropy_of_excess_similarities():
+    image, text, scale = leaves()
+    guide = features(17, 5, 1)
+    logits = scale * (image @ text.T - 0.7 * (guide[0] @ guide[1].T))
+    labels = torch.arange(17)
+    expected = (
+        torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+    ) / 2
+    ours = info_nce(image, text, 1 / scale, reference=guide, coefficient=0.7)
+    agree(torch.autograd.grad(ours, parts := (image, text, scale)), torch.autograd.grad(expected, parts), 1e-12)
+    assert abs(ours - expected) <= 1e-12 * abs(expected)
+
+
 # --- temperature ------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +400,7 @@ def test_running_gradient_is_that_of_its_definition():
     close(gradients(step.value, (image, text)), gradients(total, (image, text)), 1e-12)
 
 
+@pytest.mark.slow
 def test_stationary_bias_of_the_running_estimate():
     """At a fixed model ``E log u - log g`` is ``-(gamma / (2 - gamma)) Var(batch mean) / (2 g^2)``."""
     rng = np.random.default_rng(0)
@@ -432,6 +458,7 @@ def test_running_dual_variable(divergence):
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch looks at it, between graphs
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare()])
 def test_a_compiled_step_is_the_plain_step(divergence):
@@ -541,6 +568,7 @@ def test_a_lone_pair_over_all_ranks_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
 def test_ranks_give_the_value_and_gradients_of_one_process(world, tmp_path):
     multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)

@@ -1,4 +1,4 @@
-"""Distillation, InfoNCE and the adaptive coefficient against their definitions and open_clip's losses."""
+"""Distillation against its definition and open_clip's loss, over ranks together with other losses of features."""
 
 import math
 from pathlib import Path
@@ -8,47 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from problems import features
+from problems import agree, features, leaves
 from torch.nn.functional import normalize
 
 from drrho import tiles
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.contrastive import info_nce
 from drrho.distillation import distillation_loss
-
-
-def agree(actual, expected, tolerance):
-    size = max(float(part.abs().max()) for part in expected)
-    assert size > 0
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert (ours - theirs).abs().max() <= tolerance * size
-
-
-def leaves(pairs=17, width=8, scale=9.0):
-    image, text = features(pairs, width, 0)
-    return image.requires_grad_(), text.requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-
-
-def test_info_nce_is_open_clip_s_loss_with_its_temperature_gradient():
-    image, text, scale = leaves()
-    expected = open_clip.ClipLoss()(image, text, scale)
-    ours = info_nce(image, text, 1 / scale)
-    assert abs(ours - expected) <= 1e-12 * abs(expected)
-    agree(torch.autograd.grad(ours, leaves_of := (image, text, scale)), torch.autograd.grad(expected, leaves_of), 1e-12)
-
-
-def test_steered_info_nce_is_the_cross_entropy_of_excess_similarities():
-    image, text, scale = leaves()
-    guide = features(17, 5, 1)
-    logits = scale * (image @ text.T - 0.7 * (guide[0] @ guide[1].T))
-    labels = torch.arange(17)
-    expected = (
-        torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
-    ) / 2
-    ours = info_nce(image, text, 1 / scale, reference=guide, coefficient=0.7)
-    agree(torch.autograd.grad(ours, parts := (image, text, scale)), torch.autograd.grad(expected, parts), 1e-12)
-    assert abs(ours - expected) <= 1e-12 * abs(expected)
 
 
 @pytest.mark.parametrize("tile", [1, 40, 2**21])
@@ -141,6 +107,7 @@ def work(rank, world, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SIZES)
 def test_ranks_give_the_values_and_gradients_of_one_process(world, tmp_path):
     multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)

@@ -11,7 +11,7 @@ import oracles
 import problems
 import pytest
 import torch
-from families import EVERY, KINDS, SMOOTH, SMOOTH_KINDS
+from families import EVERY, KINDS, SMOOTH, SMOOTH_KINDS, thorough
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import scale_of, tensor, value_tolerance
@@ -22,8 +22,8 @@ from drrho import KL, ChiSquare, CVaR, constrained_risk, hybrid_risk, penalized_
 
 EPS = 2.0**-52
 CHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
-every_kind = pytest.mark.parametrize("name", KINDS)
-every_smooth = pytest.mark.parametrize("name", SMOOTH_KINDS)
+every_kind = pytest.mark.parametrize("name", thorough(KINDS))
+every_smooth = pytest.mark.parametrize("name", thorough(SMOOTH_KINDS))
 SHORT = {
     name: problems.HARD[name][:24]
     for name in ("pair", "exponential", "tied maxima", "two values", "one low", "offset -1e8", "scale 1e-150")

@@ -145,6 +145,7 @@ def work(rank, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_share_the_moments_of_all_samples(tmp_path):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs gloo")

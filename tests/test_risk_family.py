@@ -13,7 +13,7 @@ import oracles
 import problems
 import pytest
 import torch
-from families import CAPPED, EVERY, KINDS, ORDERS, SMOOTH, SMOOTH_KINDS, USERS
+from families import CAPPED, EVERY, KINDS, ORDERS, SMOOTH, SMOOTH_KINDS, USERS, thorough, thorough_items
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import hard_cases, scale_of, tensor, value_tolerance
@@ -21,9 +21,9 @@ from problems import hard_cases, scale_of, tensor, value_tolerance
 from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, penalized_risk
 
 EPS = 2.0**-52
-every_kind = pytest.mark.parametrize("name", KINDS)
-every_smooth = pytest.mark.parametrize("name", SMOOTH)
-every_smooth_kind = pytest.mark.parametrize("name", SMOOTH_KINDS)
+every_kind = pytest.mark.parametrize("name", thorough(KINDS))
+every_smooth = pytest.mark.parametrize("name", thorough(SMOOTH))
+every_smooth_kind = pytest.mark.parametrize("name", thorough(SMOOTH_KINDS))
 every_order = pytest.mark.parametrize("order", ORDERS)
 every_order_of_its_own = pytest.mark.parametrize("order", [order for order in ORDERS if order not in (1, 2)])
 VARIED = hard_cases(varied=True)
@@ -357,7 +357,7 @@ def test_orders_next_to_a_pole_of_the_formula(radius, step, pole):
 RISKS = {f"{name} ball": (constrained_risk, name, 0.2) for name in KINDS} | {
     f"{name} penalty": (penalized_risk, name, 1.5) for name in KINDS
 }
-every_risk = pytest.mark.parametrize("solve, name, parameter", RISKS.values(), ids=RISKS)
+every_risk = pytest.mark.parametrize("solve, name, parameter", thorough_items(RISKS, "kl ball", "order 0.5 penalty"))
 
 
 @every_risk
@@ -474,7 +474,7 @@ def test_constant_losses_have_no_premium(constant, n, solve, name, parameter):
     assert not torch.stack([risk.threshold, risk.strength, risk.gap]).isnan().any()
 
 
-@pytest.mark.parametrize("name", [k for k in KINDS if k not in ("order 0", "order -1", "cvar")])
+@pytest.mark.parametrize("name", thorough([k for k in KINDS if k not in ("order 0", "order -1", "cvar")]))
 @pytest.mark.parametrize("excess", [1 + 1e-9, 1e6])
 @every_short_row
 def test_radius_past_the_maximal_one(losses, excess, name):
@@ -495,7 +495,7 @@ def test_radius_past_the_maximal_one(losses, excess, name):
     close(ratios(risk), tied * len(losses) / tied.sum(), 1e-12 * len(losses))
 
 
-@pytest.mark.parametrize("name", [k for k in SMOOTH_KINDS if k not in ("order 0", "order -1")])
+@pytest.mark.parametrize("name", thorough([k for k in SMOOTH_KINDS if k not in ("order 0", "order -1")]))
 @every_short_row
 def test_radius_next_to_the_maximal_one(losses, name):
     maximal = maximum(name, losses.tolist())

@@ -192,6 +192,7 @@ def close(actual, expected, tolerance):
         assert np.all(same | (np.abs(actual - expected) <= np.asarray(tolerance))), f"{actual} is not {expected}"
 
 
+@pytest.mark.slow
 @every_case
 def test_every_rank_has_the_global_solution(world, key, ranks, alone):
     expected = alone[key]
@@ -211,6 +212,7 @@ def test_every_rank_has_the_global_solution(world, key, ranks, alone):
             assert torch.equal(mine[field], ranks[world][0][key][field])  # the same bits on every rank
 
 
+@pytest.mark.slow
 @every_case
 def test_each_rank_has_its_part_of_weights_and_gradient(world, key, ranks, alone):
     expected = alone[key]
@@ -220,6 +222,7 @@ def test_each_rank_has_its_part_of_weights_and_gradient(world, key, ranks, alone
     close(joined(ranks[world], key, "gradient"), weights, 1e-13)
 
 
+@pytest.mark.slow
 @every_case
 def test_each_rank_has_its_part_of_the_second_derivative(world, key, ranks, alone):
     expected = alone[key]
@@ -230,6 +233,7 @@ def test_each_rank_has_its_part_of_the_second_derivative(world, key, ranks, alon
     close(joined(ranks[world], key, "second"), expected["second"], 1e-8 * size + 1e-300)
 
 
+@pytest.mark.slow
 @every_world
 @pytest.mark.parametrize("name", THIRD)
 def test_the_third_derivative_is_right_or_refused(name, world, ranks):
@@ -241,6 +245,7 @@ def test_the_third_derivative_is_right_or_refused(name, world, ranks):
     close(torch.cat(pieces), expected, 1e-8 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @every_world
 def test_rho_counts_the_samples_of_all_ranks(world, ranks):
     expected = drrho_risk(ROWS["row"], _row(9), ChiSquare(), rho=2.0)
@@ -249,6 +254,7 @@ def test_rho_counts_the_samples_of_all_ranks(world, ranks):
     close(joined(ranks[world], "drrho", "weights"), expected.weights, 1e-12)
 
 
+@pytest.mark.slow
 @every_world
 def test_base_weights_must_sum_to_one_over_all_ranks(world, ranks):
     for answers in ranks[world]:
@@ -256,6 +262,7 @@ def test_base_weights_must_sum_to_one_over_all_ranks(world, ranks):
         assert "0.5" in answers["refusal"]
 
 
+@pytest.mark.slow
 @every_world
 def test_a_loss_that_is_not_finite_is_refused_on_every_rank(world, ranks, alone):
     expected = constrained_risk(ROWS["row"], KL(), 0.1).value

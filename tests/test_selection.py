@@ -434,6 +434,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"answers{rank}.pt") for rank in range(len(SHARDS))]
 
 
+@pytest.mark.slow
 def test_ranks_choose_what_one_process_chooses(ranks):
     for name, expected in choices().items():
         for rank, answers in enumerate(ranks):
@@ -442,6 +443,7 @@ def test_ranks_choose_what_one_process_chooses(ranks):
             assert torch.equal(answers["choices"][name], mine), name  # also in the same order
 
 
+@pytest.mark.slow
 def test_refusals_meet_on_all_ranks(ranks):
     for rank, answers in enumerate(ranks):
         nan, large, different, rows, features_ = answers["refusals"]

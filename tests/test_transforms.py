@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from families import EVERY, KINDS, SMOOTH_KINDS
+from families import EVERY, KINDS, SMOOTH_KINDS, thorough
 from problems import tensor, value_tolerance
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
@@ -37,8 +37,8 @@ def _hybrid(losses, divergence, parameter, **kwargs):
 
 
 SOLVERS = {"ball": (constrained_risk, 0.2), "penalty": (penalized_risk, 1.5), "hybrid": (_hybrid, 0.2)}
-every_kind = pytest.mark.parametrize("name", KINDS)
-every_smooth = pytest.mark.parametrize("name", SMOOTH_KINDS)
+every_kind = pytest.mark.parametrize("name", thorough(KINDS))
+every_smooth = pytest.mark.parametrize("name", thorough(SMOOTH_KINDS))
 some_kinds = pytest.mark.parametrize("name", ["kl", "chi2", "cvar", "tv", "order 0.5", "jensen-shannon"])
 every_solver = pytest.mark.parametrize("solve, parameter", SOLVERS.values(), ids=SOLVERS)
 
