@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from families import LeCam
+from families import LeCam, thorough
 from programs import ALL, SOLVER, WITH_RADIUS, base_weights, name
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
@@ -30,6 +30,7 @@ from drrho import (
 from drrho.convex import minimize_linear, robust_risk
 
 WEIGHTS = 1e-4  # the maximum over weights is flat: an error of the value counts with its root
+QUICK = [KL(), CVaR(0.23), CressieRead(0.5)]
 
 
 def rows(n, count, seed=0):
@@ -43,7 +44,7 @@ def rows(n, count, seed=0):
 
 @pytest.mark.parametrize("mean", [0.05, 0.7])
 @pytest.mark.parametrize("radius", [1e-4, 0.02, 0.4, 5.0])
-@pytest.mark.parametrize("divergence", WITH_RADIUS, ids=name)
+@pytest.mark.parametrize("divergence", thorough(WITH_RADIUS, QUICK), ids=name)
 def test_two_losses_have_a_closed_form(divergence, radius, mean):
     """Of losses 0 and 1, the risk is the largest x with mean phi(x / mean) + (1 - mean) phi(...) <= radius."""
 
@@ -83,7 +84,7 @@ def test_tails_by_sorting(count):
 
 
 @pytest.mark.parametrize("given", ["radius", "strength", "both"])
-@pytest.mark.parametrize("divergence", ALL, ids=name)
+@pytest.mark.parametrize("divergence", thorough(ALL, QUICK), ids=name)
 def test_agrees_with_the_exact_risks(divergence, given):
     for i, z in enumerate([rows(7, 1)[0], rows(40, 3, seed=2)[2]]):
         q = base_weights(len(z)) if i % 2 else None
@@ -107,6 +108,7 @@ def test_agrees_with_the_exact_risks(divergence, given):
 PREMIUM_ERRORS = re.findall(r"^(1\S*) +(\S+) +(\S+)$", convex.__doc__ or "", re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("radius", "kl", "chi_square"), [tuple(map(float, line)) for line in PREMIUM_ERRORS])
 def test_premium_errors_of_the_table(radius, kl, chi_square):
     assert len(PREMIUM_ERRORS) == 9
@@ -129,7 +131,7 @@ def test_follows_shift_and_scale(divergence, scale, shift, given):
     np.testing.assert_allclose(moved.weights, still.weights, atol=WEIGHTS)
 
 
-@pytest.mark.parametrize("divergence", ALL, ids=name)
+@pytest.mark.parametrize("divergence", thorough(ALL, QUICK), ids=name)
 def test_samples_without_base_weight_take_no_part(divergence):
     z, q = rows(8, 1)[0], base_weights(8)
     apart = robust_risk(z, divergence, radius=0.2, base_weights=q)
@@ -147,7 +149,7 @@ def test_integer_base_weights_are_repetitions():
     np.testing.assert_allclose(once.weights, np.add.reduceat(repeated.weights, [0, 3, 5]), atol=WEIGHTS)
 
 
-@pytest.mark.parametrize("divergence", WITH_RADIUS, ids=name)
+@pytest.mark.parametrize("divergence", thorough(WITH_RADIUS, QUICK), ids=name)
 @pytest.mark.parametrize(("z", "radius"), [([2.5] * 4, 0.1), ([7.0], 0.3), ([0.0, 1.0, 5.0], 0.0)])
 def test_mean_without_a_solver(divergence, z, radius):
     risk = robust_risk(z, divergence, radius=radius, solver="no such solver")
@@ -215,7 +217,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 @pytest.mark.parametrize("given", [{"radius": 0.02}, {"radius": 0.5}, {"strength": 0.8}], ids=str)
 @every_loss
-@pytest.mark.parametrize("divergence", ALL, ids=name)
+@pytest.mark.parametrize("divergence", thorough(ALL, QUICK), ids=name)
 def test_minimum_is_the_exact_risk_and_stationary(divergence, loss, given):
     x, y, reference = data(loss)
     q = base_weights(len(y)) if "strength" in given else None
