@@ -158,6 +158,7 @@ def test_overflowing_range_is_refused_in_its_row():
         constrained_risk(z, KL(), 0.1)
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_kernels(tmp_path, pytestconfig):
     """The built package is one for this platform, and brings its libraries."""
     from hatchling.builders.wheel import WheelBuilder
