@@ -115,6 +115,7 @@ ORACLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 @law(20)
 @given(losses=problems.rows(varied=True), radius=problems.radii(-6, 0.5), strength=problems.radii(-1, 3))
@@ -129,6 +130,7 @@ def test_against_the_oracles(name, losses, radius, strength):
     close(risk.weights, expected.weights, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "chi2", "order 0.5", "tv", "capped kl 0.3", "jensen-shannon"])
 @pytest.mark.parametrize("radius, strength", [(0.05, 0.2), (0.05, 50.0), (0.4, 0.1), (0.6, 2.0)])
 def test_value_is_the_minimum_of_its_scalar_dual(name, radius, strength):

@@ -32,7 +32,7 @@ RISKS = {
     "chi2 penalty": partial(penalized_risk, divergence=ChiSquare(), strength=0.8),
 }
 
-every_risk = pytest.mark.parametrize("solve", RISKS.values(), ids=RISKS.keys())
+every_risk = pytest.mark.parametrize("solve", thorough_items(RISKS, "kl ball", "chi2 ball small", "cvar", "kl penalty"))
 every_ball = pytest.mark.parametrize("name", BALLS.keys())
 HARD = hard_cases()
 every_hard_row = pytest.mark.parametrize(

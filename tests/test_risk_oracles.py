@@ -14,9 +14,7 @@ from drrho import KL, ChiSquare, CVaR, constrained_risk, penalized_risk
 
 BALLS = {"kl": (KL(), oracles.kl_ball), "chi2": (ChiSquare(), oracles.chi_square_ball)}
 PENALTIES = {"kl": (KL(), oracles.kl_penalty), "chi2": (ChiSquare(), oracles.chi_square_penalty)}
-every_hard_row = pytest.mark.parametrize(
-    "losses", thorough_items(dict(hard_cases()), "normal", "tied maxima", "offset 1e8", "scale 1e-150")
-)
+every_hard_row = pytest.mark.parametrize("losses", thorough_items(dict(hard_cases()), "tied maxima", "offset 1e8"))
 law = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
 

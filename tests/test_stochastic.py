@@ -225,6 +225,7 @@ def assert_minimizes(risk, model, x, y, best):
     assert (1 - 1e-6) * best < risk((y - x @ model).square()) < 1.01 * best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CVaR(0.2)])
 def test_descent_on_model_and_dual_variables_finds_the_minimizer(divergence):
     x, y = regression()
@@ -242,6 +243,7 @@ def test_descent_on_model_and_dual_variables_finds_the_minimizer(divergence):
     assert_minimizes(lambda z: constrained_risk(z, divergence, radius).value, model, x, y, best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [{"gamma": 0.1}, {"log_step": -2.5}])
 def test_descent_on_compositional_estimates_finds_the_minimizer(rate):
     (x, y), log_u = regression(), torch.tensor(-torch.inf)
