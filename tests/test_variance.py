@@ -171,6 +171,7 @@ def test_the_methods_agree_on_a_large_sample():
     np.testing.assert_allclose(bootstrap[:, 3], delta[:, 3], rtol=4 / math.sqrt(2 * 400))
 
 
+@pytest.mark.slow
 def test_coverage_of_the_ratio():
     """600 nominal 95% intervals at n = 200: four binomial standard errors are 3.6 points; half as long ones fail."""
     n, runs, rng = 200, 600, np.random.default_rng(3)
