@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mpmath as mp
 import oracles
+import pytest
 import torch
 
 from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, Divergence, TotalVariation
@@ -144,3 +145,21 @@ KINDS = (
     *("capped kl 0.3", "jensen-shannon", "le cam"),
 )
 SMOOTH_KINDS = tuple(name for name in KINDS if name in SMOOTH)
+
+
+#: One closed form and one iteration: what a test of many divergences always tries.
+QUICK = ("kl", "order 0.5")
+
+
+def thorough(names, quick=QUICK):
+    """Parameters of which those outside ``quick`` are slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def thorough_items(table, *quick):
+    """Values of a table as parameters with its names as ids, of which those outside ``quick`` are slow."""
+    parameters = []
+    for name, value in table.items():
+        marks = () if name in quick else (pytest.mark.slow,)
+        parameters.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name, marks=marks))
+    return parameters

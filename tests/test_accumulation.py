@@ -475,6 +475,7 @@ def work(rank, world, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_get_the_gradient_of_one_process(tmp_path):
     multiprocessing.spawn(work, args=(2, str(tmp_path)), nprocs=2)
     jobs = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)

@@ -11,7 +11,7 @@ import oracles
 import problems
 import pytest
 import torch
-from families import EVERY, KINDS, SMOOTH, SMOOTH_KINDS
+from families import EVERY, KINDS, SMOOTH, SMOOTH_KINDS, thorough
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import scale_of, tensor, value_tolerance
@@ -39,9 +39,9 @@ def _hybrid(losses, divergence, parameter, **kwargs):
 
 
 SOLVERS = {"ball": (constrained_risk, 0.2), "penalty": (penalized_risk, 1.5), "hybrid": (_hybrid, 0.2)}
-every_kind = pytest.mark.parametrize("name", KINDS)
+every_kind = pytest.mark.parametrize("name", thorough(KINDS))
 every_solver = pytest.mark.parametrize("solve, parameter", SOLVERS.values(), ids=SOLVERS)
-every_smooth = pytest.mark.parametrize("name", SMOOTH_KINDS)
+every_smooth = pytest.mark.parametrize("name", thorough(SMOOTH_KINDS))
 
 
 def law(examples=20):
@@ -159,7 +159,9 @@ def test_zero_radius_is_the_weighted_mean(row, name):
     assert risk.premium == 0.0
 
 
-@pytest.mark.parametrize("name", [k for k in SMOOTH if k not in ("order 0", "order -1") and "capped" not in k])
+@pytest.mark.parametrize(
+    "name", thorough([k for k in SMOOTH if k not in ("order 0", "order -1") and "capped" not in k])
+)
 @law(15)
 @given(row=weighted_rows(varied=True))
 def test_radius_past_the_maximal_one_gives_the_maximum_of_the_support(row, name):

@@ -54,6 +54,7 @@ def test_scikit_learn_contract(model):
     assert check_estimator(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [DRRhoClassifier(CVaR(0.5)), DRRhoClassifier(loss="hinge"), DRRhoRegressor(CVaR(0.5))]
 )

@@ -13,6 +13,7 @@ import oracles
 import problems
 import pytest
 import torch
+from families import thorough_items
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import hard_cases, ratio_tolerance, rows, tensor, value_tolerance
@@ -31,10 +32,12 @@ RISKS = {
     "chi2 penalty": partial(penalized_risk, divergence=ChiSquare(), strength=0.8),
 }
 
-every_risk = pytest.mark.parametrize("solve", RISKS.values(), ids=RISKS.keys())
+every_risk = pytest.mark.parametrize("solve", thorough_items(RISKS, "kl ball", "chi2 ball small", "cvar", "kl penalty"))
 every_ball = pytest.mark.parametrize("name", BALLS.keys())
 HARD = hard_cases()
-every_hard_row = pytest.mark.parametrize("losses", [z for _, z in HARD], ids=[name for name, _ in HARD])
+every_hard_row = pytest.mark.parametrize(
+    "losses", thorough_items(dict(HARD), "normal", "tied maxima", "offset 1e8", "scale 1e-150")
+)
 
 
 def law(examples=25):

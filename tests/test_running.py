@@ -290,6 +290,7 @@ def test_repeats_far_apart_neither_overflow_nor_vanish():
     assert text.item() == pytest.approx(-3e38, rel=ULP)
 
 
+@pytest.mark.slow
 @every_world
 @every_size
 def test_ranks_answer_as_one_process(samples, world, saved):
@@ -303,6 +304,7 @@ def test_ranks_answer_as_one_process(samples, world, saved):
     assert visited == estimates.visited < samples
 
 
+@pytest.mark.slow
 @every_world
 @every_size
 def test_a_rank_keeps_its_share(samples, world, saved):
@@ -312,6 +314,7 @@ def test_a_rank_keeps_its_share(samples, world, saved):
     assert sum(state["log_u"].shape[1] for state in states) == samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin, world", [(1, 2), (2, 4), (4, 2)])
 @every_size
 def test_any_number_of_ranks_loads_any_other_bit_for_bit(samples, origin, world, saved):
@@ -322,6 +325,7 @@ def test_any_number_of_ranks_loads_any_other_bit_for_bit(samples, origin, world,
     assert after.lookup(torch.tensor([samples - 1]))[0].item() == -math.inf
 
 
+@pytest.mark.slow
 def test_what_one_rank_refuses_all_refuse_and_nothing_changes(saved):
     culprits = {1: "got 5", 2: "finite", 0: "missing"}
     for rank in range(4):

@@ -101,6 +101,7 @@ def test_samples_have_the_law_of_sequential_draws(k, temperature):
     assert_law(draws.tolist(), sequence_law(4, k, lambda _: [score / temperature for score in SCORES]))
 
 
+@pytest.mark.slow
 def test_seeds_are_as_independent_as_rows():
     draws = [tuple(sample(SCORES, 2, seed=seed).tolist()) for seed in range(4000)]
     assert_law(draws, sequence_law(4, 2, lambda _: SCORES))
@@ -175,6 +176,7 @@ def test_joint_selection_at_temperature_zero_is_greedy_by_chunks(chunks):
         assert joint_selection(given, 6, chunks=chunks, seed=0, temperature=0.0).tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_joint_selection_has_the_law_of_conditional_draws(temperature):
     matrix = normal(3, 3, seed=4)  # far from symmetric
@@ -434,6 +436,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"answers{rank}.pt") for rank in range(len(SHARDS))]
 
 
+@pytest.mark.slow
 def test_ranks_choose_what_one_process_chooses(ranks):
     for name, expected in choices().items():
         for rank, answers in enumerate(ranks):
@@ -442,6 +445,7 @@ def test_ranks_choose_what_one_process_chooses(ranks):
             assert torch.equal(answers["choices"][name], mine), name  # also in the same order
 
 
+@pytest.mark.slow
 def test_refusals_meet_on_all_ranks(ranks):
     for rank, answers in enumerate(ranks):
         nan, large, different, rows, features_ = answers["refusals"]

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from families import EVERY, KINDS, SMOOTH_KINDS
+from families import EVERY, KINDS, SMOOTH_KINDS, thorough
 from torch.autograd import grad
 from torch.testing import assert_close
 
@@ -92,7 +92,7 @@ def ball(divergence):
     return 0.05 if divergence.has_radius else 0.0
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", thorough(EVERY))
 def test_at_the_optimal_dual_variables_the_mean_is_the_exact_risk(name):
     losses, divergence = normal(50).requires_grad_(), EVERY[name]
     for radius, risk in (
@@ -114,7 +114,7 @@ def test_the_derivative_for_cvar_is_the_weight_off_the_boundary():
     assert off.sum() == 49
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", thorough(KINDS))
 def test_elsewhere_the_mean_is_higher(name):
     losses, divergence, radius = normal(50), EVERY[name], ball(EVERY[name])
     risk = constrained_risk(losses, divergence, radius)
@@ -225,6 +225,7 @@ def assert_minimizes(risk, model, x, y, best):
     assert (1 - 1e-6) * best < risk((y - x @ model).square()) < 1.01 * best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CVaR(0.2)])
 def test_descent_on_model_and_dual_variables_finds_the_minimizer(divergence):
     x, y = regression()
@@ -242,6 +243,7 @@ def test_descent_on_model_and_dual_variables_finds_the_minimizer(divergence):
     assert_minimizes(lambda z: constrained_risk(z, divergence, radius).value, model, x, y, best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [{"gamma": 0.1}, {"log_step": -2.5}])
 def test_descent_on_compositional_estimates_finds_the_minimizer(rate):
     (x, y), log_u = regression(), torch.tensor(-torch.inf)

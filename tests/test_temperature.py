@@ -456,6 +456,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", GROUPS)
 def test_ranks_step_as_one_process(world, saved):
     temperatures = narrow()
@@ -473,6 +474,7 @@ def test_ranks_step_as_one_process(world, saved):
     assert whole[:, -1].tolist() == [*all_taus(made(1), 1)[:, 0].tolist(), 0, 0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_from_the_contrastive_risk_what_one_process_learns(saved):
     expected = trained()
     assert (expected - INITIAL).abs().max() > 3 * RATE
@@ -484,6 +486,7 @@ def test_two_ranks_learn_from_the_contrastive_risk_what_one_process_learns(saved
         assert abs(float(tau) - 0.3) > RATE
 
 
+@pytest.mark.slow
 def test_states_go_from_one_rank_to_two_to_four_and_back_bit_for_bit(saved):
     before = loaded(saved / "state-1-0.pt")["temperatures"]
     assert torch.equal(loaded(saved / "returned-1-0.pt")["temperatures"], before)
@@ -492,6 +495,7 @@ def test_states_go_from_one_rank_to_two_to_four_and_back_bit_for_bit(saved):
         assert torch.equal(torch.cat(states, 1), before)
 
 
+@pytest.mark.slow
 def test_what_one_rank_refuses_all_refuse_and_nothing_changes(saved):
     culprits = [(1, "got 11"), (1, "got 11"), (2, "got nan for sample 1"), (3, "got None"), (0, "missing")]
     for rank in range(4):

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from families import EVERY, KINDS, SMOOTH_KINDS
+from families import EVERY, KINDS, SMOOTH_KINDS, thorough
 from problems import tensor, value_tolerance
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
@@ -37,9 +37,9 @@ def _hybrid(losses, divergence, parameter, **kwargs):
 
 
 SOLVERS = {"ball": (constrained_risk, 0.2), "penalty": (penalized_risk, 1.5), "hybrid": (_hybrid, 0.2)}
-every_kind = pytest.mark.parametrize("name", KINDS)
-every_smooth = pytest.mark.parametrize("name", SMOOTH_KINDS)
-some_kinds = pytest.mark.parametrize("name", ["kl", "chi2", "cvar", "tv", "order 0.5", "jensen-shannon"])
+every_kind = pytest.mark.parametrize("name", thorough(KINDS))
+every_smooth = pytest.mark.parametrize("name", thorough(SMOOTH_KINDS))
+some_kinds = pytest.mark.parametrize("name", thorough(["kl", "chi2", "cvar", "tv", "order 0.5", "jensen-shannon"]))
 every_solver = pytest.mark.parametrize("solve, parameter", SOLVERS.values(), ids=SOLVERS)
 
 
@@ -228,6 +228,7 @@ def test_total_variation_in_radius_and_strength_by_differences():
 # --- the tail fraction as a tensor --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CVaR, CappedKL])
 @every_solver
 def test_value_in_alpha_by_differences(solve, parameter, kind):
@@ -273,7 +274,9 @@ def test_second_derivative_in_alpha_is_refused(kind):
 # --- third derivatives: right, or refused, never wrong ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["kl", "chi2", "order 0.5", "order 3", "capped kl 0.3", "jensen-shannon", "le cam"])
+@pytest.mark.parametrize(
+    "name", thorough(["kl", "chi2", "order 0.5", "order 3", "capped kl 0.3", "jensen-shannon", "le cam"])
+)
 @every_solver
 def test_third_derivative_by_differences(solve, parameter, name):
     losses, direction = generic(5), generic(5, seed=1)
@@ -298,6 +301,7 @@ def test_third_derivative_by_differences(solve, parameter, name):
 # --- compile ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own making
 @pytest.mark.parametrize("divergence", [KL(), CVaR(0.1)], ids=["kl", "cvar"])
 def test_penalized_risk_compiles_into_one_graph(divergence):
@@ -316,6 +320,7 @@ def test_penalized_risk_compiles_into_one_graph(divergence):
         assert_close(gradient, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["kl", "cvar"])
 def test_compiled_with_a_tensor_strength_and_weights_out(name):
