@@ -1,11 +1,14 @@
-"""Damaged shards, made from whole ones by what befalls files: cuts, flipped bytes, false headers, hostile contents."""
+"""Damaged shards, made from intact ones: cuts, flipped bytes, false headers, hostile contents."""
 
 import io
 import itertools
 import json
+import signal
 import struct
 import tarfile
+import time
 import zlib
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +19,26 @@ BLOCK = 512
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CAPTION_TYPES = ("txt", "json")
+# CPU time of this process for one input, and by the clock, after which an input is taken to wait for ever.
+SECONDS, HANG = 5, 60
+
+
+@contextmanager
+def no_hang():
+    """Fail if the block takes too long."""
+
+    def raise_hang(number, frame):
+        raise AssertionError(f"not done after {HANG} s")
+
+    before = signal.signal(signal.SIGALRM, raise_hang)
+    signal.setitimer(signal.ITIMER_REAL, HANG)
+    started = time.process_time()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.process_time() - started < SECONDS
 
 
 def image(number=0, kind="PNG", mode="RGB", size=None, **options):

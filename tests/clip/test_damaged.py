@@ -7,22 +7,16 @@ import json
 import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections import Counter
-from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 import corpus
 import numpy as np
 import pytest
 import torch
-from corpus import BLOCK, FORMATS, HEADERS, VICTIMS, archive, expected, image, pax, sample, sealed
+from corpus import BLOCK, FORMATS, HEADERS, VICTIMS, archive, expected, image, no_hang, pax, sample, sealed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,11 +28,8 @@ from experiments.clip.data.sources import Table
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import new_model
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = 250
 AT_LEAST = 2000
-# Of this process for one input; by the clock, an input that waits for ever.
-SECONDS, HANG = 5, 60
 CAPTIONS = ("txt", "json:caption")
 FUZZ = settings(
     max_examples=EXAMPLES,
@@ -66,22 +57,6 @@ class Outcome(NamedTuple):
     def counted(self):
         """Samples in the catalog, and what it left out."""
         return len(self.keys) + sum(count for reason, count in self.left_out.items() if reason != "damaged shard")
-
-
-@contextmanager
-def no_hang():
-    def told(number, frame):
-        raise AssertionError(f"not done after {HANG} s")
-
-    before = signal.signal(signal.SIGALRM, told)
-    signal.setitimer(signal.ITIMER_REAL, HANG)
-    started = time.process_time()
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - started < SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -652,22 +627,6 @@ def test_parquet_damaged_at_random(feed_table, parquet, edits):
     feed_table(edited(parquet, edits), "parquet")
 
 
-def test_a_file_that_fails_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.clip.io.files.WAITS", (0.0,))
-    with pytest.raises(UserError, match=r"cannot read /proc/self/mem after 2 attempts \(Input/output error\): check"):
-        make_catalog("/proc/self/mem", tmp_path / "catalog")
-
-
-@pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.parquet"])
-def test_pipes_and_folders_in_the_place_of_files(tmp_path, name):
-    for make in (os.mkfifo, os.mkdir):
-        path = tmp_path / make.__name__ / name
-        path.parent.mkdir()
-        make(path)
-        with no_hang(), pytest.raises(UserError, match=r"is no regular file: name one|is a folder: name its tar files"):
-            make_catalog(path, tmp_path / "catalog")
-
-
 def test_nothing_is_executed(feed, tmp_path):
     """Pickles under the names of every kind of member, and commands in the place of data."""
     mark = tmp_path / "executed"
@@ -695,75 +654,6 @@ def test_nothing_is_executed(feed, tmp_path):
     with pytest.raises(FileExistsError):  # the payload is no dud
         pickle.loads(evil)
         pickle.loads(evil)
-
-
-BOMBS = """
-import sys
-from pathlib import Path
-from experiments.clip.data.catalog import make_catalog
-from experiments.clip.data.reader import Reader, Skip, decode
-def peak():
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
-catalog = make_catalog(sys.argv[1], sys.argv[2])
-reader = Reader(catalog)
-decode(reader.read(0))
-before = peak()
-reasons = [decode(reader.read(index)).reason for index in range(1, len(catalog))]
-print(set(reasons), peak() - before)
-"""
-
-
-def test_bombs_are_refused_before_they_are_decoded(tmp_path):
-    """An image of 30,000 x 30,000 has 2,575 MiB."""
-    names = ["30000x30000 header", "30000x30000", "30000x30000 jpeg", "16383x16383 webp", "8192x8193", "many scans"]
-    bombs = [(f"{n}.png", corpus.IMAGES[name][0]) for n, name in enumerate(names)]
-    members = [member for n, bomb in enumerate(bombs) for member in (bomb, (f"{n}.txt", b"x"))]
-    (tmp_path / "x.tar").write_bytes(archive([*sample(9), *members]))
-    arguments = [sys.executable, "-c", BOMBS, str(tmp_path / "x.tar"), str(tmp_path / "catalog")]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    reasons, _, growth = done.stdout.rpartition(" ")
-    assert reasons == "{'too many pixels'}" and int(growth) < 64
-
-
-def test_workers_make_no_difference(tmp_path, clip):
-    """The same batches and skips, from fewer shards than workers."""
-    contents = [*corpus.IMAGES.values(), *((image(), wanted) for _, wanted in corpus.IMAGES.values())]
-    members = [m for n, (data, _) in enumerate(contents) for m in ((f"{n}.jpg", data), (f"{n}.txt", b"x"))]
-    data = archive(members)
-    (tmp_path / "0.tar").write_bytes(data)
-    (tmp_path / "1.tar").write_bytes(data[: len(data) // 3])
-    (tmp_path / "2.tar").write_bytes(b"no tar")
-    catalog = make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog")
-    assert catalog.left_out["damaged shard"] == 2
-    batches, skipped = {}, {}
-    for workers in (0, 2, 4):
-        loader = Loader(catalog, clip.preprocess, clip.tokenize, batch_size=20, seed=0, workers=workers, skip_limit=1.0)
-        try:
-            batches[workers] = list(loader.batches(0))
-        finally:
-            loader.close()
-        skipped[workers] = loader.skipped
-    delivered = sum(len(batch.index) for batch in batches[0])
-    assert delivered + skipped[0].total() == len(catalog) and skipped[0].total() > 40
-    assert skipped[0] == skipped[2] == skipped[4]
-    for workers in (2, 4):
-        for one, other in zip(batches[0], batches[workers], strict=True):
-            assert all(torch.equal(one[i], other[i]) for i in range(3)) and one.skipped == other.skipped
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_no_valid_sample_fails_at_once(tmp_path, clip, workers):
-    members = [member for n in range(3000) for member in ((f"{n}.png", b"no image"), (f"{n}.txt", b"x"))]
-    (tmp_path / "x.tar").write_bytes(archive(members))
-    started = time.monotonic()
-    catalog = make_catalog(tmp_path / "x.tar", tmp_path / "catalog")
-    loader = Loader(catalog, clip.preprocess, clip.tokenize, batch_size=64, seed=0, workers=workers, skip_limit=1.0)
-    try:
-        with pytest.raises(UserError, match=r"no sample of the batch at step 0 can be used \(unreadable image: 64\)"):
-            next(iter(loader.batches(0)))
-    finally:
-        loader.close()
-    assert time.monotonic() - started < 10
 
 
 def test_so_many_inputs_were_tried(request, tried):

@@ -164,3 +164,14 @@ def test_unknown_model_is_refused(clip, tmp_path):
     with pytest.raises(UserError, match="glyph-huge"):
         export_bundle("glyph-huge", clip.model.state_dict(), {}, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
+
+
+def test_export_loads_in_open_clip_and_gives_the_same_features(tmp_path):
+    clip = new_model("glyph-small", 3)
+    export_model(clip, tmp_path)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    again, _, _ = open_clip.create_model_and_transforms("glyph-small", pretrained=str(tmp_path / WEIGHTS_FILE))
+    image = torch.randn(2, 3, 32, 32)
+    expected = clip.model.encode_image(image)
+    assert torch.equal(model.encode_image(image), expected)
+    assert torch.equal(again.encode_image(image), expected)
