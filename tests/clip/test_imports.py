@@ -18,7 +18,8 @@ names = [".".join(path.relative_to(root).with_suffix("").parts).removesuffix("._
 for path in files:
     for node in ast.walk(ast.parse(path.read_text())):
         modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-        modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
         for module in modules:
             if module.split(".")[0] != "experiments":
                 with contextlib.suppress(ImportError):
@@ -32,12 +33,13 @@ def shared():
     models = tuple(open_clip.list_models())
     return umask, logging.root.manager.disable, models, list(warnings.filters), dict(os.environ), os.getcwd(), state
 
-changed = os.umask
+# It cannot be read by Python without being changed, which other threads would notice.
 os.umask = lambda mask: sys.exit("the umask is changed on import")
 before = shared()
 for name in names:
     importlib.import_module(name)
-    assert shared() == before, name
+    changed = [(old, new) for old, new in zip(before, shared(), strict=True) if old != new]
+    assert not changed, (name, changed)
 print(len(names))
 """
 

@@ -176,7 +176,7 @@ def read_captions(reader, indices):
     return [decode(reader.read(index)).caption for index in indices]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_other_processes_may_read_too(tmp_path, method):
     write_shards(tmp_path, [50, 50])
     reader = Reader(make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog"))
