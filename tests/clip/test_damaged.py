@@ -1,4 +1,4 @@
-"""Every damaged input ends in a message of one line, or in samples that are delivered or counted, without exception."""
+"""Damaged inputs through catalog, reader and loader: a message of one line, or samples delivered or counted."""
 
 import csv
 import gzip
@@ -40,7 +40,7 @@ FUZZ = settings(
 
 
 class Outcome(NamedTuple):
-    """What became of an input.
+    """The outcome of an input.
 
     ``refused`` is the message, if it was refused; ``left_out`` and ``damage`` are the catalog's; ``keys`` its samples';
     ``delivered`` holds width and caption by index; ``skipped`` the reasons by index.
@@ -72,7 +72,7 @@ def clip():
 
 @pytest.fixture
 def feed(tmp_path, monkeypatch, clip, tried):
-    """Gives bytes, or a source whose bytes were written, to the program, and checks what holds for any."""
+    """Gives bytes, or a source whose bytes were written, to the program, and checks what holds for every input."""
     monkeypatch.setattr("experiments.clip.io.files.os.fsync", lambda descriptor: None)
     number = 0
 
@@ -122,12 +122,12 @@ def consumed(source, folder, captions, clip):
 
 
 def counts(message):
-    """The numbers by reason that a message gives."""
+    """The counts by reason in a message."""
     return Counter({reason: int(count) for reason, count in re.findall(r"([a-z][a-z ]*): (\d+)", message)})
 
 
 def check_nothing_is_lost(outcome, data):
-    """All that another reader finds before the place of the damage is in the catalog or counted."""
+    """Everything that another reader finds before the damage is in the catalog or counted."""
     if "compressed" in outcome.refused:
         return
     is_damaged = "damaged shard" in outcome.left_out
@@ -151,8 +151,8 @@ def test_cuts_everywhere(feed, format):
     members, end = corpus.listed(data)
     for length in lengths:
         outcome = feed(data[:length])
-        whole = [member for member in members if corpus.stop_of(member) <= length and not member.isdir()]
-        assert outcome.counted == len({member.name.split(".")[0] for member in whole})
+        complete = [member for member in members if corpus.stop_of(member) <= length and not member.isdir()]
+        assert outcome.counted == len({member.name.split(".")[0] for member in complete})
         assert ("damaged shard" in outcome.left_out) == (length < end + BLOCK)
         check_pairs_are_true(outcome)
     assert len(lengths) > 200
@@ -270,7 +270,7 @@ def test_other_members(feed):
 
 
 def judged(outcome, wanted):
-    """Three samples, of which the middle one is to end as wanted."""
+    """Check three samples, the middle one of which must have the outcome ``wanted``."""
     assert not outcome.left_out and {0, 2} <= set(outcome.delivered) and outcome.counted == 3
     if wanted is not None:
         assert outcome.skipped.get(1, "") == wanted
@@ -390,7 +390,7 @@ def test_false_headers_that_are_sealed(feed, format, headers, edits):
 
 
 def test_no_tar_files(feed):
-    """Files that are something else, or nothing."""
+    """Files of other kinds, and empty ones."""
     for data in [
         b"",
         b"\0",
@@ -425,8 +425,8 @@ def test_compressed_files_are_named(feed, magic):
         assert "is compressed (" in feed(magic + rest).refused
 
 
-def test_a_hole_that_looks_like_an_end_is_told(feed):
-    """Zeros over whole members, as after a crash, in the place of an end mark."""
+def test_a_hole_that_looks_like_an_end_is_reported(feed):
+    """Zeros over several members, as after a crash, in the place of an end mark."""
     members, _ = corpus.listed(VICTIMS["gnu"])
     start = members[7].offset
     for length, rest in [(BLOCK, VICTIMS["gnu"][start:]), (2**21, b""), (2**21, VICTIMS["gnu"][start:])]:
@@ -437,7 +437,7 @@ def test_a_hole_that_looks_like_an_end_is_told(feed):
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_an_end_after_half_a_member_is_told(feed, kind):
+def test_an_end_after_half_a_member_is_reported(feed, kind):
     data = archive(sample(0))[: 6 * BLOCK] + corpus.extended(pax(b"path", b"1.png"), kind) + bytes(2 * BLOCK)
     outcome = feed(data)
     assert outcome.delivered == {0: (8, "caption 0")}
@@ -604,8 +604,8 @@ def test_tables_that_are_none(feed_table):
 )
 def test_tables_damaged_at_random(feed_table, rows, separator, edits):
     rows = [["0.png", "first"], *rows]
-    whole = text_table(rows, separator)
-    outcome = feed_table(edited(whole, edits))
+    table = text_table(rows, separator)
+    outcome = feed_table(edited(table, edits))
     if not edits and not outcome.refused:
         assert outcome.counted == len(rows)
     assert not outcome.refused or edits or re.search(r"breaks off at line \d+ \(line contains NUL\)", outcome.refused)

@@ -173,12 +173,12 @@ def test_the_fingerprint_is_that_of_the_data_not_of_its_place(shards, tmp_path):
 
 def test_a_catalog_that_no_longer_fits_is_refused(shards, tmp_path):
     make_catalog(str(tmp_path / "data/*.tar"), tmp_path / "catalog")
-    whole = shards[2].read_bytes()
-    shards[2].write_bytes(whole[:-512])
+    intact = shards[2].read_bytes()
+    shards[2].write_bytes(intact[:-512])
     with pytest.raises(UserError, match=r"no longer fits: .*00002.tar has \d+ bytes, not \d+: make it again"):
         open_catalog(tmp_path / "catalog")
     write_pairs(shards[2], range(100, 108))
-    assert shards[2].stat().st_size == len(whole)
+    assert shards[2].stat().st_size == len(intact)
     with pytest.raises(UserError, match=r"00002.tar holds other samples: make it again"):
         open_catalog(tmp_path / "catalog")
     assert open_catalog(tmp_path / "catalog", verify=False)
@@ -190,8 +190,8 @@ def test_a_catalog_that_no_longer_fits_is_refused(shards, tmp_path):
 def test_lost_or_foreign_index_files(shards, tmp_path):
     catalog = make_catalog(str(tmp_path / "data/*.tar"), tmp_path / "catalog")
     index = catalog.folder / catalog.shards[1].index
-    whole = index.read_bytes()
-    index.write_bytes(whole[:50])
+    intact = index.read_bytes()
+    index.write_bytes(intact[:50])
     with pytest.raises(UserError, match=r"npy has 50 bytes, not"):
         open_catalog(tmp_path / "catalog")
     with pytest.raises(UserError, match=r"cannot read .*npy"):

@@ -42,7 +42,7 @@ def catalog(tmp_path_factory):
 
 @pytest.fixture
 def make(catalog, clip):
-    """Loaders of the uneven shards, ended after the test."""
+    """Makes loaders, of the uneven shards by default, whose workers end after the test."""
     made = []
 
     def make(source=catalog, transform=clip.preprocess, **options):
@@ -74,11 +74,11 @@ def test_batches_are_open_clips_own_preprocessing(make, catalog, clip):
     + [pytest.param(*both, marks=pytest.mark.slow) for both in ((2, 3), (4, 1), (4, 3))],
 )
 def test_the_stream_does_not_depend_on_workers_and_ranks(make, augment, workers, ranks):
-    whole = list(make(transform=augment).batches(0))
-    assert [len(batch.index) for batch in whole] == [8] * 7 + [7]
-    assert sorted(torch.cat([batch.index for batch in whole]).tolist()) == list(range(TOTAL))
+    full = list(make(transform=augment).batches(0))
+    assert [len(batch.index) for batch in full] == [8] * 7 + [7]
+    assert sorted(torch.cat([batch.index for batch in full]).tolist()) == list(range(TOTAL))
     loaders = [make(transform=augment, workers=workers, rank=rank, ranks=ranks) for rank in range(ranks)]
-    for expected, *parts in zip(whole, *(loader.batches(0) for loader in loaders), strict=True):
+    for expected, *parts in zip(full, *(loader.batches(0) for loader in loaders), strict=True):
         assert {len(part.index) for part in parts} <= {8 // ranks, 8 // ranks - 1}
         joined = [torch.cat([part[i] for part in parts]) for i in range(3)]
         assert all(torch.equal(joined[i], expected[i]) for i in range(3))
@@ -87,12 +87,12 @@ def test_the_stream_does_not_depend_on_workers_and_ranks(make, augment, workers,
 @pytest.mark.parametrize("workers", [0, 2])
 def test_starting_anywhere_gives_the_tail(make, augment, workers):
     loader = make(transform=augment, workers=workers)
-    whole = {epoch: list(loader.batches(epoch)) for epoch in (0, 1)}
-    assert not torch.equal(whole[0][0].index, whole[1][0].index)
+    full = {epoch: list(loader.batches(epoch)) for epoch in (0, 1)}
+    assert not torch.equal(full[0][0].index, full[1][0].index)
     for epoch, first in [(1, 5), (0, 0), (0, 7), (0, 8), (1, 3)]:
         tail = list(loader.batches(epoch, first))
         assert len(tail) == 8 - first
-        assert all(equal(*both) for both in zip(tail, whole[epoch][first:], strict=True))
+        assert all(equal(*both) for both in zip(tail, full[epoch][first:], strict=True))
 
 
 @pytest.mark.slow
@@ -117,10 +117,10 @@ def test_a_run_moved_between_numbers_of_ranks_and_workers_sees_every_sample_once
 
 def test_an_abandoned_iteration_leaves_nothing_behind(make):
     loader = make(workers=2)
-    whole = list(make().batches(0))
+    full = list(make().batches(0))
     for _ in range(3):
-        assert equal(next(iter(loader.batches(0, 2))), whole[2])
-    assert equal(next(iter(loader.batches(0, 6))), whole[6])
+        assert equal(next(iter(loader.batches(0, 2))), full[2])
+    assert equal(next(iter(loader.batches(0, 6))), full[6])
 
 
 def test_starting_late_reads_nothing_before(make, monkeypatch):
@@ -147,10 +147,10 @@ def test_weights_repeat_samples_with_other_augmentations(clip, augment, tmp_path
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resampling_is_exact_too(make, augment, workers):
     options = {"resampled": True, "epoch_samples": 41, "transform": augment}
-    whole = list(make(**options).batches(2))
-    assert sum(len(batch.index) for batch in whole) == 41
+    full = list(make(**options).batches(2))
+    assert sum(len(batch.index) for batch in full) == 41
     tail = list(make(**options, workers=workers).batches(2, 4))
-    assert all(equal(*both) for both in zip(tail, whole[4:], strict=True))
+    assert all(equal(*both) for both in zip(tail, full[4:], strict=True))
 
 
 def draw_from_everywhere(image):
@@ -194,7 +194,7 @@ def test_captions_are_chosen_for_each_epoch(clip, tmp_path):
 
 
 def mixed(folder, good, bad):
-    """Shards with so many pairs that can be used, and that cannot, the latter in the last shard."""
+    """A catalog with ``good`` usable pairs and ``bad`` unusable ones, the latter in the last shard."""
     folder.mkdir(exist_ok=True)
     write_shards(folder, [good])
     kinds = [
@@ -233,9 +233,9 @@ def test_too_many_skips_stop_the_run(make, tmp_path, monkeypatch):
 def test_skips_before_an_interruption_count(make, tmp_path, monkeypatch):
     catalog = mixed(tmp_path, 200, 16)
     monkeypatch.setattr(loader_module, "SKIPS_ALLOWED", 10)
-    whole = make(catalog, batch_size=18, skip_limit=0.05)
+    full = make(catalog, batch_size=18, skip_limit=0.05)
     with pytest.raises(UserError, match="samples so far") as refusal:
-        list(whole.batches(0))
+        list(full.batches(0))
     counts: dict[str, int] = {}
     with pytest.raises(UserError) as again:
         for step in range(12):
@@ -275,7 +275,7 @@ def test_an_empty_part_has_the_shapes_of_the_others(make, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lost_shards_are_told_in_one_line(make, tmp_path, workers):
+def test_lost_shards_are_reported_in_one_line(make, tmp_path, workers):
     paths = write_shards(tmp_path, [5, 5])
     catalog = make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog")
     paths[1].unlink()

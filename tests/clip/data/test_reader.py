@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def png_header(width, height):
-    """A whole PNG file but for its pixels."""
+    """A PNG file that is complete except for its pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -231,7 +231,7 @@ def damaged(data, damage):
     data = bytearray(data)
     for kind, place, value in damage:
         if kind == "header":
-            # With a right checksum, so that the header is believed.
+            # With a valid checksum, so that the header is accepted.
             start = place * 512 % len(data)
             block = data[start : start + 512].ljust(512, b"\0")
             block[value[0]] = value[1]
@@ -274,7 +274,7 @@ def test_damage_ends_in_user_errors_and_counted_skips(victims, tmp_path, monkeyp
     for raw in reader.read_many(range(len(catalog))):
         outcomes.append(raw if isinstance(raw, Skip) else decode(raw, draw))
     assert [outcome.index for outcome in outcomes] == list(range(len(catalog)))
-    # Nothing is lost in silence: what is not among the outcomes is among what was left out.
+    # Nothing is lost silently: samples that are not among the outcomes were left out and counted.
     if len(catalog) < 6:
         assert catalog.left_out.keys() - {"link or device"}
     for outcome in outcomes:
