@@ -1,11 +1,14 @@
-"""Damaged shards, made from whole ones by what befalls files: cuts, flipped bytes, false headers, hostile contents."""
+"""Damaged shards, made from intact ones: cuts, flipped bytes, false headers, hostile contents."""
 
 import io
 import itertools
 import json
+import signal
 import struct
 import tarfile
+import time
 import zlib
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +19,26 @@ BLOCK = 512
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CAPTION_TYPES = ("txt", "json")
+# CPU time of this process for one input, and by the clock, after which an input is taken to wait for ever.
+SECONDS, HANG = 5, 60
+
+
+@contextmanager
+def no_hang():
+    """Fail if the block takes too long."""
+
+    def raise_hang(number, frame):
+        raise AssertionError(f"not done after {HANG} s")
+
+    before = signal.signal(signal.SIGALRM, raise_hang)
+    signal.setitimer(signal.ITIMER_REAL, HANG)
+    started = time.process_time()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.process_time() - started < SECONDS
 
 
 def image(number=0, kind="PNG", mode="RGB", size=None, **options):
@@ -77,7 +100,7 @@ VICTIMS = {name: victim(format) for name, format in FORMATS.items()}
 
 
 def sealed(data, header, field, value):
-    """Put bytes into a header, from ``field`` on, with a right checksum, so that it is believed."""
+    """Put bytes into a header, from ``field`` on, with a valid checksum, so that it is accepted."""
     data = bytearray(data)
     block = bytearray(data[header : header + BLOCK].ljust(BLOCK, b"\0"))
     block[field : field + len(value)] = value
@@ -95,7 +118,7 @@ def extended(record, kind=tarfile.XHDTYPE):
 
 
 def pax(key, value):
-    """A whole record of an extended header."""
+    """A complete record of an extended header."""
     length = len(key) + len(value) + 3
     while len(str(length)) + len(key) + len(value) + 3 != length:
         length = len(str(length)) + len(key) + len(value) + 3
@@ -111,7 +134,7 @@ class Expected(NamedTuple):
 
 def expected(data, end=None):
     """Count samples and members without a type, by Python's tarfile and webdataset's keys, among the members that are
-    whole and begin before byte ``end``.
+    complete and begin before byte ``end``.
     """
     members = []
     try:
@@ -122,8 +145,8 @@ def expected(data, end=None):
     names = []
     for member in members:
         has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
-        is_whole = not has_content or member.offset_data + member.size <= len(data)
-        if is_whole and not member.isdir() and (end is None or member.offset_data - BLOCK < end):
+        is_complete = not has_content or member.offset_data + member.size <= len(data)
+        if is_complete and not member.isdir() and (end is None or member.offset_data - BLOCK < end):
             names.append(member.name)
     return Expected(*_grouped(names))
 
@@ -146,7 +169,7 @@ def _grouped(names):
 
 
 def listed(data):
-    """The members of a whole archive, and where its end mark is."""
+    """The members of an intact archive, and where its end mark is."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = list(tar)
     return members, -(-stop_of(members[-1]) // BLOCK) * BLOCK
@@ -345,7 +368,7 @@ RECORDS = [
 
 
 def png(width, height, mode=(8, 2), pixels=b"", chunks=()):
-    """A PNG file of one's own: ``mode`` is depth and color type, ``pixels`` are compressed."""
+    """A PNG file of these parts: ``mode`` is depth and color type, ``pixels`` are compressed."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -356,7 +379,7 @@ def png(width, height, mode=(8, 2), pixels=b"", chunks=()):
 
 
 def blank_png(width, height):
-    """A whole image of one bit per pixel."""
+    """A complete image of one bit per pixel."""
     return png(width, height, (1, 0), zlib.compress(bytes((-(-width // 8) + 1) * height), 9))
 
 
@@ -413,7 +436,7 @@ EXIF = b"Exif\0\0MM\0*" + b"\xff" * 40
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 BAD, BIG, LONG = "unreadable image", "too many pixels", "extreme aspect ratio"
 
-# Contents of a .png or .jpg, and what is to become of them: "" is delivered, None is either.
+# Contents of a .png or .jpg, and the expected outcome: "" for a delivered image, a reason, or None for either.
 IMAGES = {
     "1x1": (image(size=(1, 1)), ""),
     "1x1 jpeg": (image(kind="JPEG", size=(1, 1)), ""),

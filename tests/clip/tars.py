@@ -1,10 +1,12 @@
-"""Small tar files of pairs, made by tarfile and by webdataset's own writer, whole and damaged."""
+"""Small tar files of pairs, made by tarfile and by webdataset's own writer, and what a catalog of them holds."""
 
 import io
 import tarfile
 
 import webdataset
 from PIL import Image
+
+from experiments.clip.data.reader import Reader, decode
 
 
 def image_bytes(shade=0, size=(8, 8), kind="PNG"):
@@ -58,3 +60,21 @@ def write_shards(folder, sizes):
         paths.append(write_pairs(folder / f"{shard:05d}.tar", range(first, first + size)))
         first += size
     return paths
+
+
+def everything(catalog):
+    """The numbers and captions of all samples, decoded."""
+    reader = Reader(catalog)
+    pairs = [decode(reader.read(index)) for index in range(len(catalog))]
+    return [(numbered(sample.image), sample.caption) for sample in pairs]
+
+
+def keys(catalog):
+    """The keys of all samples."""
+    reader = Reader(catalog)
+    return [reader.read(index).key for index in range(len(catalog))]
+
+
+def expected(numbers):
+    """What `everything` returns for these pairs."""
+    return [(number, f"caption {number}") for number in numbers]

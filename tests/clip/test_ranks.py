@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.clip.data.order import Order
-from experiments.clip.distributed import launched
-from experiments.clip.errors import UserError
 from experiments.clip.run import main
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
 from tests.clip.tars import image_bytes, write_tar
@@ -257,17 +255,3 @@ def test_wrong_options_are_said_once_and_all_stop(cache, tmp_path):
     assert statuses == [2, 2]
     assert [bool(error) for error in errors] == [True, False]
     assert "--batch-size must be at least 2" in errors[0]
-
-
-def test_the_launcher_s_variables():
-    assert launched({}) == (0, 1, 0)
-    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert launched(torchrun) == (3, 8, 1)
-    srun = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert launched(srun) == (5, 8, 2)
-    with pytest.raises(UserError, match="8 ranks need MASTER_ADDR and MASTER_PORT"):
-        launched({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"})
-    with pytest.raises(UserError, match="torchrun must set RANK, WORLD_SIZE, LOCAL_RANK to numbers, got RANK=x"):
-        launched({"RANK": "x", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
-    with pytest.raises(UserError, match="LOCAL_RANK=None"):
-        launched({"RANK": "1", "WORLD_SIZE": "8"})

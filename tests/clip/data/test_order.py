@@ -1,3 +1,5 @@
+"""The order of an epoch: every sample once, or by weights, in blocks, as a pure function of seed and epoch."""
+
 import re
 
 import numpy as np
@@ -28,13 +30,13 @@ def test_weights_repeat_samples():
 
 
 @pytest.mark.parametrize("resampled", [False, True])
-def test_any_part_is_that_part_of_the_whole(resampled):
+def test_any_part_is_that_part_of_the_full_epoch(resampled):
     options = {"seed": 3, "weights": [2] * len(UNEVEN), "block_shards": 2, "resampled": resampled}
-    whole = Order(UNEVEN, **options).visits(1, 0, 237)
+    full = Order(UNEVEN, **options).visits(1, 0, 237)
     order = Order(UNEVEN, **options)
     for start, stop in [(0, 0), (0, 1), (5, 200), (100, 101), (236, 237), (237, 237), (13, 237)]:
         part = order.visits(1, start, stop)
-        assert (part.index == whole.index[start:stop]).all() and (part.occurrence == whole.occurrence[start:stop]).all()
+        assert (part.index == full.index[start:stop]).all() and (part.occurrence == full.occurrence[start:stop]).all()
 
 
 def test_seeds_epochs_and_blocks_differ():

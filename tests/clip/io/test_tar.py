@@ -1,3 +1,5 @@
+"""Members of tar files, against those that tarfile finds, and damage that is reported with its offset."""
+
 import io
 import tarfile
 
@@ -66,35 +68,35 @@ def test_kinds_of_members(format, tmp_path):
     assert not damage
 
 
-def test_every_truncation_is_told(tmp_path):
+def test_every_truncation_is_reported(tmp_path):
     data = write_tar(tmp_path / "x.tar", [*pair(0), *pair(1)]).read_bytes()
-    whole, _ = walked(data)
-    end = whole[-1].offset + 512
+    intact, _ = walked(data)
+    end = intact[-1].offset + 512
     for length in [*range(0, end, 37), *range(0, end + 1, 512), *range(511, end, 512), end - 1]:
         members, damage = walked(data[:length])
-        # A member counts if its content is all there, whatever became of the padding.
-        assert members == [member for member in whole if member.offset + member.size <= length]
+        # A member counts if its content is complete, whatever became of the padding.
+        assert members == [member for member in intact if member.offset + member.size <= length]
         assert damage
-    assert walked(data[: end + 512]) == (whole, "")
+    assert walked(data[: end + 512]) == (intact, "")
 
 
 def test_a_damaged_header_is_not_an_end(tmp_path):
     data = bytearray(write_tar(tmp_path / "x.tar", [*pair(0), *pair(1)]).read_bytes())
-    whole, _ = walked(data)
-    data[whole[1].offset - 512] ^= 1
+    intact, _ = walked(data)
+    data[intact[1].offset - 512] ^= 1
     members, damage = walked(data)
-    assert members == whole[:1]
-    assert damage == f"bad checksum at byte {whole[1].offset - 512}"
+    assert members == intact[:1]
+    assert damage == f"bad checksum at byte {intact[1].offset - 512}"
 
 
-def test_data_after_the_end_mark_is_told():
+def test_data_after_the_end_mark_is_reported():
     data = archive([("a.txt", b"1")])
     assert walked(data + data)[1] == "data after the end mark at byte 1024"
     assert walked(data + bytes(10_000))[1] == ""
 
 
 def with_size(field):
-    """A header whose size field is this, with a right checksum."""
+    """A header whose size field is this, with a valid checksum."""
     header = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
     header[124:136] = field
     header[148:156] = b" " * 8
@@ -105,7 +107,7 @@ def with_size(field):
 @pytest.mark.parametrize(
     ("field", "problem"),
     [
-        (b"\xff" * 11 + b"\x00", "a size of -256"),  # makes some versions of tarfile loop for ever
+        (b"\xff" * 11 + b"\x00", "a size of -256"),  # some versions of tarfile loop for ever
         (b"\x80" + b"\x7f" * 11, "that is cut off"),
         (b"77777777777\0", "a member of 8589934591 bytes that is cut off"),
         (b"notoctal\0\0\0\0", "invalid header"),

@@ -1,60 +1,28 @@
-"""Models through open_clip: preprocessing, export, refusal of damaged folders."""
+"""Models through open_clip: seeds, folders, files of weights, locked towers, and refusal of what is damaged."""
+
+import logging
 
 import open_clip
 import pytest
 import torch
 
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import read_samples
-from experiments.clip.glyphs.stream import PreparedPairs
-from experiments.clip.models.clip import WEIGHTS_FILE, load_model, new_model
+from experiments.clip.models.clip import (
+    WEIGHTS_FILE,
+    at_least_one,
+    load_model,
+    lock_towers,
+    new_model,
+    register_models,
+)
 from experiments.clip.models.export import export_model
 from experiments.clip.training.options import SHIPPED_REFERENCE
-
-
-def test_pairs_in_memory_are_open_clips_preprocessing_row_by_row(manifest):
-    clip = new_model("glyph-small", 0)
-    pairs = PreparedPairs(manifest, "train", clip)
-    samples = list(read_samples(manifest, "train"))
-    batch = pairs.batch(torch.tensor([149, 0, 63, 64]))
-    for row, index in enumerate(batch.index.tolist()):
-        assert torch.allclose(batch.image[row], clip.preprocess(samples[index].image), rtol=0, atol=1e-6)
-        assert torch.equal(batch.text[row], clip.tokenize([samples[index].caption])[0])
-
-
-def test_prepared_pairs_are_kept_and_made_again_where_they_are_damaged(manifest):
-    clip = new_model("glyph-small", 0)
-    PreparedPairs(manifest, "test", clip)
-    first = PreparedPairs(manifest, "test", clip)  # from the kept file, whoever made it
-    [kept] = manifest.folder.glob("prepared-test-*")
-    whole = kept.read_bytes()
-    calls: list[int] = []
-    again = PreparedPairs(manifest, "test", clip, calls.append)
-    assert not calls  # nothing was decoded
-    assert torch.equal(first.pixels, again.pixels)
-    assert (first.captions, first.names) == (again.captions, again.names)
-    for damaged in (b"", whole[:-1], whole[:-100] + bytes(100), whole.replace(b"letter", b"Letter", 1)):
-        kept.write_bytes(damaged)
-        again = PreparedPairs(manifest, "test", clip, calls.append)
-        assert calls.pop() == len(first)
-        assert torch.equal(first.pixels, again.pixels) and first.captions == again.captions
 
 
 def test_weights_follow_the_seed():
     one, same, other = (new_model("glyph-small", seed).model.visual.conv1.weight for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-
-
-def test_export_loads_in_open_clip_and_gives_the_same_features(tmp_path):
-    clip = new_model("glyph-small", 3)
-    export_model(clip, tmp_path)
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
-    again, _, _ = open_clip.create_model_and_transforms("glyph-small", pretrained=str(tmp_path / WEIGHTS_FILE))
-    image = torch.randn(2, 3, 32, 32)
-    expected = clip.model.encode_image(image)
-    assert torch.equal(model.encode_image(image), expected)
-    assert torch.equal(again.encode_image(image), expected)
 
 
 def test_shipped_reference_is_small_and_names_itself(reference):
@@ -79,3 +47,56 @@ def test_damaged_weights_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError, match="does not load"):
         load_model(tmp_path)
+
+
+def test_a_registered_model_with_a_file_of_weights_is_loaded(reference, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in reference.model.state_dict().items()}}, path)
+    clip = load_model("glyph-base", path)
+    for key, value in reference.model.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[key], value)
+    assert clip.fingerprint != reference.fingerprint and not clip.model.training
+    for name, file, message in (
+        ("glyph-small", path, "does not load as weights of glyph-small"),
+        ("glyph-base", tmp_path / "none.pt", "there is no file of weights"),
+        ("nosuch", path, "no model is called 'nosuch'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(name, file)
+
+
+def test_registering_the_glyph_models_again_changes_nothing():
+    register_models()
+    before = open_clip.list_models()
+    assert {"glyph-small", "glyph-base"} <= set(before)
+    register_models()
+    assert open_clip.list_models() == before
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.INFO, logging.ERROR])
+def test_a_users_logging_and_random_state_are_restored(level):
+    before, state = logging.root.manager.disable, torch.random.get_rng_state()
+    logging.disable(level)
+    try:
+        new_model("glyph-small", 0)
+        assert logging.root.manager.disable == level
+    finally:
+        logging.disable(before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_no_images_and_no_captions_have_no_features():
+    clip = new_model("glyph-small", 0)
+    image, text = clip.encode_image(torch.empty(0, 3, 32, 32)), clip.encode_tokens(clip.tokenize(["x"])[:0])
+    assert image.shape == text.shape == (0, clip.encode_text(["x"]).shape[1])
+    assert at_least_one(torch.ones(2, 3)).shape == (2, 3) and at_least_one(torch.ones(0, 3)).shape == (1, 3)
+
+
+def test_locked_towers_are_frozen_except_for_their_last_groups():
+    model = new_model("glyph-small", 0).model
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    lock_towers(model, ["image"], 0)
+    left = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert left == {name for name in trained if not name.startswith("visual.")}
+    with pytest.raises(UserError, match=r"this model's text tower cannot be locked .*: choose another --model"):
+        lock_towers(torch.nn.Linear(1, 1), ["text"], 0)

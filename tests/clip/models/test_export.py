@@ -1,4 +1,4 @@
-"""Exported weights as open_clip loads them: checkpoints, bundles, averages, from whatever wraps the model."""
+"""Exported weights load in open_clip: checkpoints, bundles and averages of any wrapper of the model."""
 
 import copy
 import json
@@ -49,12 +49,13 @@ def test_checkpoint_is_of_tensors_and_plain_types(clip, tmp_path):
     assert stored["preprocess_cfg"] == preprocess_of(clip)
     assert stored["state_dict"].keys() == clip.model.state_dict().keys()
     assert {value.dtype for value in stored["state_dict"].values()} == {torch.float16}
-    # Of a part of a larger storage only the part is written.
-    whole = torch.zeros(10**6)
-    export_checkpoint(clip.name, {"a": whole[:10]}, {}, tmp_path / "part.pt", epoch=0)
+    # Only the part of a larger storage that a tensor views is written.
+    storage = torch.zeros(10**6)
+    export_checkpoint(clip.name, {"a": storage[:10]}, {}, tmp_path / "part.pt", epoch=0)
     assert (tmp_path / "part.pt").stat().st_size < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-S-32-alt", "RN50"])
 def test_checkpoint_of_open_clips_own_models(name, tmp_path):
     model = open_clip.create_model(name, force_image_size=None)
@@ -93,7 +94,10 @@ def one_rank(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [compiled, averaged, checkpointed, in_parallel])
+@pytest.mark.parametrize(
+    "wrap",
+    [averaged, *(pytest.param(wrap, marks=pytest.mark.slow) for wrap in (compiled, checkpointed, in_parallel))],
+)
 def test_wrappers_leave_no_trace(wrap, clip, one_rank, tmp_path):
     state = wrap(clip.model).state_dict()
     export_checkpoint(clip.name, state, preprocess_of(clip), tmp_path / "epoch_1.pt", epoch=1)
@@ -164,3 +168,14 @@ def test_unknown_model_is_refused(clip, tmp_path):
     with pytest.raises(UserError, match="glyph-huge"):
         export_bundle("glyph-huge", clip.model.state_dict(), {}, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
+
+
+def test_export_loads_in_open_clip_and_gives_the_same_features(tmp_path):
+    clip = new_model("glyph-small", 3)
+    export_model(clip, tmp_path)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    again, _, _ = open_clip.create_model_and_transforms("glyph-small", pretrained=str(tmp_path / WEIGHTS_FILE))
+    image = torch.randn(2, 3, 32, 32)
+    expected = clip.model.encode_image(image)
+    assert torch.equal(model.encode_image(image), expected)
+    assert torch.equal(again.encode_image(image), expected)

@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from experiments.clip.reference.inputs import CachedReference, LiveReference, margin_spread
 from PIL import Image
 from safetensors import safe_open
 
@@ -17,8 +16,9 @@ from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import Reader, decode
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.reference.cache import cache_features, open_features
+from experiments.clip.reference.live import LiveReference
+from experiments.clip.reference.margins import margin_spread
 from tests.clip.tars import write_tar
 
 
@@ -83,6 +83,7 @@ def test_finished_files_are_kept_and_missing_ones_made(catalog, reference, copie
     assert cache_features(reference, catalog, copied) == 0
 
 
+@pytest.mark.slow
 def test_ranks_and_workers_make_the_same_files(catalog, reference, cached, tmp_path):
     made = [
         cache_features(reference, catalog, tmp_path, batch_size=50, workers=rank, ranks=Ranks(rank, 2))
@@ -137,13 +138,14 @@ def test_a_sample_that_cannot_be_read_has_no_row_and_asking_for_it_is_an_error(r
         reference.tokenize,
         batch_size=3,
         seed=0,
-        reference=CachedReference(features),
+        reference=features,
         skip_limit=1,
     )
     reference_inputs = [batch.reference_inputs[0] for batch in loader.batches(0) if len(batch.index)]
     assert sum(map(len, reference_inputs)) == 4 == 6 - loader.skipped.total()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_target_sees_the_crop_and_caption_of_the_view_that_is_looked_up(reference, tmp_path):
     """A reference that is also the target's architecture and size: its features of the batch are those it carries."""
@@ -157,16 +159,16 @@ def test_the_target_sees_the_crop_and_caption_of_the_view_that_is_looked_up(refe
     assert features.views == 3
     seen = set()
 
-    def check(guide, epochs):
-        loader = Loader(catalog, reference.augment, reference.tokenize, batch_size=5, seed=0, reference=guide)
+    def check(beside, epochs):
+        loader = Loader(catalog, reference.augment, reference.tokenize, batch_size=5, seed=0, reference=beside)
         for epoch in range(epochs):
             (batch,) = loader.batches(epoch)
-            image, text = guide.features(batch.reference_inputs, torch.device("cpu"))
+            image, text = beside.features(batch.reference_inputs, torch.device("cpu"))
             assert torch.allclose(reference.encode_image(batch.image), image, rtol=0, atol=1e-3)
             assert torch.allclose(reference.encode_tokens(batch.text), text, rtol=0, atol=1e-3)
             seen.update(tuple(row.tolist()) for row in image)
 
-    check(CachedReference(features), 20)
+    check(features, 20)
     assert len(seen) == 15  # every view of every sample
     check(LiveReference(reference, 2, list), 2)
     assert len(seen) == 25
@@ -179,43 +181,8 @@ def test_one_view_goes_with_the_first_caption_and_free_crops(catalog, reference,
     assert view_draws(7, 2) == view_draws(7, 2) != view_draws(8, 2)
 
 
-def test_a_live_reference_has_its_own_size_and_tokens(catalog, reference):
-    """The target takes 64 pixels and another length of context; what the reference gets is the reference's."""
-    target = new_model("glyph-small", 0, force_image_size=64, force_context_length=9)
-    guide = LiveReference(reference, 1, list)
-    loader = Loader(catalog, target.augment, target.tokenize, batch_size=30, seed=0, workers=1, reference=guide)
-    batch = next(iter(loader.batches(0)))
-    loader.close()
-    assert batch.image.shape[2:] == (64, 64) and batch.reference_inputs[0].shape[2:] == (32, 32)
-    assert batch.reference_inputs[1].shape[1] == reference.model.context_length
-    image, _ = guide.features(batch.reference_inputs, torch.device("cpu"))
-    assert image.shape == (30, 64)
-
-
-def test_spread_is_that_of_the_margins_of_different_pairs(catalog, reference, cached):
-    image, text = torch.nn.functional.normalize(torch.randn(2, 6, 4), dim=-1)
-    margins = [float(image[i] @ text[j] - image[i] @ text[i]) for i in range(6) for j in range(6) if i != j]
-    assert margin_spread(image, text) == pytest.approx(torch.tensor(margins).std().item(), rel=1e-5)
-    pairs = [(pair.image, pair.caption) for pair in samples(catalog, range(150))]
+def test_the_spread_is_over_the_first_rows_of_the_first_file(catalog, reference, cached):
     features = open_features(reference, catalog, cached)
-    first = features.rows(torch.arange(64))
-    assert CachedReference(features).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-5)
-    assert LiveReference(reference, 1, lambda: pairs[:64]).margin_spread() == pytest.approx(
-        margin_spread(*first), rel=1e-2
-    )
-
-
-def test_a_registered_model_with_a_file_of_weights_is_a_reference(reference, tmp_path):
-    path = tmp_path / "weights.pt"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in reference.model.state_dict().items()}}, path)
-    clip = load_model("glyph-base", path)
-    for key, value in reference.model.state_dict().items():
-        assert torch.equal(clip.model.state_dict()[key], value)
-    assert clip.fingerprint != reference.fingerprint and not clip.model.training
-    for name, file, message in (
-        ("glyph-small", path, "does not load as weights of glyph-small"),
-        ("glyph-base", tmp_path / "none.pt", "there is no file of weights"),
-        ("nosuch", path, "no model is called 'nosuch'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_model(name, file)
+    for pairs, rows in ((10, 10), (64, 64), (10_000, 64)):
+        expected = margin_spread(*features.rows(torch.arange(rows)))
+        assert features.margin_spread(pairs) == pytest.approx(expected, rel=1e-5)

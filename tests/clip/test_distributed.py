@@ -1,0 +1,97 @@
+"""Ranks: the launcher's variables, collective operations, and errors that stop all."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, launched
+from experiments.clip.errors import UserError
+
+
+def test_the_launcher_s_variables():
+    assert launched({}) == (0, 1, 0)
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert launched(torchrun) == (3, 8, 1)
+    srun = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert launched(srun) == (5, 8, 2)
+    with pytest.raises(UserError, match="8 ranks need MASTER_ADDR and MASTER_PORT"):
+        launched({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"})
+    with pytest.raises(UserError, match="torchrun must set RANK, WORLD_SIZE, LOCAL_RANK to numbers, got RANK=x"):
+        launched({"RANK": "x", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    with pytest.raises(UserError, match="LOCAL_RANK=None"):
+        launched({"RANK": "1", "WORLD_SIZE": "8"})
+
+
+def test_one_process_is_all_ranks():
+    encode = torch.neg
+    assert ONE_PROCESS.leads and ONE_PROCESS.split_over_ranks(encode) is encode
+    assert ONE_PROCESS.max_over_ranks(3) == 3 and ONE_PROCESS.maxima_over_ranks(3, -1) == (3, -1)
+    assert ONE_PROCESS.sum(torch.ones(2)).tolist() == [1, 1]
+    assert ONE_PROCESS.run_on_all_or_fail(lambda: "done") == "done"
+    with ONE_PROCESS.leader_first():
+        ONE_PROCESS.wait()
+    error = UserError("x")
+    with pytest.raises(UserError) as raised:
+        ONE_PROCESS.raise_on_all(error)
+    assert raised.value is error
+    ONE_PROCESS.raise_on_all(None)
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 2), (1, 3), (7, 3), (9, 3), (4, 1)])
+def test_every_index_is_the_work_of_one_rank(number, count):
+    parts = [Ranks(rank, count).own_indices(number) for rank in range(count)]
+    assert sorted(index for part in parts for index in part) == list(range(number))
+    assert {Ranks(rank, count).rounds(number) for rank in range(count)} == {max(map(len, parts))}
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda needs a GPU"), joined_ranks("cuda", 1):
+        pass
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with joined_ranks("auto", 1) as ranks:
+        assert ranks == Ranks()
+
+
+def on_one_rank(rank, port, folder):
+    """Return nothing if all that holds on a rank of two holds."""
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    with joined_ranks("cpu", 1) as ranks:
+        assert (ranks.rank, ranks.count, ranks.leads) == (rank, 2, rank == 0)
+        assert ranks.max_over_ranks(10 - rank) == 10 and ranks.maxima_over_ranks(rank, -rank) == (1, 0)
+        assert ranks.sum(torch.tensor([1, rank])).tolist() == [2, 1]
+        encoded = []
+
+        def encode(items):
+            encoded.append(len(items))
+            return torch.tensor([[float(item), 0.0] for item in items])
+
+        for size, own in ((5, (2, 3)[rank]), (2, 1), (1, 1)):
+            assert ranks.split_over_ranks(encode)(range(size)).tolist() == [[k, 0.0] for k in range(size)]
+            assert encoded.pop() == own
+        with ranks.leader_first():
+            assert (folder / "made").exists() == (rank == 1)
+            (folder / "made").touch()
+        assert ranks.run_on_all_or_fail(lambda: rank) == rank
+
+        def fail():
+            if rank == 1:
+                raise UserError("only here")
+            return rank
+
+        with pytest.raises(UserError, match=("stopped because rank 1 did: see its message", "only here")[rank]):
+            ranks.run_on_all_or_fail(fail)
+        ranks.wait()
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.spawn(on_one_rank, (port, tmp_path), nprocs=2)
