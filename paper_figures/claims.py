@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.clip.glyphs.drawing import Captions
+from experiments.clip.cli.options import Captions
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import (
     ADDED_SEEDS,
