@@ -212,6 +212,7 @@ def tiny(reference):
     return replace(reference, name="tiny", model=model, preprocess=preprocess, tokenize=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, suffix", [("classification", "cls"), ("retrieval", "txt")])
 def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "_QUERIES", 32)
@@ -302,6 +303,7 @@ def answers(clip, folder, batch_size, ranks):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, batch_size", [(2, 2), (3, 6)])
 def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, rank_answers):
     alone = {name: evaluate_task(reference, rank_answers / name, batch_size=batch_size) for name in TASKS}

@@ -135,16 +135,6 @@ def test_estimates_belong_to_the_samples_of_the_batch():
     assert visited.tolist() == [7, 20, 149]
 
 
-def test_every_sample_once_per_epoch_in_batches_of_even_size():
-    order = epoch_order(150, 32, seed=1, epoch=3)
-    assert sorted(torch.cat(order).tolist()) == list(range(150))
-    assert {len(batch) for batch in order} == {30}
-    assert {len(batch) for batch in epoch_order(151, 32, seed=1, epoch=3)} == {30, 31}
-    again, later = epoch_order(150, 32, seed=1, epoch=3), epoch_order(150, 32, seed=1, epoch=4)
-    assert all(torch.equal(a, b) for a, b in zip(order, again, strict=True))
-    assert not torch.equal(order[0], later[0])
-
-
 CHOSEN = ("--candidates", "2", "--select")
 FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
 SETTINGS = {
