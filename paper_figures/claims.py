@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.clip.glyphs.drawing import Captions
+from experiments.clip.cli.options import Captions
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import (
     ADDED_SEEDS,
@@ -456,7 +456,7 @@ def _scaling(results: Results, known: dict[str, Any]) -> Iterator[Claim]:
             def exponent(method: str = method, baseline: str = baseline, rule: Rule = rule) -> Judged:
                 both = method, baseline
                 compute, errors, _ = results.scaling(both)
-                fits = [power_law_fit(compute[name], errors[name], rule) for name in both]
+                fits = [results.power_law(compute[name], errors[name], rule) for name in both]
                 probability = compare_exponents(*fits).probability_less
                 by_seed = paired_difference(*(seed_exponents(compute[n], errors[n], rule) for n in both))
                 levels = len(np.unique(compute[method].round(3)))

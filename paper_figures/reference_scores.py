@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from experiments.clip.cli.options import Data
-from experiments.clip.glyphs.source import evaluate_model, load_pairs, prepare
+from experiments.clip.glyphs.evaluation import evaluate_model
+from experiments.clip.glyphs.source import load_pairs, prepare
 from experiments.clip.models.clip import load_model
 from experiments.clip.training.options import SHIPPED_REFERENCE
 

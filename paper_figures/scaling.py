@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.clip.study.grid import TWIN, WITH_DISTILLATION
-from experiments.clip.study.statistics import PowerLaw, Rule, power_law_fit
+from experiments.clip.study.statistics import PowerLaw, Rule
 from paper_figures.study_results import NAMES, NotMeasured, Results, published
 from paper_figures.style import BLUE, ORANGE, PAGE, SKY, VERMILION, panel, program
 
@@ -20,7 +20,7 @@ MARKERS = {"glyph-micro": "v", "glyph-tiny": "o", "glyph-small": "s"}
 def fits(results: Results) -> dict[str, dict[Rule, PowerLaw]]:
     """Return the power laws of each method that has been measured, by both rules."""
     compute, errors, _ = results.scaling(measured(results))
-    return {name: {rule: power_law_fit(compute[name], errors[name], rule) for rule in LINES} for name in compute}
+    return {name: {rule: results.power_law(compute[name], errors[name], rule) for rule in LINES} for name in compute}
 
 
 def measured(results: Results) -> list[str]:

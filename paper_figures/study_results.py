@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from experiments.clip.study.grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN
 from experiments.clip.study.runner import Row, read_curves, study_rows
+from experiments.clip.study.statistics import PowerLaw, Rule, power_law_fit
 from experiments.intervals import half_width
 
 FOLDER = Path(__file__).parent / "results"
@@ -83,6 +84,7 @@ class Results:
     def __init__(self, path: Path = RESULTS) -> None:
         self._path = path
         self._studies: dict[str, list[Row]] = {}
+        self._power_laws: dict[tuple[bytes, bytes, Rule], PowerLaw] = {}
 
     def study(self, name: str) -> list[Row]:
         """Return a study's rows."""
@@ -160,6 +162,13 @@ class Results:
             for m in methods
         }
         return compute, errors, list(found)
+
+    def power_law(self, compute: Array, errors: Array, rule: Rule) -> PowerLaw:
+        """Return the power law of errors [k, seeds] against compute [k]; claims and figures share one bootstrap."""
+        key = compute.tobytes(), errors.tobytes(), rule
+        if key not in self._power_laws:
+            self._power_laws[key] = power_law_fit(compute, errors, rule)
+        return self._power_laws[key]
 
     @cached_property
     def _curves(self) -> dict[str, list[Row]]:

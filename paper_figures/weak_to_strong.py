@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.clip.glyphs.drawing import Captions
+from experiments.clip.cli.options import Captions
 from experiments.clip.study.grid import LONGER, NEAR, TWIN
 from experiments.intervals import Interval, interval
 from paper_figures.study_results import NAMES, REFERENCES, TOP1, NotMeasured, Results, Seeds, published, values

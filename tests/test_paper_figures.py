@@ -1,7 +1,7 @@
 """Figures, table and claims from a synthetic study with effects that are known, and from what is committed."""
 
 import csv
-import subprocess
+import runpy
 import sys
 from itertools import product
 from pathlib import Path
@@ -307,6 +307,7 @@ def test_unfinished_studies_are_said_to_be(grid, tmp_path):
     assert "n.m." in table1.markdown(table1.lines(results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_figures_are_drawn_and_the_same_each_time(study, name, tmp_path):
     first, second = (
@@ -390,6 +391,7 @@ def test_published_numbers_are_the_papers():
     assert (law["openclip"]["exponent"], law["drrho_clip"]["exponent"]) == (-0.116, -0.127)
 
 
+@pytest.mark.slow
 def test_what_is_committed_is_of_the_committed_results(tmp_path, monkeypatch):
     for name, tuned in COMMITTED.items():  # not those of the study that is made up here
         monkeypatch.setattr(study_grid, name, tuned)
@@ -409,13 +411,14 @@ def test_what_is_committed_is_of_the_committed_results(tmp_path, monkeypatch):
     assert all(path.read_text() == (folder / path.name).read_text() for path in written), "run: make figures"
 
 
-def test_a_script_without_results_says_which_command_measures_them(tmp_path):
+def test_a_script_without_results_says_which_command_measures_them(tmp_path, monkeypatch, capsys):
+    script = ROOT / "paper_figures" / "captions.py"
     results = ["--results", str(tmp_path / "none.csv"), "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "paper_figures/captions.py", *results], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 3
-    (line,) = done.stderr.splitlines()
+    monkeypatch.setattr(sys, "argv", [str(script), *results])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
     assert "run.py study --only headline" in line
     assert not list(tmp_path.iterdir())
 

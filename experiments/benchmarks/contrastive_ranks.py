@@ -46,14 +46,14 @@ def reduction(image: Tensor, text: Tensor, reference: Pair | None, group: Any) -
     counts = [len(image)] * dist.get_world_size(group)
     first = len(image) * dist.get_rank(group)
     everybody = gathered(image, counts, group), gathered(text, counts, group)
-    guides = None if reference is None else tuple(gathered(part, counts, group) for part in reference)
+    references = None if reference is None else tuple(gathered(part, counts, group) for part in reference)
     place = torch.arange(len(image))
     positives = place, place + first
     logits, normalizers = [], []
     for side, own in enumerate((image, text)):
         x = own @ everybody[1 - side].T
-        if reference is not None and guides is not None:
-            x.addmm_(reference[side], guides[1 - side].T, alpha=-1)
+        if reference is not None and references is not None:
+            x.addmm_(reference[side], references[1 - side].T, alpha=-1)
         x.div_(TAU)
         x[positives] = -torch.inf
         logits.append(x)

@@ -1,36 +1,20 @@
-"""The zero-shot metrics against plain-Python oracles, open_clip and CLIP_benchmark's definition of R@k."""
-
-import json
-import unicodedata
+"""The zero-shot metrics against plain-Python oracles and CLIP_benchmark's definition of R@k."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import features, integers
+from task_folders import Largest
 
 from experiments.clip.evaluation.metrics import (
     Naming,
     ZeroShot,
-    encode_images,
-    encode_texts,
     naming,
     predictions,
     retrieval,
+    wrong_items_ahead,
     zero_shot,
-    zero_shot_classifier,
 )
-from experiments.clip.glyphs.evaluation import (
-    BASE_LETTERS,
-    evaluate,
-    glyph_attributes,
-)
-
-
-def features(count, seed, width=6):
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-
-
-def integers(low, high, count, seed):
-    return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def cosines(queries, items):
@@ -171,215 +155,7 @@ def test_retrieval_refuses_a_query_without_a_right_item():
         retrieval(features(2, 0), features(3, 1), torch.tensor([0, 1]), torch.tensor([0, 1, 9]))
 
 
-# --- prompts ------------------------------------------------------------------------------------------------
-
-
-def encode_letters(texts):
-    """A text encoder without a model: letter counts, of any length."""
-    return torch.tensor([[1.0 + text.count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
-
-
-def test_zero_shot_classifier_is_the_formula_by_hand():
-    templates = ("{}", "small {}", "a capital {} letter")
-    result = zero_shot_classifier(encode_letters, ("latin", "greek"), templates, batch_size=4)
-    assert result.shape == (2, 26)
-    for row, name in zip(result, ("latin", "greek"), strict=True):
-        total = torch.zeros(26)
-        for template in templates:
-            vector = encode_letters([template.replace("{}", name)])[0]
-            total += vector / vector.norm()
-        torch.testing.assert_close(row, total / total.norm())
-
-
-def test_zero_shot_classifier_agrees_with_open_clip():
-    open_clip = pytest.importorskip("open_clip")
-    torch.manual_seed(0)
-    vision = {"layers": 1, "width": 16, "head_width": 8, "image_size": 16, "patch_size": 8}
-    text = {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    model = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).eval()
-    tokenizer = open_clip.SimpleTokenizer(context_length=32)
-    classes, templates = ("latin", "greek", "old italic"), ("{} small letter", "{} letter")
-    ours = zero_shot_classifier(lambda texts: model.encode_text(tokenizer(texts)), classes, templates)
-    theirs = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates)
-    torch.testing.assert_close(ours, theirs.T)
-    assert not ours.requires_grad
-
-
-@pytest.mark.parametrize(
-    "classes, templates, message",
-    [
-        (("latin",), ("a letter",), "templates has 'a letter'"),
-        ((), ("{}",), r"classes \(0\)"),
-        (("latin",), (), r"templates \(0\)"),
-    ],
-)
-def test_zero_shot_classifier_refuses_unusable_prompts(classes, templates, message):
-    with pytest.raises(ValueError, match=message):
-        zero_shot_classifier(encode_letters, classes, templates)
-
-
-# --- attribute tasks ----------------------------------------------------------------------------------------
-
-
-def classes_by_caption(captions, task_name, minimum=1):
-    tasks = {task.name: task for task in glyph_attributes(captions, minimum)}
-    task = tasks[task_name]
-    return {captions[i]: task.classes[c] for i, c in zip(task.members, task.labels, strict=True)}
-
-
-def test_scripts_of_literal_captions():
-    expected = {
-        "latin small letter e with acute": "latin",
-        "latin small letter dotless i": "latin",
-        "latin letter small capital g": "latin",
-        "latin subscript small letter a": "latin",
-        "greek small letter alpha with tonos": "greek",
-        "greek capital letter omega": "greek",
-        "cyrillic small letter zhe": "cyrillic",
-        "georgian mtavruli capital letter an": "georgian",
-        "armenian modifier letter left half ring": "armenian",
-        "arabic letter beh": "arabic",
-        "old italic letter a": "old italic",
-        "new tai lue letter high qa": "new tai lue",
-    }
-    others = [
-        "modifier letter small h",
-        "fullwidth latin small letter a",
-        "combining latin small letter a",
-        "negative circled latin capital letter a",
-        "love letter",
-        "box drawings light horizontal",
-        "latin small ligature ff",
-        "greek lunate epsilon symbol",
-        "numeric letters",
-    ]
-    assert classes_by_caption([*others, *expected], "script") == expected
-
-
-def test_every_unicode_script_starts_its_captions():
-    names = [unicodedata.name(chr(code), "").lower() for code in range(0x20000)]
-    scripts = classes_by_caption([name for name in names if name], "script", minimum=20)
-    assert all(caption.startswith(script + " ") for caption, script in scripts.items())
-    assert {"latin", "greek", "cyrillic", "arabic", "hebrew", "armenian", "georgian", "coptic"} <= set(scripts.values())
-    assert not {word for script in scripts.values() for word in script.split()} & {
-        "small",
-        "capital",
-        "modifier",
-    }
-
-
-def test_rare_scripts_are_no_class():
-    captions = ["greek small letter alpha"] * 3 + ["latin small letter b"] * 3 + ["coptic small letter hori"] * 2
-    (task,) = glyph_attributes(captions, minimum=3)
-    assert task.classes == ("greek", "latin")
-    assert task.members == (0, 1, 2, 3, 4, 5)
-    assert task.labels == (0, 0, 0, 1, 1, 1)
-
-
-def test_base_letters_of_literal_captions():
-    expected = {
-        "latin small letter e with acute": "e",
-        "latin capital letter o with diaeresis and macron": "o",
-        "latin small letter z with swash tail": "z",
-    }
-    others = [
-        "latin small letter a",
-        "latin small letter ae with acute",
-        "latin small letter dotless i",
-        "latin small letter dotless j with stroke",
-        "latin small letter open e with retroflex hook",
-        "latin letter small capital g",
-        "latin letter small capital i with stroke",
-        "greek small letter alpha with tonos",
-        "modifier letter small h with hook",
-        "modifier letter small h",
-        "fullwidth latin small letter a with acute",
-    ]
-    captions = [*others, *expected]
-    assert classes_by_caption(captions, "base letter") == expected
-    task = glyph_attributes(captions)[-1]
-    assert task.classes == BASE_LETTERS and len(BASE_LETTERS) == 26
-
-
-def test_a_task_without_two_classes_is_left_out():
-    assert glyph_attributes(["latin small letter e with acute", "box drawings light horizontal"]) == []
-
-
-# --- the collector ------------------------------------------------------------------------------------------
-
-VOCABULARY = [
-    f"latin {case} letter {letter} with {mark}"
-    for case in ("small", "capital")
-    for letter in "aeiou"
-    for mark in ("acute", "grave", "ogonek")
-] + [f"greek small letter {name}" for name in ("alpha", "beta", "gamma")]
-
-
-def encode_names(texts):
-    """Give each name its own direction, so that an image of a name can be told apart from all others."""
-    return torch.cat([features(1, sum(ord(c) * 31**i for i, c in enumerate(t)) % 2**31, 64) for t in texts])
-
-
-def encode_image(batch):  # [b, 3, h, w] -> [b, d]
-    return batch[:, 0, 0]
-
-
-def images_of(captions):
-    return encode_names(captions)[:, None, None, :].expand(-1, 3, 1, -1)
-
-
-def test_evaluate_collects_the_three_evaluations():
-    captions = VOCABULARY[3:20] + VOCABULARY[4:9] + VOCABULARY[-3:]  # 25 samples of 20 names
-    batches = images_of(captions).split(4)
-    result = evaluate(encode_image, encode_names, batches, captions, VOCABULARY, batch_size=7)
-    assert result.naming == Naming(1, 1, 1 / 33, 25, 33)
-    assert result.retrieval == ({1: 1, 5: 1, 10: 1}, {1: 1, 5: 1, 10: 1})
-    assert set(result.attributes) == {"base letter"}  # three Greek letters are too few for a class
-
-    (task,) = glyph_attributes(captions)
-    classifier = zero_shot_classifier(encode_names, task.classes, task.templates)
-    images = encode_names([captions[i] for i in task.members])
-    assert result.attributes["base letter"] == zero_shot(images, classifier, torch.tensor(task.labels))
-    assert result.attributes["base letter"].samples == 22
-
-    assert json.loads(json.dumps(result.as_dict())) == result.as_dict()
-    assert result.as_dict()["retrieval"]["text_to_image"]["5"] == 1
-    assert result.as_dict()["attributes"]["base letter"]["classes"] == 26
-
-
-def test_evaluate_takes_no_gradient():
-    weight = torch.nn.Parameter(torch.eye(64))
-    tracked = []
-
-    def encode(batch):
-        output = encode_image(batch) @ weight
-        tracked.append(output.requires_grad)
-        return output
-
-    evaluate(encode, encode_names, [images_of(VOCABULARY)], VOCABULARY, VOCABULARY)
-    assert tracked == [False]
-
-
-@pytest.mark.parametrize(
-    "captions, vocabulary, message",
-    [
-        (VOCABULARY[:3], VOCABULARY, "image_batches has 2 images for 3 captions"),
-        (["snowman", "comet"], VOCABULARY, "captions has 'snowman'"),
-        (VOCABULARY[:2], [*VOCABULARY, VOCABULARY[5]], "more than once"),
-    ],
-)
-def test_evaluate_refuses_mismatched_input(captions, vocabulary, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate(encode_image, encode_names, [images_of(VOCABULARY[:2])], captions, vocabulary)
-
-
-def test_empty_input_is_refused():
-    with pytest.raises(ValueError, match="image_batches is empty"):
-        evaluate(encode_image, encode_names, [], [], VOCABULARY)
-    with pytest.raises(ValueError, match="texts is empty"):
-        encode_texts(encode_names, [])
-    with pytest.raises(ValueError, match="image_features has shape"):
-        naming(torch.empty(0, 4), features(3, 0, 4), torch.empty(0, dtype=torch.long))
+# --- refusals and predictions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -394,10 +170,13 @@ def test_non_finite_features_are_refused_by_name(value):
         zero_shot(good, bad, labels)
     with pytest.raises(ValueError, match="text_features has"):
         retrieval(good, bad, labels, labels)
-    with pytest.raises(ValueError, match="text_features has"):
-        encode_texts(lambda texts: bad, ["a", "b", "c"])
     with pytest.raises(ValueError, match="caption_features has"):
         predictions(good, bad, 1)
+
+
+def test_no_features_are_refused():
+    with pytest.raises(ValueError, match="image_features has shape"):
+        naming(torch.empty(0, 4), features(3, 0, 4), torch.empty(0, dtype=torch.long))
 
 
 def test_bad_labels_are_refused():
@@ -405,21 +184,6 @@ def test_bad_labels_are_refused():
         naming(features(2, 0), features(3, 1), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"labels has shape \(1,\) for 2 features"):
         naming(features(2, 0), features(3, 1), torch.tensor([0]))
-
-
-def test_tiles_and_blocks_do_not_matter(monkeypatch):
-    images, texts, labels = features(40, 3), features(25, 4), integers(0, 25, 40, 5)
-    seen = labels.unique()
-
-    def scores():
-        encoded = encode_images(lambda batch: batch, images.split(7)), encode_texts(lambda some: texts, ["a"])
-        found = naming(*encoded, labels), retrieval(encoded[0], encoded[1][seen], labels, seen)
-        return *found, *(part.tolist() for part in (*encoded, predictions(*encoded, 3)[1]))
-
-    expected = scores()
-    for name, size in (("_ITEMS", 6), ("_QUERIES", 9), ("_BLOCK", 11)):
-        monkeypatch.setattr(f"experiments.clip.evaluation.metrics.{name}", size)
-    assert scores() == expected
 
 
 def test_predictions_are_the_best_captions_in_order():
@@ -430,3 +194,27 @@ def test_predictions_are_the_best_captions_in_order():
         assert row.tolist() == pytest.approx([expected[j] for j in order], abs=1e-6)
     with pytest.raises(ValueError, match="k is 10"):
         predictions(images, captions, 10)
+
+
+# --- order among equal scores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [1, 4, 7, 100])
+def test_wrong_items_ahead_is_a_stable_sort(tile):
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(-1, 2, (30, 3), generator=generator).float()  # many ties
+    items = torch.randint(-1, 2, (25, 3), generator=generator).float()
+    query_labels = torch.randint(0, 8, (30,), generator=generator)
+    item_labels = torch.cat([torch.arange(8), torch.randint(0, 8, (17,), generator=generator)])
+    ahead = wrong_items_ahead(queries, items, query_labels, item_labels, tile)
+    order = (queries @ items.T).sort(dim=1, descending=True, stable=True).indices
+    expected = (item_labels[order] == query_labels[:, None]).int().argmax(dim=1)
+    assert torch.equal(ahead, expected)
+
+
+def test_wrong_items_ahead_never_holds_all_scores():
+    queries, items = torch.randn(8, 4), torch.randn(100_000, 4)
+    labels = torch.arange(100_000)
+    with Largest() as largest:
+        wrong_items_ahead(queries, items, labels[:8], labels, 1000)
+    assert largest.size == 8 * 1000

@@ -1,3 +1,5 @@
+"""Data sets in shards: written completely or not at all, read by index, damage named."""
+
 import io
 import json
 import os
@@ -14,21 +16,21 @@ import webdataset
 from PIL import Image
 
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs import dataset as shards
-from experiments.clip.glyphs.dataset import Record, open_dataset, read_samples, verify, write_dataset
+from experiments.clip.glyphs import dataset
+from experiments.clip.glyphs.dataset import GlyphPair, open_dataset, read_samples, verify, write_dataset
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = {"size": 8, "captions": "clean", "faces": ["a", "b"]}
 
 
-def make_records(count, prefix="k"):
+def make_pairs(count, prefix="k"):
     for i in range(count):
         image = Image.new("L", (8, 8), i % 256)
-        yield Record(f"{prefix}-{i:05d}", image, f"the caption № {i}", {"number": i})
+        yield GlyphPair(f"{prefix}-{i:05d}", image, f"the caption № {i}", {"number": i})
 
 
 def make_dataset(folder, settings=None, **options):
-    splits = {"train": make_records(23), "test": make_records(5, "t"), "none": []}
+    splits = {"train": make_pairs(23), "test": make_pairs(5, "t"), "none": []}
     return write_dataset(folder, splits, settings or SETTINGS, **{"shard_size": 7, **options})
 
 
@@ -60,11 +62,11 @@ def test_every_index_comes_back_with_its_own_sample(manifest):
     assert [shard.first_index for shard in manifest.splits["train"].shards] == [0, 7, 14, 21]
     samples = list(read_samples(manifest, "train"))
     assert [sample.index for sample in samples] == list(range(23))
-    for sample, record in zip(samples, make_records(23), strict=True):
-        assert (sample.key, sample.caption, sample.meta) == (record.key, record.caption, record.meta)
+    for sample, pair in zip(samples, make_pairs(23), strict=True):
+        assert (sample.key, sample.caption, sample.meta) == (pair.key, pair.caption, pair.meta)
         assert sample.meta["number"] == sample.index
         assert sample.image.mode == "RGB"
-        assert sample.image.tobytes() == record.image.convert("RGB").tobytes()
+        assert sample.image.tobytes() == pair.image.convert("RGB").tobytes()
     assert list(read_samples(manifest, "none")) == []
 
 
@@ -90,6 +92,47 @@ def test_a_path_full_of_url_syntax_is_just_a_path(tmp_path):
     assert len(list(read_samples(manifest, "train"))) == 23
 
 
+# As the format's first version wrote it, of three pairs in shards of two.
+STORED = """{
+ "format": 1,
+ "settings": {"faces": ["a", "b"], "size": 8},
+ "vocabulary": ["a", "b"],
+ "splits": {
+  "train": [
+   {"name": "train/00000.tar", "samples": 2, "first_index": 0, "bytes": 10240,
+    "sha256": "e06683f311a7db1324db06190a5053ea5e616b483dc291361e35e131d8f885c1"},
+   {"name": "train/00001.tar", "samples": 1, "first_index": 2, "bytes": 10240,
+    "sha256": "4035798ba37b7cff41c887ae75cdd6487251d7392f2fca44c1809c60bb607494"}
+  ],
+  "none": []
+ },
+ "fingerprint": "34b972833a72142fa593a4eab250b3915d747c8f33404ef8bde94ea82b5e8e18"
+}"""
+
+
+def test_a_manifest_of_an_existing_cache_opens(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("00000", "00001"):
+        (tmp_path / "train" / f"{name}.tar").write_bytes(bytes(10240))
+    (tmp_path / "manifest.json").write_text(STORED)
+    manifest = open_dataset(tmp_path, {"size": 8, "faces": ["a", "b"]})
+    assert manifest.fingerprint == json.loads(STORED)["fingerprint"]
+    assert manifest.vocabulary == ("a", "b")
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 3, "none": 0}
+    assert [vars(shard) for shard in manifest.splits["train"].shards] == json.loads(STORED)["splits"]["train"]
+
+
+def test_the_manifest_of_a_new_data_set_is_that_of_an_existing_one(tmp_path):
+    splits = {"train": make_pairs(3), "none": []}
+    write_dataset(tmp_path / "set", splits, {"size": 8, "faces": ["a", "b"]}, vocabulary=["a", "b"], shard_size=2)
+    written, stored = json.loads((tmp_path / "set" / "manifest.json").read_bytes()), json.loads(STORED)
+    for document in (written, stored):  # which depend on how Pillow compresses
+        for shard in document["splits"]["train"]:
+            del shard["sha256"]
+        del document["fingerprint"]
+    assert written == stored
+
+
 def test_two_writes_give_the_same_bytes(tmp_path):
     one, two = make_dataset(tmp_path / "one"), make_dataset(tmp_path / "two")
     assert one.fingerprint == two.fingerprint
@@ -109,8 +152,8 @@ def test_nothing_there_is_none(tmp_path):
     assert open_dataset(tmp_path) is None
 
 
-def test_a_whole_data_set_is_not_written_again(manifest):
-    again = write_dataset(manifest.folder, {"train": make_records(3)}, SETTINGS)
+def test_a_complete_data_set_is_not_written_again(manifest):
+    again = write_dataset(manifest.folder, {"train": make_pairs(3)}, SETTINGS)
     assert again == manifest
 
 
@@ -123,15 +166,15 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
 
 def test_progress_counts_samples(tmp_path):
     calls = []
-    write_dataset(tmp_path / "set", {"a": make_records(300), "b": make_records(300)}, {}, progress=calls.append)
+    write_dataset(tmp_path / "set", {"a": make_pairs(300), "b": make_pairs(300)}, {}, progress=calls.append)
     assert calls == [256, 512, 600]
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "__a__", "", "k-00000"])
 def test_keys_that_webdataset_would_misread_are_refused(tmp_path, key):
-    records = [*make_records(1), Record(key, Image.new("L", (1, 1)), "", {})]
+    pairs = [*make_pairs(1), GlyphPair(key, Image.new("L", (1, 1)), "", {})]
     with pytest.raises(ValueError, match="must match"):
-        write_dataset(tmp_path / "set", {"train": records}, {})
+        write_dataset(tmp_path / "set", {"train": pairs}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +210,7 @@ def test_an_edited_manifest_is_refused(manifest):
         open_dataset(manifest.folder)
 
 
-def test_a_truncated_shard_never_passes_for_a_whole_one(manifest):
+def test_a_truncated_shard_never_passes_for_a_complete_one(manifest):
     path = manifest.folder / manifest.splits["train"].shards[1].name
     whole = path.read_bytes()
     path.chmod(0o644)
@@ -286,12 +329,12 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from PIL import Image
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import Record, write_dataset
+from experiments.clip.glyphs.dataset import GlyphPair, write_dataset
 {before}
 image = Image.new("L", (8, 8))
-records = (Record(f"k-{{i:07d}}", image, "x", {{}}) for i in range(10**6))
+pairs = (GlyphPair(f"k-{{i:07d}}", image, "x", {{}}) for i in range(10**6))
 try:
-    write_dataset(Path({str(folder)!r}), {{"train": records}}, {SETTINGS!r}, shard_size=20)
+    write_dataset(Path({str(folder)!r}), {{"train": pairs}}, {SETTINGS!r}, shard_size=20)
 except UserError as error:
     sys.exit(f"USER ERROR {{error}}")
 """
@@ -305,13 +348,14 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_write_leaves_nothing_and_the_next_one_works(tmp_path):
     folder = tmp_path / "set"
     with run_writer(folder) as process:
         partial = tmp_path / f".set.partial-{process.pid}"
         wait_for(lambda: (partial / "train" / "00002.tar").exists())
         # What a living process is writing is not taken for abandoned.
-        shards._remove_abandoned(folder)
+        dataset._remove_abandoned(folder)
         assert partial.exists()
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -323,6 +367,7 @@ def test_a_killed_write_leaves_nothing_and_the_next_one_works(tmp_path):
     assert len(list(read_samples(manifest, "train"))) == 23
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_cleaned_up(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))"
     with run_writer(tmp_path / "set", limit) as process:
@@ -340,9 +385,9 @@ def test_the_first_of_two_writers_wins(tmp_path, settings):
     first = make_dataset(tmp_path / "first")
 
     def overtaken():
-        yield from make_records(10)
+        yield from make_pairs(10)
         first.folder.rename(folder)
-        yield from make_records(10, "late")
+        yield from make_pairs(10, "late")
 
     if settings == SETTINGS:
         manifest = write_dataset(folder, {"train": overtaken()}, settings)

@@ -1,4 +1,7 @@
+"""The drawn characters, their splits, and what is done to the training captions."""
+
 import unicodedata
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,42 +18,51 @@ from experiments.clip.glyphs.drawing import (
 )
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return glyph_splits("swapped")
+@cache
+def drawn(chosen):
+    return glyph_splits("swapped", chosen=chosen)
 
 
-def records_of(splits):
-    return [record for records in splits.values() for record in records]
+FEW_FACES = ("dejavusans", "dejavusans-bold")
 
 
-def test_the_data_set_has_the_expected_extent(splits):
-    records = records_of(splits)
+@pytest.fixture(params=[FEW_FACES, pytest.param(None, marks=pytest.mark.slow, id="all faces")])
+def splits(request):
+    return drawn(request.param)
+
+
+def pairs_of(splits):
+    return [pair for pairs in splits.values() for pair in pairs]
+
+
+@pytest.mark.slow
+def test_the_data_set_has_the_expected_extent():
+    pairs = pairs_of(drawn(None))
     # Later Unicode versions name a few more of the fonts' characters.
-    assert len(records) == pytest.approx(52572, rel=0.01)
-    assert len({record.meta["name"] for record in records}) == pytest.approx(7144, rel=0.01)
-    assert {record.meta["face"] for record in records} == set(faces())
+    assert len(pairs) == pytest.approx(52572, rel=0.01)
+    assert len({pair.meta["name"] for pair in pairs}) == pytest.approx(7144, rel=0.01)
+    assert {pair.meta["face"] for pair in pairs} == set(faces())
     assert len(faces()) == 16
 
 
 def test_names_are_unicode_names(splits):
-    for record in records_of(splits):
-        assert record.meta["name"] == unicodedata.name(chr(record.meta["code_point"])).lower()
+    for pair in pairs_of(splits):
+        assert pair.meta["name"] == unicodedata.name(chr(pair.meta["code_point"])).lower()
 
 
 def test_no_image_is_blank_or_cut_to_its_edge(splits):
-    ink = 255 - np.stack([np.asarray(record.image) for record in records_of(splits)])
+    ink = 255 - np.stack([np.asarray(pair.image) for pair in pairs_of(splits)])
     assert ink.shape[1:] == (32, 32)
     assert ink.max(axis=(1, 2)).min() > 40
     assert not ink[:, [0, -1]].any() and not ink[:, :, [0, -1]].any()
 
 
 def test_a_capital_is_larger_than_its_small_letter_and_a_dot_above_is_above():
-    glyphs = {}
-    for glyph in draw_glyphs():
-        if glyph.face != "dejavusans":
-            break
-        glyphs[chr(glyph.code_point)] = np.asarray(glyph.image) < 255
+    glyphs = {
+        chr(pair.meta["code_point"]): np.asarray(pair.image) < 255
+        for pair in pairs_of(drawn(FEW_FACES))
+        if pair.meta["face"] == "dejavusans"
+    }
     height = {character: ink.any(axis=1).sum() for character, ink in glyphs.items()}
     assert height["O"] > height["o"] and height["X"] > height["x"]
     center = {character: np.nonzero(ink)[0].mean() for character, ink in glyphs.items()}
@@ -65,17 +77,17 @@ def test_other_sizes_are_drawn():
     assert (glyph.face, glyph.code_point, glyph.caption) == ("dejavusans", 0x21, "exclamation mark")
 
 
-def test_split_shares_and_disjointness(splits):
-    total = len(records_of(splits))
-    shares = {name: len(records) / total for name, records in splits.items()}
+@pytest.mark.slow
+def test_split_shares_and_disjointness():
+    splits = drawn(None)
+    total = len(pairs_of(splits))
+    shares = {name: len(pairs) / total for name, pairs in splits.items()}
     assert list(shares) == list(SPLITS)
     expected = {"train": 0.45, "reference": 0.45, "validation": 0.05, "test": 0.05}
     assert shares == pytest.approx(expected, abs=0.01)
-    assert len({record.key for record in records_of(splits)}) == total
+    assert len({pair.key for pair in pairs_of(splits)}) == total
     assert all(
-        split_of(record.meta["face"], record.meta["code_point"]) == name
-        for name, records in splits.items()
-        for record in records
+        split_of(pair.meta["face"], pair.meta["code_point"]) == name for name, pairs in splits.items() for pair in pairs
     )
 
 
@@ -98,15 +110,16 @@ def test_splits_never_change(face, code_point, split):
 
 
 def test_keys_are_as_documented(splits):
-    by_place = {(record.meta["face"], record.meta["code_point"]): record for record in records_of(splits)}
+    by_place = {(pair.meta["face"], pair.meta["code_point"]): pair for pair in pairs_of(splits)}
     assert by_place["dejavusans-bold", 0x41].key == "dejavusans-bold-00041"
 
 
-def test_only_train_is_corrupted_and_no_split_is_sorted_by_face(splits):
-    for name, records in splits.items():
-        wrong = np.mean([record.caption != record.meta["name"] for record in records])
+@pytest.mark.slow
+def test_only_train_is_corrupted_and_no_split_is_sorted_by_face():
+    for name, pairs in drawn(None).items():
+        wrong = np.mean([pair.caption != pair.meta["name"] for pair in pairs])
         assert wrong == (pytest.approx(SWAPPED_SHARE, abs=0.005) if name == "train" else 0)
-        assert len({record.meta["face"] for record in records[:200]}) > 12
+        assert len({pair.meta["face"] for pair in pairs[:200]}) > 12
 
 
 def test_an_unknown_corruption_is_named():

@@ -6,7 +6,8 @@ import torch
 from experiments.clip.cli.options import Data, Train
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.source import glyph_features, load_pairs, open_data, prepare
+from experiments.clip.glyphs.options import Prepare
+from experiments.clip.glyphs.source import glyph_features, load_pairs, open_data, prepare, run_prepare
 from experiments.clip.models.clip import new_model
 from experiments.clip.reference.cache import CachedReference
 from experiments.clip.reference.margins import margin_spread
@@ -28,3 +29,8 @@ def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference
         assert opened.reference.margin_spread(samples) == pytest.approx(margin_spread(*features), rel=1e-5)
     with pytest.raises(UserError, match=r"--fraction 0\.007 leaves 1 of 150"):
         open_data(Train(data=data, fraction=0.007), clip, None, ONE_PROCESS)
+
+
+def test_the_command_says_that_it_reuses_what_is_there(glyph_cache, capsys):
+    run_prepare(Prepare(Data("swapped", "small", glyph_cache)))
+    assert "reusing" in capsys.readouterr().out

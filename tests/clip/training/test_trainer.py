@@ -15,16 +15,6 @@ from experiments.clip.training.methods import SigLIP
 from experiments.clip.training.options import Optimization
 
 
-def test_every_sample_once_per_epoch_in_batches_of_even_size():
-    order = epoch_order(150, 32, seed=1, epoch=3)
-    assert sorted(torch.cat(order).tolist()) == list(range(150))
-    assert {len(batch) for batch in order} == {30}
-    assert {len(batch) for batch in epoch_order(151, 32, seed=1, epoch=3)} == {30, 31}
-    again, later = epoch_order(150, 32, seed=1, epoch=3), epoch_order(150, 32, seed=1, epoch=4)
-    assert all(torch.equal(a, b) for a, b in zip(order, again, strict=True))
-    assert not torch.equal(order[0], later[0])
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, features, reference, tmp_path):
     """Every method, as the command line builds it."""

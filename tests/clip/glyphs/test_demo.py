@@ -1,0 +1,41 @@
+"""The demo: the options of its two trainings, and all of it on a few glyphs."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from experiments.clip.cli.options import Data
+from experiments.clip.cli.presets import PRESETS
+from experiments.clip.glyphs import demo
+from experiments.clip.glyphs.options import Demo
+
+
+def test_both_trainings_are_their_presets_with_the_demos_data_and_seed(tmp_path):
+    data = Data("vague", "full", tmp_path)
+    options = Demo(captions="vague", cache=tmp_path, out=tmp_path / "out", reference=tmp_path / "other", seed=7)
+    steered, unsteered = (demo.training_options(options, data, name) for name in ("steered", "unsteered"))
+    assert (steered.data, steered.seed, steered.out) == (data, 7, tmp_path / "out" / "steered")
+    assert steered.loss.reference == tmp_path / "other"
+    assert steered.optimization == PRESETS["glyph-steered"].optimization
+    assert unsteered.loss == PRESETS["glyph-unsteered"].loss  # which has no reference
+    assert (unsteered.data, unsteered.seed, unsteered.out) == (data, 7, tmp_path / "out" / "unsteered")
+
+
+def test_the_quick_demo_trains_for_few_epochs(tmp_path):
+    quick = demo.training_options(Demo(quick=True, out=tmp_path), Data(), "steered")
+    assert (quick.optimization.epochs, quick.validations) == (demo.QUICK_EPOCHS, 2)
+
+
+@pytest.mark.slow
+def test_the_demo_trains_scores_and_reports(glyph_cache, tmp_path, capsys):
+    demo.run(Demo(quick=True, cache=glyph_cache, out=tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["options"]["captions"] == "swapped" and results["pairs"] == 150
+    assert list(results["scores"]) == ["reference", "unsteered", "steered"]
+    assert set(results["runs"]) == {"unsteered", "steered"}
+    assert "naming top-1" in capsys.readouterr().out
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 400
+    assert "| naming top-1 |" in (tmp_path / "report.md").read_text()

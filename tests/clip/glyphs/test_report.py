@@ -1,0 +1,43 @@
+"""The demo's report, from the committed results of one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.clip.glyphs import report
+
+RESULTS = Path(__file__).parents[3] / "paper_figures" / "results" / "glyph_demo.json"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return report.DemoResult(**json.loads(RESULTS.read_text()))
+
+
+def test_the_page_has_a_row_for_every_measure_and_a_line_for_every_training(result):
+    page = report.page(result)
+    for measure, value in report.rows(result.scores["steered"]).items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {measure} |")]
+        assert line.count("|") == 6 and f" {100 * value:.1f} |" in line
+    assert "- steered: " in page and "- unsteered: " in page
+
+
+def test_the_table_has_a_column_for_every_model(result):
+    table = report.demo_table(result)
+    assert [column.header for column in table.columns][1:] == ["reference", "unsteered", "steered", "chance"]
+    assert table.row_count == len(report.rows(result.scores["reference"]))
+    known = report.chances(result.scores["reference"])
+    assert known["naming top-1"] == pytest.approx(1 / 7144) and known["naming top-5"] == 5 * known["naming top-1"]
+
+
+def test_curves_are_the_validations(result):
+    accuracy, loss = report.draw_curves(result).axes
+    for name, line in zip(result.runs, accuracy.lines, strict=False):
+        history = result.runs[name]["history"]
+        assert line.get_label() == name
+        assert line.get_ydata() == pytest.approx([100 * record["naming_top1"] for record in history])
+        seen = result.runs[name]["settings"]["epochs"] * result.pairs / 1000
+        assert line.get_xdata()[-1] == pytest.approx(seen)
+    assert accuracy.lines[-1].get_ydata()[0] == 100 * result.scores["reference"]["naming"]["top1"]
+    assert len(loss.lines) == len(result.runs)
