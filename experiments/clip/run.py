@@ -19,7 +19,6 @@ from experiments.clip.cli.options import (
     GlyphTasks,
     Plan,
     Prepare,
-    Study,
     Train,
 )
 from experiments.clip.cli.parser import as_settings, parse
@@ -38,7 +37,8 @@ from experiments.clip.glyphs.source import glyph_features, load_pairs, prepare
 from experiments.clip.glyphs.tasks import write_glyph_tasks
 from experiments.clip.io.files import write_json
 from experiments.clip.models.clip import load_model
-from experiments.clip.study.runner import run_study
+from experiments.clip.study import runner as study_runner
+from experiments.clip.study.options import Study
 from experiments.clip.training.trainer import Interrupted
 
 QUICK_EPOCHS = 2
@@ -196,7 +196,7 @@ def run(command: Any) -> None:
         case Catalog():
             count_samples(command)
         case Study():
-            run_study(command)
+            study_runner.run(command)
         case GlyphTasks():
             for folder in write_glyph_tasks(prepare(command.data), command.out):
                 console.print(f"task       {folder}")

@@ -280,28 +280,6 @@ class GlyphTasks:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Run grids of trainings, one line of results for each; more processes, started alike, share the work."""
-
-    results: Path = Path("experiments/clip/study/results/study.csv")
-    """Table with a line for each finished training; NAME_curves.csv beside it has one for each validation."""
-    out: Path = Path("outputs/study")
-    """Folder of references, of trainings under way and of what is claimed by a process."""
-    cache: Path = Path("cache")
-    """Folder of shards and reference features; it can be moved."""
-    only: tuple[str, ...] = ()
-    """Studies to run, of those in study_grid.py; all by default."""
-    dry_run: bool = False
-    """Say what is left and how long it takes."""
-    check: bool = False
-    """Run one finished training again and compare."""
-    seed: int = 0
-    """Seed by which --check chooses it."""
-    seconds: float | None = None
-    """Stop after so many, keeping the state of the training under way."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """Say what a run would take: parameters, operations, memory of a rank by part, disk, time."""
 

@@ -25,13 +25,12 @@ from experiments.clip.cli.options import (
     Plan,
     Prepare,
     Shards,
-    Study,
     Train,
 )
 from experiments.clip.cli.presets import GLYPH, PRESETS
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_json
-from experiments.clip.study.grid import STUDIES
+from experiments.clip.study.options import Study
 from experiments.clip.training.optimization import check_optimizer
 from experiments.clip.training.selection import Selection
 
@@ -73,8 +72,6 @@ def parse(arguments: Sequence[str]) -> Any:
         options = _parsed(name, rest, None)
         if isinstance(options, CacheReference):
             _check_cache(options)
-        if isinstance(options, Study):
-            _check_study(options)
         return options
     preset, path = _popped(rest, "--preset"), _popped(rest, "--config")
     start = _start(preset, path)
@@ -188,21 +185,6 @@ def _check_cache(options: CacheReference) -> None:
         for name in ("out", "views", "precision", "batch_size", "workers", "skip_limit"):
             if getattr(options, name) != getattr(CacheReference(), name):
                 raise UserError(f"--{name.replace('_', '-')} has no part in this run: it is for --catalog")
-
-
-def _check_study(options: Study) -> None:
-    """Refuse names that no study has, and options that would be ignored."""
-    if unknown := [name for name in options.only if name not in STUDIES]:
-        raise UserError(f"--only {unknown[0]} is no study: choose of {', '.join(STUDIES)}")
-    if options.dry_run and options.check:
-        raise UserError("--dry-run and --check are two things: give one of them")
-    if options.seed and not options.check:
-        raise UserError(f"--seed {options.seed} has no part in this run: it is for --check")
-    if options.seconds is not None:
-        if not options.seconds > 0:
-            raise UserError(f"--seconds must be positive, got {options.seconds}")
-        if options.dry_run or options.check:
-            raise UserError(f"--seconds {options.seconds} has no part in this run: leave out --dry-run and --check")
 
 
 def _check_shards(options: Train) -> None:

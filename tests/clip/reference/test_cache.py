@@ -200,7 +200,9 @@ def test_spread_is_that_of_the_margins_of_different_pairs(catalog, reference, ca
     features = open_features(reference, catalog, cached)
     first = features.rows(torch.arange(64))
     assert CachedReference(features).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-5)
-    assert LiveReference(reference, 1, lambda: pairs[:64]).margin_spread() == pytest.approx(margin_spread(*first), rel=1e-2)
+    assert LiveReference(reference, 1, lambda: pairs[:64]).margin_spread() == pytest.approx(
+        margin_spread(*first), rel=1e-2
+    )
 
 
 def test_a_registered_model_with_a_file_of_weights_is_a_reference(reference, tmp_path):

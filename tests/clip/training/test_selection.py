@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.clip.training.test_trainer import run
 
 from drrho.contrastive import contrastive_risk
 from experiments.clip.cli.building import build_method, build_selector
@@ -18,6 +17,7 @@ from experiments.clip.models.clip import new_model
 from experiments.clip.reference.inputs import CachedReference
 from experiments.clip.training.methods import OpenCLIP, SigLIP
 from experiments.clip.training.selection import Selection, Selector
+from tests.clip.training.test_trainer import run
 
 CANDIDATES = 32  # of a step, of which 8 are trained on
 SHORT = parse(["train", "--epochs", "1", "--batch-size", "8", "--lr", "1e-3", "--warmup", "2"]).optimization
