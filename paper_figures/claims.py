@@ -14,23 +14,24 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.clip.cli.options import Captions
-from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import (
     ADDED_SEEDS,
     AT_LONGER,
     BEST,
     CAPTIONS,
-    DIVERGENCE,
     HALF,
     LONGER,
     NEAR,
     ON_HALF,
     SEEDS,
     SELECTING,
-    TWIN,
     WITH_DISTILLATION,
+    TunedKey,
+    edges,
+    tuning_of,
 )
-from experiments.clip.study.runner import Row
+from experiments.clip.study.results import Row
+from experiments.clip.study.settings import DIVERGENCE, TWIN
 from experiments.clip.study.statistics import (
     DataSaved,
     PairedDifference,
@@ -59,7 +60,6 @@ from paper_figures.study_results import (
     headline_of,
     paired,
     published,
-    tuning_of,
     values,
 )
 
@@ -494,11 +494,12 @@ def _beyond(results: Results) -> Iterator[Claim]:
 def _past_edges(results: Results) -> Iterator[Claim]:
     """Compare tuned settings at an edge of what was tried with those one step past it, one training each."""
     past: dict[tuple[str, Captions], list[str]] = {}
-    for cell in study_grid.edges():
+    for cell in edges(results.tuned):
         past.setdefault((cell.method, cell.train.data.captions), []).append(cell.setting)
     for (method, captions), settings in past.items():
         labels = {"method": method, "captions": captions}
-        tuned = partial(results.one, tuning_of(method), **labels, setting=study_grid.TUNED[captions, method])
+        own = results.tuned[TunedKey(tuning_of(method), captions, method)]
+        tuned = partial(results.one, tuning_of(method), **labels, setting=own.name)
         others = [partial(results.one, "edges", **labels, setting=setting) for setting in settings]
         yield _judge(
             "tuning",

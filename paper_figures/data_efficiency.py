@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.clip.study.grid import TWIN, WITH_DISTILLATION
+from experiments.clip.study.grid import WITH_DISTILLATION
+from experiments.clip.study.settings import TWIN
 from experiments.clip.study.statistics import data_saved
 from experiments.intervals import interval
 from paper_figures.claims import shares

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.clip.study.grid import TWIN, WITH_DISTILLATION
+from experiments.clip.study.grid import WITH_DISTILLATION
+from experiments.clip.study.settings import TWIN
 from experiments.clip.study.statistics import PowerLaw, Rule
 from paper_figures.study_results import NAMES, NotMeasured, Results, published
 from paper_figures.style import BLUE, ORANGE, PAGE, SKY, VERMILION, panel, program

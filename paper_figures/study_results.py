@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.clip.study.grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN
-from experiments.clip.study.runner import Row, read_curves, study_rows
+from experiments.clip.study.grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN, Tuned
+from experiments.clip.study.results import Row, read_curves, study_rows
 from experiments.clip.study.statistics import PowerLaw, Rule, power_law_fit
+from experiments.clip.study.tuned import read_tuned
 from experiments.intervals import half_width
 
 FOLDER = Path(__file__).parent / "results"
@@ -86,10 +87,15 @@ class Results:
         self._studies: dict[str, list[Row]] = {}
         self._power_laws: dict[tuple[bytes, bytes, Rule], PowerLaw] = {}
 
+    @cached_property
+    def tuned(self) -> Tuned:
+        """The settings that tuning found best, as the file beside the table says."""
+        return read_tuned(self._path)
+
     def study(self, name: str) -> list[Row]:
         """Return a study's rows."""
         if name not in self._studies:
-            self._studies[name] = study_rows(name, self._path)
+            self._studies[name] = study_rows(name, self._path, self.tuned)
         return self._studies[name]
 
     def find(self, study: str, **labels: str) -> Seeds:
@@ -191,11 +197,6 @@ class Results:
 def headline_of(method: str) -> str:
     """Return the study that compares a method with the others."""
     return "headline" if method in MAIN else "headline-more"
-
-
-def tuning_of(method: str) -> str:
-    """Return the study that tunes a method."""
-    return "tuning" if method in MAIN else "tuning-more"
 
 
 def values(trainings: Mapping[int, Row], field: str = TOP1, percent: bool = True) -> Array:

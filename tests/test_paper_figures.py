@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from drrho.bounds import rho_scales
-from experiments.clip.study import grid as study_grid
-from experiments.clip.study.grid import CAPTIONS, REFERENCES, SETTINGS, STUDIES
-from experiments.clip.study.runner import CURVE_FIELDS, FIELDS, VARIANCES, curves_path, planned
+from experiments.clip.study.grid import CAPTIONS, EPOCHS, LONGER, REFERENCES, SELECTING, STUDIES, TunedKey, tuning_of
+from experiments.clip.study.planning import planned_trainings
+from experiments.clip.study.results import CURVE_FIELDS, FIELDS, VARIANCES, curves_path
+from experiments.clip.study.settings import LONGER_SETTINGS, REFERENCE_SETTINGS, SETTINGS, settings_of
+from experiments.clip.study.tuned import Winner, read_tuned, write_tuned
 from paper_figures import (
     captions,
     claims,
@@ -30,9 +32,6 @@ from paper_figures.study_results import NAMES, OURS, UNSTEERED, NotMeasured, Res
 ROOT = Path(__file__).parents[1]
 DRAWN = {module.__name__.split(".")[1]: module for module in (captions, data_efficiency, scaling, variance)} | {
     "weak_to_strong": weak_to_strong
-}
-COMMITTED = {
-    name: dict(getattr(study_grid, name)) for name in ("TUNED", "TUNED_SCORED", "TUNED_LONGER", "TUNED_REFERENCES")
 }
 # Naming top-1 of the full study, in percent points, by captions and method: the effects that are built in.
 LEVEL = {
@@ -72,15 +71,18 @@ EXPONENT = {"openclip": -0.05, "fastclip-v1": -0.05, "drrho": -0.09, "drrho-dist
 COST = {"glyph-micro": 10.0, "glyph-tiny": 17.0, "glyph-small": 80.0}  # GFLOP, of 1000 pairs
 
 
-def tuned_grid(patch):
-    for captions_, method in ((c, m) for c in CAPTIONS for m in SETTINGS):
-        patch.setitem(study_grid.TUNED, (captions_, method), next(iter(SETTINGS[method])))
-        patch.setitem(study_grid.TUNED_SCORED, (captions_, method), next(iter(SETTINGS[method])))
-    for captions_, reference, (method, settings) in product(
-        ("clean", "swapped"), REFERENCES, study_grid.REFERENCE_SETTINGS.items()
-    ):
-        patch.setitem(study_grid.TUNED_REFERENCES, (captions_, method, reference), next(iter(settings)))
-    patch.setattr(study_grid, "TUNED_LONGER", {})
+def tune(path):
+    """Write that of everything the first setting is the best."""
+    keys = [
+        *(TunedKey(tuning_of(method), captions_, method) for captions_, method in product(CAPTIONS, SETTINGS)),
+        *(TunedKey("tuning-scored", *each) for each in product(CAPTIONS, SELECTING)),
+        *(
+            TunedKey("tuning-references", *each)
+            for each in product(("clean", "swapped"), REFERENCE_SETTINGS, REFERENCES)
+        ),
+        *(TunedKey("tuning-longer", "swapped", *each) for each in LONGER_SETTINGS),
+    ]
+    write_tuned(path, {key: Winner(settings_of(key.method, key.reference)[0], "", 0.0) for key in keys})
 
 
 def top1(each, rng):
@@ -98,7 +100,7 @@ def top1(each, rng):
     if each.study == "scored":
         return (LEVEL[train.data.captions].get(cell.method, 6) - 2 + common + noise) / 100
     base = LEVEL[train.data.captions].get(cell.method, LEVEL[train.data.captions]["drrho"] - 1)
-    if train.data.captions == "clean" and train.optimization.epochs == study_grid.LONGER * study_grid.EPOCHS:
+    if train.data.captions == "clean" and train.optimization.epochs == LONGER * EPOCHS:
         base += LONGER_GAIN
     if each.study == "edges":
         base += 1 if cell.method == "drrho" else -1
@@ -154,8 +156,9 @@ SCORES = {"test_top1": 1, "validation_top1": 1, "test_top5": 2, "test_image_to_t
 
 
 def write(path, studies):
+    tune(path)
     rng = np.random.default_rng(0)
-    written = [rows_of(each, rng) for each in planned(studies)]
+    written = [rows_of(each, rng) for each in planned_trainings(studies, read_tuned(path))]
     for where, fields, lines in (
         (path, FIELDS, [row for row, _ in written]),
         (curves_path(path), CURVE_FIELDS, [line for _, curve in written for line in curve]),
@@ -168,14 +171,7 @@ def write(path, studies):
 
 
 @pytest.fixture(scope="module")
-def grid():
-    with pytest.MonkeyPatch.context() as patch:
-        tuned_grid(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def study(grid, tmp_path_factory):
+def study(tmp_path_factory):
     """All studies, finished."""
     names = [name for name in STUDIES if not name.startswith("tuning")]
     return write(tmp_path_factory.mktemp("study") / "study.csv", names)
@@ -240,7 +236,7 @@ def test_an_exponent_that_is_equal_is_not_called_steeper(found):
             assert claim.verdict == "no", claim.ours
 
 
-def test_a_setting_past_an_edge_that_is_better_is_said(grid, found, tmp_path):
+def test_a_setting_past_an_edge_that_is_better_is_said(found, tmp_path):
     measured = {c.claim: c for c in claims.claims(write(tmp_path / "study.csv", ["tuning", "tuning-more", "edges"]))}
     worse = measured["FastCLIP v1 (clean captions) is not better one step past the edge of what tuning tried"]
     assert worse.verdict == "yes"
@@ -288,7 +284,7 @@ def found_one(found, topic, word):
     return claim
 
 
-def test_unfinished_studies_are_said_to_be(grid, tmp_path):
+def test_unfinished_studies_are_said_to_be(tmp_path):
     results = write(tmp_path / "study.csv", ["headline"])
     rows = claims.claims(results)
     by_topic = {topic: {row.verdict for row in rows if row.topic == topic} for topic in {row.topic for row in rows}}
@@ -327,7 +323,7 @@ def test_lines_of_figures_are_the_tables_numbers(study):
     assert min(abs(np.array(shown) - mean)) < 1e-9
     scored = values(study.scored("jest", "vague")).mean()
     assert min(abs(np.array(shown) - scored)) < 1e-9
-    assert len(shown) == len(SETTINGS) + len(study_grid.SELECTING)
+    assert len(shown) == len(SETTINGS) + len(SELECTING)
 
     drawn = style.styled(lambda: scaling.draw(study))
     own = [line for line in drawn.axes[0].lines if str(line.get_label()).startswith("DRRho-CLIP: ")]
@@ -392,9 +388,7 @@ def test_published_numbers_are_the_papers():
 
 
 @pytest.mark.slow
-def test_what_is_committed_is_of_the_committed_results(tmp_path, monkeypatch):
-    for name, tuned in COMMITTED.items():  # not those of the study that is made up here
-        monkeypatch.setattr(study_grid, name, tuned)
+def test_what_is_committed_is_of_the_committed_results(tmp_path):
     results, folder = Results(), ROOT / "paper_figures"
     for path, text in claims.pages(results).items():
         assert path.read_text() == text, "run: make figures"

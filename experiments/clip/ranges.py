@@ -1,8 +1,8 @@
 """What an option's value must be, written beside the field: ``epochs: Annotated[int, AtLeast(1)] = 16``.
 
 An options group is a frozen dataclass. `check_options` refuses, by the option's name, a value outside its range, and an
-option that was given although it takes no part in the run. A group's own method ``check`` refuses what involves several
-of its options. Nothing here imports more than the standard library, so that a wrong option is refused at once.
+option that was given although it takes no part in the run. A group's own method ``check_together`` refuses what
+involves several of its options. Nothing here imports more than the standard library, so that a wrong option is refused at once.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def check_options(options: Any) -> None:
                 if isinstance(note, OnlyWith) and not note.holds(group):
                     refuse_if_given(group, name, note.where)
     for group in groups:
-        if hasattr(group, "check"):
-            group.check()
+        if hasattr(group, "check_together"):
+            group.check_together()
 
 
 def refuse_if_given(group: Any, name: str, where: str) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file
 
-from experiments.clip.cli.options import Data, Loss, Train
+from experiments.clip.cli.options import Data, Train
+from experiments.clip.training.options import Loss
 from experiments.clip.run import main
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import Cell, reference_cell
-from experiments.clip.training.optimization import Optimization
-from experiments.clip.training.trainer import CheckpointPolicy
+from experiments.clip.training.options import Optimization
+from experiments.clip.training.options import CheckpointPolicy
 
 
 def training(loss, seed=0, split="train"):
@@ -29,17 +30,17 @@ def training(loss, seed=0, split="train"):
 REFERENCES = {"poor": training(Loss(method="openclip"), split="reference")}
 
 
-def references():
+def references(_):
     return [reference_cell("poor")]
 
 
-def methods():
+def methods(_):
     for seed in (0, 1):
         yield Cell("drrho", training(Loss(), seed))
         yield Cell("openclip", training(Loss(method="openclip"), seed))
 
 
-def steered():
+def steered(_):
     yield Cell("drrho", training(Loss()), "shipped")  # the first of the methods
     yield Cell("drrho", training(Loss()), reference="poor")
 

@@ -131,7 +131,7 @@ class Train:
         """Pairs that the stream gives each step, over all ranks, at most."""
         return self.optimization.batch_size * self.selection.scored_per_pair
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         """Refuse options that contradict each other, and those that the run would ignore."""
         if {"image", "text"} <= set(self.lock) and not self.unlocked_groups:
             raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
@@ -188,7 +188,7 @@ class CacheReference:
     exchange_minutes: Annotated[float, Positive] = 600.0
     """How long a rank waits for the others at the end."""
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         """Refuse options of the embedded pairs beside a catalog."""
         if self.catalog is not None and self.data != Data():
             raise UserError("--catalog takes the place of --captions, --size and --cache: leave those out")
@@ -242,7 +242,7 @@ class Plan:
     reference_width: Annotated[int, Positive] = 512
     """Width of the reference's features, where the run has a reference."""
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         """Refuse options of the run that a plan would ignore."""
         if self.train.fraction != 1:
             raise UserError(

@@ -1,8 +1,8 @@
 """What the results of a study say, with 95 % intervals over seeds.
 
 Trainings of one seed start from equal weights and see equal orders of the pairs, so methods are compared seed by seed.
-A bootstrap draws seeds, the same for both sides of a comparison and for all configurations. All functions are of arrays
-alone: `experiments.clip.study.study_rows` reads the rows they come from.
+A bootstrap draws seeds, the same for both sides of a comparison and for all configurations. All functions take plain
+arrays: `experiments.clip.study.results.study_rows` reads the rows that they come from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REPLICATES = 2000
 BINS = 5
 _ENDS = (0.025, 0.975)
 
-Array = NDArray[Any]
+Array = NDArray[np.float64]
 Rule = Literal["best-of-bins", "all"]
 
 
@@ -100,10 +100,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, replicates: int = REPLICATE
 
 
 def paired_ratio(a: ArrayLike, b: ArrayLike) -> Interval:
-    """Return ``mean(a) / mean(b)`` with Fieller's interval (1954): the ratios r with mean(a - r b) = 0 not refused.
+    """Return ``mean(a) / mean(b)`` with Fieller's interval (1954): the ratios r for which mean(a - r b) may be 0.
 
-    Student's t test at 5 % refuses. Where mean(b) itself is not told from zero, no finite interval has the ratio, and
-    the ends are infinite.
+    These are the ratios that Student's t test at 5 % does not reject. Where it does not reject mean(b) = 0 either, no
+    finite interval holds the ratio, and the ends are infinite.
     """
     a, b = _paired(a, b)
     n, quantile = len(a), stats.t.ppf(_ENDS[1], len(a) - 1)
@@ -140,7 +140,7 @@ def data_saved(
         raise ValueError(f"steered must be [fractions, seeds] = {(len(shares), len(level))}, got {scores.shape}")
     _finite(steered=scores, unsteered=level)
 
-    def meeting(chosen: Array) -> float:
+    def meeting(chosen: NDArray[np.int64]) -> float:
         found = crossing(shares, level[chosen].mean() - scores[:, chosen].mean(1))
         return np.inf if found is None else found
 
@@ -230,7 +230,7 @@ def _line(points: Array) -> tuple[float, float]:
     return float(y.mean() - slope * x.mean()), float(slope)
 
 
-def _resampled(seeds: int, replicates: int, seed: int) -> NDArray[Any]:
+def _resampled(seeds: int, replicates: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(seeds, size=(replicates, seeds))
 
 

@@ -150,7 +150,7 @@ class Loss:
         known = {"kl": drrho.KL, "chi-square": drrho.ChiSquare, "cvar": lambda: drrho.CVaR(self.level)}
         return known[self.divergence]()
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         """Refuse options that contradict each other."""
         if self.temperature_scheme == "individual" and self.temperature_lr_schedule == "threshold":
             raise UserError(
@@ -240,7 +240,7 @@ class Optimization:
     ema: Annotated[float | None, BelowOne] = None
     """Decay per step of a moving average of the weights, exported beside them."""
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         """Refuse options that contradict each other."""
         if not 0 <= self.lr_min <= self.lr:
             raise UserError(f"--lr-min must be between 0 and --lr, got {self.lr_min}")

@@ -14,25 +14,20 @@ from pathlib import Path
 import pytest
 import small_study
 
-from experiments.clip.cli.options import Loss
 from experiments.clip.cli.parser import as_words, parse
 from experiments.clip.errors import UserError
 from experiments.clip.run import main
 from experiments.clip.study import grid as study_grid
-from experiments.clip.study.grid import STUDIES, Cell
-from experiments.clip.study.runner import (
-    best_settings,
-    cell_hash,
-    curves_path,
-    largest_difference,
-    planned,
-    read_curves,
-    read_rows,
-    study_rows,
-)
+from experiments.clip.study import runner
+from experiments.clip.study.grid import STUDIES, Cell, TunedKey
+from experiments.clip.study.options import Study
+from experiments.clip.study.planning import planned_trainings
+from experiments.clip.study.results import FIELDS, curves_path, read_curves, read_rows, study_rows, write_training
+from experiments.clip.study.runner import largest_difference
+from experiments.clip.study.settings import SETTINGS
+from experiments.clip.study.tuned import tuned_path
 from experiments.clip.training.checkpoint import latest_checkpoint
 
-RESULTS = Path(study_grid.__file__).parent / "results" / "study.csv"
 PROGRAM = Path(small_study.__file__)
 TRAININGS = 6
 
@@ -97,10 +92,11 @@ def small_grid():
         own.update(before)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_grid(finished, small_grid):
     assert len(finished.results.read_text().splitlines()) == 1 + TRAININGS
     rows, curves = read_rows(finished.results), read_curves(finished.results)
-    assert set(rows) == set(curves) == {each.hash for each in planned(STUDIES)}
+    assert set(rows) == set(curves) == {each.hash for each in planned_trainings(STUDIES, {})}
     assert not list(finished.out.glob("cells/*"))
     (reference,) = finished.out.glob("references/poor-*")
     assert [path.name for path in reference.iterdir()] == ["model"]
@@ -113,12 +109,13 @@ def test_two_processes_share_the_grid(finished, small_grid):
         assert float(row["variance_of_losses"]) == pytest.approx(sum(sides) / 2, rel=1e-6)
         assert bool(row["variance_of_excess"]) == bool(row["reference"])
     # A training in two studies is run once, and has each study's own labels.
-    assert [row["setting"] for row in study_rows("steered", finished.results)] == ["shipped", ""]
-    assert [row["reference"] for row in study_rows("steered", finished.results)] == ["shipped", "poor"]
+    assert [row["setting"] for row in study_rows("steered", finished.results, {})] == ["shipped", ""]
+    assert [row["reference"] for row in study_rows("steered", finished.results, {})] == ["shipped", "poor"]
 
 
+@pytest.mark.slow
 def test_a_line_repeats_its_training(finished, small_grid):
-    for each in planned(STUDIES):
+    for each in planned_trainings(STUDIES, {}):
         row = read_rows(finished.results)[each.hash]
         options = parse(["train", *shlex.split(row["options"])])
         assert as_words(options) == shlex.split(row["options"])
@@ -128,6 +125,7 @@ def test_a_line_repeats_its_training(finished, small_grid):
         assert options == each.cell.train
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_started_again_it_has_the_same_lines(finished, tmp_path):
     place = Place(tmp_path, finished.cache)
     for kills in range(3):
@@ -140,13 +138,14 @@ def test_killed_anywhere_and_started_again_it_has_the_same_lines(finished, tmp_p
         process.kill()
         process.communicate()
     finish(place.start())
-    assert any(not row["seconds"] for row in read_rows(place.results).values())  # one went on from its checkpoint
+    assert any(not row["seconds"] for row in read_rows(place.results).values())  # one resumed from its checkpoint
     assert numbers(place.results) == numbers(finished.results)
     assert len(place.results.read_text().splitlines()) == 1 + TRAININGS
     assert read_curves(place.results) == read_curves(finished.results)
     assert not list(place.out.glob("cells/*"))
 
 
+@pytest.mark.slow
 def test_a_signal_or_the_end_of_its_time_keeps_the_state(glyph_cache, tmp_path):
     place = Place(tmp_path, glyph_cache)
     process = place.start("--only", "methods")
@@ -161,6 +160,7 @@ def test_a_signal_or_the_end_of_its_time_keeps_the_state(glyph_cache, tmp_path):
     assert re.search(r"the 0.5 seconds are over, \d trainings left", output)
 
 
+@pytest.mark.slow
 def test_a_torn_line_is_mended(copied, finished, small_grid, capsys):
     text = copied.results.read_text()
     copied.results.write_text(text[:-30])
@@ -177,6 +177,7 @@ def test_a_torn_line_is_mended(copied, finished, small_grid, capsys):
     assert "has the columns of another version: move it away" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_is_left_and_stale(copied, small_grid, monkeypatch, capsys):
     lines = copied.results.read_text().splitlines(keepends=True)
     copied.results.write_text("".join(line for line in lines if not line.startswith("references")))
@@ -185,12 +186,13 @@ def test_a_dry_run_says_what_is_left_and_stale(copied, small_grid, monkeypatch, 
     assert re.search(r"references\W+1\W+0\W+1\W", shown)
     assert re.search(r"methods\W+4\W+4\W+0\W", shown)
     assert "stale" not in shown
-    monkeypatch.setitem(study_grid.STUDIES, "methods", lambda: list(small_study.methods())[:2])
+    monkeypatch.setitem(study_grid.STUDIES, "methods", lambda _: list(small_study.methods({}))[:2])
     assert copied.here("--dry-run") == 0
     assert re.search(r"stale\W+2\W", capsys.readouterr().out)
-    assert [row["seed"] for row in study_rows("methods", copied.results)] == ["0", "0"]
+    assert [row["seed"] for row in study_rows("methods", copied.results, {})] == ["0", "0"]
 
 
+@pytest.mark.slow
 def test_a_line_that_was_falsified_fails_the_check(copied, small_grid, capsys):
     assert copied.here("--check", "--only", "steered", "--seed", "1") == 0
     shown = capsys.readouterr().out
@@ -214,65 +216,43 @@ def test_a_repetition_may_differ_by_chance_alone():
     assert largest_difference(0.0, [0.0, 0.0], 100)[0] > 0
 
 
-def test_every_cell_of_the_grid_is_a_training_that_the_command_line_gives():
-    # Of those that differ in their seed alone, one: a parser takes 40 ms.
-    trainings = (dataclasses.replace(each.cell.train, seed=7) for each in planned(STUDIES))
-    for words, train in {tuple(as_words(train)): train for train in trainings}.items():
-        assert parse(["train", *words]) == train
+def test_what_uses_a_tuned_setting_is_due_when_the_last_of_its_tuning_is_done(tmp_path, monkeypatch):
+    settings, score, order = SETTINGS["openclip"][:2], {"lr=0.0005": 0.1, "lr=0.001": 0.2}, []
+
+    def tuning(_):
+        for setting in settings:
+            yield Cell("openclip", small_study.training(setting.loss, seed=round(1e4 * setting.lr)), setting.name)
+
+    def headline(tuned):
+        if (setting := tuned.get(TunedKey("tuning", "swapped", "openclip"))) is not None:
+            yield Cell("openclip", small_study.training(setting.loss), f"tuned {setting.name}")
+
+    def train(self, each, folder, stop, model=None):
+        folder.mkdir(parents=True)
+        order.append(each.cell.setting)
+        assert tuned_path(results).exists() == (len(order) > len(settings))
+        row = dict.fromkeys(FIELDS, "0") | {"hash": each.hash, "validation_top1": str(score.get(each.cell.setting, 0))}
+        write_training(results, row, [])
+
+    results = tmp_path / "study.csv"
+    for name in set(STUDIES) - {"tuning", "headline"}:
+        monkeypatch.delitem(STUDIES, name)
+    monkeypatch.setitem(STUDIES, "headline", headline)
+    monkeypatch.setitem(STUDIES, "tuning", tuning)
+    monkeypatch.setattr(runner._StudyRunner, "_run", train)
+    with pytest.raises(UserError, match=r"--only headline uses tuned settings, of which .*study.csv has none yet: run"):
+        runner.run(Study(results, tmp_path / "out", tmp_path, only=("headline",)))
+    runner.run(Study(results, tmp_path / "out", tmp_path))
+    assert order == ["lr=0.0005", "lr=0.001", "tuned lr=0.001"]
+    runner.run(Study(results, tmp_path / "out", tmp_path, only=("headline",)))
+    assert len(order) == 3
 
 
-def test_budgets_are_whole_passes_and_called_what_they_are():
-    setting = next(iter(study_grid.SETTINGS["openclip"].values()))
-    with pytest.raises(ValueError, match=r"epochs=2\.5 of lr=0\.0005 on a share 1 are 2\.5 passes"):
-        study_grid.training(setting, "clean", epochs=2.5)
-    assert study_grid.training(setting, "clean", epochs=2.5, fraction=0.5).optimization.epochs == 5
-    labels = {
-        each.cell.setting: each.cell.train for each in planned(STUDIES) if each.cell.setting.startswith("epochs=")
-    }
-    assert len(labels) >= 4
-    assert all(train.optimization.epochs == int(label.removeprefix("epochs=")) for label, train in labels.items())
-    budgets = {int(row["samples_trained"]) for row in read_rows(RESULTS).values() if row["setting"] == "epochs=1"}
-    assert budgets == {study_grid.PAIRS_SEEN // study_grid.EPOCHS}
-
-
-def test_tuned_settings_are_the_best_of_the_committed_results():
-    """All settings were tried, six of most methods, and the best one was chosen by the validation split alone."""
-    rows = [row for name in ("tuning", "tuning-more") for row in study_rows(name, RESULTS)]
-    assert all(row["seed"] == "0" for row in rows)
-    best = {(captions, method): setting for (captions, method, _), setting in best_settings(rows).items()}
-    for captions, method in study_grid.TUNED:
-        tried = {row["setting"] for row in rows if (row["captions"], row["method"]) == (captions, method)}
-        more = {"distillation": 16, "drrho-distillation": 16, "fastclip-v3": 12, "drrho-learned": 9, "two-level": 9}
-        more |= {"drrho-chi-square": 10, "drrho-cvar": 8}
-        assert tried == set(study_grid.SETTINGS[method]) and len(tried) == more.get(method, 6)
-    assert {key: best[key] for key in study_grid.TUNED} == study_grid.TUNED
-    of_scored = study_rows("tuning-scored", RESULTS)
-    best = {(captions, method): setting for (captions, method, _), setting in best_settings(of_scored).items()}
-    assert {key: best[key] for key in study_grid.TUNED_SCORED} == study_grid.TUNED_SCORED
-    assert best_settings(study_rows("tuning-longer", RESULTS)) == study_grid.TUNED_LONGER
-    under = best_settings(study_rows("tuning-references", RESULTS))
-    assert {key: under[key] for key in study_grid.TUNED_REFERENCES} == study_grid.TUNED_REFERENCES
-
-
-def test_a_hash_is_that_of_all_that_the_result_depends_on():
-    cell = next(iter(STUDIES["tuning"]()))
-    train = cell.train
-    own = cell_hash(cell)
-    for same in (
-        dataclasses.replace(train, out=Path("elsewhere"), logs=()),
-        dataclasses.replace(train, data=dataclasses.replace(train.data, cache=Path("elsewhere"))),
-    ):
-        assert cell_hash(Cell("another label", same, "setting")) == own
-    steered = dataclasses.replace(train, loss=Loss())
-    others = [
-        *(dataclasses.replace(train, **{name: value}) for name, value in (("seed", 9), ("fraction", 0.5))),
-        dataclasses.replace(train, data=dataclasses.replace(train.data, captions="clean")),
-        dataclasses.replace(train, optimization=dataclasses.replace(train.optimization, lr=3e-4)),
-        steered,
-    ]
-    hashes = {cell_hash(Cell("", other)) for other in others}
-    hashes |= {cell_hash(Cell("", steered, reference=name)) for name in study_grid.REFERENCES}
-    assert len({own, *hashes}) == 1 + len(others) + len(study_grid.REFERENCES)
+def test_a_dry_run_writes_nothing_and_names_what_is_not_tuned(small_grid, monkeypatch, glyph_cache, tmp_path, capsys):
+    monkeypatch.setitem(STUDIES, "headline", lambda tuned: ())
+    runner.run(Study(tmp_path / "study.csv", tmp_path / "out", glyph_cache, dry_run=True))
+    assert "their settings are not tuned yet: headline" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -287,4 +267,4 @@ def test_a_hash_is_that_of_all_that_the_result_depends_on():
 )
 def test_options_that_would_be_ignored_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        parse(["study", *words])
+        runner.run(parse(["study", *words]))

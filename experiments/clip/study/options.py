@@ -1,0 +1,42 @@
+"""Options of the command ``study`` and what may be combined; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from experiments.clip.errors import UserError
+from experiments.clip.ranges import OnlyWith, PositiveOrInfinite
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run grids of trainings, one line of results for each; more processes, started alike, share the work."""
+
+    results: Path = Path("experiments/clip/study/results/study.csv")
+    """Table with a line for each finished training; beside it, NAME_curves.csv has one for each validation, and
+    NAME_tuned.json the settings that tuning found best."""
+    out: Path = Path("outputs/study")
+    """Folder of references, of trainings under way and of what is claimed by a process."""
+    cache: Path = Path("cache")
+    """Folder of shards and reference features; it can be moved."""
+    only: tuple[str, ...] = ()
+    """Studies to run, of those in study/grid.py; all by default."""
+    dry_run: bool = False
+    """Say what is left and how long it takes."""
+    check: bool = False
+    """Run one finished training again and compare."""
+    seed: Annotated[int, OnlyWith("--check", lambda study: study.check)] = 0
+    """Seed by which --check chooses it."""
+    seconds: Annotated[
+        float | None,
+        PositiveOrInfinite,
+        OnlyWith("running trainings: leave out --dry-run and --check", lambda study: not (study.dry_run or study.check)),
+    ] = None
+    """Stop after so many, keeping the state of the training under way."""
+
+    def check_together(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.dry_run and self.check:
+            raise UserError("--dry-run and --check are two things: give one of them")

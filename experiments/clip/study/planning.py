@@ -1,0 +1,123 @@
+"""Which trainings a study has, what identifies each, and how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from experiments.clip.cli.options import Train
+from experiments.clip.cli.parser import as_settings
+from experiments.clip.cli.plan import cost_of
+from experiments.clip.glyphs.source import dataset_settings
+from experiments.clip.models.clip import fingerprint_of
+from experiments.clip.training.options import SHIPPED_REFERENCE
+from experiments.clip.study.grid import STUDIES, Cell, Tuned, reference_cell
+
+_FORMAT = 1
+# What the trained model does not depend on.
+_WITHOUT_EFFECT = ("out", "keeping", "logs", "log_every")
+_GFLOPS_PER_SECOND = 40.0  # of one core, of small models: expected where nothing of a model's size has been timed
+
+
+class PlannedTraining(NamedTuple):
+    """A cell, the first study that has it, and the hash of its options."""
+
+    study: str
+    cell: Cell
+    hash: str
+
+    def __str__(self) -> str:
+        cell = self.cell
+        labels = (
+            self.study,
+            cell.train.data.captions,
+            cell.train.model,
+            cell.method,
+            cell.setting,
+            cell.reference,
+            f"seed {cell.train.seed}",
+        )
+        return f"{self.hash} ({', '.join(label for label in labels if label)})"
+
+
+def planned_trainings(studies: Iterable[str], tuned: Tuned) -> list[PlannedTraining]:
+    """Return the cells of these studies, each training once."""
+    found: dict[str, PlannedTraining] = {}
+    for name in studies:
+        for each in (planned_training(name, cell) for cell in STUDIES[name](tuned)):
+            found.setdefault(each.hash, each)
+    return list(found.values())
+
+
+def planned_training(study: str, cell: Cell) -> PlannedTraining:
+    """Return a study's cell with its hash."""
+    return PlannedTraining(study, cell, cell_hash(cell))
+
+
+def differ_in_seed_alone(a: Cell, b: Cell) -> bool:
+    """Return whether two trainings are equal but for their seeds."""
+    return _hash_without_seed(a) == _hash_without_seed(b)
+
+
+def _hash_without_seed(cell: Cell) -> str:
+    return cell_hash(dataclasses.replace(cell, train=dataclasses.replace(cell.train, seed=0)))
+
+
+@cache
+def cell_hash(cell: Cell) -> str:
+    """Return what identifies the result of a training: a hash of all options that it depends on.
+
+    Options that are off (None, False, nothing) are left out, so that one that is added later, and off, changes nothing.
+    """
+    settings = {key: value for key, value in as_settings(cell.train).items() if key not in _WITHOUT_EFFECT}
+    settings["data"] = dataset_settings(cell.train.data)
+    del settings["execution"]["exchange_minutes"]
+    loss = cell.train.loss
+    if cell.reference:
+        settings["loss"]["reference"] = {"trained": cell_hash(reference_cell(cell.reference))}
+    else:
+        settings["loss"]["reference"] = _fingerprint(loss.reference) if loss.needs_reference else None
+    text = json.dumps([_FORMAT, _without_off(settings)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_fingerprint = cache(fingerprint_of)
+_cost_of = cache(cost_of)
+
+
+def _without_off(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_off(v) for k, v in value.items() if v is not None and v is not False and v != [] and v != ""}
+
+
+def reference_label(cell: Cell) -> str:
+    """Return what tables call the reference of a training; nothing where it has none."""
+    if cell.reference or not cell.train.loss.needs_reference:
+        return cell.reference
+    reference = cell.train.loss.reference
+    return "shipped" if reference == SHIPPED_REFERENCE else reference.name
+
+
+def gigaflops(train: Train, samples: float, scored: float) -> float:
+    """Return 10^9 operations of training: three forward passes of a pair trained on, and one of a pair scored."""
+    return _cost_of(train.model).flops * (3 * samples + scored * train.selection.is_on) / 1e9
+
+
+def expected_seconds(train: Train, samples: int, rows: Iterable[Mapping[str, str]]) -> float:
+    """Return the median of trainings of this model and length, else of this model, else what its size suggests."""
+    timed = [
+        (int(row["samples_trained"]), float(row["seconds"]))
+        for row in rows
+        if row["model"] == train.model and row["seconds"]
+    ]
+    if alike := [seconds for count, seconds in timed if count == samples]:
+        return statistics.median(alike)
+    if timed:
+        return samples * statistics.median(seconds / count for count, seconds in timed)
+    return 3 * _cost_of(train.model).flops * samples / 1e9 / _GFLOPS_PER_SECOND
