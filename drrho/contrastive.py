@@ -126,12 +126,12 @@ def contrastive_risk(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
-    if log_step is not None and not (gamma == 1.0 and isinstance(divergence, KL) and abs(log_step) < math.inf):
+    if log_step is not None and not (gamma == 1.0 and divergence.has_exponential_weights and abs(log_step) < math.inf):
         raise ValueError(f"log_step must be finite and stand alone, for KL, got {log_step} with gamma={gamma}")
     for number, name in ((eps, "eps"), (rho, "rho")):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {number}")
-    is_kl = isinstance(divergence, KL)
+    is_kl = divergence.has_exponential_weights
     if log_u is not None and not is_kl:
         raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer; use threshold")
     if per_temperature and not (is_kl and rho == 0):

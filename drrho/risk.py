@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drrho.divergences import KL, CVaR, Divergence
+from drrho.divergences import Divergence
 from drrho.optimum import optimum
 from drrho.reference import excess_losses
+from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, sample_count
 from drrho.validation import as_base_weights, as_losses, as_parameter, refuse_not_finite
 
@@ -128,7 +129,7 @@ def penalized_risk(
     """
     rows = as_losses(losses, "losses", finite=False)
     price = as_parameter(strength, "strength", "is the price of D_phi(p || q)", rows)
-    dtype = _answer_dtype(rows) if isinstance(divergence, KL | CVaR) else torch.float64
+    dtype = torch.float64 if algorithm_of(divergence).closed_penalty is None else _answer_dtype(rows)
     return _risk(rows, divergence, None, price, base_weights, group, dtype)
 
 
@@ -244,8 +245,8 @@ def _risk(
         return None if parameter is None else _cast(_merged(parameter, shape), dtype)
 
     alpha = None
-    if isinstance(divergence.alpha, Tensor):
-        alpha = as_parameter(divergence.alpha, "alpha", "is the fraction of losses in the tail", losses)
+    if isinstance(divergence.tail_fraction, Tensor):
+        alpha = as_parameter(divergence.tail_fraction, "alpha", "is the fraction of losses in the tail", losses)
     base = None
     if base_weights is not None:
         base = as_base_weights(base_weights, losses, group)
