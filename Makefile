@@ -5,7 +5,7 @@ READY := .venv/.ready
 # A process for each core, with one thread; the tests of a file stay together, because they share data.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
-PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions risk_gradients hybrid)
+PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions optimum hybrid)
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 

@@ -1,23 +1,24 @@
-"""Steps of a batch whose graph does not fit in memory, for losses that compare all of its samples.
+"""Gradients of a batch whose graph does not fit in memory, for losses that compare all of its samples.
 
-A contrastive loss is no sum over samples, so that gradients of parts of a batch do not add up to its own. GradCache
-(Gao et al., 2021, arXiv:2101.06983) gets it from the chain rule instead: features of all chunks without a graph, one
-loss over them, then each chunk's features once more, with a graph, and the loss's gradient in them as cotangent.
+A contrastive loss is not a sum over samples, so the gradients of parts of a batch do not add up to that of the batch.
+GradCache (Gao et al., 2021, arXiv:2101.06983) uses the chain rule instead: it computes the features of all chunks
+without a graph, one loss over all features, and then the features of each chunk again with a graph, through which it
+propagates the loss's gradient with respect to these features.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 
 class Valued(Protocol):
-    """A loss with more to say than its value, such as a `drrho.contrastive.ContrastiveStep`."""
+    """A loss that returns more than its value, such as a `drrho.contrastive.ContrastiveStep`."""
 
     @property
     def value(self) -> Tensor:
@@ -37,49 +38,51 @@ def accumulate(
     model: nn.Module,
     gradient_scale: float = 1.0,
 ) -> Loss:
-    """Add the gradient of ``loss(*features)``, features of all chunks together, to ``.grad``; return the loss's result.
+    """Add the gradient of ``loss(*features)`` over the features of all chunks to ``.grad``; return the loss's result.
 
-    The gradient is that of one pass over the chunks, while at most one chunk's graph is held, beside features and
-    their gradients. Chunks are encoded twice; one that is alone is encoded once, which is the usual step.
+    The gradient is that of one pass over the batch, but memory holds the graph of only one chunk at a time, besides
+    the features and their gradients. Chunks are encoded twice; a single chunk is encoded once, as in a usual step.
 
     Parameters
     ----------
     encode : callable
-        From a chunk to a tuple of tensors: features ``[c, ...]``, which are joined along their first dimension in the
-        order of chunks, and scalars that are the same for every chunk, such as CLIP's logit scale. open_clip's
-        ``model(image, text)`` is one. Random numbers must come from torch's default generators.
+        Maps a chunk to a tuple of tensors: features ``[c, ...]``, which are concatenated along their first dimension in
+        the order of chunks, and scalars that are the same for every chunk, such as CLIP's logit scale. open_clip's
+        ``model(image, text)`` is an example. Random numbers must come from torch's default generators.
     chunks : sequence
         At least one; they may differ in size.
     loss : callable
-        From the joined features, and the scalars, to a scalar, or to anything with one as its ``value``. Called once.
+        Maps the concatenated features and the scalars to a scalar, or to an object whose ``value`` is one. It is
+        called once.
     model : torch.nn.Module
-        What ``encode`` runs. If it is wrapped in DistributedDataParallel or by ``fully_shard``, gradients are reduced
-        over ranks once, with the last chunk.
+        The model that ``encode`` runs. If it is wrapped in DistributedDataParallel or by ``fully_shard``, gradients are
+        reduced over ranks once, with the last chunk.
     gradient_scale : float
-        Multiplies every gradient. Wrappers average gradients over ranks, as if each rank had a loss of its own. The
-        ranks' gradients of `drrho.contrastive.contrastive_risk` with a group are parts of one, to be summed: give the
-        number of ranks. Parameters outside the model are yours to average.
+        Factor of every gradient. Wrappers average gradients over ranks, as if each rank had its own loss. The gradients
+        of `drrho.contrastive.contrastive_risk` with a group have to be summed over ranks instead: pass the number of
+        ranks. Gradients of parameters outside the model are not reduced.
 
     Returns
     -------
     Tensor or object
-        What ``loss`` returned. No backward pass is left to do.
+        The result of ``loss``, after its backward pass.
 
     Raises
     ------
     ValueError
-        For no chunks, a scale out of range, outputs of ``encode`` that do not fit together, or a loss not a scalar.
+        For no chunks, a scale out of range, outputs of ``encode`` that do not fit together, or a loss that is not a
+        scalar.
 
     Notes
     -----
-    Random numbers of both passes are equal, on the CPU and on the devices of the model; afterwards generators and
-    buffers are as after one pass over the chunks and the loss. Batch normalization is over a chunk, not the batch, and
-    its running statistics move once per chunk. Autocast of the caller holds in both passes and in the loss, not in
-    backward passes.
+    Both passes use the same random numbers, on the CPU and on the devices of the model; afterwards generators and
+    buffers are in the state that one pass over the chunks and the loss leaves. Batch normalization is over a chunk,
+    not the batch, and its running statistics are updated once per chunk. The caller's autocast applies to both passes
+    and to the loss, not to backward passes.
 
-    With DistributedDataParallel every parameter must be reached by outputs of ``encode``, as in any of its steps: the
-    logit scale goes through them, not into ``loss`` from outside. Ranks may have different numbers of chunks, if all
-    have one or all have more; with ``fully_shard``, whose forward passes communicate, they must have the same.
+    With DistributedDataParallel the outputs of ``encode`` must depend on every parameter, as in any of its steps: the
+    logit scale must be one of them, not an input of ``loss`` from outside. Ranks may have different numbers of chunks
+    if all have one or all have more; with ``fully_shard``, whose forward passes communicate, the numbers must be equal.
 
     Examples
     --------
@@ -94,8 +97,8 @@ def accumulate(
     ...     return contrastive_risk(image, text, 0.1)
     >>> chunks = list(zip(*(part.split(10) for part in batch)))
     >>> step = accumulate(encode, chunks, loss, model=towers)
-    >>> whole = torch.autograd.grad(loss(*encode(batch)).value, list(towers.parameters()))
-    >>> all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(towers.parameters(), whole))
+    >>> expected = torch.autograd.grad(loss(*encode(batch)).value, list(towers.parameters()))
+    >>> all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(towers.parameters(), expected))
     True
     """
     if len(chunks) == 0:
@@ -116,7 +119,7 @@ def accumulate(
     features = _joined(outputs)
     sizes = [[len(part) if part.ndim else 0 for part in parts] for parts in zip(*outputs, strict=True)]
     del outputs
-    torch.clear_autocast_cache()  # weights cast without a graph: torch before 2.10 would take them in the replay too
+    torch.clear_autocast_cache()  # torch before 2.10 would reuse weights that were cast without a graph
     result = loss(*features)
     _backward_of_loss(result, gradient_scale)
 
@@ -146,7 +149,7 @@ def _encoded(encode: Callable[[Chunk], Sequence[Tensor]], chunk: Chunk) -> tuple
 
 
 def _joined(outputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return the outputs of all chunks together, as leaves of a new graph."""
+    """Concatenate the outputs of all chunks into leaves of a new graph."""
     first = outputs[0]
     for k, parts in enumerate(outputs):
         if len(parts) != len(first):
@@ -157,7 +160,7 @@ def _joined(outputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
         for i, (one, part) in enumerate(zip(first, parts, strict=True)):
             if part.ndim != one.ndim or part.shape[1:] != one.shape[1:]:
                 raise ValueError(
-                    f"output {i} of encode must have one shape for every chunk, but for the first dimension, "
+                    f"output {i} of encode must have one shape for every chunk, except for the first dimension, "
                     f"got {list(one.shape)} for chunks[0] and {list(part.shape)} for chunks[{k}]"
                 )
     joined = []
@@ -173,7 +176,7 @@ def _joined(outputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
 
 
 def _cut(feature: Tensor, sizes: list[int]) -> Sequence[Tensor | None]:
-    """Return every chunk's part of the gradient; that of a scalar goes to the last chunk."""
+    """Split the gradient into those of the chunks; the gradient of a scalar goes to the last chunk."""
     if feature.grad is None:
         return [None] * len(sizes)
     if feature.ndim == 0:
@@ -181,7 +184,7 @@ def _cut(feature: Tensor, sizes: list[int]) -> Sequence[Tensor | None]:
     return feature.grad.split(sizes)
 
 
-def _backward_of_loss(result: Any, scale: float) -> None:
+def _backward_of_loss(result: object, scale: float) -> None:
     value = result if isinstance(result, Tensor) else getattr(result, "value", None)
     if not isinstance(value, Tensor):
         raise ValueError(f"loss must return a scalar tensor, or have one as its value, got {type(result).__name__}")
@@ -193,20 +196,34 @@ def _backward_of_loss(result: Any, scale: float) -> None:
 def _backward(cotangents: Sequence[tuple[Tensor, Tensor]]) -> None:
     if cotangents:
         tensors, gradients = zip(*cotangents, strict=True)
-        # The caller's autocast must not reach into backward formulas: their types are those of the forward pass.
+        # The caller's autocast must not apply to backward formulas, whose types are those of the forward pass.
         with torch.autocast(tensors[0].device.type, enabled=False):
             torch.autograd.backward(tensors, gradients)
 
 
+@runtime_checkable
+class _WithoutSync(Protocol):
+    """A wrapper such as DistributedDataParallel."""
+
+    def no_sync(self) -> AbstractContextManager[None]: ...
+
+
+@runtime_checkable
+class _WithSyncSwitch(Protocol):
+    """A module to which ``fully_shard`` was applied."""
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None: ...
+
+
 @contextmanager
-def _reduction(model: Any, wanted: bool) -> Iterator[None]:
-    """Reduce gradients over ranks in the backward passes inside, or not."""
+def _reduction(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let the backward passes inside reduce gradients over ranks only if ``wanted``."""
     if wanted:
         yield
-    elif hasattr(model, "no_sync"):
+    elif isinstance(model, _WithoutSync):
         with model.no_sync():
             yield
-    elif hasattr(model, "set_requires_gradient_sync"):
+    elif isinstance(model, _WithSyncSwitch):
         model.set_requires_gradient_sync(False)
         try:
             yield
@@ -221,7 +238,7 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 
 
 def _set_buffers(model: nn.Module, values: Sequence[Tensor]) -> None:
-    """Set back the buffers that changed; a graph of the caller's may hold the others, which must not be written."""
+    """Restore the buffers that changed; the others must not be written, since a graph of the caller may hold them."""
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), values, strict=True):
             if not torch.equal(buffer, value):
@@ -232,7 +249,7 @@ _Generators = dict[torch.device, Tensor]
 
 
 def _generators(devices: Iterable[torch.device]) -> _Generators:
-    """Return the states of the default generators of the CPU and of other devices."""
+    """Return the states of the default generators of the CPU and of the given devices."""
     states = {torch.device("cpu"): torch.get_rng_state()}
     return states | {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
 

@@ -1,12 +1,12 @@
-"""What a sample proves about a mean: variance sandwich, scales of rho, empirical Bernstein and DRRho certificates.
+"""Bounds on a mean from a sample: variance sandwich, scales of rho, empirical Bernstein and DRRho certificates.
 
 Notation: n losses ``z_i`` (excess losses ``losses - reference_losses`` where there is a reference), their mean, ``s``
 their standard deviation with 1/n, ``V = n s^2 / (n - 1)``, ``d = mean - min``, ``u = max - mean``; ``F_rho`` is the
 chi-square risk with ``phi(t) = (t - 1)^2 / 2`` and radius ``rho / n``; N models; ``B`` the length of an interval,
-known before seeing the sample, that holds every ``z``: 2M for excess losses when the losses lie in [0, M], 2b when
+known before seeing the sample, that contains every ``z``: 2M for excess losses when the losses lie in [0, M], 2b when
 ``abs(losses - reference_losses) <= b``, M without a reference. Bounds have the unit of the losses.
 
-Every answer carries its `Status`, in the object and in its printed form. Functions of supplied population quantities
+Every result states its `Status`, in the object and in its printed form. Functions of supplied population quantities
 (oracle inequalities, sample sizes) are in `drrho.efficiency`.
 
 There is **no bound here** for CVaR, KL and other divergences, a learned temperature, contrastive or minibatch risks,
@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.special import ndtri, stdtr
 
@@ -30,6 +29,7 @@ from drrho.statements import (
     ModelClass,
     Sample,
     Status,
+    ValueRange,
     as_number,
     as_sample_size,
     compared,
@@ -37,32 +37,33 @@ from drrho.statements import (
     level,
     range_length,
 )
+from drrho.validation import ArrayLike
 
 
 def variance_sandwich(
-    losses: Any, *, rho: float | None = None, radius: float | None = None, value_range: Any = None
+    losses: ArrayLike, *, rho: float | None = None, radius: float | None = None, value_range: ValueRange | None = None
 ) -> Sandwich:
-    """Enclose the premium ``F_rho - mean`` of the chi-square risk by multiples of the standard deviation.
+    """Bound the premium ``F_rho - mean`` of the chi-square risk from both sides by multiples of the standard deviation.
 
-    With ``T = sqrt(2 radius)``, for every row of losses, without any probability::
+    With ``T = sqrt(2 radius)`` these bounds hold for every row of losses, with certainty::
 
         min(T s, s^2 / d)                   <=  F_rho - mean  <=  min(T s, u)
         max(T s - 2 M radius, 0)            <=  F_rho - mean  <=  T s             losses in an interval of length M
 
-    The first line is derived here. Upper: ``D <= radius`` says ``norm(p - 1/n) <= T / sqrt(n)``; then Cauchy-Schwarz.
-    Lower: ``p_i = 1/n + e (z_i - mean)`` is feasible for ``e n s <= T`` and ``e n d <= 1`` and gains ``e n s^2``. It
-    implies ``T s - d radius / 2``, a quarter of the slack of the second line (Duchi & Namkoong, arXiv 1610.02581,
-    Theorem 1). The premium is concave in T, ``T s`` up to ``T_pos = s / d`` and u from ``T_max = sqrt(n / ties - 1)``
-    on, so the chord between the two lies below it.
+    The first line is derived here. Upper bound: ``D <= radius`` means ``norm(p - 1/n) <= T / sqrt(n)``; apply
+    Cauchy-Schwarz. Lower bound: ``p_i = 1/n + e (z_i - mean)`` is feasible for ``e n s <= T`` and ``e n d <= 1`` and
+    gains ``e n s^2``. It implies ``T s - d radius / 2``, a quarter of the slack of the second line (Duchi & Namkoong,
+    arXiv 1610.02581, Theorem 1). The premium is concave in T, equal to ``T s`` up to ``T_pos = s / d`` and to u from
+    ``T_max = sqrt(n / ties - 1)`` on, so it lies above the chord between these two points.
 
     Parameters
     ----------
     losses : tensor, array or sequence, ``[n]``
-        Any finite losses, excess losses included.
+        Finite losses or excess losses.
     rho, radius : float
         Exactly one, >= 0: ``rho = n radius``.
     value_range : float or (low, high)
-        M for the second line; the range of the sample unless given.
+        M of the second line; by default the range of the sample.
 
     Raises
     ------
@@ -70,10 +71,10 @@ def variance_sandwich(
         For losses that are not one row, not exactly one of rho and radius, or losses outside value_range.
     """
     sample = Sample.of(losses, fewest=1)
-    if (rho is None) == (radius is None):
-        raise ValueError(f"give exactly one of rho (radius * n) and radius, got rho={rho} and radius={radius}")
-    if rho is not None:
+    if rho is not None and radius is None:
         radius = as_number(rho, "rho", "is n times the radius of the ball", inclusive=True) / sample.n
+    elif radius is None or rho is not None:
+        raise ValueError(f"give exactly one of rho (radius * n) and radius, got rho={rho} and radius={radius}")
     radius = as_number(radius, "radius", "bounds D_phi(p || 1/n)", inclusive=True)
     length = sample.high - sample.low if value_range is None else range_length(value_range, sample)
 
@@ -104,10 +105,10 @@ def variance_sandwich(
 
 @dataclass(frozen=True)
 class Sandwich:
-    """The premium ``F_rho - mean`` between its bounds, in units of loss; see `variance_sandwich`.
+    """The premium ``F_rho - mean`` and its bounds, in units of loss; see `variance_sandwich`.
 
-    ``chord`` is the sharpest lower bound. ``exact`` says that ``rho <= rho_pos``: all worst-case weights are positive,
-    and the premium equals ``sqrt(2 rho / n) s``; otherwise it is strictly smaller.
+    ``chord`` is the sharpest lower bound. ``exact`` says whether ``rho <= rho_pos``: all worst-case weights are then
+    positive, and the premium equals ``sqrt(2 rho / n) s``; otherwise it is strictly smaller.
     """
 
     mean: float
@@ -140,21 +141,21 @@ class Sandwich:
 
 
 def rho_scales(
-    losses: Any,
+    losses: ArrayLike,
     *,
     confidence: float = 0.95,
     models: int | None = None,
     log_models: float | None = None,
     delta: float = 0.05,
 ) -> RhoScales:
-    """Return the four values of rho at which the meaning of ``F_rho`` changes, to be read beside any rho.
+    """Return the four values of rho at which the meaning of ``F_rho`` changes.
 
     Parameters
     ----------
     losses : tensor, array or sequence, ``[n]``, n >= 2
         Losses, or excess losses, of one model.
     confidence : float
-        In [0.5, 1): the coverage aimed at by ``rho_t``.
+        Coverage that ``rho_t`` aims at, in [0.5, 1).
     models, log_models, delta
         As for `empirical_bernstein`, for ``rho_0``.
 
@@ -187,13 +188,13 @@ class RhoScales:
     Attributes
     ----------
     rho_t : float
-        ``z_confidence^2 / 2``: from here on F_rho covers the mean with this confidence, asymptotically.
+        ``z_confidence^2 / 2``: for rho at least this, F_rho asymptotically covers the mean with this confidence.
     rho_0 : float
-        ``n log(2 N / delta) / (n - 1)``: from here on `drrho_certificate` holds with probability 1 - delta.
+        ``n log(2 N / delta) / (n - 1)``: for rho at least this, `drrho_certificate` holds with probability 1 - delta.
     rho_pos : float
-        ``n s^2 / (2 d^2)``: up to here F_rho is exactly ``mean + s sqrt(2 rho / n)``. Infinite for constant losses.
+        ``n s^2 / (2 d^2)``: up to this rho F_rho is exactly ``mean + s sqrt(2 rho / n)``; infinite for constant losses.
     rho_max : float
-        ``n (n / ties - 1) / 2``: from here on F_rho is the maximum.
+        ``n (n / ties - 1) / 2``: for rho at least this, F_rho is the maximum.
     """
 
     rho_t: float
@@ -206,7 +207,7 @@ class RhoScales:
     union: ModelClass
 
     def describe(self, rho: float) -> str:
-        """Return in which regime rho lies: what F_rho is, and what it covers."""
+        """Describe the regime of rho: the form of F_rho and its coverage."""
         rho = as_number(rho, "rho", "is n times the radius of the ball", inclusive=True)
         if self.rho_max == 0:
             shape = "all losses are equal, F_rho is their mean at every rho"
@@ -242,9 +243,9 @@ class RhoScales:
 def mean_coverage(rho: float, *, n: int | None = None) -> Bound:
     """Return the one-sided coverage ``P(mean of the law <= F_rho) = Phi(sqrt(2 rho))`` in the limit of many samples.
 
-    While ``rho <= rho_pos``, ``mean <= F_rho`` says that the t-statistic is at most ``sqrt(2 rho)``. With ``n`` the
-    answer is that of Student's t with n - 1 degrees, exact for normal losses and asymptotic for others: for an
-    exponential law, aiming at 0.95, it is about 0.88 at n = 20 and 0.93 at n = 200.
+    For ``rho <= rho_pos``, ``mean <= F_rho`` means that the t-statistic is at most ``sqrt(2 rho)``. With ``n`` the
+    coverage is that of Student's t with n - 1 degrees of freedom, exact for normal losses and asymptotic for others:
+    for an exponential law and a nominal coverage of 0.95 it is about 0.88 at n = 20 and 0.93 at n = 200.
 
     Raises
     ------
@@ -270,9 +271,9 @@ def mean_coverage(rho: float, *, n: int | None = None) -> Bound:
 
 
 def empirical_bernstein(
-    losses: Any,
+    losses: ArrayLike,
     *,
-    value_range: Any,
+    value_range: ValueRange,
     delta: float = 0.05,
     models: int | None = None,
     log_models: float | None = None,
@@ -287,10 +288,10 @@ def empirical_bernstein(
         R <= mean + sqrt(2 V L / n) + 7 B L / (3 (n - 1))                             tight=False
         R <= mean + (b/2 + sqrt(V + b^2/4)) sqrt(2 L / n) + B L / (3 n)               tight=True, b = B sqrt(L/(n//2))
 
-    The first is Maurer & Pontil (2009), Theorem 4; the second, never larger, is derived here. Proof: Bernstein's
-    inequality for the mean; V as a U-statistic of ``n // 2`` independent pairs gives ``sigma^2 - V <= sigma b``, of
-    which ``sigma`` is solved for. Each event fails with probability ``exp(-L)`` at most. The choice of the model may
-    depend on the sample in any way.
+    The first is Maurer & Pontil (2009), Theorem 4; the second, never larger, is derived here. Proof: apply Bernstein's
+    inequality to the mean; V as a U-statistic of ``n // 2`` independent pairs gives ``sigma^2 - V <= sigma b``, which
+    is solved for ``sigma``. Each event fails with probability at most ``exp(-L)``. The choice of the model may depend
+    on the sample in any way.
 
     Parameters
     ----------
@@ -299,16 +300,16 @@ def empirical_bernstein(
     value_range : float or (low, high)
         B, or the interval itself, known before seeing the sample.
     delta : float
-        In (0, 1): probability of failure.
+        Probability of failure, in (0, 1).
     models, log_models : int or float
-        N >= 1, or log N where N is too large to write; at most one. Neither means one model, fixed in advance.
+        Number of models N >= 1, or log N for large N; at most one of the two. Without both, one model fixed in advance.
     resolution : float
         For an infinite class: the N models cover it to within this sup-norm distance of losses, which costs
-        ``resolution (2 + sqrt(2 L / (n - 1)))``. `lipschitz_cover_log` counts covers.
+        ``resolution (2 + sqrt(2 L / (n - 1)))``. `lipschitz_cover_log` counts the models of a cover.
     tight : bool
-        Which of the two.
+        Use the second bound.
     two_sided : bool
-        Bound ``abs(R - mean)`` too, by ``value - mean``.
+        Also bound ``abs(R - mean)``, by ``value - mean``.
 
     Raises
     ------
@@ -347,10 +348,10 @@ def _bernstein(sample: Sample, length: float, log_term: float, union: ModelClass
 
 
 def drrho_certificate(
-    losses: Any,
-    reference_losses: Any,
+    losses: ArrayLike,
+    reference_losses: ArrayLike | None,
     *,
-    value_range: Any,
+    value_range: ValueRange,
     reference_independent: bool | None = None,
     rho: float | None = None,
     delta: float = 0.05,
@@ -362,14 +363,14 @@ def drrho_certificate(
     """Bound ``R(theta) - R(theta_ref)`` from above by the DRRho risk, the objective that is minimized.
 
     With ``L = log(2 N / delta)`` and ``rho >= rho_0 = n L / (n - 1)``, with probability >= 1 - delta, for all N
-    models, whichever the sample made you choose::
+    models at once, so also for one that was chosen with the sample::
 
         R(theta) - R(theta_ref) <= F_rho(theta) + (17/6) B L / (n - 1)
 
     Derived here: at rho_0 the deviation of the empirical Bernstein inequality is ``sqrt(2 rho_0 / n) s``, which
     `variance_sandwich` bounds by the premium plus ``d L / (2 (n - 1))``, and ``1/2 + 7/3 = 17/6``. On the same event,
-    with ``tight``, d replaces B in the half, and the half vanishes if ``rho_0 <= rho_pos``. A report on one model
-    should rather quote `better_than_reference`, which is never larger but for what a cover costs it.
+    with ``tight``, d replaces B in the term with factor 1/2, which vanishes if ``rho_0 <= rho_pos``. For a report on
+    one model use `better_than_reference`, which is never larger except for the cost of a cover.
 
     For a bound on ``R(theta)`` itself add `empirical_bernstein` of the reference, on its own evaluation set with its
     own delta; the probabilities of failure add up.
@@ -377,26 +378,27 @@ def drrho_certificate(
     Parameters
     ----------
     losses, reference_losses : tensor, array or sequence, ``[n]``, n >= 2
-        On the same samples in the same order; ``reference_losses=None`` bounds ``R(theta)``, without a reference.
+        Losses on the same samples in the same order; with ``reference_losses=None`` the bound is on ``R(theta)``.
     value_range : float or (low, high)
-        B or the interval for ``losses - reference_losses``: 2M in length when losses lie in [0, M].
+        B or the interval for ``losses - reference_losses``, of length 2M when losses lie in [0, M].
     reference_independent : bool
-        Whether the reference was fixed without looking at this sample. If not, both models must belong to the class
-        of N and the union is over pairs: N^2 for N, and twice the resolution. To be said whenever there is one.
+        Whether the reference was fixed without looking at this sample; required with a reference. If it was not, both
+        models must belong to the class of N, and the union is over pairs: N^2 instead of N, and twice the resolution.
     rho : float
-        Default rho_0. A smaller one gives the bound at the confidence it implies, ``delta = 2 N exp(-rho (n-1)/n)``.
+        By default rho_0. A smaller one gives the bound with the confidence that it implies,
+        ``delta = 2 N exp(-rho (n-1)/n)``.
     delta, models, log_models
         As for `empirical_bernstein`.
     resolution : float
-        As for `empirical_bernstein`; it costs ``2 resolution``, F_rho being 1-Lipschitz.
+        As for `empirical_bernstein`; it costs ``2 resolution``, because F_rho is 1-Lipschitz.
     tight : bool
-        Whether to sharpen the half.
+        Whether to sharpen the term with factor 1/2.
 
     Raises
     ------
     ValueError
-        As for `empirical_bernstein`; for lengths that differ, a reference of unsaid origin, or a rho too small for any
-        confidence.
+        As for `empirical_bernstein`; for lengths that differ, a reference without ``reference_independent``, or a rho
+        too small for any confidence.
 
     Examples
     --------
@@ -410,7 +412,7 @@ def drrho_certificate(
     n = sample.n
     length = range_length(value_range, sample)
     at = level(math.log(2) + union.log_count, n, delta, rho)
-    # The proof passes through the ball of the smallest rho, so that decides whether the half is needed.
+    # The proof uses the ball of the smallest rho, which therefore decides whether the term with factor 1/2 is needed.
     smallest_t = math.sqrt(2 * at.log_term / (n - 1))
     slack = length
     if tight:
@@ -429,10 +431,10 @@ def drrho_certificate(
 
 
 def better_than_reference(
-    losses: Any,
-    reference_losses: Any,
+    losses: ArrayLike,
+    reference_losses: ArrayLike,
     *,
-    value_range: Any,
+    value_range: ValueRange,
     reference_independent: bool,
     delta: float = 0.05,
     models: int | None = None,
@@ -442,7 +444,7 @@ def better_than_reference(
     """Certify that a model is strictly better than its reference: an upper bound on the difference of risks is < 0.
 
     The bound is the tight `empirical_bernstein` of the excess losses; parameters and errors are those of
-    `drrho_certificate`. Nothing certified is no evidence that the model is worse.
+    `drrho_certificate`. A failed certification is no evidence that the model is worse.
     """
     if reference_losses is None:
         raise ValueError("reference_losses must be given, got None: there is nothing to be better than")
@@ -471,11 +473,12 @@ class Improvement:
 
 
 def lipschitz_cover_log(dimension: int, radius: float, lipschitz: float, resolution: float) -> float:
-    """Return an upper bound on ``log N``, N models that cover a ball of parameters to within ``resolution``.
+    """Return an upper bound on ``log N``, where N models cover a ball of parameters to within ``resolution``.
 
     ``log N <= p log(1 + 2 A Lip / resolution)`` for losses that are Lip-Lipschitz in p parameters of norm at most A,
-    the same norm for both: a maximal separated set in the ball is a cover, and disjoint half-balls around its members
-    fit in a ball. Pass it as ``log_models`` with the same ``resolution``; 1 / n is a usual one.
+    the same norm for both: a maximal separated set in the ball is a cover, and disjoint balls of half the distance
+    around its members fit in a larger ball. Pass the result as ``log_models`` with the same ``resolution``; 1 / n is
+    a usual choice.
 
     Raises
     ------

@@ -1,28 +1,29 @@
-"""How much of the reference to subtract: the control variate's coefficient, estimated while training."""
+"""How much of the reference to subtract: the coefficient of a control variate, estimated during training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drrho.ranks import Group
+
 
 class AdaptiveCoefficient:
     """Estimate the c in [0, 1] that minimizes the variance of ``l_ij - c r_ij`` over the negatives of an anchor.
 
-    ``l_ij`` and ``r_ij`` are the pair losses of target and reference. What an anchor's weights depend on is how its
-    losses differ among its negatives, so covariance and variance are taken within anchors and pooled over anchors and
-    both directions: ``c = sum_i Cov_i(l, r) / sum_i Var_i(r)``, of moving averages, clipped to [0, 1]. It starts near 0
-    with an untrained target, which then ignores the reference, and grows with agreement.
+    ``l_ij`` and ``r_ij`` are the pair losses of target and reference. An anchor's weights depend on how its losses
+    differ among its negatives, so covariance and variance are computed within anchors and pooled over anchors and both
+    directions: ``c = sum_i Cov_i(l, r) / sum_i Var_i(r)`` of moving averages, clipped to [0, 1]. With an untrained
+    target c is near 0, so that the reference is ignored at first; it grows as target and reference agree.
 
     Parameters
     ----------
     rate : float
-        Weight of a batch in the moving averages, in (0, 1]; the first batch counts in full.
+        Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
 
     Examples
     --------
@@ -45,15 +46,16 @@ class AdaptiveCoefficient:
 
     @property
     def value(self) -> float:
-        """C as it stands; 0 before the first batch, and where the reference tells no negatives apart."""
+        """The current c; 0 before the first batch, and where the reference's losses do not vary among negatives."""
         if not self._variance > 0:
             return 0.0
         return min(1.0, max(0.0, self._covariance / self._variance))
 
-    def update(self, image: Tensor, text: Tensor, *, reference: tuple[Tensor, Tensor], group: Any = None) -> float:
-        """Take in a batch and return c, to be passed as ``coefficient``.
+    def update(self, image: Tensor, text: Tensor, *, reference: tuple[Tensor, Tensor], group: Group = None) -> float:
+        """Update the moving averages with a batch and return c, to be passed as ``coefficient``.
 
-        No matrix of similarities is formed: sums of their products are products of the features' Gram matrices.
+        No matrix of similarities is computed: sums of products of similarities are products of the features' Gram
+        matrices.
 
         Parameters
         ----------
@@ -62,19 +64,19 @@ class AdaptiveCoefficient:
         reference : (Tensor, Tensor)
             Unit-norm features ``[b, d_ref]`` of the reference.
         group : torch.distributed.ProcessGroup, optional
-            Ranks over which the batch is spread; each passes its own pairs and gets the c of all.
+            Ranks over which the batch is spread; each passes its own pairs, and all get the same c.
 
         Raises
         ------
         ValueError
-            If the batch's moments are not finite; the estimate is left as it was.
+            If the batch's moments are not finite; the estimate does not change.
         """
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
             own = image.to(dtype), text.to(dtype)
-            guide = reference[0].to(dtype), reference[1].to(dtype)
+            theirs = reference[0].to(dtype), reference[1].to(dtype)
             covariance, variance = (
-                sum(within_anchors(*models, group)) / 2 for models in ((own, guide), (guide, guide))
+                sum(within_anchors(*models, group)) / 2 for models in ((own, theirs), (theirs, theirs))
             )
         if not (math.isfinite(covariance) and math.isfinite(variance)):
             raise ValueError(
@@ -93,7 +95,7 @@ class AdaptiveCoefficient:
         return {"moments": torch.tensor([self._covariance, self._variance], dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state_dict` returned.
+        """Load the moving averages that `state_dict` returned.
 
         Raises
         ------
@@ -106,13 +108,13 @@ class AdaptiveCoefficient:
         self._covariance, self._variance = (float(number) for number in moments)
 
 
-def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Any = None) -> tuple[float, float]:
+def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Group = None) -> tuple[float, float]:
     """Return the covariance of two models' similarities over an image's negative texts and a text's negative images.
 
-    Each is the mean over all anchors of its side; so is the variance, the covariance with itself.
+    Each is the mean over all anchors of its side. The covariance of a model with itself is its variance.
 
-    With features centered over the anchors' other side, ``sum_j s_ij = 0``, so that of row i without its positive
-    ``sum_{j != i} s_ij r_ij - (s_ii r_ii) / (m - 1)`` is left, over m - 1 negatives; the sum over i and all j is
+    When the features of the other side are centered, ``sum_j s_ij = 0``. Row i without its positive, over m - 1
+    negatives, then contributes ``sum_{j != i} s_ij r_ij - (s_ii r_ii) / (m - 1)``, and the sum over i and all j is
     ``<A_image' B_image, A_text' B_text>``.
     """
     count = torch.tensor(float(len(a[0])), dtype=a[0].dtype, device=a[0].device)

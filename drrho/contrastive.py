@@ -3,121 +3,126 @@
 With similarities ``s``, a reference model's similarities ``r`` and the positive of anchor i at ``ii``, the excess
 pair losses are ``l_ij = (s_ij - s_ii) - c (r_ij - r_ii)`` over the negatives ``j != i``, and the anchor's risk is
 ``F_i = max_p <p, l_i> - tau D_phi(p || uniform)``; for KL, ``tau log mean_{j != i} exp(l_ij / tau)``. Without a
-reference this is the global contrastive loss of SogCLR and FastCLIP; with it (c = 1), DRRho-CLIP (Wei et al., ICML
-2025). `anchor_risks` is that, written out; `contrastive_risk` gives the same in memory linear in the batch.
+reference this is the global contrastive loss of SogCLR and FastCLIP; with it (c = 1), that of DRRho-CLIP (Wei et al.,
+ICML 2025). `anchor_risks` computes it from the definition; `contrastive_risk` computes the same in memory linear in
+the batch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
-from drrho.ranks import mean_over_ranks, row_counts
+from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.tiles import Pairs, kl_anchors, robust_anchors, whole
+from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled, robust_anchors
+from drrho.validation import ArrayLike
 
 _KL = KL()
-_Two = tuple[Tensor, Tensor]
+
+#: One temperature for all anchors, or one for each image and each text anchor.
+Temperature: TypeAlias = "float | Tensor | TensorPair"
 
 
 class ContrastiveStep(NamedTuple):
-    """What one batch of `contrastive_risk` gives. Pairs are of image and text anchors, ``[b]`` each.
+    """The result of `contrastive_risk` for one batch; pairs are of image and text anchors, ``[b]`` each.
 
     Attributes
     ----------
     value : Tensor, scalar
-        Mean over all anchors of F_i, averaged over the two directions (the published loss is twice this), plus
-        ``rho`` times the mean temperature; of ``F_i / tau`` if asked for. Its gradient is the running-estimate
-        estimator of the full-data gradient.
+        Mean of F_i over all anchors, averaged over the two directions (the published loss is twice this), plus
+        ``rho`` times the mean temperature; with ``per_temperature``, the mean of ``F_i / tau``. Its gradient is the
+        running-estimate estimator of the full-data gradient.
     log_u : (Tensor, Tensor) or None
         Running estimates after the step; None for divergences other than KL.
     threshold : (Tensor, Tensor) or None
         The running dual variables of other divergences, in units of similarity; None for KL.
     risks : (Tensor, Tensor)
-        F_i of the batch. Detached.
+        F_i of the batch, detached.
     distances : (Tensor, Tensor)
-        D of the anchors' weights from uniform; for KL, ``exp(-D)`` times the number of negatives is their effective
-        number. Detached.
+        D of the anchors' weights from uniform, detached; for KL, ``exp(-D)`` times the number of negatives is the
+        effective number of negatives.
     """
 
     value: Tensor
-    log_u: _Two | None
-    threshold: _Two | None
-    risks: _Two
-    distances: _Two
+    log_u: TensorPair | None
+    threshold: TensorPair | None
+    risks: TensorPair
+    distances: TensorPair
 
 
-@whole
+@not_compiled
 def contrastive_risk(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
+    temperature: Temperature,
     *,
-    reference: _Two | None = None,
-    log_u: _Two | None = None,
+    reference: TensorPair | None = None,
+    log_u: TensorPair | None = None,
     gamma: float = 1.0,
     log_step: float | None = None,
     eps: float = 0.0,
     divergence: Divergence = _KL,
-    threshold: _Two | None = None,
+    threshold: TensorPair | None = None,
     coefficient: float = 1.0,
     include_positive: bool = False,
     rho: float = 0.0,
     per_temperature: bool = False,
     published_temperature_gradient: bool = False,
-    group: Any = None,
+    group: Group = None,
 ) -> ContrastiveStep:
-    """Compute the batch's ``mean_i F_i`` with the gradient of the full-data objective's estimator.
+    """Compute the batch's ``mean_i F_i``, with an estimate of the full-data objective's gradient.
 
     For KL, ``u_i <- (1 - gamma) u_i + gamma g_i`` tracks ``g_i = mean_{j != i} exp(l_ij / tau)``, and the gradient
-    is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is that of the batch alone. The
-    similarity matrix is never kept: tiles of it are formed, and formed again in the backward pass.
+    is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is the gradient of the batch's
+    value. The similarity matrix is never kept: its tiles are computed in the forward pass, and again in the backward
+    pass.
 
     Parameters
     ----------
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target, b >= 2; row i of both is one pair. Similarities are computed in float32 or
-        wider, whatever autocast says.
+        wider, also under autocast.
     temperature : float, scalar tensor, or pair of tensors ``[b]``
-        tau > 0, in units of similarity: one for all, or one for each image and each text anchor. A tensor that
-        requires a gradient gets that of ``F_i + rho tau``, which is ``rho - KL_i`` without running estimates.
+        tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
+        respect to it is that of ``F_i + rho tau``, which is ``rho - KL_i`` without running estimates.
     reference : (Tensor, Tensor), optional
         Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached.
     log_u : (Tensor, Tensor), optional
-        Running estimates of these anchors before the step, ``-inf`` where never visited. KL only.
+        Running estimates of these anchors before the step, ``-inf`` for those never visited. KL only.
     gamma : float
         Inner rate in (0, 1].
     log_step : float, optional
-        Instead of gamma, SCENT's rate ``sigmoid(log u_i + log_step)`` of each anchor. KL only.
+        Use SCENT's rate ``sigmoid(log u_i + log_step)`` of each anchor instead of gamma. KL only.
     eps : float
-        Added to u where the gradient divides by it, >= 0.
+        Constant >= 0, added to u in the denominator of the gradient.
     divergence : Divergence
-        The ball over negatives; KL by default.
+        Divergence of the weights over negatives; KL by default.
     threshold : (Tensor, Tensor), optional
-        Of divergences other than KL: the anchors' running dual variables, NaN where never visited. With gamma < 1
-        they lag as u does; the value is then an upper bound on the batch's risk, its dual objective.
+        Running dual variables of the anchors, NaN for those never visited, for divergences other than KL. With
+        gamma < 1 they lag as u does; the value is then the dual objective, an upper bound on the batch's risk.
     coefficient : float
-        c, of the reference's margins: 1 is DRRho-CLIP, 0 ignores the reference.
+        Factor c of the reference's margins: 1 is DRRho-CLIP, 0 ignores the reference.
     include_positive : bool
         Whether an anchor's own pair (of loss 0) counts among its negatives.
     rho : float
-        Radius of the constrained form ``min_tau F_i + rho tau`` (here a bound on KL itself, as FastCLIP v3 has it).
+        Radius of the constrained form ``min_tau F_i + rho tau`` (here a bound on KL itself, as in FastCLIP v3).
     per_temperature : bool
-        Minimize ``F_i / tau`` instead: SogCLR and FastCLIP v0, whose learned temperature needs no radius. KL only, and
-        without rho.
+        Minimize ``F_i / tau`` instead, as SogCLR and FastCLIP v0 do, whose learned temperature needs no radius. KL
+        only, and without rho.
     published_temperature_gradient : bool
-        Count the similarity part of the temperature's gradient twice, as the published code does (and as its values
-        of rho suppose).
+        Count the similarity part of the temperature's gradient twice, as the published code does (its values of rho
+        assume it).
     group : torch.distributed.ProcessGroup, optional
         Ranks over which the batch is spread, any number of pairs each: every rank passes its own pairs, which
-        are compared with all ranks' negatives. ``value`` is that of the whole batch; gradients are those of the one
-        value with respect to this rank's features. Every rank must call, and call backward.
+        are compared with all ranks' negatives. ``value`` is that of the batch of all ranks; gradients are those of
+        this one value with respect to this rank's features. Every rank must call the function, and backward.
 
     Raises
     ------
@@ -173,26 +178,26 @@ def contrastive_risk(
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
 
 
-@whole
+@not_compiled
 def info_nce(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
+    temperature: Temperature,
     *,
-    reference: _Two | None = None,
+    reference: TensorPair | None = None,
     coefficient: float = 1.0,
-    group: Any = None,
+    group: Group = None,
 ) -> Tensor:
     """Compute CLIP's loss, the cross-entropy of the pairs in the batch: ``mean_i log sum_j exp(l_ij / tau)``.
 
     It is the contrastive risk with the positive among the negatives, ``F_i / tau + log b``, averaged over both
-    directions; unlike F_i, it makes a learned temperature meaningful without a radius. With a reference, the pair
-    losses are in excess of the reference's.
+    directions; unlike F_i, its temperature can be learned without a radius. With a reference, the pair losses are
+    those in excess of the reference.
 
     Parameters
     ----------
     temperature : float or scalar tensor
-        tau = 1 / logit scale; a tensor that requires a gradient gets it.
+        tau = 1 / logit scale; it may require a gradient.
     image, text, reference, coefficient, group
         As for `contrastive_risk`.
 
@@ -219,21 +224,21 @@ def info_nce(
     return step.value + math.log(sum(row_counts(len(image), group, image.device)))
 
 
-@whole
+@not_compiled
 def anchor_values(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
+    temperature: Temperature,
     *,
-    reference: _Two | None = None,
+    reference: TensorPair | None = None,
     coefficient: float = 1.0,
     include_positive: bool = False,
-    group: Any = None,
-) -> _Two:
+    group: Group = None,
+) -> TensorPair:
     """Return the KL risks F_i of image and text anchors, ``[b]`` each, in memory linear in the batch.
 
-    They are differentiable once in the features, to be weighted as you like; `contrastive_risk` is their mean.
-    Parameters and errors are those of `contrastive_risk`; the temperature is a constant here.
+    They are differentiable once with respect to the features, for example to be weighted; `contrastive_risk` is their
+    mean. Parameters and errors are those of `contrastive_risk`; the temperature is a constant here.
     """
     taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
     with torch.autocast(image.device.type, enabled=False):
@@ -244,41 +249,41 @@ def anchor_values(
 def two_level_risk(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
+    temperature: Temperature,
     outer: Divergence,
     *,
-    reference: _Two,
-    radius: Any = None,
-    strength: Any = None,
-    reference_temperature: Any = None,
+    reference: TensorPair,
+    radius: ArrayLike | None = None,
+    strength: ArrayLike | None = None,
+    reference_temperature: Temperature | None = None,
     include_positive: bool = False,
-    group: Any = None,
+    group: Group = None,
 ) -> RobustRisk:
-    """Maximize ``sum_i p_i e_i`` over weights of samples, ``e_i`` the excess of a sample's own contrastive risk.
+    """Maximize ``sum_i p_i e_i`` over weights of samples, where ``e_i`` is the excess of a sample's contrastive risk.
 
-    ``e_i = (F_i^image + F_i^text) / 2 - the same of the reference``, each without steering inside: a mismatched pair
-    costs the reference much and gets little weight, a pair that can be learned gets much. The outer risk is
-    `constrained_risk` (``radius``), `penalized_risk` (``strength``) or, with both, `hybrid_risk` of them; CVaR selects
-    the top of the batch, as RHO selection does.
+    ``e_i`` is ``(F_i^image + F_i^text) / 2`` of the target minus that of the reference, both without steering. A
+    mismatched pair has a high loss under the reference and gets little weight; a pair that can still be learned gets
+    much weight. The outer risk is `constrained_risk` (``radius``), `penalized_risk` (``strength``) or, with both,
+    `hybrid_risk`; CVaR selects the top of the batch, as RHO selection does.
 
     Parameters
     ----------
     outer : Divergence
-        The ball over samples.
+        Divergence of the weights over samples.
     reference : (Tensor, Tensor)
         Unit-norm features of the reference for the same pairs.
     radius, strength : float, optional
-        At least one, but for CVaR, which needs none.
+        At least one must be given, except for CVaR, which needs neither.
     reference_temperature : float, optional
-        The reference's own; that of the target if not given.
+        Temperature of the reference; by default that of the target.
     image, text, temperature, include_positive, group
-        As for `contrastive_risk`, but with a group at least one pair a rank. Weights are those of this rank's samples,
-        and the ball is over all.
+        As for `contrastive_risk`, but with a group every rank needs at least one pair. The returned weights are those
+        of this rank's samples; the divergence is that of all ranks' weights.
 
     Returns
     -------
     RobustRisk
-        ``value`` is differentiable once in image and text.
+        ``value`` is differentiable once with respect to image and text.
 
     Raises
     ------
@@ -286,13 +291,13 @@ def two_level_risk(
         As for `contrastive_risk`, or if neither radius nor strength is given.
     """
     if radius is None and strength is None and outer.has_radius:
-        raise ValueError("give radius, strength or both: neither says how far the weights may go")
+        raise ValueError("give radius, strength or both: without either the weights are not bounded")
     options = {"include_positive": include_positive, "group": group}
     own = anchor_values(image, text, temperature, **options)
     with torch.no_grad():
-        guide_tau = temperature if reference_temperature is None else reference_temperature
-        guide = anchor_values(*reference, guide_tau, **options)
-    excess = excess_losses((own[0] + own[1]) / 2, ((guide[0] + guide[1]) / 2).to(own[0]))
+        reference_tau = temperature if reference_temperature is None else reference_temperature
+        theirs = anchor_values(*reference, reference_tau, **options)
+    excess = excess_losses((own[0] + own[1]) / 2, ((theirs[0] + theirs[1]) / 2).to(own[0]))
     if strength is None:
         return constrained_risk(excess, outer, 0.0 if radius is None else radius, group=group)
     if radius is None:
@@ -303,17 +308,17 @@ def two_level_risk(
 def anchor_risks(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
+    temperature: Temperature,
     *,
-    reference: _Two | None = None,
+    reference: TensorPair | None = None,
     divergence: Divergence = _KL,
     coefficient: float = 1.0,
     include_positive: bool = False,
 ) -> tuple[RobustRisk, RobustRisk]:
-    """Return each anchor's `penalized_risk` over its negatives, image to text and text to image, from its definition.
+    """Return each anchor's `penalized_risk` over its negatives, image to text and text to image, from the definition.
 
-    The matrices of losses and weights are kept, ``[b, b - 1]``, so that weights and certificates can be looked at and
-    derivatives of any order taken. The value of `contrastive_risk` is the mean of both directions' values.
+    The matrices of losses and weights ``[b, b - 1]`` are kept, so that weights and certificates can be inspected and
+    derivatives of any order computed. The value of `contrastive_risk` is the mean of both directions' values.
 
     Parameters and errors are those of `contrastive_risk`.
     """
@@ -325,7 +330,7 @@ def anchor_risks(
 
 
 def project_temperature(temperature: Tensor, low: float, high: float) -> int:
-    """Move a learned temperature into ``[low, high]`` in place; return how many entries were moved, to be logged.
+    """Project a learned temperature to ``[low, high]`` in place, and return how many entries were changed.
 
     Raises
     ------
@@ -345,13 +350,13 @@ def project_temperature(temperature: Tensor, low: float, high: float) -> int:
 def _prepared(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
-    reference: _Two | None,
+    temperature: Temperature,
+    reference: TensorPair | None,
     coefficient: float,
     include_positive: bool,
-    group: Any,
-) -> tuple[_Two, Pairs]:
-    """Return temperatures and checked pairs."""
+    group: Group,
+) -> tuple[TensorPair, Pairs]:
+    """Check the arguments and return temperatures and pairs."""
     if not abs(coefficient) < math.inf:
         raise ValueError(f"coefficient must be finite, got {coefficient}")
     check_pairs(image, text, "image", "text", alone=group is None)
@@ -379,8 +384,8 @@ def _running_term(
 ) -> tuple[Tensor, Tensor]:
     """Return the anchors' risks ``[b]`` with the estimator's gradient, and log u after the step.
 
-    With respect to features that is ``g / (eps + u)`` times the risk's; with respect to the temperature
-    ``log(eps + u) - g / (eps + u) E_p[l / tau]``. Of the risk per temperature the logarithm falls away.
+    The gradient with respect to features is ``g / (eps + u)`` times that of the risk; with respect to the temperature
+    it is ``log(eps + u) - g / (eps + u) E_p[l / tau]``, without the logarithm for the risk per temperature.
     """
     value = log_g.detach()
     after = _averaged(log_u, value, gamma, log_step, name)
@@ -394,7 +399,7 @@ def _running_term(
     return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
 
 
-def _temperatures(temperature: Any, image: Tensor) -> _Two:
+def _temperatures(temperature: Temperature, image: Tensor) -> TensorPair:
     """Return the temperatures of image and text anchors, scalars or ``[b]``."""
     given = temperature if isinstance(temperature, tuple) else (temperature, temperature)
     if len(given) != 2:
@@ -404,7 +409,7 @@ def _temperatures(temperature: Any, image: Tensor) -> _Two:
     return temperature_of(given[0], image), temperature_of(given[1], image)
 
 
-def temperature_of(values: Any, image: Tensor) -> Tensor:
+def temperature_of(values: float | Tensor, image: Tensor) -> Tensor:
     """Return a temperature as a checked tensor, a scalar or ``[b]``, in float32 or wider."""
     tau = torch.as_tensor(values, device=image.device, dtype=torch.promote_types(image.dtype, torch.float32))
     if tau.numel() == 1:
@@ -418,7 +423,7 @@ def temperature_of(values: Any, image: Tensor) -> Tensor:
 
 
 def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *, alone: bool) -> None:
-    """Refuse features that are not pairs, ``[b, d]`` each, or not finite; ``alone``: without other ranks' pairs."""
+    """Raise a ``ValueError`` unless the features are finite pairs ``[b, d]``; ``alone``: there are no other ranks."""
     least = 2 if alone else 0
     if image.ndim != 2 or image.shape != text.shape or len(image) < least:
         raise ValueError(
@@ -430,18 +435,18 @@ def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *,
 
 
 def _excess_pair_losses(
-    image: Tensor, text: Tensor, reference: _Two | None, coefficient: float, include_positive: bool
-) -> _Two:
+    image: Tensor, text: Tensor, reference: TensorPair | None, coefficient: float, include_positive: bool
+) -> TensorPair:
     """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
     similarity = _similarity(image, text, torch.float32)
-    guide = None
+    reference_similarity = None
     if reference is not None:
-        guide = _similarity(*reference, similarity.dtype).detach().to(similarity.dtype)
+        reference_similarity = _similarity(*reference, similarity.dtype).detach().to(similarity.dtype)
     directions = []
     for transposed in (False, True):
         losses = _margins(similarity.T if transposed else similarity, include_positive)
-        if guide is not None:
-            margins = _margins(guide.T if transposed else guide, include_positive)
+        if reference_similarity is not None:
+            margins = _margins(reference_similarity.T if transposed else reference_similarity, include_positive)
             losses = excess_losses(losses, margins, coefficient)
         directions.append(losses)
     return directions[0], directions[1]

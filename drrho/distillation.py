@@ -1,8 +1,6 @@
-"""Distillation of a reference model's similarities: steering by imitation, the baseline beside steering by weights."""
+"""Distillation of a reference model's similarities: the baseline to which steering by weights is compared."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,24 +8,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrho.contrastive import check_pairs, temperature_of
-from drrho.ranks import summed_home
-from drrho.tiles import SimilarityTiles, whole
+from drrho.ranks import Group, sum_to_owners
+from drrho.tiles import SimilarityTiles, TensorPair, not_compiled
 
 
-@whole
+@not_compiled
 def distillation_loss(
     image: Tensor,
     text: Tensor,
-    temperature: Any,
+    temperature: float | Tensor,
     *,
-    reference: tuple[Tensor, Tensor],
-    reference_temperature: Any = None,
-    group: Any = None,
+    reference: TensorPair,
+    reference_temperature: float | Tensor | None = None,
+    group: Group = None,
 ) -> Tensor:
     """Minimize the cross-entropy ``-mean_i sum_j q_ij log p_ij``, averaged over image and text anchors.
 
     ``p_i`` is the softmax of the target's similarities ``s_ij / tau`` over all pairs j of the batch, ``q_i`` that of
-    the reference's. Memory is linear in the batch. To distill and steer at once, add a multiple of it to
+    the reference's. Memory is linear in the batch. To distill and steer at once, add a multiple of this loss to
     `drrho.contrastive.contrastive_risk` or `drrho.contrastive.info_nce`.
 
     Parameters
@@ -35,11 +33,11 @@ def distillation_loss(
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target; row i of both is one pair.
     temperature : float or scalar tensor
-        tau > 0 of the target, in units of similarity; a tensor that requires a gradient gets it.
+        Temperature tau > 0 of the target, in units of similarity; it may require a gradient.
     reference : (Tensor, Tensor)
         Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached.
     reference_temperature : float or scalar tensor, optional
-        The reference's own; that of the target, as a constant, if not given.
+        Temperature of the reference; by default that of the target, as a constant.
     group : torch.distributed.ProcessGroup, optional
         As for `drrho.contrastive.contrastive_risk`: this rank's pairs are compared with those of all ranks.
 
@@ -62,31 +60,34 @@ def distillation_loss(
     if len(reference[0]) != len(image):
         raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
     tau = temperature_of(temperature, image)
-    guide_tau = (tau if reference_temperature is None else temperature_of(reference_temperature, image)).detach()
-    if tau.ndim or guide_tau.ndim:
+    reference_tau = tau if reference_temperature is None else temperature_of(reference_temperature, image)
+    reference_rate = 1 / reference_tau.detach()
+    if tau.ndim or reference_tau.ndim:
         raise ValueError("temperature and reference_temperature must be single numbers, got one per anchor")
-    guide = reference[0].detach(), reference[1].detach()
+    reference = reference[0].detach(), reference[1].detach()
     with torch.autocast(image.device.type, enabled=False):
-        return _CrossEntropy.apply(image, text, 1 / tau, *guide, 1 / guide_tau, group)  # pyright: ignore[reportReturnType]
+        return _CrossEntropy.apply(image, text, 1 / tau, *reference, reference_rate, group)  # pyright: ignore[reportReturnType]
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, rate, image_guide, text_guide, guide_rate, group):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the loss; its gradients are found in the same pass, since the weights are at hand there."""
+    def forward(ctx, image, text, rate, reference_image, reference_text, reference_rate, group):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the loss; its gradients are computed in the same pass, where the weights are available."""
         target = SimilarityTiles(image, text, rate, rate, None, None, 0.0, True, group)
-        guide = SimilarityTiles(image_guide, text_guide, guide_rate, guide_rate, None, None, 0.0, True, group)
+        reference = SimilarityTiles(
+            reference_image, reference_text, reference_rate, reference_rate, None, None, 0.0, True, group
+        )
         normalizers = [
-            (rows.log_sum, m.gathered(columns.log_sum)) for m in (target, guide) for rows, columns in [m.sums()]
+            (rows.log_sum, m.gathered(columns.log_sum)) for m in (target, reference) for rows, columns in [m.sums()]
         ]
-        (row, column), (guide_row, guide_column) = normalizers
+        (row, column), (reference_row, reference_column) = normalizers
         wanted = any(ctx.needs_input_grad[:3])
         to_image, to_text = torch.empty_like(target.image), torch.zeros_like(target.text)
         scores, slope = target.image.new_zeros(2).unbind()
-        for (place, (x, p), _), (_, (y, q), _) in zip(target.tiles(2), guide.tiles(2), strict=True):
+        for (place, (x, p), _), (_, (y, q), _) in zip(target.tiles(2), reference.tiles(2), strict=True):
             x.mul_(rate)
-            y.mul_(guide_rate)
-            torch.sub(y, guide_row[place, None], out=q).exp_().add_(y.sub_(guide_column).exp_())
+            y.mul_(reference_rate)
+            torch.sub(y, reference_row[place, None], out=q).exp_().add_(y.sub_(reference_column).exp_())
             scores += (torch.mul(q, x, out=y)).sum()
             if wanted:
                 torch.sub(x, row[place, None], out=p).exp_().sub_(q)
@@ -102,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         by_feature = scale * rate
         ctx.save_for_backward(
             (to_image * by_feature).to(image.dtype),
-            (summed_home(to_text, target.counts, group) * by_feature).to(text.dtype),
+            (sum_to_owners(to_text, target.counts, group) * by_feature).to(text.dtype),
             totals[1] * scale / rate,
         )
         return totals[0] * scale
@@ -110,5 +111,5 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Scale what the forward pass found."""
+        """Scale the gradients of the forward pass."""
         return *(grad * part for part in ctx.saved_tensors), None, None, None, None

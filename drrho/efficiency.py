@@ -1,13 +1,12 @@
-"""What the minimizer of a DRRho risk can be expected to achieve, and the samples that takes.
+"""What theory predicts for the minimizer of a DRRho risk, and how many samples it needs.
 
 Oracle inequalities and sample sizes for ``theta~``, a minimizer of ``F_rho`` over a class of N models, as functions of
-population quantities that the caller supplies (a standard deviation, a risk): their `Status` is theory, or plug-in
-if the caller says that the number is an estimate. Notation is that of `drrho.bounds`, which has what can be
-guaranteed from data alone. ``R*`` is the least risk in the class, ``theta*`` its model.
+population quantities that the caller supplies (a standard deviation, a risk). Their `Status` is theory, or plug-in if
+the caller says that a quantity is an estimate. The notation is that of `drrho.bounds`, which holds the guarantees from
+data alone. ``R*`` is the least risk in the class, and ``theta*`` the model that attains it.
 
-There is **no bound here** for CVaR, KL and other divergences, a learned temperature, contrastive or minibatch risks,
-dependent samples, or a training stopped before its minimum, but for its optimization error: whatever ``F_rho`` lies
-above its minimum is to be added.
+There is **no bound here** for CVaR, KL and other divergences, a learned temperature, contrastive or minibatch risks, or
+dependent samples. If training stops before the minimum, the excess of ``F_rho`` over its minimum has to be added.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from drrho.statements import (
     Bound,
     ModelClass,
     Status,
+    ValueRange,
     as_number,
     as_sample_size,
     level,
@@ -49,7 +48,7 @@ def _model_class(
 def oracle_inequality(
     *,
     n: int,
-    value_range: Any,
+    value_range: ValueRange,
     standard_deviation: float,
     risk: float | None = None,
     rho: float | None = None,
@@ -61,7 +60,7 @@ def oracle_inequality(
     estimated: bool = False,
     simplified: bool = False,
 ) -> Bound:
-    """Bound the risk of the minimizer by that of any one model theta, plus its standard deviation.
+    """Bound the risk of the minimizer by the risk of any one model theta plus its standard deviation.
 
     With ``L1 = log(4 N / delta)``, ``L2 = log(4 / delta)``, ``rho >= n L1 / (n - 1)`` and ``sigma^2`` the variance of
     ``loss(theta) - loss(theta_ref)``, with probability >= 1 - delta::
@@ -71,23 +70,23 @@ def oracle_inequality(
                   <= R(theta) + 2 sigma sqrt(2 rho / n) + (25/6) B rho / n              simplified=True
 
     Derived here: `drrho.bounds.drrho_certificate` at delta / 2, ``F_rho(theta~) <= F_rho(theta)``, the upper side of
-    `drrho.bounds.variance_sandwich`, then for this one theta Bernstein's inequality and
+    `drrho.bounds.variance_sandwich`, and for this one theta Bernstein's inequality and
     ``s <= sigma + B sqrt(L2 / (2 n))`` at delta / 4 each. The coefficient ``1 + sqrt(L2 / rho)``, at most 2, cannot
-    be 1 with a constant that serves all laws: with the reference and one model that is better by
-    ``sigma sqrt(2 rho / n) + (C + 1) / n``, the minimizer keeps the reference half of the time.
+    be 1 with a constant C that is valid for all laws: if the class has the reference and one model that is better by
+    ``sigma sqrt(2 rho / n) + (C + 1) / n``, the minimizer is the reference half of the time.
 
     Parameters
     ----------
     n : int
-        Samples, >= 2.
+        Number of samples, >= 2.
     value_range : float or (low, high)
         B: for excess losses 2M when losses lie in [0, M], for plain losses M.
     standard_deviation : float
-        sigma, of the excess loss of theta (of its loss, without a reference).
+        sigma of the excess loss of theta (without a reference, of its loss).
     risk : float
         R(theta). Without it the bound is on ``R(theta~) - R(theta)``.
     rho : float
-        Default the smallest allowed. A smaller one gives the bound at the confidence it implies.
+        By default the smallest allowed. A smaller one gives the bound with the confidence that it implies.
     delta, models, log_models, resolution
         As for `drrho.bounds.empirical_bernstein`; the cover costs ``2 resolution``.
     reference_independent : bool
@@ -96,7 +95,7 @@ def oracle_inequality(
     estimated : bool
         Whether standard_deviation or risk is an estimate.
     simplified : bool
-        The second form.
+        Use the second form.
 
     Raises
     ------
@@ -173,7 +172,7 @@ def _supplied(estimated: bool) -> str:
 def duchi_namkoong_oracle(
     *,
     n: int,
-    value_range: Any,
+    value_range: ValueRange,
     standard_deviation: float,
     risk: float | None = None,
     rho: float | None = None,
@@ -186,8 +185,8 @@ def duchi_namkoong_oracle(
     """Bound the risk of the minimizer as Duchi & Namkoong do, for comparison with `oracle_inequality`.
 
     With ``delta = 2 (3 N + 1) exp(-t)``, ``t >= log 12``, ``n >= 8 M^2 / t`` and ``rho >= 9 t``, with probability
-    >= 1 - delta (arXiv 1610.02581, Theorem 3, inequality 16; M here is value_range, the condition on n as printed
-    there, in whatever unit the losses have)::
+    >= 1 - delta (arXiv 1610.02581, Theorem 3, inequality 16; M is value_range, and the condition on n is as printed
+    there, for losses in any unit)::
 
         R(theta~) <= R(theta) + 2 sqrt(2 rho sigma^2 / n) + 19 M rho / (3 n) + (2 + 4 sqrt(2 t / n)) resolution
 
@@ -196,9 +195,9 @@ def duchi_namkoong_oracle(
     n, value_range, standard_deviation, risk, estimated
         As for `oracle_inequality`; losses may be excess losses of a reference fixed in advance.
     rho : float
-        Default ``9 t``, the smallest allowed.
+        By default ``9 t``, the smallest allowed.
     delta, models, log_models, resolution
-        As for `oracle_inequality`; a cover of the class is one of every sample.
+        As for `oracle_inequality`; the cover must hold on every sample.
 
     Raises
     ------
@@ -240,18 +239,18 @@ def excess_over_best(
     log_models: float | None = None,
     estimated: bool = False,
 ) -> Bound:
-    """Bound ``R(theta~) - R*``: `oracle_inequality` with theta*, with or without a reference.
+    """Bound ``R(theta~) - R*`` by `oracle_inequality` with theta*, with or without a reference.
 
-    A reference replaces the standard deviation of ``loss(theta*)`` by that of ``loss(theta*) - loss(theta_ref)``
-    (their ratio, squared, is the variance reduction) and doubles the range; `crossover_samples` says from which n on
-    that pays.
+    A reference replaces the standard deviation of ``loss(theta*)`` by that of ``loss(theta*) - loss(theta_ref)`` (their
+    squared ratio is the variance reduction) and doubles the range; `crossover_samples` returns the n from which on the
+    reference lowers the bound.
 
     Parameters
     ----------
     loss_range : float
         M, the length of an interval that holds all losses (not excess losses).
     standard_deviation : float
-        Of ``loss(theta*) - loss(theta_ref)`` with a reference, else of ``loss(theta*)``.
+        That of ``loss(theta*) - loss(theta_ref)`` with a reference, otherwise of ``loss(theta*)``.
     reference : bool
         Whether there is a reference, independent of the sample.
     n, rho, delta, models, log_models, estimated
@@ -275,7 +274,7 @@ def excess_over_best(
 def excess_over_reference(
     *,
     n: int,
-    value_range: Any,
+    value_range: ValueRange,
     reference_excess: float | None = None,
     rho: float | None = None,
     delta: float = 0.05,
@@ -284,23 +283,23 @@ def excess_over_reference(
     resolution: float = 0.0,
     reference_independent: bool = True,
 ) -> Bound:
-    """Bound how much worse than its reference a minimizer can be, the reference being in the class.
+    """Bound how much worse than its reference a minimizer can be if the reference is in the class.
 
     With ``L = log(2 N / delta)`` and ``rho >= n L / (n - 1)``, with probability >= 1 - delta::
 
         R(theta~) - R* <= (R(theta_ref) - R*) + (17/6) B L / (n - 1)
 
-    Derived here: ``F_rho(theta_ref) = 0`` whatever the sample, so ``F_rho(theta~) <= 0`` in
-    `drrho.bounds.drrho_certificate`. It says "not worse" and no more: the reference itself achieves it with n = 0.
-    Improvement is what `excess_over_best` and `drrho.bounds.better_than_reference` are about.
+    Derived here: ``F_rho(theta_ref) = 0`` for every sample, so ``F_rho(theta~) <= 0`` in
+    `drrho.bounds.drrho_certificate`. The bound says only "not worse": the reference itself achieves it with n = 0. For
+    improvement see `excess_over_best` and `drrho.bounds.better_than_reference`.
 
     Parameters
     ----------
     reference_excess : float
-        ``R(theta_ref) - R*`` >= 0. Without it the bound is on ``R(theta~) - R(theta_ref)``: a guarantee, since
-        nothing in it is unknown.
+        ``R(theta_ref) - R*`` >= 0. Without it the bound is on ``R(theta~) - R(theta_ref)`` and a guarantee, since it
+        contains no unknown quantity.
     n, value_range, rho, delta, models, log_models
-        As for `oracle_inequality`, value_range being that of excess losses.
+        As for `oracle_inequality`; value_range is that of the excess losses.
     resolution, reference_independent
         As for `drrho.bounds.drrho_certificate`.
 
@@ -333,17 +332,17 @@ def excess_over_reference(
     )
 
 
-def exactness_probability(*, rho: float, n: int, value_range: Any, standard_deviation: float) -> Bound:
+def exactness_probability(*, rho: float, n: int, value_range: ValueRange, standard_deviation: float) -> Bound:
     """Return a lower bound on the probability that ``F_rho`` is exactly ``mean + s sqrt(2 rho / n)``.
 
-    ``1 - exp(-(n // 2) sigma^2 / (4 B^2))`` if ``rho <= (n - 1) sigma^2 / (4 B^2)``. Derived here: then
-    ``V >= sigma^2 / 2`` gives ``rho <= rho_pos``, and V rarely falls below that. Constants are better than those of
+    It is ``1 - exp(-(n // 2) sigma^2 / (4 B^2))`` if ``rho <= (n - 1) sigma^2 / (4 B^2)``. Derived here: then
+    ``V >= sigma^2 / 2`` implies ``rho <= rho_pos``, and V is rarely smaller. The constants are better than those of
     Duchi & Namkoong, arXiv 1610.02581, Theorem 1 (11).
 
     Raises
     ------
     ValueError
-        For a larger rho.
+        If rho is larger than that.
     """
     rho = as_number(rho, "rho", "is n times the radius of the ball", inclusive=True)
     sigma = as_number(standard_deviation, "standard_deviation", "is that of the law")
@@ -366,18 +365,18 @@ def exactness_probability(*, rho: float, n: int, value_range: Any, standard_devi
 
 @dataclass(frozen=True)
 class SampleSize:
-    """How many samples something takes.
+    """A number of samples that suffices for a statement.
 
     Attributes
     ----------
-    samples : int, or float infinity for never
-        The answer; also ``float(size)``.
+    samples : int, or float infinity if no number suffices
+        The number of samples; also ``float(size)``.
     baseline : int or None
-        What empirical risk minimization without a reference needs for the same, where that is known.
+        The number that empirical risk minimization without a reference needs for the same, where it is known.
     status, statement, confidence, assumptions, source
         As for `drrho.bounds.Bound`.
     inputs : mapping of str to float
-        The numbers that the answer is a function of.
+        The numbers from which ``samples`` is computed.
     """
 
     samples: float
@@ -412,17 +411,17 @@ def crossover_samples(
 ) -> SampleSize:
     """Return the smallest n from which on the bound on ``R(theta~) - R*`` is smaller with the reference than without.
 
-    Compares `excess_over_best` with and without, each at its smallest rho. The reference lowers the leading term, by
-    ``excess_standard_deviation / standard_deviation``, and doubles the range. The ratio of range to deviation terms
-    falls with n, so there is one crossover; without a smaller standard deviation there is none, and samples is
-    infinite. Bounds cross there, the risks themselves may well do so elsewhere.
+    The function compares `excess_over_best` with and without a reference, each at its smallest rho. The reference
+    multiplies the leading term by ``excess_standard_deviation / standard_deviation`` and doubles the range. The ratio
+    of range to deviation terms falls with n, so there is one crossover; if the standard deviation is not smaller there
+    is none, and samples is infinite. The bounds cross at this n; the risks themselves may cross elsewhere.
 
     Parameters
     ----------
     loss_range : float
         M, the length of an interval that holds all losses.
     standard_deviation, excess_standard_deviation : float
-        Of ``loss(theta*)`` and of ``loss(theta*) - loss(theta_ref)``.
+        Those of ``loss(theta*)`` and of ``loss(theta*) - loss(theta_ref)``.
     delta, models, log_models, estimated
         As for `oracle_inequality`.
     """
@@ -452,7 +451,7 @@ def crossover_samples(
 
 
 def _smallest(holds: Callable[[int], bool]) -> int:
-    """Return the smallest n >= 2 from which on a condition holds that, once it holds, goes on to."""
+    """Return the smallest n >= 2 for which a condition holds that is monotone in n."""
     high = 2
     while not holds(high):
         high *= 2
@@ -463,8 +462,8 @@ def _smallest(holds: Callable[[int], bool]) -> int:
     return high
 
 
-def _whole(samples: float) -> int:
-    """Round up, but a whole number that rounding has put a few units too high."""
+def _rounded_up(samples: float) -> int:
+    """Round up to an integer, except where only a rounding error lies above an integer."""
     return math.ceil(samples * (1 - 1e-13))
 
 
@@ -477,15 +476,15 @@ def samples_to_match_reference(
     log_models: float | None = None,
     constant: float | None = None,
 ) -> SampleSize:
-    """Return how many samples bring the minimizer to the rate of a reference that was trained on m.
+    """Return how many samples bring the minimizer to the rate of a reference that was trained on m samples.
 
     If ``R(theta_ref) - R* <= C0 / sqrt(m)``, then by `excess_over_reference`::
 
         n >= 1 + (17/6) B L sqrt(m) / C0,  L = log(2 N / delta), B = 2 M    gives    R(theta~) - R* <= 2 C0 / sqrt(m)
 
-    with probability >= 1 - delta: of the order of sqrt(m). For the same, empirical risk minimization from scratch
-    needs ``M^2 L m / (2 C0^2)`` by Hoeffding's inequality: of the order of m. Derived here. Both are sufficient by
-    these bounds, not necessary; and the reference alone already achieves half of the target.
+    with probability >= 1 - delta, which is of the order of sqrt(m). Empirical risk minimization from scratch needs
+    ``M^2 L m / (2 C0^2)`` samples for the same by Hoeffding's inequality, of the order of m. Derived here. Both numbers
+    are sufficient by these bounds, not necessary, and the reference alone already achieves half of the target.
 
     Parameters
     ----------
@@ -494,7 +493,7 @@ def samples_to_match_reference(
     loss_range : float
         M, the length of an interval that holds all losses.
     constant : float
-        C0, in units of loss; default ``M sqrt(2 L)``.
+        C0, in units of loss; by default ``M sqrt(2 L)``.
     delta, models, log_models
         As for `drrho.bounds.empirical_bernstein`.
 
@@ -514,8 +513,8 @@ def samples_to_match_reference(
     constant = as_number(constant, "constant", "is C0 in R(theta_ref) - R* <= C0 / sqrt(m)")
     target = 2 * constant / math.sqrt(m)
     return SampleSize(
-        samples=_whole(1 + 17 * 2 * length * log_term * math.sqrt(m) / (6 * constant)),
-        baseline=_whole((length / constant) ** 2 * log_term * m / 2),
+        samples=_rounded_up(1 + 17 * 2 * length * log_term * math.sqrt(m) / (6 * constant)),
+        baseline=_rounded_up((length / constant) ** 2 * log_term * m / 2),
         status=Status.THEORY,
         statement=f"R(theta~) - R* <= 2 C0/sqrt(m) = {target:.6g} with probability >= 1 - {delta:.6g}, {union.words}; "
         "the reference alone has C0/sqrt(m)",
@@ -546,8 +545,8 @@ def samples_under_bernstein_condition(
 
     If ``Var(loss(theta_ref) - loss(theta*)) <= b0 (R(theta_ref) - R*)``, the simplified `oracle_inequality` with
     theta* says ``R(theta~) - R* <= 2 sqrt(2 b0 rho e / n) + (25/6) B rho / n`` with ``e = R(theta_ref) - R*`` and
-    ``B = 2 M``. Each half of it is at most ``f e / 2`` as soon as ``n >= rho max(32 b0 / f^2, 25 B / (3 f)) / e``; at
-    the smallest rho, ``n L1 / (n - 1)``, that is ``n >= 1 + L1 max(32 b0 / f^2, 25 B / (3 f)) / e``. Derived here.
+    ``B = 2 M``. Each of the two terms is at most ``f e / 2`` if ``n >= rho max(32 b0 / f^2, 25 B / (3 f)) / e``; at
+    the smallest rho, ``n L1 / (n - 1)``, this is ``n >= 1 + L1 max(32 b0 / f^2, 25 B / (3 f)) / e``. Derived here.
 
     Parameters
     ----------
@@ -558,7 +557,7 @@ def samples_under_bernstein_condition(
     loss_range : float
         M, the length of an interval that holds all losses.
     fraction : float
-        f in (0, 1]: the excess risk aimed at, as a fraction of the reference's.
+        Target f in (0, 1]: the minimizer's excess risk as a fraction of the reference's.
     delta, models, log_models
         As for `oracle_inequality`.
     """
@@ -571,7 +570,7 @@ def samples_under_bernstein_condition(
     log_term = level(math.log(4) + union.log_count, 2, delta).log_term
     needed = max(32 * b0 / fraction**2, 25 * 2 * length / (3 * fraction)) / excess
     return SampleSize(
-        samples=_whole(1 + log_term * needed),
+        samples=_rounded_up(1 + log_term * needed),
         baseline=None,
         status=Status.THEORY,
         statement=f"R(theta~) - R* <= {fraction:.6g} (R(theta_ref) - R*) = {fraction * excess:.6g} "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from scipy.special import expit, softmax
 
 from drrho.divergences import ChiSquare, Divergence
 from drrho.minimize import Array, Hinge, Logistic, PointLoss, Squared, minimize_risk
+from drrho.validation import ArrayLike
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -21,42 +23,64 @@ except ImportError as error:
 
 __all__ = ["DRRhoClassifier", "DRRhoRegressor"]
 
+
+class Estimator(Protocol):
+    """A fitted model with scikit-learn's interface."""
+
+    def predict(self, X: ArrayLike, /) -> np.ndarray:
+        """Return predictions ``[n]`` or ``[n, k]``."""
+        ...
+
+
+class Classifier(Estimator, Protocol):
+    """A fitted classifier; one for the logistic loss also has ``predict_log_proba``."""
+
+    classes_: np.ndarray
+
+    def decision_function(self, X: ArrayLike, /) -> np.ndarray:
+        """Return scores ``[n]`` or ``[n, k]``."""
+        ...
+
+
+#: A reference model: an estimator, a function of (X, y) that returns losses, or the losses.
+Reference: TypeAlias = "Estimator | Callable[[ArrayLike, ArrayLike], ArrayLike] | ArrayLike"
+
 _LOSSES: dict[str, PointLoss] = {"logistic": Logistic(), "hinge": Hinge(), "squared": Squared()}
 
 _PARAMETERS = """
     divergence : Divergence, optional
-        ``ChiSquare()`` if not given; ``KL()``, ``CVaR(alpha)``, or any other.
+        By default ``ChiSquare()``; or ``KL()``, ``CVaR(alpha)``, or any other.
     rho, radius : float, optional
-        At most one: ``rho``, the statistical radius (the ball has radius ``rho / n``, n the sum of the sample
-        weights), or ``radius``, the bound on D itself. ``rho = 1`` if neither is given; CVaR takes none. 0 is the
-        plain mean.
+        At most one of ``rho``, the statistical radius (the ball has radius ``rho / n``, where n is the sum of the
+        sample weights), and ``radius``, the bound on D itself. By default ``rho = 1``; CVaR takes neither. 0 gives the
+        mean.
     reference : fitted estimator, callable or array ``[n]``, optional
         The frozen reference model: an estimator with {methods}; a
-        function ``reference(X, y)`` that returns losses ``[n]``; or the losses themselves. Nothing is subtracted if
-        it is not given, which is distributionally robust optimization (and, at radius 0, empirical risk minimization).
+        function ``reference(X, y)`` that returns losses ``[n]``; or the losses themselves. Without a reference nothing
+        is subtracted, which is distributionally robust optimization (and, at radius 0, empirical risk minimization).
     l2 : float
-        Price of the squared coefficients, ``risk + (l2 / 2) ||W||^2``, >= 0; the intercept has none.
+        Price of the squared coefficients, ``risk + (l2 / 2) ||W||^2``, >= 0; the intercept is not penalized.
     fit_intercept : bool
     tol : float
         Duality gap at which to stop, relative to the risk or the spread of the excess losses.
     max_iter : int
-        Most Newton steps, after which a conic solver takes over.
+        Maximum number of Newton steps, after which a conic solver is used.
 
     Attributes
     ----------
     coef_, intercept_ : ndarray
-        Shaped as scikit-learn's linear models shape theirs.
+        Of the same shapes as in scikit-learn's linear models.
     risk_ : float
         The robust risk of the excess losses of the training sample, without the penalty.
     weights_ : ndarray ``[n]``
-        Worst-case weights of the training sample.
+        Worst-case weights of the training samples.
     radius_ : float
         The bound on D that was used.
     duality_gap_ : float
-        Bound on how far risk and penalty are above their minimum; NaN where a conic solver was used: for CVaR, total
-        variation, the hinge loss, and at radii where the hard maximum counts (needs cvxpy).
+        Upper bound on the difference of risk plus penalty from its minimum; NaN where a conic solver was used, which is
+        the case for CVaR, total variation, the hinge loss, and radii that reach the hard maximum (needs cvxpy).
     n_iter_ : int
-        Newton steps.
+        Number of Newton steps.
 
     Notes
     -----
@@ -65,14 +89,25 @@ _PARAMETERS = """
 """
 
 
-def _checked(model: Any, *data: Any, **rules: Any) -> Any:
+def _checked(model: _LinearModel, *data: Any, **rules: Any) -> Any:
+    """Return X, or X and y, as arrays that scikit-learn has validated."""
     return validate_data(model, *data, dtype=np.float64, **rules)
 
 
 class _LinearModel(BaseEstimator):
-    """What classifier and regressor share."""
+    """The common part of classifier and regressor."""
 
-    def __init__(self, divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter) -> None:
+    def __init__(
+        self,
+        divergence: Divergence | None,
+        rho: float | None,
+        radius: float | None,
+        reference: Reference | None,
+        l2: float,
+        fit_intercept: bool,
+        tol: float,
+        max_iter: int,
+    ) -> None:
         self.divergence = divergence
         self.rho = rho
         self.radius = radius
@@ -82,7 +117,9 @@ class _LinearModel(BaseEstimator):
         self.tol = tol
         self.max_iter = max_iter
 
-    def _minimize(self, x: Array, y: Array, loss: PointLoss, reference: Array | None, sample_weight: Any) -> None:
+    def _minimize(
+        self, x: Array, y: Array, loss: PointLoss, reference: Array | None, sample_weight: ArrayLike | None
+    ) -> None:
         """Fit coefficients to targets ``[n, k]``."""
         divergence = ChiSquare() if self.divergence is None else self.divergence
         if not isinstance(divergence, Divergence):
@@ -92,14 +129,14 @@ class _LinearModel(BaseEstimator):
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
         base, kept, count = None, None, float(len(x))
         if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-            count = float(sample_weight.sum())
+            weights = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
+            count = float(weights.sum())
             if count <= 0:
                 raise ValueError("sample_weight must have a positive sum, got zeros")
-            kept = sample_weight > 0
-            x, y, sample_weight = x[kept], y[kept], sample_weight[kept]
+            kept = weights > 0
+            x, y, weights = x[kept], y[kept], weights[kept]
             reference = reference if reference is None else reference[kept]
-            base = None if np.ptp(sample_weight) == 0 else sample_weight / count
+            base = None if np.ptp(weights) == 0 else weights / count
         self.radius_ = self._bound(divergence, count)
         fit = minimize_risk(
             x,
@@ -133,14 +170,16 @@ class _LinearModel(BaseEstimator):
             return 0.0
         return self.radius if self.radius is not None else (1.0 if self.rho is None else self.rho) / count
 
-    def _reference_losses(self, given: Any, y: Any, n: int, of_estimator: Any) -> Array | None:
-        """Return the reference's losses ``[n]`` on the training sample as it was given."""
+    def _reference_losses(
+        self, features: ArrayLike, y: ArrayLike, n: int, of_estimator: Callable[[Any, ArrayLike], Array]
+    ) -> Array | None:
+        """Return the reference's losses ``[n]`` on the training data as the user passed them."""
         if self.reference is None:
             return None
         if hasattr(self.reference, "predict"):
-            losses = of_estimator(self.reference, given)
+            losses = of_estimator(self.reference, features)
         else:
-            losses = self.reference(given, y) if callable(self.reference) else self.reference
+            losses = self.reference(features, y) if callable(self.reference) else self.reference
         losses = np.asarray(losses.detach().cpu() if isinstance(losses, torch.Tensor) else losses, dtype=np.float64)
         if losses.shape != (n,) or not np.isfinite(losses).all():
             raise ValueError(
@@ -170,19 +209,19 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
 
     def __init__(
         self,
-        divergence=None,
+        divergence: Divergence | None = None,
         *,
-        rho=None,
-        radius=None,
-        reference=None,
-        l2=1e-3,
-        fit_intercept=True,
-        tol=1e-8,
-        max_iter=50,
+        rho: float | None = None,
+        radius: float | None = None,
+        reference: Reference | None = None,
+        l2: float = 1e-3,
+        fit_intercept: bool = True,
+        tol: float = 1e-8,
+        max_iter: int = 50,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
 
-    def fit(self, X, y, sample_weight=None) -> DRRhoRegressor:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> DRRhoRegressor:
         """Fit to features ``[n, d]`` and targets ``[n]`` or ``[n, k]``; ``sample_weight`` ``[n]`` is proportional to q.
 
         Raises
@@ -192,16 +231,15 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         RuntimeError
             If no minimum was found.
         """
-        given = X, y
-        X, y = _checked(self, X, y, y_numeric=True, multi_output=True)
-        targets = y.reshape(len(y), -1).astype(np.float64)
+        x, labels = _checked(self, X, y, y_numeric=True, multi_output=True)
+        targets = labels.reshape(len(labels), -1).astype(np.float64)
 
-        def of_estimator(model, features):
+        def of_estimator(model: Estimator, features: ArrayLike) -> Array:
             return Squared().values(np.asarray(model.predict(features)).reshape(targets.shape), targets)
 
-        reference = self._reference_losses(*given, len(X), of_estimator)
-        self._minimize(X, targets, Squared(), reference, sample_weight)
-        if y.ndim == 1:
+        reference = self._reference_losses(X, y, len(x), of_estimator)
+        self._minimize(x, targets, Squared(), reference, sample_weight)
+        if labels.ndim == 1:
             self.coef_, self.intercept_ = self.coef_[0], self.intercept_[0]
         return self
 
@@ -210,11 +248,11 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         tags.target_tags.multi_output = True
         return tags
 
-    def predict(self, X) -> Array:
+    def predict(self, X: ArrayLike) -> Array:
         """Return predictions ``[n]`` or ``[n, k]``."""
         check_is_fitted(self)
-        X = _checked(self, X, reset=False)
-        return X @ self.coef_.T + self.intercept_
+        x = _checked(self, X, reset=False)
+        return x @ self.coef_.T + self.intercept_
 
 
 def _has_probabilities(model: DRRhoClassifier) -> bool:
@@ -254,21 +292,21 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
 
     def __init__(
         self,
-        divergence=None,
+        divergence: Divergence | None = None,
         *,
-        loss="logistic",
-        rho=None,
-        radius=None,
-        reference=None,
-        l2=1e-3,
-        fit_intercept=True,
-        tol=1e-8,
-        max_iter=50,
+        loss: str = "logistic",
+        rho: float | None = None,
+        radius: float | None = None,
+        reference: Reference | None = None,
+        l2: float = 1e-3,
+        fit_intercept: bool = True,
+        tol: float = 1e-8,
+        max_iter: int = 50,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
         self.loss = loss
 
-    def fit(self, X, y, sample_weight=None) -> DRRhoClassifier:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> DRRhoClassifier:
         """Fit to features ``[n, d]`` and labels ``[n]``; ``sample_weight`` ``[n]`` is proportional to q.
 
         Raises
@@ -278,39 +316,38 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         RuntimeError
             If no minimum was found.
         """
-        given = X, y
-        X, y = _checked(self, X, y)
-        check_classification_targets(y)
+        x, labels = _checked(self, X, y)
+        check_classification_targets(labels)
         if self.loss not in _LOSSES:
             raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {self.loss!r}")
         loss = _LOSSES[self.loss]
-        self.classes_, codes = np.unique(y, return_inverse=True)
+        self.classes_, codes = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y must hold at least 2 classes, got 1 class: {self.classes_[0]!r}")
         targets = self._targets(codes)
 
-        def of_estimator(model, features):
+        def of_estimator(model: Any, features: ArrayLike) -> Array:
             if self.loss == "logistic" and hasattr(model, "predict_log_proba"):
-                return -model.predict_log_proba(features)[np.arange(len(y)), self._columns(model)[codes]]
-            scores = np.asarray(model.decision_function(features)).reshape(len(y), -1)
+                return -model.predict_log_proba(features)[np.arange(len(x)), self._columns(model)[codes]]
+            scores = np.asarray(model.decision_function(features)).reshape(len(x), -1)
             columns = self._columns(model)
             return loss.values(scores if scores.shape[1] == 1 else scores[:, columns], targets)
 
-        reference = self._reference_losses(*given, len(X), of_estimator)
-        self._minimize(X, targets, loss, reference, sample_weight)
-        if loss is _LOSSES["logistic"] and len(self.classes_) > 2:  # softmax does not see what all scores share
+        reference = self._reference_losses(X, y, len(x), of_estimator)
+        self._minimize(x, targets, loss, reference, sample_weight)
+        if loss is _LOSSES["logistic"] and len(self.classes_) > 2:  # softmax is invariant to a shift of all scores
             self.coef_, self.intercept_ = self.coef_ - self.coef_.mean(0), self.intercept_ - self.intercept_.mean()
         return self
 
-    def _targets(self, codes) -> Array:
-        """Return what the loss compares with, ``[n, k]``."""
+    def _targets(self, codes: np.ndarray) -> Array:
+        """Encode the labels as targets ``[n, k]`` of the loss."""
         if len(self.classes_) == 2:
             return (2.0 * codes - 1)[:, None]
         one_hot = np.eye(len(self.classes_))[codes]
         return one_hot if self.loss == "logistic" else 2 * one_hot - 1
 
-    def _columns(self, model: Any) -> Any:
-        """Return where the reference has this model's classes."""
+    def _columns(self, model: Classifier) -> np.ndarray:
+        """Return the columns of this model's classes in the reference's scores."""
         position = {label: column for column, label in enumerate(model.classes_)}
         missing = [label for label in self.classes_ if label not in position]
         if missing:
@@ -319,25 +356,25 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
             raise ValueError(f"reference must have the {len(self.classes_)} classes of y, got {len(model.classes_)}")
         return np.array([position[label] for label in self.classes_])
 
-    def decision_function(self, X) -> Array:
+    def decision_function(self, X: ArrayLike) -> Array:
         """Return scores ``[n]`` for two classes, ``[n, k]`` for more."""
         check_is_fitted(self)
-        X = _checked(self, X, reset=False)
-        scores = X @ self.coef_.T + self.intercept_
+        x = _checked(self, X, reset=False)
+        scores = x @ self.coef_.T + self.intercept_
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
-    def predict(self, X) -> Any:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """Return the most likely labels ``[n]``."""
         scores = self.decision_function(X)
         return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)]
 
     @available_if(_has_probabilities)
-    def predict_proba(self, X) -> Array:
+    def predict_proba(self, X: ArrayLike) -> Array:
         """Return the model's probabilities ``[n, k]`` (logistic loss only)."""
         scores = self.decision_function(X)
         return np.column_stack([expit(-scores), expit(scores)]) if scores.ndim == 1 else softmax(scores, axis=1)
 
     @available_if(_has_probabilities)
-    def predict_log_proba(self, X) -> Array:
-        """Return logarithms of `predict_proba`."""
+    def predict_log_proba(self, X: ArrayLike) -> Array:
+        """Return the logarithms of `predict_proba`."""
         return np.log(self.predict_proba(X))

@@ -1,25 +1,27 @@
-"""Streaming moments of losses, of one model or of a pair: merged exactly, in any order, over chunks and ranks.
+"""Streaming moments of the losses of one model or of a pair, which merge exactly, in any order, over chunks and ranks.
 
-To fourth order, with extremes and their ties; the merge is that of Chan, Golub & LeVeque (1983) and Pebay (2008).
+Moments are kept up to the fourth order, with extremes and their ties. The merge is that of Chan, Golub & LeVeque (1983)
+and Pebay (2008).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from drrho.validation import as_losses
+from drrho.ranks import Group
+from drrho.validation import ArrayLike, as_losses
 
 __all__ = ["Moments", "PairedMoments", "gather", "merge", "moments", "paired_moments"]
 
-CHUNK = 1 << 15  # samples at a time, a multiple of 4 (counters of the bootstrap come in fours)
-_NO_SPREAD = -1100  # the exponent of a channel whose values are all equal: below that of every float
+CHUNK = 1 << 15  # samples at a time, a multiple of 4 (each counter of the bootstrap's generator gives four numbers)
+_NO_SPREAD = -1100  # the exponent of a channel whose values are all equal, below that of every float
 _LARGEST = 2.0**1021  # differences of differences of such losses are still finite
 
 _State = TypeVar("_State", bound="_CentralSums")
@@ -27,11 +29,11 @@ _State = TypeVar("_State", bound="_CentralSums")
 
 @dataclass(frozen=True, eq=False)
 class _CentralSums:
-    """Sums over samples of all products, up to the fourth order that merging and the delta method need, of k channels.
+    """Sums over samples of products of k channels, up to the fourth order, as merging and the delta method need them.
 
-    Deviations from the mean are counted in units of ``2**exponents``, so that fourth powers neither overflow nor
-    vanish. ``gram`` is the Gram matrix of (1, the k deviations, their products over ``pairs``); moving the center maps
-    this vector linearly, which makes a merge exact. ``means + remainders`` is the center to twice the precision, since
+    Deviations from the mean are in units of ``2**exponents``, so that fourth powers neither overflow nor vanish.
+    ``gram`` is the Gram matrix of (1, the k deviations, their products over ``pairs``); moving the center maps this
+    vector linearly, which makes a merge exact. ``means + remainders`` is the center in twice the precision, since
     rounding the mean of losses near 1e8 would cost a merge eight digits.
     """
 
@@ -52,7 +54,7 @@ class _CentralSums:
         return np.concatenate([[self.count], *(np.ravel(field) for field in fields)]).astype(np.float64)
 
     def unpacked(self: _State, vector: np.ndarray) -> _State:
-        """Return the state of a `packed` vector, whose shapes are those of this one."""
+        """Return the state that a `packed` vector holds, with the shapes of this state."""
         k, gram = len(self.means), self.gram.size
         means, remainders, exponents, gram, minima, maxima, ties = np.split(
             vector[1:], np.cumsum([k, k, k, gram, k, k])
@@ -103,7 +105,7 @@ class _CentralSums:
 class Moments(_CentralSums):
     """Moments of one row of losses: mean, central sums, extremes and how often they are attained.
 
-    Make one with :func:`moments`, join two with :func:`merge`.
+    :func:`moments` computes them, and :func:`merge` combines two of them.
     """
 
     pairs = ((0, 0),)
@@ -115,7 +117,7 @@ class Moments(_CentralSums):
 
     @property
     def m2(self) -> float:
-        """``sum (x - mean)^2``, as m3 and m4 in the units of the losses, where it may overflow."""
+        """``sum (x - mean)^2``; like m3 and m4 in the units of the losses, where it may overflow."""
         return self._central_sum(2)
 
     @property
@@ -182,8 +184,8 @@ class Moments(_CentralSums):
 class PairedMoments(_CentralSums):
     """Joint moments of losses, reference losses and excess losses on the same samples.
 
-    The excess is a channel of its own: where the reference is close, V(l) + V(r) - 2 Cov(l, r) cancels. Make one with
-    :func:`paired_moments`, join two with :func:`merge`, or all ranks' with :func:`gather`.
+    The excess has its own channel, because V(l) + V(r) - 2 Cov(l, r) cancels where the reference is close.
+    :func:`paired_moments` computes them, :func:`merge` combines two of them, and :func:`gather` those of all ranks.
     """
 
     pairs = ((0, 0), (1, 1), (2, 2), (0, 1))
@@ -205,7 +207,7 @@ class PairedMoments(_CentralSums):
 
     @property
     def cross(self) -> float:
-        """``sum (l - mean) (r - mean)``; over n - 1 it is the covariance."""
+        """``sum (l - mean) (r - mean)``; divided by n - 1 it is the covariance."""
         return float(np.ldexp(self.gram[1, 2], self.exponents[0] + self.exponents[1]))
 
     def _channel(self, k: int) -> Moments:
@@ -216,13 +218,13 @@ class PairedMoments(_CentralSums):
         return Moments(self.count, mean, remainder, exponent, gram, low, high, ties)
 
 
-def moments(losses: Any) -> Moments:
+def moments(losses: ArrayLike) -> Moments:
     """Return the moments of ``losses``, accumulated in float64 and in chunks.
 
     Parameters
     ----------
     losses : tensor, array or sequence of any shape
-        Every entry is a sample. Where there are none, take ``Moments.empty()``.
+        Every entry is a sample. For no samples use ``Moments.empty()``.
 
     Raises
     ------
@@ -235,13 +237,13 @@ def moments(losses: Any) -> Moments:
     return reduce(merge, (Moments.of(_block(part)[None]) for part in row.split(CHUNK)))
 
 
-def paired_moments(losses: Any, reference_losses: Any) -> PairedMoments:
+def paired_moments(losses: ArrayLike, reference_losses: ArrayLike) -> PairedMoments:
     """Return the joint moments of two models' losses on the same samples, in the same order.
 
     Parameters
     ----------
     losses, reference_losses : tensors, arrays or sequences of one shape
-        Every entry is a sample. Where there are none, take ``PairedMoments.empty()``.
+        Every entry is a sample. For no samples use ``PairedMoments.empty()``.
 
     Raises
     ------
@@ -256,10 +258,11 @@ def paired_moments(losses: Any, reference_losses: Any) -> PairedMoments:
 
 
 def merge(a: _State, b: _State) -> _State:
-    """Return the moments of the samples of ``a`` and of ``b`` together, exact but for rounding.
+    """Return the moments of the samples of ``a`` and ``b`` together, exact up to rounding.
 
-    Associative and commutative up to rounding; the empty state is the identity, bit for bit. Sums are moved to the
-    common mean by the binomial theorem: Chan, Golub & LeVeque 1983, and Pebay 2008 for higher and cross orders.
+    The operation is associative and commutative up to rounding, and the empty state is its identity, bit for bit. Sums
+    are moved to the common mean by the binomial theorem (Chan, Golub & LeVeque 1983; Pebay 2008 for higher and cross
+    orders).
 
     Raises
     ------
@@ -281,11 +284,11 @@ def merge(a: _State, b: _State) -> _State:
     return type(a)(count, means, remainders, exponents, gram, minima, maxima, np.asarray(ties))
 
 
-def gather(state: _State, group: Any = None) -> _State:
+def gather(state: _State, group: Group = None) -> _State:
     """Return the moments of the samples of all ranks of ``group`` (default: the world), merged in the order of ranks.
 
-    Every rank of the group calls this with its own state, be it ``empty()``, and has the same bits. What travels is a
-    vector of float64, in which counts and exponents are exact.
+    Every rank of the group calls this function with its own state, which may be ``empty()``, and all get the same bits.
+    The ranks exchange vectors of float64, in which counts and exponents are exact.
     """
     sent = torch.from_numpy(state.packed())
     if dist.get_backend(group) == "nccl":
@@ -310,13 +313,13 @@ def _moved(state: _CentralSums, shift: np.ndarray, exponents: np.ndarray) -> np.
 
 
 def monomials_of(deviations: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Return one, the deviations ``[k, m]`` and their products over ``pairs``: ``[1 + k + pairs, m]``."""
+    """Return ones, the deviations ``[k, m]`` and their products over ``pairs``, stacked to ``[1 + k + pairs, m]``."""
     a, b = np.array(pairs).T
     return np.concatenate([np.ones_like(deviations[:1]), deviations, deviations[a] * deviations[b]])
 
 
 def _exponents(size: np.ndarray) -> np.ndarray:
-    """Return e with ``size <= 2**e``, by entry."""
+    """Return e with ``size <= 2**e``, elementwise."""
     return np.where(size > 0, np.frexp(size)[1], _NO_SPREAD)
 
 
@@ -327,7 +330,7 @@ def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return total, (a - (total - part)) + (b - part)
 
 
-def _row(losses: Any, name: str) -> Tensor:
+def _row(losses: ArrayLike, name: str) -> Tensor:
     row = as_losses(losses, name).detach().flatten()
     largest = row.abs().max().item()
     if largest > _LARGEST:
@@ -335,7 +338,8 @@ def _row(losses: Any, name: str) -> Tensor:
     return row
 
 
-def as_pair(losses: Any, reference_losses: Any) -> tuple[Tensor, Tensor]:
+def as_pair(losses: ArrayLike, reference_losses: ArrayLike) -> tuple[Tensor, Tensor]:
+    """Check two models' losses on the same samples, and return them as rows."""
     target, reference = as_losses(losses, "losses"), as_losses(reference_losses, "reference_losses")
     if target.shape != reference.shape:
         raise ValueError(
@@ -349,5 +353,6 @@ def _block(part: Tensor) -> np.ndarray:
 
 
 def as_channels(target: Tensor, reference: Tensor) -> np.ndarray:
+    """Return losses, reference losses and excess losses as the channels ``[3, m]`` of `PairedMoments`."""
     first, second = _block(target), _block(reference)
     return np.stack([first, second, first - second])

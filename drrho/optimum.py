@@ -1,15 +1,15 @@
 """The solution of a robust risk as a differentiable function, through its optimality conditions.
 
-With ``a = (z - eta) / lambda`` and ``h = q phi*''(a) / lambda``, a change of the losses by dz, of the threshold eta
-and of the strength lambda moves the weights by ``dp = h (dz - d eta - a d lambda)``. ``sum dp = 0`` fixes d eta; and
-either lambda is given, or the ball fixes it: ``<a, dp> = d radius``, since ``phi'(p / q) = a`` on the support. The
-value's own gradient is the envelope one: weights, multiplier, minus D (Danskin). Every formula is made of outputs
-that are differentiable themselves, so derivatives of any order come out, forward, reverse and mixed.
+With ``a = (z - eta) / lambda`` and ``h = q phi*''(a) / lambda``, changes dz of the losses, d eta of the threshold and
+d lambda of the strength change the weights by ``dp = h (dz - d eta - a d lambda)``. ``sum dp = 0`` determines d eta.
+Either lambda is given, or the ball determines it by ``<a, dp> = d radius``, since ``phi'(p / q) = a`` on the support.
+The gradient of the value is given by the envelope theorem: weights, multiplier and minus D (Danskin). Every formula
+consists of outputs that are differentiable themselves; this gives derivatives of any order, forward, reverse and mixed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -55,16 +55,17 @@ def _refuse_forward_over_forward() -> None:
         )
 
 
-def _solution(fields: Any) -> Solution:
+def _solution(fields: Sequence[Tensor] | None) -> Solution:
+    assert fields is not None
     return Solution(*fields)
 
 
 class _Derivatives:
-    """What both functions below do: ``(losses, radius, strength, alpha, base, problem)`` to fields of `Solution`."""
+    """The common part of the functions below, which map their inputs to the fields of `Solution`."""
 
     @staticmethod
     def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
-        """Keep what the formulas need, and return it; nothing of size n beside losses, base and weights."""
+        """Save what the formulas need, and return it; only losses, base and weights are of size n."""
         *tensors, problem = inputs
         solution = Solution(*output)
         ctx.mark_non_differentiable(solution.gap, solution.on_ball)
@@ -182,7 +183,7 @@ class TransformableOptimum(_Derivatives, torch.autograd.Function):
 
 
 class _Response:
-    """How the solution answers to small changes, from what `Optimum` keeps."""
+    """The derivatives of the solution, from the tensors that `Optimum` saves."""
 
     def __init__(self, ctx) -> None:
         saved = list(ctx.saved_tensors)
@@ -208,7 +209,7 @@ class _Response:
         return torch.ones_like(self.losses) / count[:, None]
 
     def radius_slope(self, by: Tensor) -> Tensor:
-        """Return ``by * d value / d radius``: the ball's multiplier, beside a given price."""
+        """Return ``by * d value / d radius``, where the slope is the ball's multiplier without a given price."""
         slope = self.strength if self.price is None else self.strength - self.price
         return torch.where((by == 0) | (self.on_ball == 0), 0.0, by * slope)
 
@@ -220,7 +221,7 @@ class _Response:
         smooth = torch.isfinite(self.strength) & (self.strength > 0)
         strength = torch.where(smooth, self.strength, 1.0)[:, None]
         a = torch.where(smooth[:, None], (self.losses - self.threshold[:, None]) / strength, 0.0)
-        if self.base is not None:  # a sample without base weight may lie outside the domain of phi*
+        if self.base is not None:  # samples without base weight may lie outside the domain of phi*
             a = torch.where(self.base > 0, a, 0.0)
         h = torch.where(smooth[:, None], divergence.curvature(a) / strength, 0.0) * self.uniform()
         return h, self._centered(h, a)
@@ -233,7 +234,7 @@ class _Response:
         return v - self._expectation(h, v)[:, None]
 
     def _stiffness(self, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``sum h a^2``, 1 where there is none, and whether the ball fixes the strength."""
+        """Return ``sum h a^2``, or 1 where it is 0, and whether the ball determines the strength."""
         variance = self.total((h * a * a).sum(-1))
         fixed = (self.on_ball > 0) & (variance > 0)
         return torch.where(fixed, variance, 1.0), fixed
@@ -250,7 +251,7 @@ class _Response:
         if distance is not None:
             v = v + distance[:, None] * a
         to_losses = h * self._centered(h, v)
-        # d lambda enters through dp, through d eta = E_h[dz] - E_h[a] d lambda, and directly.
+        # d lambda contributes through dp, through d eta = E_h[dz] - E_h[a] d lambda, and directly.
         by_strength = -self.total((to_losses * a).sum(-1))
         if threshold is not None:
             to_losses = to_losses + (threshold / torch.where(mass > 0, mass, 1.0))[:, None] * h

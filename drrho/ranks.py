@@ -1,17 +1,20 @@
-"""Rows of a batch that is spread over ranks, in any number per rank: gather them, and bring their gradients home."""
+"""Rows of a batch that is spread over ranks, any number per rank: gather them, and return gradients to their owners."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: The ranks over which a computation is spread; None where this process holds everything.
+Group: TypeAlias = "dist.ProcessGroup | None"
 
-def row_counts(own: int, group: Any, device: torch.device) -> list[int]:
+
+def row_counts(own: int, group: Group, device: torch.device) -> list[int]:
     """Return the number of rows of every rank."""
     if group is None:
         return [own]
@@ -20,13 +23,13 @@ def row_counts(own: int, group: Any, device: torch.device) -> list[int]:
     return [int(count) for count in counts]
 
 
-def first_row(counts: Sequence[int], group: Any) -> int:
-    """Return the place of this rank's first row among all."""
+def first_row(counts: Sequence[int], group: Group) -> int:
+    """Return the position of this rank's first row among the rows of all ranks."""
     return 0 if group is None else sum(counts[: dist.get_rank(group)])
 
 
-def gathered(own: Tensor, counts: Sequence[int], group: Any) -> Tensor:
-    """Return all ranks' rows in the order of ranks; no gradient passes."""
+def gathered(own: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Return all ranks' rows in the order of ranks, without a gradient."""
     if group is None:
         return own
     padded = own.new_zeros(max(counts), *own.shape[1:])
@@ -36,11 +39,11 @@ def gathered(own: Tensor, counts: Sequence[int], group: Any) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def summed_home(rows: Tensor, counts: Sequence[int], group: Any) -> Tensor:
-    """Return the sum over ranks of this rank's rows, from every rank's terms for the rows of all.
+def sum_to_owners(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Return this rank's rows summed over ranks, where every rank passes its terms for the rows of all ranks.
 
-    The terms are exchanged and added in the order of ranks, so that the sum is the same in every run, with half the
-    traffic of an all-reduce.
+    It is a reduce-scatter over parts of unequal length: the terms are exchanged and added in the order of ranks, so
+    that the sum is the same in every run, with half the traffic of an all-reduce.
     """
     if group is None:
         return rows
@@ -56,27 +59,27 @@ def summed_home(rows: Tensor, counts: Sequence[int], group: Any) -> Tensor:
     return received.sum(0)
 
 
-def gathered_with_gradient(own: Tensor, counts: Sequence[int], group: Any) -> Tensor:
-    """Return all ranks' rows; the backward pass sums over ranks what each of them found for this rank's rows."""
+def gathered_with_gradient(own: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Return all ranks' rows; the backward pass sums every rank's gradients of this rank's rows."""
     return own if group is None else _Gathered.apply(own, counts, group)  # pyright: ignore[reportReturnType]
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, counts, group):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gather."""
+        """Gather the rows."""
         ctx.counts, ctx.group = counts, group
         return gathered(own, counts, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Bring the gradients home."""
-        return summed_home(grad, ctx.counts, ctx.group), None, None
+        """Sum the gradients of this rank's rows over ranks."""
+        return sum_to_owners(grad, ctx.counts, ctx.group), None, None
 
 
-def mean_over_ranks(terms: Tensor, group: Any) -> Tensor:
-    """Return the mean of all ranks' terms, differentiable in this rank's."""
+def mean_over_ranks(terms: Tensor, group: Group) -> Tensor:
+    """Return the mean of all ranks' terms, differentiable with respect to this rank's terms."""
     if group is None:
         return terms.mean()
     own = terms.detach().sum()

@@ -1,15 +1,13 @@
-"""Excess losses: what a target loses beyond a frozen reference model."""
+"""Excess losses: the losses of a target model minus those of a frozen reference model."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from drrho.validation import as_losses
+from drrho.validation import ArrayLike, as_losses
 
 
-def excess_losses(losses: Any, reference_losses: Any, coefficient: float = 1.0) -> Tensor:
+def excess_losses(losses: ArrayLike, reference_losses: ArrayLike, coefficient: float = 1.0) -> Tensor:
     """Return ``losses - coefficient * reference_losses``, the RHO losses of Wei et al. (ICML 2025).
 
     Parameters
@@ -17,16 +15,15 @@ def excess_losses(losses: Any, reference_losses: Any, coefficient: float = 1.0) 
     losses : tensor, array or sequence, ``[..., n]``
         Losses of the target model; derivatives flow through these.
     reference_losses : the same shape
-        Losses of the reference model on the same samples, in the same order. The reference is frozen: they
-        are detached.
+        Losses of the reference model on the same samples, in the same order; detached, since the reference is frozen.
     coefficient : float
-        Control-variate coefficient; 1 is the paper's excess loss, 0 ignores the reference.
+        Coefficient of the control variate; 1 is the paper's excess loss, 0 ignores the reference.
 
     Raises
     ------
     ValueError
-        If the shapes differ (nothing is broadcast: a shifted or transposed reference must not pass), a loss is
-        NaN or infinite, or the coefficient is not finite.
+        If the shapes differ (nothing is broadcast, so that a transposed reference is noticed), a loss is NaN or
+        infinite, or the coefficient is not finite.
     TypeError
         For integer tensors.
     """

@@ -1,4 +1,4 @@
-"""Running estimates of every anchor's normalizer, kept in log domain and spread over ranks, and their rates.
+"""Running estimates of every anchor's normalizer, in log domain and sharded over ranks, and their rates.
 
 For anchor i, ``u_i`` estimates ``mean_j exp(l_ij / tau)`` over all negatives of the data set from the batches in
 which i appeared (SogCLR, Yuan et al. 2022; FastCLIP, Wei et al. 2024):
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from drrho.ranks import Group
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
 
 
@@ -24,17 +24,17 @@ class RunningEstimates:
     A sample that was never visited holds ``-inf``, which no finite loss can produce: ``u = exp(-inf) = 0``.
     Estimates are kept in float32: one of size s comes back within ``2^-24 |s|``.
 
-    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples, the last ones what is left, and
-    a step sends the rows of its batch to their owners and back. Then ``lookup``, ``update``, ``load_state_dict`` and
-    ``visited`` are collective: every rank of the group calls them, with arguments of its own. What one rank refuses,
-    all refuse, each with a ``ValueError``, and nothing changes anywhere.
+    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples (the last ranks may keep fewer),
+    and a step exchanges the rows of its batch with their owners. ``lookup``, ``update``, ``load_state_dict`` and
+    ``visited`` are then collective: every rank of the group calls them, with its own arguments. If the arguments of one
+    rank are invalid, all ranks raise a ``ValueError`` and no state changes.
 
     Parameters
     ----------
     samples : int
         Number of samples n over all ranks, >= 1; indices run from 0 to n - 1. A rank keeps ``8 ceil(n / ranks)`` bytes.
     device : torch.device or str
-        Where this rank's estimates live; any backend of the group goes with any device.
+        Device of this rank's estimates; every backend of the group works with every device.
     group : torch.distributed.ProcessGroup, optional
         Ranks that share the samples; by default this process keeps all.
 
@@ -48,7 +48,7 @@ class RunningEstimates:
     ([-1.0, -inf, 0.5], [0.0, -inf, 2.0])
     """
 
-    def __init__(self, samples: int, device: torch.device | str = "cpu", group: Any = None) -> None:
+    def __init__(self, samples: int, device: torch.device | str = "cpu", group: Group = None) -> None:
         self._rows = ShardedRows(samples, (-torch.inf, -torch.inf), "log_u", "running estimates", device, group)
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class RunningEstimates:
     @property
     def visited(self) -> int:
         """Number of samples seen at least once, over all ranks."""
-        parts = self._rows.own[0].split(2**24)  # a mask of all rows at once would be an eighth of the state
+        parts = self._rows.own[0].split(2**24)  # a mask of all rows at once would take an eighth of the state's memory
         return self._rows.total(sum(int(torch.count_nonzero(part > -torch.inf)) for part in parts))
 
     def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class RunningEstimates:
         Parameters
         ----------
         index : Tensor ``[b]`` of integers
-            Samples of all data, in any order, also repeated; b >= 0 may differ from rank to rank.
+            Samples of all data, in any order and possibly repeated; b >= 0 may differ from rank to rank.
 
         Raises
         ------
@@ -80,11 +80,12 @@ class RunningEstimates:
         """Store ``log u`` ``[b]`` of both directions for the samples ``index`` ``[b]``.
 
         A sample that occurs several times, on one rank or on several, gets the mean of its u (not of their
-        logarithms). With estimates that were looked up before the step that is one step by the mean of its ``g_i``::
+        logarithms). With estimates that were looked up before the step, this is one step with the mean of its
+        ``g_i``::
 
             mean_k [(1 - gamma) u + gamma g_k] = (1 - gamma) u + gamma mean_k g_k
 
-        whatever the order and the rank of its occurrences, but for rounding of a float64 sum.
+        independent of the order and the rank of its occurrences, up to rounding of a float64 sum.
 
         Parameters
         ----------
@@ -107,7 +108,7 @@ class RunningEstimates:
         self._rows.own.index_copy_(1, rows, fresh.to(self._rows.own))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of this rank's rows, and which they are.
+        """Return a copy of this rank's rows, with their position among all samples.
 
         Returns
         -------
@@ -117,13 +118,13 @@ class RunningEstimates:
         return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over the rows of states of any number of ranks, bit for bit.
+        """Load the rows from states of any number of ranks, bit for bit.
 
         Parameters
         ----------
         state : mapping, or sequence of mappings
-            What `state_dict` returned, on one rank or on several, in any order; of memory-mapped tensors only this
-            rank's rows are read. Without ``offset`` and ``samples`` a state starts at sample 0 and is all there is.
+            Results of `state_dict` on one rank or on several, in any order; of memory-mapped tensors only this rank's
+            rows are read. A state without ``offset`` and ``samples`` holds all samples.
 
         Raises
         ------
@@ -144,8 +145,8 @@ def _fault_of_state(log_u: Tensor) -> str:
 class RunningThresholds:
     """The running dual variables of divergences other than KL, for n samples and the two directions.
 
-    They are what `drrho.contrastive.contrastive_risk` takes and returns as ``threshold``, in units of similarity, and
-    are kept, looked up, sharded and loaded as `RunningEstimates` are. A sample that was never visited holds NaN. A
+    `drrho.contrastive.contrastive_risk` takes and returns them as ``threshold``, in units of similarity. They are
+    stored, looked up, sharded and loaded as `RunningEstimates` are. A sample that was never visited holds NaN. A
     sample that occurs several times in a batch gets the mean.
 
     Parameters
@@ -154,19 +155,19 @@ class RunningThresholds:
         As for `RunningEstimates`.
     """
 
-    def __init__(self, samples: int, device: torch.device | str = "cpu", group: Any = None) -> None:
+    def __init__(self, samples: int, device: torch.device | str = "cpu", group: Group = None) -> None:
         self._rows = ShardedRows(samples, (math.nan, math.nan), "threshold", "running thresholds", device, group)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the thresholds of the samples ``index`` ``[b]``; errors as of `RunningEstimates.lookup`."""
+        """Return the thresholds of the samples ``index`` ``[b]``; it raises as `RunningEstimates.lookup` does."""
         image, text = self._rows.lookup(index)
         return image, text
 
     def update(self, index: Tensor, threshold: tuple[Tensor, Tensor]) -> None:
-        """Store thresholds ``[b]`` of both directions; errors as of `RunningEstimates.update`."""
+        """Store thresholds ``[b]`` of both directions; it raises as `RunningEstimates.update` does."""
         index, fault = self._rows.checked(index)
         directions = [values.detach().to(self._rows.own) for values in threshold]
         for direction, values in enumerate(directions):
@@ -180,14 +181,14 @@ class RunningThresholds:
         return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over the rows of states of any number of ranks; errors as of `RunningEstimates.load_state_dict`."""
+        """Load the rows from states of any number of ranks; it raises as `RunningEstimates.load_state_dict` does."""
         self._rows.load_state_dict(
             state, lambda columns: "state must not hold infinite thresholds" if bool(columns.isinf().any()) else ""
         )
 
 
 def _averaged_over_repeats(index: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each entry of ``index`` ``[b]`` once, and the log of the mean of its u, from ``log_u`` ``[2, b]``."""
+    """Return the distinct entries of ``index`` ``[b]`` and the log of the mean u of each, from ``log_u`` ``[2, b]``."""
     single, place, counts = index.unique(return_inverse=True, return_counts=True)
     if len(single) == len(index):
         return index, log_u
@@ -197,9 +198,10 @@ def _averaged_over_repeats(index: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor
 
 
 def moving_average(log_u: Tensor, log_g: Tensor, log_rate: Tensor | float, log_keep: Tensor | float) -> Tensor:
-    """Return ``log((1 - rate) u + rate g)`` of logarithms, ``log_g`` where u was never visited (``-inf``).
+    """Return ``log((1 - rate) u + rate g)`` from logarithms, or ``log_g`` where u was never visited (``-inf``).
 
-    Rate and remainder come as logarithms, since either may be too close to one to say so in the other's place.
+    Rate and ``1 - rate`` are both passed as logarithms, since neither can be computed from the other without loss of
+    precision when it is close to zero.
     """
     return torch.where(log_u == -torch.inf, log_g, torch.logaddexp(log_keep + log_u, log_rate + log_g))
 
@@ -209,8 +211,8 @@ def adaptive_log_rates(log_u: Tensor, log_step: Tensor | float) -> tuple[Tensor,
 
     With ``alpha = exp(log_step)`` the update is ``u <- (u + alpha u g) / (1 + alpha u)``, the proximal step of size
     alpha on the dual ``min_v E exp(l / tau - v) + v`` in the geometry of ``exp(-v)``: large u are forgotten fast, small
-    ones slowly. Both logarithms keep their digits where rate or remainder is near one. Where u was never visited
-    (``-inf``) the rate is one: 0 and ``-inf``.
+    ones slowly. Both logarithms are accurate where either rate is near one. Where u was never visited (``-inf``) the
+    rate is one, and the logarithms are 0 and ``-inf``.
 
     Source: Wei et al. (2026), arXiv 2602.02877.
     """
@@ -220,7 +222,7 @@ def adaptive_log_rates(log_u: Tensor, log_step: Tensor | float) -> tuple[Tensor,
 
 
 def cosine_gamma(epoch: int, epochs: int, final: float) -> float:
-    """Return the rate of an epoch: cosine decay from 1 in the first epoch to ``final`` in the last, constant within."""
+    """Return the rate of an epoch: a cosine decay from 1 in the first epoch to ``final`` in the last."""
     if not 0 < final <= 1:
         raise ValueError(f"final gamma must lie in (0, 1], got {final}")
     if not 0 <= epoch < epochs:
@@ -230,7 +232,7 @@ def cosine_gamma(epoch: int, epochs: int, final: float) -> float:
 
 
 def published_final_gamma(epochs: int) -> float:
-    """Return the published final rate for a training of that many epochs, ``min(1, 4.177 epochs^-0.7265)``.
+    """Return the published final rate for training over that many epochs, ``min(1, 4.177 epochs^-0.7265)``.
 
     Source: the DRRho-CLIP release (Wei et al., ICML 2025).
     """

@@ -1,22 +1,24 @@
-"""From scores to chosen samples: the largest, a softmax sample, and batches whose pairs are learnable together.
+"""Choose samples by scores: the largest, a softmax sample, and batches whose pairs are learnable together.
 
-- `top_k`: the k largest scores. Of excess losses this is the selection of RHO-LOSS (Mindermann et al., ICML 2022), the
+- `top_k`: the k largest scores. For excess losses this is the selection of RHO-LOSS (Mindermann et al., ICML 2022), the
   support of the weights of ``constrained_risk(scores, CVaR(k / n))``.
 - `sample`: k samples without replacement from the softmax of the scores.
-- `pair_losses`: each pair's part in a contrastive loss; the target's minus the reference's are scores for `top_k`.
-- `joint_selection`, `joint_selection_from_features`: JEST (Evans et al., NeurIPS 2024, arXiv 2406.17711), a batch
-  drawn in chunks, each given those before it, by learnability: loss of the target minus loss of the reference.
+- `pair_losses`: the loss of each pair of a contrastive batch; those of the target minus those of the reference are
+  scores for `top_k`.
+- `joint_selection`, `joint_selection_from_features`: JEST (Evans et al., NeurIPS 2024, arXiv 2406.17711), which draws a
+  batch in chunks, each conditional on the chunks before it, by learnability: the loss of the target minus the loss of
+  the reference.
 
-All compare scores in float64. Over a ``group`` of ranks the samples are numbered by rank, and the ranks together choose
-what one process that holds them all would choose. Noise is a pure function of seed, chunk and the sample's number
-(Philox, Salmon et al. 2011): give every step a seed of its own.
+All functions compare scores in float64. Over a ``group`` of ranks the samples are numbered by rank, and the ranks
+together choose what one process with all samples would choose. Noise is a pure function of seed, chunk and the number
+of the sample (Philox, Salmon et al. 2011), so every step needs its own seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,24 +26,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from drrho.ranks import first_row, gathered, row_counts
+from drrho.ranks import Group, first_row, gathered, row_counts
 from drrho.tiles import ROWS, TILE
-from drrho.validation import as_losses, refuse_not_finite
+from drrho.validation import ArrayLike, as_losses, refuse_not_finite
 
 
-def top_k(scores: Any, k: int, *, group: Any = None) -> Tensor:
-    """Return the indices of the k largest scores, int64 ``[..., k]``, largest first and the lower of equals first.
+def top_k(scores: ArrayLike, k: int, *, group: Group = None) -> Tensor:
+    """Return the indices of the k largest scores, int64 ``[..., k]``, largest first; ties in the order of indices.
 
     Parameters
     ----------
     scores : tensor, array or sequence, ``[..., n]``
-        Excess losses, or anything else to choose by; finite.
+        Excess losses or any other finite scores.
     k : int
-        How many, in [1, n].
+        Number of samples to choose, in [1, n].
     group : torch.distributed.ProcessGroup, optional
-        Ranks over which the scores are spread, each passing its own part ``[n_rank]``, of any length >= 0; n is the
-        sum, k the same for all, and every rank must call. A rank sends its ``min(k, n_rank)`` largest and gets its part
-        of the choice in the same order, ``[0 to k]`` indices into its own scores.
+        Ranks over which the scores are spread. Every rank must call the function with its own part ``[n_rank]``, of any
+        length >= 0, and the same k; n is the sum of the lengths. A rank sends its ``min(k, n_rank)`` largest scores and
+        gets its part of the choice in the same order, 0 to k indices into its own scores.
 
     Raises
     ------
@@ -57,20 +59,20 @@ def top_k(scores: Any, k: int, *, group: Any = None) -> Tensor:
     return _largest_of_all(rows, k, ranks)[0]
 
 
-def sample(scores: Any, k: int, *, seed: int, temperature: float = 1.0, group: Any = None) -> Tensor:
+def sample(scores: ArrayLike, k: int, *, seed: int, temperature: float = 1.0, group: Group = None) -> Tensor:
     """Draw k indices without replacement, each from the softmax of ``scores / temperature`` over those not yet drawn.
 
     The k largest of ``scores - max + temperature * noise`` with Gumbel noise have this law, in the order of the draws
-    (Yellott 1977; Kool et al., ICML 2019). Nothing is exponentiated, so that scores may have any size.
+    (Yellott 1977; Kool et al., ICML 2019). Nothing is exponentiated, so scores may have any size.
 
     Parameters
     ----------
     scores, k, group
-        As for `top_k`, and so is the answer. Every row has noise of its own.
+        As for `top_k`, and so is the result. Every row has its own noise.
     seed : int
         In [0, 2^64).
     temperature : float
-        In units of scores, in [0, 1e300]; 0 is the limit, in which the draw is `top_k`.
+        In units of scores, in [0, 1e300]; in the limit 0 the result is that of `top_k`.
 
     Raises
     ------
@@ -87,25 +89,27 @@ def sample(scores: Any, k: int, *, seed: int, temperature: float = 1.0, group: A
     return _largest_of_all(noise.added(rows, ranks), k, ranks)[0]
 
 
-def joint_selection(learnability: Any, size: int, *, chunks: int, seed: int, temperature: float = 1.0) -> Tensor:
+def joint_selection(learnability: ArrayLike, size: int, *, chunks: int, seed: int, temperature: float = 1.0) -> Tensor:
     """Choose a batch ``[size]`` that is learnable together, in the order of the draws, for a sum over pairs: JEST.
 
-    Each chunk is drawn by `sample` from the candidates left, c having the score ``a_cc + sum_j (a_cj + a_jc)`` over the
-    j chosen in the chunks before: what c would add to the batch's learnability ``sum_ij a_ij``. The first chunk sees
-    the diagonal alone. Within a chunk the scores stay, so ``chunks=size`` conditions on every draw.
+    Each chunk is drawn by `sample` from the remaining candidates. Candidate c has the score
+    ``a_cc + sum_j (a_cj + a_jc)`` over the j chosen in the chunks before, which is what c would add to the batch's
+    learnability ``sum_ij a_ij``. The first chunk depends on the diagonal alone. Scores do not change within a chunk,
+    so ``chunks=size`` conditions on every draw.
 
     For the sigmoid loss with logits ``t`` of the target and ``r`` of the reference, ``a_ii = softplus(-t_ii) -
-    softplus(-r_ii)`` and ``a_ij = softplus(t_ij) - softplus(r_ij)`` off the diagonal. The softmax loss is no sum over
-    pairs: see `joint_selection_from_features`, which also needs less memory.
+    softplus(-r_ii)`` and ``a_ij = softplus(t_ij) - softplus(r_ij)`` off the diagonal. The softmax loss is not a sum
+    over pairs: see `joint_selection_from_features`, which also needs less memory.
 
     Parameters
     ----------
     learnability : tensor, array or sequence, ``[n, n]``
         ``a_ij``, the target's loss on image i with text j minus the reference's; finite.
     size, chunks : int
-        How many to choose, in [1, n], and in how many parts, in [1, size]: equal up to one, the larger ones first.
+        Number of pairs to choose, in [1, n], and number of chunks, in [1, size]. The sizes of chunks differ by at most
+        one, the larger ones first.
     seed, temperature
-        As for `sample`. Temperature 1 is published, 0 takes the largest scores of each chunk.
+        As for `sample`. The published temperature is 1; 0 takes the largest scores of each chunk.
 
     Raises
     ------
@@ -135,8 +139,10 @@ def joint_selection(learnability: Any, size: int, *, chunks: int, seed: int, tem
 
 
 class PairFeatures(NamedTuple):
-    """What a model says about n pairs: features ``[n, d]``, row i of both one pair, with the logits
-    ``<image_i, text_j> / temperature + bias``, in float32 or wider. The softmax loss does not depend on the bias.
+    """A model's features ``[n, d]`` of n pairs, row i of both being one pair.
+
+    The logits are ``<image_i, text_j> / temperature + bias``, in float32 or wider. The softmax loss does not depend on
+    the bias.
     """
 
     image: Tensor
@@ -145,7 +151,7 @@ class PairFeatures(NamedTuple):
     bias: float = 0.0
 
     def checked(self, name: str) -> PairFeatures:
-        """Return the same detached and in float32 or wider, or raise a ``ValueError`` that says what it must be."""
+        """Return the features detached and in float32 or wider; raise a ``ValueError`` if a field is invalid."""
         image, text = self.image.detach(), self.text.detach()
         if image.ndim != 2 or image.shape != text.shape:
             shapes = f"{list(image.shape)} and {list(text.shape)}"
@@ -162,20 +168,20 @@ class PairFeatures(NamedTuple):
         return (self.image * self.text).sum(1) / self.temperature + self.bias
 
     def directions(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return anchors and others, of either side."""
+        """Return anchors and others for both directions."""
         return (self.image, self.text), (self.text, self.image)
 
     def logits(self, anchors: Tensor, others: Tensor) -> Tensor:
-        """Return the logits ``[n, m]`` of anchors with others, whatever autocast says."""
+        """Return the logits ``[n, m]`` of anchors with others, without autocast."""
         with torch.autocast(anchors.device.type, enabled=False):
             return anchors @ others.T / self.temperature + self.bias
 
 
 class _PairLoss(NamedTuple):
-    """A loss: its positive's term plus ``share`` of what each direction gathers over negatives, from ``empty`` on.
+    """A loss of pairs: the positive's term plus ``share`` times the state of each direction.
 
-    ``gathered(state [n], logits [n, m])`` is the state after m more negatives; ``among`` says whether, in the loss of a
-    whole batch, the positive is among them.
+    The state accumulates negatives: it starts at ``empty``, and ``gathered(state [n], logits [n, m])`` is the state
+    after m more negatives. ``among`` says whether the positive counts among the negatives in the loss of a full batch.
     """
 
     positive: Callable[[Tensor], Tensor]
@@ -185,7 +191,7 @@ class _PairLoss(NamedTuple):
     among: bool
 
 
-_LOSSES = {  # F.softplus would give up its digits at 20
+_LOSSES = {  # logsigmoid, because F.softplus is linear from 20 on and loses digits there
     "softmax": _PairLoss(
         torch.neg, lambda state, t: torch.logaddexp(state, t.logsumexp(1).double()), -torch.inf, 0.5, True
     ),
@@ -199,27 +205,27 @@ _LOSSES = {  # F.softplus would give up its digits at 20
 }
 
 
-def pair_losses(pairs: PairFeatures, *, loss: str = "softmax", group: Any = None) -> Tensor:
+def pair_losses(pairs: PairFeatures, *, loss: str = "softmax", group: Group = None) -> Tensor:
     """Return every pair's loss in a contrastive batch of all n pairs, float64 ``[n]``, without a matrix ``[n, n]``.
 
-    From logits t,
+    With logits t the losses are
 
     - "softmax": ``L_i = (log sum_j exp(t_ij - t_ii) + log sum_j exp(t_ji - t_ii)) / 2``, whose mean is CLIP's loss,
-    - "sigmoid": ``L_i = softplus(-t_ii) + sum_{j != i} (softplus(t_ij) + softplus(t_ji))``, by which the sum of all
-      terms grows when pair i joins the others.
+    - "sigmoid": ``L_i = softplus(-t_ii) + sum_{j != i} (softplus(t_ij) + softplus(t_ji))``, the amount by which the
+      sum of all terms grows when pair i joins the others.
 
-    `top_k` of the target's minus the reference's is the choice of RHO-LOSS (Mindermann et al., ICML 2022) for such a
-    loss. No gradient passes.
+    `top_k` of the target's losses minus the reference's is the selection of RHO-LOSS (Mindermann et al., ICML 2022) for
+    such a loss. The losses have no gradient.
 
     Parameters
     ----------
     pairs : PairFeatures
-        The memory needed is some blocks of ``[n, m]``, of at most 512 columns or 2^21 logits.
+        The function needs memory for a few blocks ``[n, m]``, of at most 512 columns or 2^21 logits.
     loss : str
         "softmax" or "sigmoid".
     group : torch.distributed.ProcessGroup, optional
-        Ranks over which the pairs are spread, each passing its own ``[n_rank]``, of any length >= 0, and getting their
-        losses; every rank must call. A rank gathers the features of all.
+        Ranks over which the pairs are spread. Every rank must call the function with its own pairs ``[n_rank]``, of any
+        number >= 0, and gets their losses. A rank gathers the features of all ranks.
 
     Raises
     ------
@@ -259,29 +265,30 @@ def joint_selection_from_features(
     seed: int,
     temperature: float = 1.0,
     loss: str = "softmax",
-    group: Any = None,
+    group: Group = None,
 ) -> Tensor:
     """Choose a batch ``[size]`` that is learnable together for a contrastive loss, without a matrix ``[n, n]``: JEST.
 
-    Each chunk is drawn by `sample` from the candidates left, c having the score ``L_c(target) - L_c(reference)``, the
-    excess of its own loss with the set S of samples chosen in the chunks before as negatives. From a model's logits t,
+    Each chunk is drawn by `sample` from the remaining candidates. Candidate c has the score
+    ``L_c(target) - L_c(reference)``, the excess of its own loss with the set S of samples chosen in earlier chunks as
+    negatives. With a model's logits t,
 
     - "softmax": ``L_c = (log sum_{j in S} exp(t_cj - t_cc) + log sum_{j in S} exp(t_jc - t_cc)) / 2``,
     - "sigmoid": ``L_c = softplus(-t_cc) + sum_{j in S} (softplus(t_cj) + softplus(t_jc))``, as in `joint_selection`,
 
-    and in the first chunk, where S is empty, the term of the positive alone: ``-t_cc`` and ``softplus(-t_cc)``.
+    and in the first chunk, where S is empty, L_c is the term of the positive alone, ``-t_cc`` or ``softplus(-t_cc)``.
 
     Parameters
     ----------
     target, reference : PairFeatures
-        Of the same n pairs; widths, temperatures and biases may differ.
+        Features of the same n pairs; widths, temperatures and biases may differ.
     size, chunks, seed, temperature
-        As for `joint_selection`. The memory needed is some blocks of ``[n, size / chunks]``.
+        As for `joint_selection`. The function needs memory for a few blocks ``[n, size / chunks]``.
     loss : str
         "softmax" or "sigmoid".
     group : torch.distributed.ProcessGroup, optional
         Ranks over which the pairs are spread, as for `top_k`; they exchange scores and the features of chosen pairs.
-        They choose what one process would, but where the rounding of matrix products decides between two scores.
+        They choose what one process would choose, unless rounding of matrix products decides between two scores.
 
     Raises
     ------
@@ -319,7 +326,7 @@ def _loss(name: str) -> _PairLoss:
 def _by_chunks(
     scores: Tensor, given: Callable[[Tensor, Tensor, int], Tensor], size: int, chunks: int, noise: _Noise, ranks: _Ranks
 ) -> Tensor:
-    """Draw ``size`` of the candidates with ``scores`` ``[n]``, which ``given`` renews from what a chunk has drawn."""
+    """Draw ``size`` of the candidates by ``scores`` ``[n]``, which ``given`` updates after each chunk."""
     if not isinstance(chunks, Integral) or not 1 <= chunks <= size:
         raise ValueError(f"chunks must be an integer in [1, size = {size}], got {chunks}")
     taken = torch.zeros_like(scores, dtype=torch.bool)
@@ -337,15 +344,15 @@ def _by_chunks(
 
 
 class _Ranks(NamedTuple):
-    """Where a process stands: its samples begin at number ``start``, and the longest part has length ``longest``."""
+    """Position of a process: its samples begin at number ``start``, and the longest part has length ``longest``."""
 
     start: int
     longest: int
-    group: Any
+    group: Group
 
 
-def _ranks(count: int, k: int, name: str, device: torch.device, group: Any) -> _Ranks:
-    """Meet the other ranks, and refuse a k that is no number of samples to choose."""
+def _ranks(count: int, k: int, name: str, device: torch.device, group: Group) -> _Ranks:
+    """Exchange the numbers of samples, and raise an error on every rank if k is out of range."""
     if not isinstance(k, Integral):
         raise TypeError(f"{name} must be an integer, got {k!r}")
     counts, rank = [count], 0
@@ -364,16 +371,16 @@ class _Noise(NamedTuple):
     temperature: float
 
     def added(self, scores: Tensor, ranks: _Ranks, stream: int = 0) -> Tensor:
-        """Return half of ``scores - max + temperature * noise``, which no range of scores overflows."""
+        """Return ``(scores - max + temperature * noise) / 2``, halved so that no range of scores overflows."""
         if self.temperature == 0:
             return scores
         peak = scores.amax(-1, keepdim=True) if scores.numel() else scores.new_full((1,), -torch.inf)
         if ranks.group is not None:
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=ranks.group)
-        blocks, skipped = divmod(ranks.start, 4)  # a count of the generator gives four numbers
+        blocks, skipped = divmod(ranks.start, 4)  # each value of the generator's counter gives four numbers
         generator = np.random.Philox(key=np.array([self.seed, stream], np.uint64), counter=blocks)
         bits = generator.random_raw(skipped + scores.numel())[skipped:] >> 12
-        gumbel = torch.from_numpy(-np.log(-np.log((bits + 0.5) * 2.0**-52)))  # neither of 0 nor of 1
+        gumbel = torch.from_numpy(-np.log(-np.log((bits + 0.5) * 2.0**-52)))  # the argument is never 0 or 1
         return (scores / 2 - peak / 2).add_(gumbel.to(scores.device).view_as(scores), alpha=self.temperature / 2)
 
 
@@ -385,9 +392,12 @@ def _noise(seed: int, temperature: float) -> _Noise:
     return _Noise(seed, temperature)
 
 
-def _rows(scores: Any, k: int, group: Any) -> tuple[Tensor, _Ranks]:
-    has_none = group is not None and isinstance(scores, Tensor) and scores.shape[-1:] == (0,)
-    rows = (scores if has_none else as_losses(scores, "scores", finite=False)).detach().double()
+def _rows(scores: ArrayLike, k: int, group: Group) -> tuple[Tensor, _Ranks]:
+    if group is not None and isinstance(scores, Tensor) and scores.shape[-1:] == (0,):
+        rows = scores  # this rank may have no samples
+    else:
+        rows = as_losses(scores, "scores", finite=False)
+    rows = rows.detach().double()
     if group is not None and rows.ndim != 1:
         raise ValueError(f"scores must have shape [n] with a group, got {list(rows.shape)}: choose row by row")
     ranks = _ranks(rows.shape[-1], k, "k", rows.device, group)
@@ -396,18 +406,18 @@ def _rows(scores: Any, k: int, group: Any) -> tuple[Tensor, _Ranks]:
 
 
 def _refuse_not_finite(scores: Tensor, name: str, ranks: _Ranks) -> None:
-    """Refuse on every rank what is NaN or infinite on one, or the others would wait for it."""
+    """Raise an error on every rank if scores of one rank are not finite; otherwise the others would wait for it."""
     refused = torch.tensor(False)
     if ranks.group is not None:
         refused = (~torch.isfinite(scores)).any().long()
         dist.all_reduce(refused, dist.ReduceOp.MAX, group=ranks.group)
-    refuse_not_finite(scores, name)  # says where
+    refuse_not_finite(scores, name)  # its message has the position
     if refused:
         raise ValueError(f"{name} must be finite on every rank, got NaN or infinity on another")
 
 
 def _largest(keys: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest keys ``[..., n]``, in order, the lower of equals first."""
+    """Return the indices of the k largest keys ``[..., n]``, largest first; ties in the order of indices."""
     threshold = keys.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, tied = keys > threshold, keys == threshold
     room = k - above.sum(-1, keepdim=True)
@@ -417,7 +427,7 @@ def _largest(keys: Tensor, k: int) -> Tensor:
 
 
 def _largest_of_all(keys: Tensor, k: int, ranks: _Ranks) -> tuple[Tensor, Tensor]:
-    """Choose the k largest keys of all ranks; return this rank's indices and their places in the whole choice."""
+    """Choose the k largest keys of all ranks; return this rank's indices and their positions in the choice."""
     if ranks.group is None:
         return _largest(keys, k), torch.arange(k, device=keys.device)
     own = _largest(keys, min(k, len(keys))) if len(keys) else torch.empty(0, dtype=torch.int64, device=keys.device)
@@ -428,8 +438,8 @@ def _largest_of_all(keys: Tensor, k: int, ranks: _Ranks) -> tuple[Tensor, Tensor
     return own[chosen[places] % width], places
 
 
-def _chosen_rows(rows: Tensor, chosen: Tensor, places: Tensor, k: int, group: Any) -> Tensor:
-    """Return the k rows that all ranks have chosen, in the order of the choice."""
+def _chosen_rows(rows: Tensor, chosen: Tensor, places: Tensor, k: int, group: Group) -> Tensor:
+    """Return the k rows that the ranks have chosen, in the order of the choice."""
     if group is None:
         return rows[chosen]
     of_all = rows.new_zeros(k, rows.shape[1])
@@ -438,8 +448,8 @@ def _chosen_rows(rows: Tensor, chosen: Tensor, places: Tensor, k: int, group: An
     return of_all
 
 
-def _gathered(sent: Tensor, group: Any) -> Tensor:
-    """Return what every rank sends, ``[ranks, ...]``."""
+def _gathered(sent: Tensor, group: Group) -> Tensor:
+    """Return the tensors that the ranks send, ``[ranks, ...]``."""
     received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, sent, group=group)
     return torch.stack(received)

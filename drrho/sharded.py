@@ -1,23 +1,25 @@
-"""Rows of float32 numbers, one per sample of the data, in blocks over ranks: fetch and send those of a batch."""
+"""Rows of float32 numbers, one per sample of the data, sharded over ranks: read and write the rows of a batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drrho.ranks import Group
+
 
 class ShardedRows:
     """k columns of float32 for n samples.
 
-    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples, the last ones what is left, and
-    a step sends what a batch says of its samples to their owners. Then ``total``, ``lookup``, ``collect`` and
-    ``load_state_dict`` are collective: every rank of the group calls them, with arguments of its own. What one rank
-    refuses, all refuse, each with a ``ValueError``.
+    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples (the last ranks may keep fewer),
+    and a step sends the values of a batch's samples to their owners. ``total``, ``lookup``, ``collect`` and
+    ``load_state_dict`` are then collective: every rank of the group calls them, with its own arguments. If the
+    arguments of one rank are invalid, all ranks raise a ``ValueError``.
 
     Parameters
     ----------
@@ -25,11 +27,11 @@ class ShardedRows:
         Number of samples n over all ranks, >= 1; indices run from 0 to n - 1. A rank keeps ``4 k ceil(n / ranks)``
         bytes.
     fill : sequence of float
-        What each of the k columns holds at first.
+        Initial value of each of the k columns.
     name, noun : str
-        Key of the columns in a state, and what messages about a state call them.
+        Key of the columns in a state, and their name in error messages.
     device : torch.device or str
-        Where this rank's rows live; any backend of the group goes with any device.
+        Device of this rank's rows; every backend of the group works with every device.
     group : torch.distributed.ProcessGroup, optional
         Ranks that share the samples; by default this process keeps all.
 
@@ -46,7 +48,7 @@ class ShardedRows:
         name: str,
         noun: str,
         device: torch.device | str = "cpu",
-        group: Any = None,
+        group: Group = None,
     ) -> None:
         if samples < 1:
             raise ValueError(f"samples must be >= 1, got {samples}")
@@ -69,7 +71,7 @@ class ShardedRows:
         return int(counts)
 
     def checked(self, index: Tensor) -> tuple[Tensor, str]:
-        """Return the index in int64, where the rows live, and what is wrong with it, if anything."""
+        """Return the index as int64 on the device of the rows, and an error message, empty if the index is valid."""
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
             return index, f"index must have shape [b] and an integer dtype, got {list(index.shape)} and {index.dtype}"
         index = index.to(self.own.device, torch.int64)
@@ -78,7 +80,7 @@ class ShardedRows:
         return index, wrong
 
     def lookup(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Return columns ``[k, b]`` of the samples ``index`` ``[b]``, integers in any order, also repeated.
+        """Return columns ``[k, b]`` of the samples ``index`` ``[b]``, integers in any order and possibly repeated.
 
         Raises
         ------
@@ -91,16 +93,16 @@ class ShardedRows:
         return route.back(self.own[columns].index_select(1, rows).T).T.contiguous()
 
     def collect(self, index: Tensor, values: Sequence[Tensor], fault: str) -> tuple[Tensor, Tensor]:
-        """Return what all ranks say of this rank's samples: their places in `own`, ``[c]``, and values ``[m, c]``.
+        """Return the values that all ranks pass for this rank's samples: positions in `own` ``[c]``, values ``[m, c]``.
 
         Parameters
         ----------
         index : Tensor ``[b]``
-            From `checked`.
+            An index that `checked` returned.
         values : sequence of m Tensors ``[b]``
-            Of one floating dtype, returned in float64; not looked at if there is a fault.
+            Values of one floating dtype, returned in float64; ignored if there is a fault.
         fault : str
-            What is wrong with the arguments, if anything.
+            Error message about the arguments, empty if they are valid.
 
         Raises
         ------
@@ -108,19 +110,19 @@ class ShardedRows:
             If there is a fault on some rank.
         """
         route = self._route(index, fault)
-        # In the width of the index, whose bits then travel with theirs.
+        # float64 has the width of the index, so that both are sent in one message.
         wide = torch.stack(list(values), 1).to(self.own.device, torch.float64)
         index, wide = route.to_owners(torch.cat([index[:, None], wide.view(torch.int64)], 1)).tensor_split([1], 1)
         return index[:, 0] - self._start, wide.contiguous().view(torch.float64).T
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of this rank's rows, and which they are.
+        """Return a copy of this rank's rows, with their position among all samples.
 
         Returns
         -------
         dict of Tensor
-            The columns by their name, ``[k, rows]``, float32; ``offset``, the sample of the first row; ``samples``, n.
-            Not collective.
+            The columns under their name, ``[k, rows]``, float32; ``offset``, the sample of the first row; ``samples``,
+            n. Not collective.
         """
         place = {"offset": torch.tensor(self._start), "samples": torch.tensor(len(self))}
         return {self._name: self.own.clone(), **place}
@@ -128,15 +130,15 @@ class ShardedRows:
     def load_state_dict(
         self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], fault_of: Callable[[Tensor], str]
     ) -> None:
-        """Take over the rows of states of any number of ranks, bit for bit.
+        """Load the rows from states of any number of ranks, bit for bit.
 
         Parameters
         ----------
         state : mapping, or sequence of mappings
-            What `state_dict` returned, on one rank or on several, in any order; of memory-mapped tensors only this
-            rank's rows are read. Without ``offset`` and ``samples`` a state starts at sample 0 and is all there is.
+            Results of `state_dict` on one rank or on several, in any order; of memory-mapped tensors only this rank's
+            rows are read. A state without ``offset`` and ``samples`` holds all samples.
         fault_of : callable
-            Says what is wrong with columns ``[k, rows]``, rows >= 1, of a state, if anything.
+            Returns an error message about columns ``[k, rows]``, rows >= 1, of a state, empty if they are valid.
 
         Raises
         ------
@@ -151,7 +153,7 @@ class ShardedRows:
             mine.copy_(theirs)
 
     def _route(self, index: Tensor, fault: str) -> _Route:
-        """Return the way of a batch to the owners of its rows, or raise on every rank if one has a fault."""
+        """Return the route of a batch to the owners of its rows, or raise on every rank if one has a fault."""
         if self._group is None or fault:
             order, give = index, [0] * self._ranks
         else:
@@ -160,7 +162,7 @@ class ShardedRows:
         return _Route(order, give, self._announce(fault, give), self._group)
 
     def _announce(self, fault: str, give: list[int]) -> list[int]:
-        """Return how many rows come from each rank, given how many go there; raise on every rank if one has a fault."""
+        """Exchange the numbers of rows to be sent between ranks; raise on every rank if one has a fault."""
         take = give
         if self._group is not None:
             ones = [1] * self._ranks
@@ -170,13 +172,13 @@ class ShardedRows:
             raise ValueError(fault)
         if -1 in take:
             raise ValueError(
-                f"every rank must give arguments that are accepted, but those of rank {take.index(-1)} are refused "
-                "there: see its message"
+                f"every rank must pass valid arguments, but those of rank {take.index(-1)} are refused: see the "
+                "message of that rank"
             )
         return take
 
     def _common_rows(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the part of the own rows that a state holds, and the same part of the state, both ``[k, rows]``."""
+        """Return the rows that this rank and a state have in common, of each, both ``[k, rows]``."""
         start, stop = self._span(state)
         first = max(start, self._start)
         last = max(first, min(stop, self._stop))
@@ -216,9 +218,9 @@ class ShardedRows:
 
 
 def fault_of_values(index: Tensor, values: Tensor, name: str, law: str, limit: float = math.inf) -> str:
-    """Return what is wrong with the values ``[b]`` of samples ``index`` ``[b]``, if anything.
+    """Return an error message about the values ``[b]`` of samples ``index`` ``[b]``, empty if they are valid.
 
-    ``law`` says in words that they must be less than ``limit`` in magnitude.
+    They must be less than ``limit`` in magnitude, which ``law`` says in words.
     """
     if values.shape != index.shape:
         return f"{name} must have shape {list(index.shape)} like index, got {list(values.shape)}"
@@ -234,29 +236,29 @@ def mean_over_repeats(values: Tensor, place: Tensor, counts: Tensor) -> Tensor:
 
 
 class _Route(NamedTuple):
-    """The way of a batch's rows to their owners and back; without a group they stay where and as they are.
+    """The route of a batch's rows to their owners and back; without a group the rows are returned unchanged.
 
-    ``order`` ``[b]`` sorts the rows by owner; ``give[k]`` of them go to rank k, which sends ``take[k]`` of its own.
+    ``order`` ``[b]`` sorts the rows by owner; ``give[k]`` of them are sent to rank k, which sends ``take[k]`` rows.
     """
 
     order: Tensor
     give: list[int]
     take: list[int]
-    group: Any
+    group: Group
 
     def to_owners(self, rows: Tensor) -> Tensor:
-        """Return what the ranks send here of their ``rows`` ``[b, ...]``, in the order of ranks."""
+        """Send every row of ``rows`` ``[b, ...]`` to its owner, and return the received rows in the order of ranks."""
         return rows if self.group is None else _exchange(rows[self.order], self.give, self.take, self.group)
 
     def back(self, answers: Tensor) -> Tensor:
-        """Return the answers to this rank's rows, in their own order, from answers in the order of `to_owners`."""
+        """Send ``answers``, in the order of `to_owners`, back; return those to this rank's rows, in their order."""
         if self.group is None:
             return answers
         received = _exchange(answers, self.take, self.give, self.group)
         return torch.empty_like(received).index_copy_(0, self.order, received)
 
 
-def _exchange(rows: Tensor, give: list[int], take: list[int], group: Any) -> Tensor:
+def _exchange(rows: Tensor, give: list[int], take: list[int], group: Group) -> Tensor:
     """Send the first ``give[0]`` rows to rank 0, the next to rank 1, ...; return the ``take[k]`` of every rank k."""
     sent = rows.to(_wire(group)).contiguous()
     received = sent.new_empty((sum(take), *sent.shape[1:]))
@@ -264,6 +266,6 @@ def _exchange(rows: Tensor, give: list[int], take: list[int], group: Any) -> Ten
     return received.to(rows.device)
 
 
-def _wire(group: Any) -> str:
-    """Return the device whose memory the group exchanges."""
+def _wire(group: Group) -> str:
+    """Return the device whose memory the group's backend exchanges."""
     return "cuda" if dist.get_backend(group) == "nccl" else "cpu"

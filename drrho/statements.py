@@ -1,4 +1,4 @@
-"""What bounds are made of: their status and printed form, classes of models, confidence levels, checked samples."""
+"""Parts of bounds: their status and printed form, classes of models, confidence levels, checked samples."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
 
 from drrho.reference import excess_losses
-from drrho.validation import as_losses
+from drrho.validation import ArrayLike, as_losses
+
+#: The length of an interval that holds every loss, or the interval itself, (low, high).
+ValueRange: TypeAlias = float | tuple[float, float] | list[float]
 
 
 class Status(str, Enum):
-    """What a number may be called."""
+    """How far a number can be trusted."""
 
     GUARANTEE = "guarantee"  # proven for every n under the printed assumptions, computed from data alone
-    PLUG_IN = "plug-in"  # a proven formula into which an estimate was put: no guarantee
+    PLUG_IN = "plug-in"  # a proven formula with an estimate in place of a population quantity: no guarantee
     ASYMPTOTIC = "asymptotic"  # holds in the limit of many samples
     THEORY = "theory"  # proven, but a function of population quantities that the caller supplied
 
@@ -34,17 +37,17 @@ class Bound:
     value : float
         The bound, in units of loss (a probability where ``statement`` says so); also ``float(bound)``.
     status : Status
-        Whether it is a guarantee.
+        Whether the bound is a guarantee.
     statement : str
         The inequality, with its numbers.
     terms : mapping of str to float
         The summands of ``value``.
     confidence : float
-        Probability, at least, with which the statement holds over draws of the sample.
+        Lower bound on the probability, over draws of the sample, that the statement holds.
     assumptions : tuple of str
-        What was taken for granted. Everything else was checked.
+        The assumptions that the data cannot show. Everything else was checked.
     source : str
-        Where the proof is.
+        Reference for the proof.
     """
 
     value: float
@@ -75,9 +78,9 @@ def page_end(assumptions: tuple[str, ...], source: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ModelClass:
-    """What a union bound is taken over: N models, or pairs of them, and how far the class may be from them.
+    """The class of a union bound: N models, or pairs of them, and the distance of the class from them.
 
-    ``reference_independent`` is None without a reference; False means that it, too, was chosen from the class.
+    ``reference_independent`` is None without a reference; False means that the reference was chosen from the class too.
     """
 
     log_models: float
@@ -93,7 +96,7 @@ class ModelClass:
         *,
         reference_independent: bool | None = None,
     ) -> ModelClass:
-        """Check and name the class."""
+        """Check the arguments and describe the class in words."""
         if models is not None and log_models is not None:
             raise ValueError(f"give models or log_models, not both: got models={models} and log_models={log_models}")
         resolution = as_number(resolution, "resolution", "is the sup-norm distance to the cover", inclusive=True)
@@ -117,34 +120,34 @@ class ModelClass:
 
     @property
     def pairs(self) -> bool:
-        """Whether the union is over models and references."""
+        """Whether the union is over pairs of model and reference."""
         return self.reference_independent is False
 
     @property
     def log_count(self) -> float:
-        """Log of the number of statements united: N, or N^2 for pairs."""
+        """Log of the number of events in the union: N, or N^2 for pairs."""
         return self.log_models * (2 if self.pairs else 1)
 
     @property
     def shift(self) -> float:
-        """Sup-norm distance of (excess) losses to those of the cover."""
+        """Sup-norm distance of (excess) losses from those of the cover."""
         return self.resolution * (2 if self.pairs else 1)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What it takes for granted."""
-        taken = []
+        """The assumptions about the class and the reference, in words."""
+        assumed = []
         if self.reference_independent:
-            taken.append("the reference was fixed without looking at the sample")
+            assumed.append("the reference was fixed without looking at the sample")
         if self.pairs:
-            taken.append("theta and theta_ref both belong to the class; theta_ref may depend on the sample")
+            assumed.append("theta and theta_ref both belong to the class; theta_ref may depend on the sample")
         if self.resolution > 0:
-            taken.append(f"the N models, members of the class, cover it to within {self.resolution:.6g} in sup norm")
-        return tuple(taken)
+            assumed.append(f"the N models, members of the class, cover it to within {self.resolution:.6g} in sup norm")
+        return tuple(assumed)
 
 
 class Level(NamedTuple):
-    """A log term, the rho that goes with it, the probability of failure, and the one asked for."""
+    """A log term, the rho that belongs to it, the probability of failure, and the requested one."""
 
     log_term: float
     rho: float
@@ -153,7 +156,7 @@ class Level(NamedTuple):
 
     @property
     def words(self) -> str:
-        """How sure it is."""
+        """The probability of success, in words."""
         words = f"with probability >= 1 - {self.delta:.6g}"
         if self.delta == self.asked:
             return words
@@ -161,7 +164,7 @@ class Level(NamedTuple):
 
 
 def level(log_count: float, n: int, delta: float, rho: float | None = None) -> Level:
-    """Return ``L = log(count / delta)`` and ``rho >= n L / (n - 1)``; a smaller rho lowers L and so the confidence.
+    """Return ``L = log(count / delta)`` and ``rho >= n L / (n - 1)``; a smaller rho lowers L and the confidence.
 
     Raises
     ------
@@ -188,7 +191,7 @@ def level(log_count: float, n: int, delta: float, rho: float | None = None) -> L
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of losses in float64 and its moments; ``rounding`` is what its own type may have added to a loss."""
+    """One row of losses in float64 and its moments; ``rounding`` bounds the rounding errors of the original dtype."""
 
     losses: Tensor
     rounding: float
@@ -202,8 +205,8 @@ class Sample:
     ties: int
 
     @staticmethod
-    def of(losses: Any, reference_losses: Any = None, *, fewest: int = 2) -> Sample:
-        """Check one row of losses, or of excess losses if there is a reference, and measure it."""
+    def of(losses: ArrayLike, reference_losses: ArrayLike | None = None, *, fewest: int = 2) -> Sample:
+        """Check one row of losses, or of excess losses if there is a reference, and compute its moments."""
         row, rounding = as_row(losses, "losses")
         if reference_losses is not None:
             reference, more = as_row(reference_losses, "reference_losses")
@@ -211,7 +214,7 @@ class Sample:
         if row.numel() < fewest:
             raise ValueError(f"losses must have at least {fewest} entries, got {row.numel()}: one has no variance")
         low, high = row.min(), row.max()
-        below = (row - low).mean()  # measured from the minimum, constant losses have no spread at all
+        below = (row - low).mean()  # relative to the minimum, so that constant losses have a spread of exactly 0
         centered = row - low - below
         scale = centered.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         return Sample(
@@ -228,8 +231,8 @@ class Sample:
         )
 
 
-def as_row(losses: Any, name: str) -> tuple[Tensor, float]:
-    """Return losses ``[n]`` in float64 and how far rounding to their own type may have moved them.
+def as_row(losses: ArrayLike, name: str) -> tuple[Tensor, float]:
+    """Return losses ``[n]`` in float64, and a bound on the rounding errors of their original dtype.
 
     Raises
     ------
@@ -244,8 +247,8 @@ def as_row(losses: Any, name: str) -> tuple[Tensor, float]:
 
 
 def compared(
-    losses: Any,
-    reference_losses: Any,
+    losses: ArrayLike,
+    reference_losses: ArrayLike | None,
     independent: bool | None,
     models: int | None,
     log_models: float | None,
@@ -256,7 +259,7 @@ def compared(
     Raises
     ------
     ValueError
-        If there is a reference of which it is not said whether it is independent, or the other way round.
+        If ``independent`` is missing with a reference, or given without one.
     """
     if (reference_losses is None) != (independent is None):
         raise ValueError(
@@ -279,7 +282,7 @@ def guarantee(
     source: str,
     numbers: str = "",
 ) -> Bound:
-    """Return a bound computed from the sample alone, with its inequality in words."""
+    """Return a bound that is computed from the sample alone, with its inequality in words."""
     return Bound(
         value=math.fsum(terms.values()),
         status=Status.GUARANTEE,
@@ -296,13 +299,13 @@ def guarantee(
     )
 
 
-def range_length(value_range: Any, sample: Sample | None = None) -> float:
-    """Return the length B of a declared range, a number or (low, high), that must hold the sample.
+def range_length(value_range: ValueRange, sample: Sample | None = None) -> float:
+    """Return the length B of a declared range, a number or (low, high), which must contain the sample.
 
     Raises
     ------
     ValueError
-        If the range is empty or not finite, or the sample leaves it by more than the rounding of its type.
+        If the range is empty or not finite, or the sample exceeds it by more than its rounding errors.
     """
     if isinstance(value_range, tuple | list):
         if len(value_range) != 2:
@@ -323,8 +326,8 @@ def range_length(value_range: Any, sample: Sample | None = None) -> float:
     return length
 
 
-def as_number(value: Any, name: str, meaning: str, *, inclusive: bool = False) -> float:
-    """Return a finite number > 0, or >= 0 if ``inclusive``, or say by name why not."""
+def as_number(value: SupportsFloat, name: str, meaning: str, *, inclusive: bool = False) -> float:
+    """Return a finite number > 0, or >= 0 if ``inclusive``; raise an error that names the argument otherwise."""
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
@@ -335,7 +338,7 @@ def as_number(value: Any, name: str, meaning: str, *, inclusive: bool = False) -
 
 
 def as_sample_size(n: int) -> int:
-    """Return n, an integer >= 2, or say why not."""
+    """Return n if it is an integer >= 2; raise an error otherwise."""
     if operator.index(n) < 2:
         raise ValueError(f"n must be >= 2, got {n}: it counts samples, and one has no variance")
     return n

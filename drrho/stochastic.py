@@ -1,4 +1,4 @@
-"""Robust risks from minibatches, for data that do not fit: four estimators, each a few lines in a loop of your own.
+"""Robust risks from minibatches, for data that do not fit in memory: four estimators, to be used in a training loop.
 
 They estimate the risk of all data, ``R = max_p <p, l>`` in a ball or with a penalty (``drrho.risk``), and its
 gradient, from batches of b losses:
@@ -17,8 +17,9 @@ A robust risk is a minimum over dual variables of an expectation, and the expect
 minimum of the expectation: ``E[R_batch] <= R`` for every ball and penalty, drawn with or without replacement, with
 equality for radius 0. Where the dual objective ``f`` is smooth around its only minimum, the bias is
 ``-trace(H^-1 S) / (2 b)`` to first order, with ``H`` the Hessian of ``E f`` and ``S`` the covariance of the gradient
-of ``f`` there; for the KL penalty ``-strength Var(w) / (2 b)`` with ``w = n`` times the weights. A batch cannot look
-beyond its own maximum, which a large radius gives (KL: from ``log b`` on; ``drrho/README.md`` has the others).
+of ``f`` there; for the KL penalty ``-strength Var(w) / (2 b)`` with ``w = n`` times the weights. The risk of a batch
+is at most the batch's maximum, which it reaches at a large radius (KL: from ``log b`` on; ``drrho/README.md`` lists the
+others).
 
 >>> import torch
 >>> from drrho import KL, penalized_risk
@@ -35,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,38 +44,44 @@ from torch import Tensor
 from drrho.divergences import KL, Divergence
 from drrho.risk import penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.validation import as_losses, as_parameter, refuse
+from drrho.validation import ArrayLike, as_losses, as_parameter, refuse
 
 
-def dual_losses(losses: Any, divergence: Divergence, threshold: Any, strength: Any = None, radius: Any = 0.0) -> Tensor:
+def dual_losses(
+    losses: ArrayLike,
+    divergence: Divergence,
+    threshold: ArrayLike,
+    strength: ArrayLike | None = None,
+    radius: ArrayLike = 0.0,
+) -> Tensor:
     """Return ``threshold + strength * (radius + phi*((losses - threshold) / strength))``, one number per loss.
 
-    By duality a robust risk is an ordinary expected loss with two more parameters (Ben-Tal et al. 2013; Namkoong &
-    Duchi 2016)::
+    By duality a robust risk is the minimum of an expected loss over two more parameters (Ben-Tal et al. 2013; Namkoong
+    & Duchi 2016)::
 
         constrained_risk   min over threshold, strength > 0 of   mean dual_losses(..., threshold, strength, radius)
         penalized_risk     min over threshold of                 mean dual_losses(..., threshold, strength)
         CVaR               min over threshold of                 mean dual_losses(..., threshold)
 
-    The mean over a batch is an unbiased estimate of value and gradient in the losses, the threshold and the strength
-    together, at no cost beyond the losses; over all data it is never below the risk, and equal to it at the
+    The mean over a batch is an unbiased estimate of the value and of its gradient with respect to losses, threshold and
+    strength, at no cost beyond the losses. Over all data it is never below the risk, and equal to it at the
     ``threshold`` and ``strength`` that the exact risk returns. It is jointly convex in losses, threshold and strength
-    and nondecreasing in the losses: with convex losses its only stationary points are exact minimizers.
+    and nondecreasing in the losses, so that with convex losses its only stationary points are exact minimizers.
 
     Parameters
     ----------
     losses : tensor, array or sequence ``[..., b]``
-        A batch drawn uniformly from the data. Answered in their dtype, float32 for 16-bit types.
+        A batch drawn uniformly from the data. The result has their dtype, float32 for 16-bit types.
     divergence : Divergence
-        Where phi* is infinite from some point on (`TotalVariation`, `CressieRead` below order 1), a loss beyond it is
-        refused; a batch's risk or `Multilevel` has no such domain.
+        Where phi* is infinite from some point on (`TotalVariation`, `CressieRead` below order 1), a loss beyond that
+        point is refused; the risk of a batch and `Multilevel` have no such limit.
     threshold : float or tensor broadcasting to ``losses.shape[:-1]``
         Dual variable eta of ``sum p = 1``, in units of loss.
     strength : float or tensor broadcasting to ``losses.shape[:-1]``
         Dual variable lambda > 0 of the ball (optimize its logarithm), or the given penalty. CVaR ignores it: there
         ``lambda phi*(s / lambda)`` is ``phi*(s)``.
     radius : float or tensor broadcasting to ``losses.shape[:-1]``
-        Bound on D, >= 0; leave it out for a penalty. CVaR ignores it.
+        Bound on D, >= 0; 0 for a penalty. CVaR ignores it.
 
     Returns
     -------
@@ -85,15 +92,16 @@ def dual_losses(losses: Any, divergence: Divergence, threshold: Any, strength: A
     Raises
     ------
     ValueError, TypeError
-        Naming the argument: non-finite losses, a strength that is missing or not positive, a negative radius, losses
-        outside the domain of phi* (or so far above the threshold that it overflows).
+        For non-finite losses, a strength that is missing or not positive, a negative radius, or losses outside the
+        domain of phi* (or so far above the threshold that it overflows); the message names the argument.
 
     Notes
     -----
-    Start from the risk of one batch, as below. Its strength is 0 where the radius reaches the batch's maximum and
-    infinite at radius 0: start from a larger batch, or another radius. For many problems (say, one per anchor) keep a
-    tensor of dual variables and pass the entries of the batch. One variable is less than this for chi-square, ``min_eta
-    eta + sqrt((1 + 2 radius) mean (losses - eta)_+^2)``, but the root is no expectation, and its batches are biased.
+    Start from the dual variables of one batch's risk, as below. Its strength is 0 where the radius reaches the batch's
+    maximum and infinite at radius 0; then use a larger batch or another radius. For many problems (such as one per
+    anchor) keep a tensor of dual variables and pass the entries of the batch. For chi-square one variable can be
+    eliminated, ``min_eta eta + sqrt((1 + 2 radius) mean (losses - eta)_+^2)``, but the root is not an expectation, so
+    estimates from batches are biased.
 
     Examples
     --------
@@ -139,10 +147,10 @@ def dual_losses(losses: Any, divergence: Divergence, threshold: Any, strength: A
 
 @dataclass(frozen=True)
 class Multilevel:
-    """Multilevel Monte Carlo: the risk of a batch of ``2^levels base_size`` losses, unbiased, from far fewer.
+    """Multilevel Monte Carlo: an unbiased estimate of the risk of ``2^levels base_size`` losses from far fewer.
 
-    A random level J in ``1 .. levels``, ``P(J = j) = 2^-j`` (the last level takes what is left), gives the size
-    ``2^J base_size`` of the batch; with R the risk, the estimate is::
+    A random level J in ``1 .. levels`` with ``P(J = j) = 2^-j`` (the last level gets the remaining probability) gives
+    the size ``2^J base_size`` of the batch. With R the risk, the estimate is::
 
         mean R(blocks of base_size) + [R(batch) - (R(first half) + R(second half)) / 2] / P(J)
 
@@ -152,21 +160,21 @@ class Multilevel:
     Parameters
     ----------
     base_size : int
-        Losses in a batch of level 0, >= 1.
+        Number of losses in a batch of level 0, >= 1.
     levels : int
         Number of doublings, >= 1.
 
     Notes
     -----
-    A step costs ``(levels + 1) base_size`` losses on average. The estimate may lie outside the range of the losses and
-    its gradient may give a loss a negative weight: what bias is lost comes back as noise. Level j adds
-    ``E[bracket^2] / P(J = j)`` to the second moment: less and less where the bracket is O(1 / size), as with smooth
-    duals; at worst, the bracket O(size^-1/2), as much at every level.
+    A step costs ``(levels + 1) base_size`` losses on average. The estimate may lie outside the range of the losses, and
+    its gradient may give a loss a negative weight: it trades bias for noise. Level j adds ``E[bracket^2] / P(J = j)``
+    to the second moment. This decreases with the level where the bracket is O(1 / size), as with smooth duals; in the
+    worst case, where the bracket is O(size^-1/2), every level adds the same amount.
 
-    Source: Levy, Carmon, Duchi & Sidford (2020), arXiv 2010.05893, after Blanchet & Glynn (2015). They take the first
-    block for level 0; the mean over all blocks has the same expectation and less noise. Standard deviations for 64
-    normal losses, ``base_size`` 4 and 4 levels, KL penalty of strength 0.7: 0.35, with the first block 0.58; a plain
-    batch of the same cost, 20 losses, 0.20 and a bias of -0.03.
+    Source: Levy, Carmon, Duchi & Sidford (2020), arXiv 2010.05893, after Blanchet & Glynn (2015). They use the first
+    block for level 0; the mean over all blocks has the same expectation and less noise. For 64 normal losses,
+    ``base_size`` 4, 4 levels and a KL penalty of strength 0.7 the standard deviation is 0.35, and 0.58 with the first
+    block; a plain batch of the same cost, 20 losses, has 0.20 and a bias of -0.03.
 
     Examples
     --------
@@ -213,44 +221,44 @@ class Multilevel:
         return (self.levels + 1) * self.base_size
 
     def draw_size(self, generator: torch.Generator | None = None) -> int:
-        """Draw the size of the next batch, ``2^J base_size``; the generator is one of the CPU."""
+        """Draw the size of the next batch, ``2^J base_size``, with a generator on the CPU."""
         chances = torch.tensor(self.probabilities, dtype=torch.float64)
         return self.base_size << (1 + int(torch.multinomial(chances, 1, generator=generator)))
 
-    def estimate(self, losses: Any, risk: Callable[[Tensor], Tensor]) -> Tensor:
+    def estimate(self, losses: ArrayLike, risk: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the estimate ``[...]`` from losses ``[..., size]`` in random order, ``size`` from `draw_size`.
 
         Parameters
         ----------
         losses : tensor, array or sequence ``[..., size]``
-            Gradients flow.
+            Losses of the batch; the estimate is differentiable with respect to them.
         risk : callable
-            From losses ``[..., m]`` to risks ``[...]`` for any m, such as ``lambda z: constrained_risk(z, divergence,
-            radius).value``. Blocks come as a new first dimension, so that a radius per row broadcasts. A radius of
-            ``rho / n`` takes the n of all data.
+            Maps losses ``[..., m]`` to risks ``[...]`` for any m, such as ``lambda z: constrained_risk(z, divergence,
+            radius).value``. Blocks are passed with a new first dimension, so that a radius per row broadcasts. In a
+            radius of ``rho / n``, n is the number of all data.
 
         Raises
         ------
         ValueError
-            If the number of losses is none that `draw_size` gives.
+            If the number of losses is not one that `draw_size` can return.
         """
         batch = as_losses(losses, "losses")
         size = batch.shape[-1]
         sizes = [self.base_size << level for level in range(1, self.levels + 1)]
         if size not in sizes:
-            raise ValueError(f"losses must number one of {sizes}, got {size}: draw as many as draw_size says")
+            raise ValueError(f"losses must number one of {sizes}, got {size}: draw_size returns such a number")
         correction = risk(batch) - risk(_blocks(batch, size // 2)).mean(0)
         return risk(_blocks(batch, self.base_size)).mean(0) + correction / self.probabilities[sizes.index(size)]
 
 
 class CompositionalStep(NamedTuple):
-    """What one batch of `compositional_risk` gives.
+    """The result of `compositional_risk` for one batch.
 
     Attributes
     ----------
     value : Tensor ``[...]``
-        ``strength * log u`` after the step, the running estimate of the risk. Its gradient is the estimator's, a
-        loss's derivative ``exp(loss / strength - log u) / b``; they sum to ``g / u``, not to one.
+        ``strength * log u`` after the step, the running estimate of the risk. Its gradient is the estimator's: the
+        derivative with respect to a loss is ``exp(loss / strength - log u) / b``. These sum to ``g / u``, not to one.
     log_u : Tensor ``[...]``
         The state after the step, detached: pass it to the next one, save it as a plain tensor.
     """
@@ -260,7 +268,12 @@ class CompositionalStep(NamedTuple):
 
 
 def compositional_risk(
-    losses: Any, log_u: Tensor, strength: Any, *, gamma: Any = None, log_step: Any = None
+    losses: ArrayLike,
+    log_u: Tensor,
+    strength: ArrayLike,
+    *,
+    gamma: ArrayLike | None = None,
+    log_step: ArrayLike | None = None,
 ) -> CompositionalStep:
     """Estimate ``strength * log mean exp(losses / strength)`` over all data, the KL-penalized risk, from a batch.
 
@@ -269,35 +282,36 @@ def compositional_risk(
         u <- (1 - gamma) u + gamma g,   g = mean over the batch of exp(losses / strength)      (u = g in the first step)
         gradient = mean over the batch of exp(losses / strength) / u * grad losses
 
-    all in log domain. At a fixed model the bias is ``gamma / (2 - gamma)`` times that of the batch's risk in the value,
-    about ``gamma`` times in the gradient; a model that moves adds a lag of order (change per step) / gamma. One batch
-    of all data with ``gamma = 1`` is `penalized_risk`.
+    all in log domain. For a fixed model the bias of the value is ``gamma / (2 - gamma)`` times that of a batch's risk,
+    and the bias of the gradient about ``gamma`` times; a changing model adds a lag of order (change per step) / gamma.
+    One batch of all data with ``gamma = 1`` gives `penalized_risk`.
 
     Parameters
     ----------
     losses : tensor, array or sequence ``[..., b]``
         A batch drawn uniformly from the data; leading dimensions are separate problems.
     log_u : Tensor ``[...]``
-        State, ``-inf`` before the first step. It belongs to this strength.
+        State, ``-inf`` before the first step. It is valid for this strength only.
     strength : float or tensor broadcasting to ``losses.shape[:-1]``
         Price of D > 0, a constant.
     gamma : float or tensor broadcasting to ``losses.shape[:-1]``
-        Constant rate in (0, 1], or a schedule's value (`drrho.running.cosine_gamma`). 1 is the risk of the batch.
+        Constant rate in (0, 1], or the value of a schedule (`drrho.running.cosine_gamma`). 1 gives the batch's risk.
     log_step : float or tensor broadcasting to ``losses.shape[:-1]``
-        Instead of ``gamma``, SCENT's adaptive rate ``sigmoid(log u + log_step)``: the proximal step of size
+        Use SCENT's adaptive rate ``sigmoid(log u + log_step)`` instead of ``gamma``: the proximal step of size
         ``exp(log_step)`` on the dual ``min_v E exp(losses / strength - v) + v`` in the geometry of ``exp(-v)``. Large
         u are forgotten fast, small ones slowly.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument: not exactly one of gamma and log_step, a parameter out of range, a state of another shape
-        or not finite, or a u so far below g that ``g / u`` (at most 1 / rate) overflows.
+        Unless exactly one of gamma and log_step is given, for a parameter out of range, a state of another shape or not
+        finite, or a u so far below g that ``g / u`` (at most 1 / rate) overflows; the message names the argument.
 
     Notes
     -----
-    Source: SCDRO (Qi et al. 2023); SogCLR (Yuan et al. 2022), whose many problems are `contrastive_risk`; SCENT (Wei et
-    al. 2026), arXiv 2602.02877. The gradient takes u after the step, which bounds ``g / u``.
+    Source: SCDRO (Qi et al. 2023); SogCLR (Yuan et al. 2022), which has one such problem per anchor, as
+    `contrastive_risk`; SCENT (Wei et al. 2026), arXiv 2602.02877. The gradient uses u after the step, which bounds
+    ``g / u``.
 
     Examples
     --------
@@ -325,16 +339,16 @@ def compositional_risk(
     if before.shape != tau.shape:
         raise ValueError(f"log_u must have shape {list(tau.shape)}, one per row of losses, got {list(before.shape)}")
     refuse(~(before < torch.inf), before, "log_u must be finite, or -inf before the first step, got {}")
-    if (gamma is None) == (log_step is None):
-        raise ValueError(f"give exactly one of gamma and log_step, got gamma={gamma} and log_step={log_step}")
-    if log_step is None:
+    if gamma is not None and log_step is None:
         rate = _per_row(gamma, "gamma", "is the rate of the moving average", z)[..., 0].detach()
         refuse(~((rate > 0) & (rate <= 1)), rate, "gamma must lie in (0, 1], got {}")
         log_rate, log_keep = torch.log(rate), torch.log1p(-rate)
-    else:
+    elif gamma is None and log_step is not None:
         proximal = _per_row(log_step, "log_step", "is the logarithm of the proximal step", z)[..., 0].detach()
         refuse(~torch.isfinite(proximal), proximal, "log_step must be finite, got {}")
         log_rate, log_keep = adaptive_log_rates(before, proximal)
+    else:
+        raise ValueError(f"give exactly one of gamma and log_step, got gamma={gamma} and log_step={log_step}")
     risk = penalized_risk(z, KL(), tau).value
     log_g = risk.detach() / tau
     after = moving_average(before, log_g, log_rate, log_keep)
@@ -349,7 +363,7 @@ def _blocks(batch: Tensor, size: int) -> Tensor:
     return batch.unflatten(-1, (-1, size)).movedim(-2, 0)
 
 
-def _per_row(value: Any, name: str, meaning: str, losses: Tensor) -> Tensor:
+def _per_row(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:
     """Return a number of either sign per row of losses ``[..., b]``, as ``[..., 1]`` in their dtype."""
     number = torch.tensor(value, dtype=torch.float64) if isinstance(value, float | int) else value
     return as_parameter(number, name, meaning, losses).to(losses)[..., None]

@@ -1,10 +1,10 @@
 """Learned temperatures: one for every sample and direction (FastCLIP v2, iSogCLR), or one for all (FastCLIP v3, v0).
 
 For anchor i with contrastive risk ``F_i(tau) = max_p <p, l_i> - tau KL(p || uniform)`` (`drrho.contrastive`) a learned
-temperature solves ``min F_i(tau_i) + rho tau_i`` over ``tau_i`` in ``[low, high]``. Without the bounds it is, by
-duality, the risk of the ball, ``max <p, l_i>`` over ``KL(p || uniform) <= rho``. The slope is ``rho - KL_i``, so that
-at the optimum ``KL_i`` is rho, or at most rho at ``low``, or at least rho at ``high``; of one temperature for all, it
-is the mean of the ``KL_i``.
+temperature solves ``min F_i(tau_i) + rho tau_i`` over ``tau_i`` in ``[low, high]``. Without the bounds the minimum is,
+by duality, the risk of the ball, ``max <p, l_i>`` over ``KL(p || uniform) <= rho``. The slope is ``rho - KL_i``, so
+that at the optimum ``KL_i`` equals rho, or is at most rho at ``low``, or at least rho at ``high``. For one temperature
+shared by all anchors the same holds for the mean of the ``KL_i``.
 
 Sources: Qiu et al. (ICML 2023), iSogCLR; Wei et al. (2024), FastCLIP, arXiv 2407.01445, v2; Kingma & Ba (2015), Adam.
 """
@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from drrho.contrastive import project_temperature
+from drrho.ranks import Group
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
 class GlobalTemperature:
-    """``min mean_i F_i(tau) + rho tau`` over one tau in ``[low, high]``, by Adam.
+    """Minimize ``mean_i F_i(tau) + rho tau`` over one tau in ``[low, high]`` by Adam.
 
-    Its use is that of `IndividualTemperatures`, which see for the parameters and their units; ``index`` plays no part.
-    With a group, ``step`` is collective: it sums the gradients of all ranks' parts of the one value.
+    It is used like `IndividualTemperatures`, where the parameters and their units are explained; ``index`` is ignored.
+    With a group, ``step`` is collective: it sums the gradients of all ranks' parts of the value.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class GlobalTemperature:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         device: torch.device | str = "cpu",
-        group: Any = None,
+        group: Group = None,
     ) -> None:
         self._low, start, self._high = _checked(initial, learning_rate, low, high, betas, eps)
         self._tau = torch.tensor(start, device=device, requires_grad=True)
@@ -64,19 +64,19 @@ class GlobalTemperature:
         self._group = group
 
     def lookup(self, index: Tensor) -> Tensor:
-        """Return the temperature, a scalar leaf that requires a gradient; what it had gathered before is forgotten."""
+        """Return the temperature, a scalar leaf that requires a gradient, and reset its gradient."""
         self._tau.grad = None
         return self._tau
 
     def step(self, index: Tensor, temperature: Tensor, rate: float = 1.0) -> int:
-        """Take one Adam step with the temperature's gradient, project; return how often the projection moved it.
+        """Take one Adam step with the temperature's gradient and project; return 1 if the projection changed it.
 
         ``rate`` multiplies the learning rate of this step.
 
         Raises
         ------
         ValueError
-            If the gradient is missing or, summed over ranks, not finite; then nothing changes.
+            If the gradient is missing or, summed over ranks, not finite; then the temperature does not change.
         """
         gradient = self._tau.grad
         total = torch.full_like(self._tau.detach(), math.nan) if gradient is None else gradient.detach().clone()
@@ -99,12 +99,12 @@ class GlobalTemperature:
         return {"temperature": torch.tensor([float(self._tau.detach()), *parts], dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state_dict` returned.
+        """Load the temperature and its moments that `state_dict` returned.
 
         Raises
         ------
         ValueError
-            If it does not hold those four numbers, finite, with tau in ``[low, high]``.
+            If the state does not hold these four numbers, all finite, with tau in ``[low, high]``.
         """
         stored = state.get("temperature")
         if stored is None or stored.shape != (4,) or not bool(torch.isfinite(stored).all()):
@@ -121,7 +121,7 @@ class GlobalTemperature:
 
 
 class IndividualTemperatures:
-    """``min F_i(tau_i) + rho tau_i`` over tau_i in ``[low, high]``, by Adam of each sample and direction.
+    """Minimize ``F_i(tau_i) + rho tau_i`` over tau_i in ``[low, high]`` by Adam, for each sample and direction.
 
     A visit with gradient g moves one temperature by::
 
@@ -129,12 +129,12 @@ class IndividualTemperatures:
         tau <- tau - learning_rate m_hat / (sqrt(v_hat) + eps)
 
     where ``m_hat = m / (1 - beta_1^t)`` and ``v_hat = v / (1 - beta_2^t)``, and t counts this sample's own visits.
-    Steps are computed in float64 and kept in float32. (The code published with DRRho-CLIP divides by ``v_hat + eps``,
-    without the root.)
+    Steps are computed in float64 and stored in float32. (The code published with DRRho-CLIP divides by ``v_hat + eps``,
+    without the square root.)
 
-    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples, the last ones what is left, and
-    all methods but ``state_dict`` are collective: every rank calls them, with arguments of its own. What one rank
-    refuses, all refuse, each with a ``ValueError``, and nothing changes anywhere.
+    With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples (the last ranks may keep fewer),
+    and all methods except ``state_dict`` are collective: every rank calls them, with its own arguments. If the
+    arguments of one rank are invalid, all ranks raise a ``ValueError`` and no state changes.
 
     Parameters
     ----------
@@ -144,17 +144,17 @@ class IndividualTemperatures:
     initial : float
         Temperature of a sample until its first visit, in ``[low, high]``; in units of similarity, as all temperatures.
     learning_rate : float
-        > 0, in units of similarity: the size of a first step, and about that of later ones.
+        > 0, in units of similarity: the size of the first step, and about that of later steps.
     low, high : float
-        Bounds of the temperatures, 0 < low <= high, kept in float32.
+        Bounds of the temperatures, 0 < low <= high, rounded to float32.
     betas : (float, float)
         Decay rates of m and v, in [0, 1).
     eps : float
-        > 0, in units of the gradient, which has none (it is a difference of divergences).
+        > 0, dimensionless as the gradient is (a difference of divergences).
     device : torch.device or str
-        Where this rank's temperatures live; any backend of the group goes with any device.
+        Device of this rank's temperatures; every backend of the group works with every device.
     group : torch.distributed.ProcessGroup, optional
-        Ranks that share the samples, the same that `contrastive_risk` gets; by default this process keeps all.
+        Ranks that share the samples, the same as for `contrastive_risk`; by default this process keeps all.
 
     Raises
     ------
@@ -163,7 +163,7 @@ class IndividualTemperatures:
 
     Examples
     --------
-    Two pairs have one negative each, so that KL_i is 0, less than rho: temperatures fall.
+    In a batch of two pairs every anchor has one negative, so KL_i is 0, which is less than rho: temperatures fall.
 
     >>> import torch
     >>> from drrho.contrastive import contrastive_risk
@@ -189,7 +189,7 @@ class IndividualTemperatures:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         device: torch.device | str = "cpu",
-        group: Any = None,
+        group: Group = None,
     ) -> None:
         self._low, start, self._high = _checked(initial, learning_rate, low, high, betas, eps)
         self._learning_rate, self._betas, self._eps = learning_rate, betas, eps
@@ -199,13 +199,13 @@ class IndividualTemperatures:
     def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the temperatures of image and text anchors of the samples ``index``, ``[b]`` each, float32.
 
-        They are leaves that require a gradient, to be passed as ``temperature`` to `contrastive_risk` and, after
-        backward, to `step`.
+        They are leaves that require a gradient. Pass them as ``temperature`` to `contrastive_risk` and, after backward,
+        to `step`.
 
         Parameters
         ----------
         index : Tensor ``[b]`` of integers
-            Samples of all data, in any order, also repeated; b >= 0 may differ from rank to rank.
+            Samples of all data, in any order and possibly repeated; b >= 0 may differ from rank to rank.
 
         Raises
         ------
@@ -218,33 +218,34 @@ class IndividualTemperatures:
     def step(self, index: Tensor, temperatures: tuple[Tensor, Tensor], rate: float = 1.0) -> int:
         """Take one Adam step with the gradients of looked-up temperatures, and project to ``[low, high]``.
 
-        Gradients are those of a mean over both directions of all ranks' samples, as ``contrastive_risk(...).value``
-        is; multiplied by its number of terms, each is that of the sample's own ``F_i + rho tau_i``. Steps start from
-        what is kept, whatever the values of ``temperatures``.
+        Gradients are those of a mean over both directions of all ranks' samples, such as
+        ``contrastive_risk(...).value``; multiplied by the number of terms of the mean, each is the gradient of the
+        sample's own ``F_i + rho tau_i``. Steps start from the stored temperatures, not from the values of
+        ``temperatures``.
 
-        A sample that occurs several times, on one rank or on several, counts one visit. Each occurrence takes its step
-        from what was kept before; tau, m and v become the means of the results, of which tau is then projected,
-        whatever the order and the rank of the occurrences, but for rounding of a float64 sum.
+        A sample that occurs several times, on one rank or on several, counts one visit. Every occurrence takes a step
+        from the stored values; tau, m and v become the means of the results, and tau is then projected. The result is
+        independent of the order and the rank of the occurrences, up to rounding of a float64 sum.
 
         Parameters
         ----------
         index : Tensor ``[b]`` of integers
             As in `lookup`.
         temperatures : (Tensor, Tensor), each ``[b]``
-            From `lookup` of the same index, with ``grad`` filled by backward.
+            Temperatures from `lookup` of the same index, after backward.
         rate : float
             Multiplies the learning rate of this step.
 
         Returns
         -------
         int
-            Number of temperatures that the projection moved, over all ranks, to be logged.
+            Number of temperatures that the projection changed, over all ranks.
 
         Raises
         ------
         ValueError
             If on some rank ``index`` is refused by `lookup`, or a gradient is missing, has another shape than
-            ``index``, or is not finite, nor its square, in float32.
+            ``index``, or is not finite in float32 together with its square.
         """
         index, fault = self._rows.checked(index)
         terms = 2 * self._rows.total(index.numel())
@@ -265,7 +266,7 @@ class IndividualTemperatures:
         return self._rows.total(moved)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of this rank's rows, and which they are.
+        """Return a copy of this rank's rows, with their position among all samples.
 
         Returns
         -------
@@ -276,29 +277,29 @@ class IndividualTemperatures:
         return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over the rows of states of any number of ranks, bit for bit.
+        """Load the rows from states of any number of ranks, bit for bit.
 
         Parameters
         ----------
         state : mapping, or sequence of mappings
-            What `state_dict` returned, on one rank or on several, in any order; of memory-mapped tensors only this
-            rank's rows are read. Without ``offset`` and ``samples`` a state starts at sample 0 and is all there is.
+            Results of `state_dict` on one rank or on several, in any order; of memory-mapped tensors only this rank's
+            rows are read. A state without ``offset`` and ``samples`` holds all samples.
 
         Raises
         ------
         ValueError
             If on some rank the states do not cover the samples it keeps, overlap, belong to another number of samples,
-            hold temperatures outside ``[low, high]``, or moments or visits that no step leaves.
+            hold temperatures outside ``[low, high]``, or hold moments or visits that no step can produce.
         """
         self._rows.load_state_dict(state, self._fault_of_state)
 
     def _gradients(self, temperatures: tuple[Tensor, Tensor], terms: int) -> tuple[list[Tensor], str]:
-        """Return the gradients of each temperature's own term, float32, and what is missing, if anything."""
+        """Return the gradients of each temperature's own term, float32, and an error message, empty if none."""
         if len(temperatures) != 2:
             return [], f"temperatures must be the pair of lookup, got {len(temperatures)} of them"
         gradients = []
         for side, values in enumerate(temperatures):
-            # torch warns where a tensor that is no leaf is asked for its gradient.
+            # torch warns when the gradient of a tensor that is not a leaf is read.
             gradient = values.grad if values.is_leaf else None
             if gradient is None:
                 return [], (
@@ -337,9 +338,9 @@ class IndividualTemperatures:
 def _checked(
     initial: float, learning_rate: float, low: float, high: float, betas: tuple[float, float], eps: float
 ) -> tuple[float, float, float]:
-    """Return low, initial and high as float32 has them, or refuse a parameter by name.
+    """Return low, initial and high rounded to float32, or raise a ``ValueError`` that names the invalid parameter.
 
-    What is kept is what is compared: a bound that float32 cannot hold would move entries that lie on it.
+    The bounds are rounded as the stored temperatures are; otherwise the projection would change entries at a bound.
     """
     least, start, most = torch.tensor([low, initial, high], dtype=torch.float32).tolist()
     if not 0 < least <= start <= most < math.inf:

@@ -1,17 +1,17 @@
-"""Risks of all anchors in both directions from tiles of the similarity matrix, memory linear in the batch.
+"""Risks of all anchors in both directions from tiles of the similarity matrix, with memory linear in the batch.
 
-For KL, the matrix of ``x_ij = (s_ij - c r_ij) / tau`` is passed over twice, a few rows at a time: once for the
-normalizers of its rows (image anchors) and columns (text anchors), and once more in the backward pass for the weights,
-``exp(x_ij - log row_i)`` and ``exp(x_ij - log column_j)``: four products of the features' sizes, six with a reference,
-against three and four where the matrix is kept. With a group, a rank has the rows of its own images and
-all columns; normalizers of columns are reduced over ranks, and so are gradients of texts.
+For KL, the matrix of ``x_ij = (s_ij - c r_ij) / tau`` is computed twice, a few rows at a time. The forward pass sums
+the normalizers of its rows (image anchors) and columns (text anchors); the backward pass computes the weights
+``exp(x_ij - log row_i)`` and ``exp(x_ij - log column_j)``. This takes four matrix products, six with a reference;
+keeping the matrix would take three and four. With a group, every rank computes the rows of its own images and all
+columns; the normalizers of columns and the gradients of texts are reduced over ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,63 +19,67 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrho.divergences import Divergence
-from drrho.ranks import first_row, gathered, gathered_with_gradient, row_counts, summed_home
+from drrho.ranks import Group, first_row, gathered, gathered_with_gradient, row_counts, sum_to_owners
 from drrho.risk import penalized_risk
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-TILE = 2**21  # similarities at a time, if that is
-ROWS = 512  # rows, or more: products of flatter tiles are slower
-_HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp leaves the type
+#: A tensor for the images and one for the texts.
+TensorPair: TypeAlias = tuple[Tensor, Tensor]
+
+TILE = 2**21  # similarities in a tile
+ROWS = 512  # rows of a tile, at least: products of flatter tiles are slower
+_HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp overflows
 
 
-def whole(function: _F) -> _F:
-    """Have torch.compile call the function as it is: loops over tiles and checks of values are nothing to trace."""
+def not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Exclude the function from torch.compile, which cannot trace its loops over tiles and checks of values."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 class Anchors(NamedTuple):
-    """Of this rank's anchors, ``[b]`` each: ``log mean exp(l_ij / tau)`` over negatives, and the mean exponent.
+    """Results for this rank's anchors, ``[b]`` for each direction.
 
-    ``mean_exponent`` is ``sum_j p_ij l_ij / tau`` under the weights of the anchor's risk, whose KL divergence is
-    ``mean_exponent - log_g``.
+    ``log_g`` is ``log mean exp(l_ij / tau)`` over the negatives. ``mean_exponent`` is ``sum_j p_ij l_ij / tau`` under
+    the weights of the anchor's risk, whose KL divergence is ``mean_exponent - log_g``.
     """
 
-    log_g: tuple[Tensor, Tensor]
-    mean_exponent: tuple[Tensor, Tensor]
+    log_g: TensorPair
+    mean_exponent: TensorPair
 
 
 class Pairs(NamedTuple):
     """Features of the pairs and how they are compared.
 
-    ``reference`` holds the reference's features or None, ``coefficient`` multiplies its similarities,
+    ``reference`` holds the reference's features or None, and ``coefficient`` multiplies its similarities.
     ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars.
     """
 
     image: Tensor
     text: Tensor
-    reference: tuple[Tensor, Tensor] | None
+    reference: TensorPair | None
     coefficient: float
-    rates: tuple[Tensor, Tensor]
+    rates: TensorPair
     include_positive: bool
-    group: Any
+    group: Group
 
 
 def kl_anchors(pairs: Pairs) -> Anchors:
-    """Return `Anchors` of the pairs; ``log_g`` is differentiable once in the features."""
-    guide = pairs.reference or (None, None)
+    """Return the `Anchors` of the pairs; ``log_g`` is differentiable once with respect to the features."""
+    reference = pairs.reference or (None, None)
     settings = (pairs.coefficient, pairs.include_positive, pairs.group)
-    *log_g, image_mean, text_mean = _Tiled.apply(pairs.image, pairs.text, *pairs.rates, *guide, settings)  # pyright: ignore[reportGeneralTypeIssues]
+    *log_g, image_mean, text_mean = _Tiled.apply(pairs.image, pairs.text, *pairs.rates, *reference, settings)  # pyright: ignore[reportGeneralTypeIssues]
     return Anchors((log_g[0], log_g[1]), (image_mean, text_mean))
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, image_rate, text_rate, image_guide, text_guide, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, image, text, image_rate, text_rate, reference_image, reference_text, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return normalizers and mean exponents of both directions."""
-        matrix = SimilarityTiles(image, text, image_rate, text_rate, image_guide, text_guide, *settings)
+        matrix = SimilarityTiles(image, text, image_rate, text_rate, reference_image, reference_text, *settings)
         rows, columns = matrix.sums()
-        # What was gathered stays with the matrix; features are saved so that a change in place is noticed.
+        # The gathered rows stay with the matrix; the features are saved so that autograd notices a change in place.
         ctx.matrix = matrix
         ctx.save_for_backward(image, text, *rows, *columns)
         outputs = (*(total.log_mean for total in (rows, columns)), *(total.mean for total in (rows, columns)))
@@ -86,7 +90,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Form the weights again, and their products with the features."""
+        """Recompute the weights and multiply them with the features."""
         image, text, *saved = ctx.saved_tensors
         by_row, by_column = (
             torch.zeros(len(image), dtype=ctx.matrix.dtype, device=image.device) if grad is None else grad
@@ -97,7 +101,7 @@ class _Tiled(torch.autograd.Function):
 
 
 class _Total(NamedTuple):
-    """Of this rank's anchors: log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau."""
+    """Results of one direction: log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau."""
 
     log_sum: Tensor
     log_mean: Tensor
@@ -108,7 +112,16 @@ class SimilarityTiles:
     """The similarities of this rank's images with all texts, in tiles of rows."""
 
     def __init__(
-        self, image, text, image_rate, text_rate, image_guide, text_guide, coefficient, include_positive, group
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_rate: Tensor,
+        text_rate: Tensor,
+        reference_image: Tensor | None,
+        reference_text: Tensor | None,
+        coefficient: float,
+        include_positive: bool,
+        group: Group,
     ) -> None:
         self.group, self.include_positive, self.coefficient = group, include_positive, coefficient
         self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
@@ -118,53 +131,57 @@ class SimilarityTiles:
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
         self.text = self.gathered(own_text)
-        self.guide = None
+        self.reference = None
         self.positive = (self.image * own_text).sum(1)
-        if image_guide is not None and coefficient != 0:
-            own_guide = text_guide.to(self.dtype)
-            self.guide = image_guide.to(self.dtype), self.gathered(own_guide)
-            self.positive = self.positive - coefficient * (self.guide[0] * own_guide).sum(1)
+        if reference_image is not None and reference_text is not None and coefficient != 0:
+            own_reference = reference_text.to(self.dtype)
+            self.reference = reference_image.to(self.dtype), self.gathered(own_reference)
+            self.positive = self.positive - coefficient * (self.reference[0] * own_reference).sum(1)
         self.image_rate = image_rate.to(self.dtype).expand(len(image))
         self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
-        #: Whether all anchors of both directions have one rate, so that x is the same matrix for rows and columns.
+        #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.
         self.shared = image_rate.ndim == 0 and text_rate.ndim == 0 and bool(image_rate == text_rate)
         self.unshifted = self.shared and self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
 
     def _bound(self) -> float:
-        """Return what no exponent exceeds, on any rank."""
-        norms = [tensor.norm(dim=1) for tensor in (self.image, self.text, *(self.guide or ()))]
+        """Return an upper bound on the exponents of all ranks."""
+        norms = [tensor.norm(dim=1) for tensor in (self.image, self.text, *(self.reference or ()))]
         largest = [norm.amax() if len(norm) else norm.sum() for norm in norms]  # a rank may have no pairs
         if self.group is not None:
             together = torch.stack(largest)
             dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
             largest = list(together)
         bound = largest[0] * largest[1]
-        if self.guide is not None:
+        if self.reference is not None:
             bound = bound + abs(self.coefficient) * largest[2] * largest[3]
         return float(bound * self.text_rate[0])
 
     def gathered(self, own: Tensor) -> Tensor:
-        """Return all ranks' rows, in the order of ranks."""
+        """Return all ranks' rows in the order of ranks."""
         return gathered(own, self.counts, self.group)
 
-    def _own(self, everybody: Tensor) -> Tensor:
-        return everybody[self.first : self.first + len(self.image)]
+    def _own(self, entries: Tensor) -> Tensor:
+        """Return this rank's part of entries of all ranks' pairs."""
+        return entries[self.first : self.first + len(self.image)]
 
-    def tiles(self, buffers: int) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor, Tensor]]]:
-        """Yield rows, buffers of the tile's shape, the first with the excess similarities, and where positives are."""
+    def tiles(self, buffers: int) -> Iterator[tuple[slice, list[Tensor], TensorPair]]:
+        """Yield the rows of a tile, buffers of its shape, and the indices of its positives.
+
+        The first buffer holds the excess similarities; the contents of the others are undefined.
+        """
         height = _height(len(self.image), self.count)
         held = [self.image.new_empty(height, self.count) for _ in range(buffers)]
         for first in range(0, len(self.image), height):
             rows = slice(first, min(first + height, len(self.image)))
             parts = [buffer[: rows.stop - first] for buffer in held]
             torch.mm(self.image[rows], self.text.T, out=parts[0])
-            if self.guide is not None:
-                parts[0].addmm_(self.guide[0][rows], self.guide[1].T, alpha=-self.coefficient)
+            if self.reference is not None:
+                parts[0].addmm_(self.reference[0][rows], self.reference[1].T, alpha=-self.coefficient)
             place = torch.arange(rows.stop - first, device=self.image.device)
             yield rows, parts, (place, place + self.first + first)
 
     def sums(self) -> tuple[_Total, _Total]:
-        """Pass over the matrix for the sums of both directions."""
+        """Compute the sums of both directions in one pass over the matrix."""
         b, anchors = len(self.image), self.count
         row_sum, row_mean = self.image.new_empty(2, b).unbind()
         top = self.image.new_full((anchors,), 0.0 if self.unshifted else -torch.inf)
@@ -193,7 +210,7 @@ class SimilarityTiles:
             if not self.shared:
                 x.mul_(self.text_rate)
             before, top = top, torch.maximum(top, x.amax(0))
-            shrunk = torch.exp(before - top).nan_to_num_(nan=1.0)  # where there was nothing, or is nothing yet
+            shrunk = torch.exp(before - top).nan_to_num_(nan=1.0)  # -inf - (-inf): the column has no entry yet
             torch.sub(x, top, out=e).exp_().nan_to_num_(nan=0.0)
             column_sum = column_sum * shrunk + e.sum(0)
             column_mean = column_mean * shrunk + _weighted(e, x, 0)
@@ -212,7 +229,7 @@ class SimilarityTiles:
         )
 
     def gradients(self, rows: _Total, columns: _Total, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
-        """Pass over the matrix once more for the gradients of images and texts."""
+        """Compute the gradients of images and texts in a second pass over the matrix."""
         to_image = torch.empty_like(self.image)
         to_text = self.image.new_zeros(self.count, self.image.shape[1])
         column_log, column_scale = (self.gathered(part) for part in (columns.log_sum, by_column))
@@ -238,45 +255,48 @@ class SimilarityTiles:
             weights[positives] = at_positive[place] + kept
             torch.mm(weights, self.text, out=to_image[place])
             to_text.addmm_(weights.T, self.image[place])
-        return to_image, summed_home(to_text, self.counts, self.group)
+        return to_image, sum_to_owners(to_text, self.counts, self.group)
 
 
 def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Return ``sum e x`` where ``0 * -inf`` is 0."""
+    """Return ``sum e x``, where ``0 * -inf`` counts as 0."""
     return torch.where(e > 0, e * x, 0.0).sum(dim)
 
 
 def _height(own: int, count: int) -> int:
-    """Return the rows of a tile."""
+    """Return the number of rows of a tile."""
     return max(1, min(own, max(ROWS, TILE // count)))
 
 
 def robust_anchors(
-    pairs: Pairs, divergence: Divergence, thresholds: tuple[Tensor, Tensor] | None, gamma: float
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    pairs: Pairs, divergence: Divergence, thresholds: TensorPair | None, gamma: float
+) -> tuple[TensorPair, TensorPair, TensorPair]:
     """Return risks, thresholds after the step and distances D of this rank's anchors, ``[b]`` each, for any divergence.
 
-    A tile of anchors at a time is solved, and solved again in the backward pass. With thresholds of earlier batches
-    (NaN where there are none), each moves to ``(1 - gamma) threshold + gamma (that of the batch)``, and the anchor's
-    risk is its dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``, whose gradient are the
-    weights ``phi*'((l - threshold) / tau)``.
+    One tile of anchors is solved at a time, and solved again in the backward pass. Thresholds of earlier batches (NaN
+    where there are none) move to ``(1 - gamma) threshold + gamma (that of the batch)``. The anchor's risk is then its
+    dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``, whose gradient is given by the weights
+    ``phi*'((l - threshold) / tau)``.
     """
     counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
     if sum(counts) < 2:
         raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {sum(counts)}")
     dtype = torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
-    image, text = pairs.image.to(dtype), pairs.text.to(dtype)  # here, so that gradients add up in the wider type
+    image, text = (
+        pairs.image.to(dtype),
+        pairs.text.to(dtype),
+    )  # converted here, so that gradients add up in the wider type
     results = []
     for side in range(2):
         anchor, other = (image, text) if side == 0 else (text, image)
-        guide = None
+        reference = None
         if pairs.reference is not None:
-            guide = pairs.reference[side], gathered(pairs.reference[1 - side], counts, pairs.group)
+            reference = pairs.reference[side], gathered(pairs.reference[1 - side], counts, pairs.group)
         before = None if thresholds is None else thresholds[side]
         rows = _Rows(
             divergence,
             pairs.rates[side],
-            guide,
+            reference,
             pairs.coefficient,
             pairs.include_positive,
             before,
@@ -289,27 +309,27 @@ def robust_anchors(
 
 
 class _Rows(NamedTuple):
-    """How the anchors of one direction are solved; ``first`` is the place of the first among all ranks'."""
+    """How the anchors of one direction are solved; ``first`` is the position of the first among all ranks' anchors."""
 
     divergence: Divergence
     rate: Tensor
-    guide: tuple[Tensor, Tensor] | None
+    reference: TensorPair | None
     coefficient: float
     include_positive: bool
     before: Tensor | None
     gamma: float
     first: int
 
-    def tiles(self, anchor: Tensor, other: Tensor) -> Iterator[tuple[slice, tuple, Tensor, tuple[Tensor, Tensor]]]:
-        """Yield rows, their (risk, threshold after the step, distance, weights), which are negatives, and positives."""
+    def tiles(self, anchor: Tensor, other: Tensor) -> Iterator[tuple[slice, _SolvedRows, Tensor, TensorPair]]:
+        """Yield the rows of a tile, their solution, the mask of negatives and the indices of positives."""
         height = _height(len(anchor), len(other))
         rate = self.rate.to(anchor.dtype).expand(len(anchor))
         for first in range(0, len(anchor), height):
             rows = slice(first, min(first + height, len(anchor)))
             excess = anchor[rows] @ other.T
-            if self.guide is not None:
-                guide, others = (part.to(anchor.dtype) for part in self.guide)
-                excess = excess.addmm_(guide[rows], others.T, alpha=-self.coefficient)
+            if self.reference is not None:
+                reference, others = (part.to(anchor.dtype) for part in self.reference)
+                excess = excess.addmm_(reference[rows], others.T, alpha=-self.coefficient)
             place = torch.arange(rows.stop - first, device=excess.device)
             positives = place, place + first + self.first
             excess = excess - excess[positives][:, None]
@@ -320,7 +340,7 @@ class _Rows(NamedTuple):
             before = None if self.before is None else self.before[rows]
             yield rows, self._solved(losses, tau, before), negatives, positives
 
-    def _solved(self, losses: Tensor, tau: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _solved(self, losses: Tensor, tau: Tensor, before: Tensor | None) -> _SolvedRows:
         risk = penalized_risk(losses, self.divergence, tau)
         value, weights, threshold = risk.value, risk.weights, risk.threshold
         distance = ((weights * losses).sum(1) - value) / tau
@@ -333,7 +353,16 @@ class _Rows(NamedTuple):
             visited = ~torch.isnan(old)[:, None]
             weights = torch.where(visited, weights, risk.weights)
             value = torch.where(visited[:, 0], value, risk.value)
-        return value, threshold, distance, weights
+        return _SolvedRows(value, threshold, distance, weights)
+
+
+class _SolvedRows(NamedTuple):
+    """The solution of a tile of anchors, with the threshold after the step."""
+
+    risk: Tensor
+    threshold: Tensor
+    distance: Tensor
+    weights: Tensor
 
 
 class _Solved(torch.autograd.Function):
@@ -350,11 +379,11 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, by_value, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve each tile again for its weights."""
+        """Solve each tile again to get its weights."""
         anchor, other = ctx.saved_tensors
         to_anchor, to_other = torch.empty_like(anchor), torch.zeros_like(other)
-        for rows, (_, _, _, weights), negatives, positives in ctx.rows.tiles(anchor, other):
-            scaled = by_value[rows, None] * weights
+        for rows, solved, negatives, positives in ctx.rows.tiles(anchor, other):
+            scaled = by_value[rows, None] * solved.weights
             full = scaled.new_zeros(negatives.shape)
             full[negatives] = scaled.flatten()
             full[positives] -= scaled.sum(1)

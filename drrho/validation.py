@@ -1,24 +1,30 @@
-"""What a public function accepts: conversion to tensors, and refusals that name argument, value and remedy."""
+"""What public functions accept: conversion to tensors, and errors that name argument, value and remedy."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from drrho.ranks import Group
 
-def as_losses(values: Any, name: str, *, finite: bool = True) -> Tensor:
-    """Return ``values`` as a floating tensor ``[..., n]``, ``n >= 1``, every entry finite unless that is seen to later.
+#: What is accepted as losses: a tensor, an array, or numbers in nested sequences.
+ArrayLike: TypeAlias = "Tensor | np.ndarray | float | Sequence[ArrayLike]"
+
+
+def as_losses(values: ArrayLike, name: str, *, finite: bool = True) -> Tensor:
+    """Return ``values`` as a floating tensor ``[..., n]`` with ``n >= 1``; with ``finite``, check every entry.
 
     Tensors keep dtype, device and graph; NumPy arrays and sequences become float64.
 
     Raises
     ------
     TypeError
-        For an integer, boolean or complex tensor: rounding losses is the caller's decision.
+        For an integer, boolean or complex tensor: the caller decides which floating type to convert to.
     ValueError
         For a scalar, an empty last dimension, or a NaN or infinite entry.
     """
@@ -39,7 +45,7 @@ def as_losses(values: Any, name: str, *, finite: bool = True) -> Tensor:
 
 
 def refuse_not_finite(losses: Tensor, name: str) -> None:
-    """Raise a ``ValueError`` that says where the first NaN or infinity is, if values can be read."""
+    """Raise a ``ValueError`` with the position of the first NaN or infinity, if the values can be read."""
     if losses.numel() > 0 and values_are_readable():
         low, high = (extreme.item() for extreme in torch.aminmax(losses.detach()))
         if not math.isfinite(low) or not math.isfinite(high):
@@ -48,34 +54,34 @@ def refuse_not_finite(losses: Tensor, name: str) -> None:
 
 
 def values_are_readable() -> bool:
-    """Whether Python can look at values: not while a graph is compiled, nor inside a ``torch.func`` transform."""
+    """Whether Python can read values: not while a graph is compiled, nor inside a ``torch.func`` transform."""
     return not torch.compiler.is_compiling() and not _transforms_active()
 
 
-# The one question about itself that torch answers in no public function.
+# torch has no public function for this.
 _transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse(refused: Tensor, values: Tensor, message: str) -> None:
-    """Raise ``ValueError(message)`` with the first refused value, if any is; in a compiled graph, an assertion."""
+    """Raise ``ValueError(message)`` with the first refused value, if there is one; a compiled graph asserts instead."""
     if torch.compiler.is_compiling():
         torch._assert_async(~refused.any(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif bool(refused.any()):
         raise ValueError(message.format(values[refused].flatten()[0].item()))
 
 
-def as_parameter(value: Any, name: str, meaning: str, losses: Tensor) -> Tensor:
+def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:
     """Return a radius, strength or tail fraction as a float64 tensor, one number per row of ``losses``.
 
-    Accepts a number or anything that broadcasts to ``losses.shape[:-1]``; a tensor keeps its graph. What its
-    entries may be is checked where they are used.
+    A number or anything that broadcasts to ``losses.shape[:-1]`` is accepted; a tensor keeps its graph. The entries
+    of an array or tensor are checked where they are used.
 
     Raises
     ------
     ValueError
         If the shape does not broadcast, or a plain number is negative, NaN or infinite.
     TypeError
-        If it is no number at all.
+        If it is not numeric.
     """
     rows = losses.shape[:-1]
     if isinstance(value, float | int):
@@ -94,7 +100,7 @@ def as_parameter(value: Any, name: str, meaning: str, losses: Tensor) -> Tensor:
         ) from None
 
 
-def as_base_weights(values: Any, losses: Tensor, group: Any) -> Tensor:
+def as_base_weights(values: ArrayLike, losses: Tensor, group: Group) -> Tensor:
     """Return base weights q as a float64 tensor ``[..., n]`` that broadcasts to ``losses``.
 
     Raises
@@ -118,6 +124,6 @@ def as_base_weights(values: Any, losses: Tensor, group: Any) -> Tensor:
     if values_are_readable():
         refuse(negative, base, "base_weights must be >= 0, got {}: they are a distribution over the samples")
         refuse(wrong, total, "base_weights must sum to 1, got {}: divide them by their sum")
-    else:  # the solver, which sees values, refuses them
+    else:  # the solver can read values and refuses NaN
         base = torch.where(negative.any(-1, keepdim=True) | wrong[..., None], torch.nan, base)
     return base / total[..., None]

@@ -1,8 +1,8 @@
-"""How much a reference model reduces the variance of the losses: a report with intervals.
+"""How much a reference model reduces the variance of the losses: a report with confidence intervals.
 
 For losses l and reference losses r of the same samples, the excess loss d = l - r has the variance
-``V(d) = V(l) + V(r) - 2 Cov(l, r)``: below V(l) exactly when the correlation exceeds ``sd(r) / (2 sd(l))``. Variances
-are unbiased, 1 / (n - 1).
+``V(d) = V(l) + V(r) - 2 Cov(l, r)``, which is below V(l) exactly when the correlation exceeds ``sd(r) / (2 sd(l))``.
+Variances are unbiased, with 1 / (n - 1).
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 from scipy import special
 
 from drrho.moments import CHUNK, PairedMoments, as_channels, as_pair, monomials_of, paired_moments
+from drrho.validation import ArrayLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _EPS = 2.0**-52
 
 
 class Estimate(NamedTuple):
-    """An estimate, its confidence interval and its standard error; what is undefined is NaN and ``reason`` says why."""
+    """An estimate, its confidence interval and its standard error; ``reason`` says why numbers are NaN (undefined)."""
 
     value: float
     low: float
@@ -32,10 +36,10 @@ class Estimate(NamedTuple):
 
 
 class PitmanMorgan(NamedTuple):
-    """Two-sided test of V(l - l_ref) = V(l), which is Cov(2 l - l_ref, l_ref) = 0 (Pitman 1939, Morgan 1939).
+    """Two-sided test of V(l - l_ref) = V(l), which means Cov(2 l - l_ref, l_ref) = 0 (Pitman 1939, Morgan 1939).
 
     ``statistic`` is the t statistic of that correlation, positive where the reference reduces the variance. The
-    p-value is exact for normal losses; skewed or heavy-tailed ones call for the interval of the ratio.
+    p-value is exact for normal losses; for skewed or heavy-tailed losses use the interval of the ratio instead.
     """
 
     statistic: float
@@ -46,11 +50,11 @@ class PitmanMorgan(NamedTuple):
 
 @dataclass(frozen=True)
 class VarianceReduction:
-    """What a reference does to the variance of the losses, from :func:`variance_reduction`; ``print`` it or plot it.
+    """The report of :func:`variance_reduction`, to be printed or plotted.
 
-    ``losses``, ``reference`` and ``excess`` are the variances of l, l_ref and l - l_ref; ``ratio`` is the one of the
-    excess over that of the losses; ``coefficient`` is c* = Cov(l, l_ref) / V(l_ref), at which V(l - c l_ref) is
-    least. ``interval`` names the method of the intervals.
+    ``losses``, ``reference`` and ``excess`` are the variances of l, l_ref and l - l_ref; ``ratio`` is the variance of
+    the excess divided by that of the losses; ``coefficient`` is c* = Cov(l, l_ref) / V(l_ref), which minimizes
+    V(l - c l_ref). ``interval`` names the method of the intervals.
     """
 
     n: int
@@ -92,7 +96,7 @@ class VarianceReduction:
         reasons = [(name, estimate.reason) for name, estimate in named.items()] + [("Pitman-Morgan test", test.reason)]
         return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in reasons if reason)])
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the three variances with intervals, and the ratio as title, on ``ax`` or new axes; return the axes."""
         if ax is None:
             from matplotlib import pyplot
@@ -114,13 +118,13 @@ class VarianceReduction:
 #: Intervals are symmetric on these scales of the seven estimates, in the order of the fields of VarianceReduction.
 _SCALES = (np.log, np.log, np.log, np.positive, np.arctanh, np.log, np.positive)
 _INVERSES = (np.exp, np.exp, np.exp, np.positive, np.tanh, np.exp, np.positive)
-#: By channel without spread: what to call it, and the estimates that have no interval. The losses are last, to prevail.
+#: By channel without spread: its name and the estimates that then have no interval. Later channels take precedence.
 _FLAT = {2: ("excess losses", [2, 5]), 1: ("reference losses", [1, 4, 6]), 0: ("losses", [0, 4, 5])}
 
 
 def variance_reduction(
-    losses: Any,
-    reference_losses: Any,
+    losses: ArrayLike,
+    reference_losses: ArrayLike,
     *,
     confidence: float = 0.95,
     interval: str = "auto",
@@ -142,12 +146,12 @@ def variance_reduction(
         asymptotic, and too short for small or heavy-tailed samples.
     replicates, seed : int
         Number of bootstrap replicates, and the key of their weights: the weight of a sample depends on seed, replicate
-        and the sample's position alone.
+        and the sample's position only.
 
     Raises
     ------
     ValueError
-        If shapes differ, n < 2, a loss is NaN, infinite or above 2^1021, or an option is outside of its range.
+        If shapes differ, n < 2, a loss is NaN, infinite or above 2^1021, or an option is out of range.
     TypeError
         For integer tensors, and options of a wrong type.
 
@@ -184,8 +188,8 @@ def stream_variance_reduction(state: PairedMoments, confidence: float = 0.95) ->
     """Return the report of :func:`variance_reduction` with intervals by the delta method, from the moments alone.
 
     The covariance matrix of (l - mean)^2, (r - mean)^2, (d - mean)^2 and (l - mean)(r - mean) gives every
-    standard error. It is known to 2^-52 of its own size, so that one below 1e-7 of the scale of its terms, as at
-    a correlation within 1e-7 of one, is reported as 0.
+    standard error. The matrix is accurate to 2^-52 relative to its entries, so a standard error below 1e-7 of the size
+    of its terms, as for a correlation within 1e-7 of one, is reported as 0.
 
     Raises
     ------
@@ -219,8 +223,8 @@ def stream_variance_reduction(state: PairedMoments, confidence: float = 0.95) ->
 def _left_out(state: PairedMoments, values: np.ndarray, monomials: np.ndarray) -> np.ndarray:
     """Return the seven statistics without one sample, for every sample: ``[7, n]``, in the units of the state.
 
-    Closed form ``S - n / (n - 1) x_i y_i`` for the central sums. It cancels where one sample makes up a sum; that can
-    only be the farthest of a channel, whose remainder is summed afresh.
+    The central sums have the closed form ``S - n / (n - 1) x_i y_i``. It cancels where one sample makes up a sum, which
+    can only be the farthest sample of a channel; the sums without that sample are computed again.
     """
     n = state.count
     second = state.seconds(state.exponents)[:, None] - n / (n - 1) * monomials[4:]
@@ -230,7 +234,7 @@ def _left_out(state: PairedMoments, values: np.ndarray, monomials: np.ndarray) -
 
 
 def _jackknife(state: PairedMoments, left_out: np.ndarray, confidence: float) -> VarianceReduction:
-    """Report with ``se^2 = (n - 1) / n sum (estimate without i - their mean)^2``, on each interval's own scale."""
+    """Report with ``se^2 = (n - 1) / n sum (estimate without i - their mean)^2``, on the scale of each interval."""
     n = state.count
     quantile = special.stdtrit(n - 1, (1 + confidence) / 2)
     with np.errstate(all="ignore"):
@@ -280,7 +284,7 @@ def _replicated(monomials: np.ndarray, replicates: int, seed: int) -> np.ndarray
 def _poisson(seed: int, replicate: int, start: int, size: int) -> np.ndarray:
     """Return the Poisson(1) weights of samples ``start`` to ``start + size`` in one replicate.
 
-    A function of (seed, replicate, sample) alone: Philox gives the four numbers of any step of its counter directly.
+    They depend on (seed, replicate, sample) only: Philox computes the four numbers of any counter value directly.
     """
     key = np.array([seed, replicate], dtype=np.uint64)
     uniform = (np.random.Philox(counter=start // 4, key=key).random_raw(size) >> np.uint64(11)) * 2.0**-53
@@ -312,7 +316,7 @@ def _report(
     bounds: np.ndarray,
     notes: Sequence[str] = ("",) * 7,
 ) -> VarianceReduction:
-    """Return all estimates in the units of the losses; where a variance is zero, with what is left of them."""
+    """Return all estimates in the units of the losses; where a variance is zero, those that remain defined."""
     n, (e_l, e_r, e_d) = state.count, state.exponents
     values = _statistics(state.seconds(state.exponents) / (n - 1))
     test = _pitman_morgan(state, values)
@@ -342,7 +346,7 @@ def _report(
 def _pitman_morgan(state: PairedMoments, values: np.ndarray) -> PitmanMorgan:
     """Return the test of Cov(2 l - r, r) = 0 from the statistics.
 
-    ``t = (corr - kappa / 2) sqrt((n - 2) / (1 - corr^2))``, kappa = sd r / sd l, needs no variance of 2 l - r.
+    ``t = (corr - kappa / 2) sqrt((n - 2) / (1 - corr^2))`` with kappa = sd r / sd l needs no variance of 2 l - r.
     """
     n, correlation = state.count, values[4]
     with np.errstate(all="ignore"):
@@ -354,7 +358,7 @@ def _pitman_morgan(state: PairedMoments, values: np.ndarray) -> PitmanMorgan:
     return PitmanMorgan(t, 2 * float(special.stdtr(n - 2, -abs(t))) if n > 2 else np.nan, n - 2, reason)
 
 
-def _check_confidence(confidence: Any) -> None:
+def _check_confidence(confidence: float) -> None:
     if not isinstance(confidence, Real):
         raise TypeError(f"confidence must be a number in (0, 1), got {confidence!r}: 0.95 gives 95% intervals")
     if not 0 < float(confidence) < 1:
@@ -366,7 +370,7 @@ def _check_count(count: int) -> None:
         raise ValueError(f"losses must have at least 2 samples, got {count}: one has no variance")
 
 
-def _integer(value: Any, name: str, low: int, end: int, meaning: str) -> int:
+def _integer(value: SupportsIndex, name: str, low: int, end: int, meaning: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:

@@ -120,3 +120,47 @@ def maximal_radius(name, losses):
 def tensor(losses, dtype=torch.float64):
     """A float tensor of the row."""
     return torch.as_tensor(np.asarray(losses, dtype=float), dtype=dtype)
+
+
+def features(pairs, width, seed, dtype=torch.float64):
+    """Unit-norm features of images and texts, ``[pairs, width]`` each."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(2, pairs, width, generator=generator, dtype=torch.float64)
+    image, text = torch.nn.functional.normalize(draw, dim=-1).to(dtype)
+    return image, text
+
+
+def close(actual, expected, tolerance):
+    """Tensors agree to within the tolerance, relative to the largest entry of all."""
+    size = max(float(part.abs().max()) for part in expected) + 1e-300
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * size
+
+
+def paired_sample(n=60, seed=0, scale=1.0, offset=0.0):
+    """Skewed losses and reference losses with correlation near 0.8."""
+    rng = np.random.default_rng(seed)
+    reference = rng.exponential(size=n)
+    return scale * (offset + 0.8 * reference + 0.6 * rng.gamma(2.0, size=n)), scale * (offset + reference)
+
+
+def differences(n):
+    """All samples of a difference of 0-1 losses, up to order: counts of (-1, 0, 1)."""
+    return [(low, n - low - high, high) for low in range(n + 1) for high in range(n + 1 - low)]
+
+
+#: Probabilities of (-1, 0, 1) for a difference of 0-1 losses.
+DIFFERENCE_LAWS = [
+    (0.5, 0.0, 0.5),
+    (0.01, 0.98, 0.01),
+    (0.0, 0.99, 0.01),
+    (0.3, 0.4, 0.3),
+    (0.05, 0.9, 0.05),
+    (0.0, 0.5, 0.5),
+]
+
+
+def near(actual, expected, tolerance):
+    """Two numbers agree to within an absolute tolerance."""
+    __tracebackhide__ = True
+    assert abs(actual - expected) <= tolerance, f"{actual} is not {expected} within {tolerance}"

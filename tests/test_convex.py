@@ -1,94 +1,41 @@
 """Conic programs against closed forms, against the exact risks, and against the optimality conditions."""
 
-import doctest
 import importlib
 import math
 import re
 import sys
 from typing import NamedTuple
 
-import cvxpy as cp
 import numpy as np
 import pytest
 import torch
+from families import LeCam
+from programs import ALL, SOLVER, WITH_RADIUS, base_weights, name
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
-import drrho.convex
 from drrho import (
     KL,
     CappedKL,
     ChiSquare,
     CressieRead,
     CVaR,
-    Divergence,
     TotalVariation,
     constrained_risk,
+    convex,
     drrho_risk,
     hybrid_risk,
     penalized_risk,
 )
-from drrho.convex import Formulation, conjugate_expression, divergence_expression, minimize_linear, robust_risk
+from drrho.convex import minimize_linear, robust_risk
 
-SOLVER = 1e-6  # relative to the range of the losses
 WEIGHTS = 1e-4  # the maximum over weights is flat: an error of the value counts with its root
-
-
-class JensenShannon(Divergence):
-    """t log t - (1 + t) log((1 + t) / 2), with both of its expressions registered."""
-
-    def phi(self, t):
-        u = t.clamp(min=0)
-        return torch.where(t < 0, torch.inf, torch.xlogy(u, u) - (1 + u) * torch.log((1 + u) / 2))
-
-    def conjugate(self, s):
-        return torch.where(s < math.log(2), -torch.log(2 - torch.exp(s)), torch.inf)
-
-    def conjugate_gradient(self, s):
-        return torch.exp(s) / (2 - torch.exp(s))
-
-
-@divergence_expression.register
-def _(divergence: JensenShannon, p, q) -> Formulation:
-    t = cp.multiply(1 / q, p)
-    middle = (1 + t) / 2
-    return Formulation(q @ (cp.rel_entr(t, middle) + cp.rel_entr(np.ones(len(q)), middle)), [])
-
-
-@conjugate_expression.register
-def _(divergence: JensenShannon, scores, strength, q) -> Formulation:
-    bound, left, right = (cp.Variable(len(q)) for _ in range(3))  # exp(s / strength) + exp(-bound / strength) <= 2
-    width = strength * np.ones(len(q))
-    cones = [cp.ExpCone(scores, width, left), cp.ExpCone(-bound, width, right), left + right <= 2 * width]
-    return Formulation(q @ bound, cones)
-
-
-class Unregistered(Divergence):
-    """A divergence that nobody stated as a program."""
-
-    phi = JensenShannon.phi
-    conjugate = JensenShannon.conjugate
-    conjugate_gradient = JensenShannon.conjugate_gradient
-
-
-CRESSIE_READ = [CressieRead(order) for order in (3, 1.5, 1.37, 0.5, 0, -1, -0.5)]
-WITH_RADIUS = [KL(), ChiSquare(), TotalVariation(), CappedKL(0.3), JensenShannon(), CressieRead(1), CressieRead(2)]
-WITH_RADIUS += CRESSIE_READ
-ALL = [*WITH_RADIUS, CVaR(0.23)]
-
-
-def name(value):
-    return value.__class__.__name__ + "".join(f"-{part}" for part in vars(value).values())
 
 
 def rows(n, count, seed=0):
     rng = np.random.default_rng(seed)
     laws = [rng.normal, rng.exponential, lambda size: rng.standard_t(2, size=size)]
     return [laws[i % 3](size=n) for i in range(count)]
-
-
-def base_weights(n, seed=1):
-    return np.random.default_rng(seed).dirichlet(np.full(n, 3.0))
 
 
 # One row -------------------------------------------------------------------------------------------------------------
@@ -157,7 +104,7 @@ def test_agrees_with_the_exact_risks(divergence, given):
             assert abs(solved.weights.sum() - 1) <= 1e-12
 
 
-PREMIUM_ERRORS = re.findall(r"^(1\S*) +(\S+) +(\S+)$", drrho.convex.__doc__ or "", re.MULTILINE)
+PREMIUM_ERRORS = re.findall(r"^(1\S*) +(\S+) +(\S+)$", convex.__doc__ or "", re.MULTILINE)
 
 
 @pytest.mark.parametrize(("radius", "kl", "chi_square"), [tuple(map(float, line)) for line in PREMIUM_ERRORS])
@@ -225,47 +172,6 @@ def test_tensors_lists_and_integers_are_accepted():
     assert abs(robust_risk(tensor, ChiSquare(), radius=torch.tensor(0.1)).value - expected.value) <= SOLVER
     assert robust_risk([0, 1, 2, 3], ChiSquare(), radius=0.1).value == expected.value
     assert robust_risk(z, CVaR(torch.tensor(0.5))).value == pytest.approx(2.5, abs=SOLVER)
-
-
-# Expressions ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("divergence", ALL, ids=name)
-def test_divergence_expression_is_the_divergence(divergence):
-    q = base_weights(6)
-    target = 0.7 * q + 0.3 * base_weights(6, seed=4)
-    p = cp.Variable(6)
-    distance, constraints = divergence_expression(divergence, p, q)
-    problem = cp.Problem(cp.Minimize(distance), [p == target, *constraints])
-    problem.solve(solver="CLARABEL")
-    expected = torch.tensor(q) @ divergence.phi(torch.tensor(target / q))
-    assert problem.is_dcp()
-    assert abs(problem.value - expected.item()) <= SOLVER
-
-
-@pytest.mark.parametrize("divergence", ALL, ids=name)
-@pytest.mark.parametrize("strength", [0.1, 1.0, 30.0])
-def test_conjugate_expression_is_the_conjugate(divergence, strength):
-    q = base_weights(6)
-    scores = strength * np.array([-3.0, -0.6, -0.1, 0.0, 0.2, 0.45])
-    s = cp.Variable(6)
-    lam = cp.Variable()
-    mean, constraints = conjugate_expression(divergence, s, lam, q)
-    problem = cp.Problem(cp.Minimize(mean), [s == scores, lam == strength, *constraints])
-    problem.solve(solver="CLARABEL")
-    expected = strength * torch.tensor(q) @ divergence.conjugate(torch.tensor(scores / strength))
-    assert problem.is_dcp()
-    assert abs(problem.value - expected.item()) <= SOLVER * strength
-
-
-def test_weights_off_the_base_are_excluded():
-    p = cp.Variable(3, nonneg=True)
-    for divergence in [KL(), ChiSquare(), CVaR(0.2), CappedKL(0.2), TotalVariation(), CressieRead(0.5), CressieRead(3)]:
-        distance, constraints = divergence_expression(divergence, p, np.array([0.5, 0.0, 0.5]))
-        bounded = [distance <= 0.1] if divergence.has_radius else []
-        problem = cp.Problem(cp.Maximize(p[1]), [cp.sum(p) == 1, *bounded, *constraints])
-        problem.solve(solver="CLARABEL")
-        assert abs(problem.value) <= SOLVER
 
 
 # Linear models -------------------------------------------------------------------------------------------------------
@@ -516,7 +422,7 @@ def test_constant_features_beside_an_intercept():
         (([0.0, 1.0], KL(), {"radius": 1, "base_weights": [1.0]}), ValueError, r"base_weights.*n = 2, got \[1\]"),
         (([0.0, 1.0], KL(), {"radius": 1, "base_weights": [2, 3]}), ValueError, "base_weights must sum to 1, got 5"),
         (([0.0, 1.0], KL(), {"radius": 1, "base_weights": [2, -1]}), ValueError, "base_weights must be >= 0, got -1"),
-        (([0.0, 1.0], Unregistered(), {"radius": 1}), TypeError, "divergence_expression supports CVaR, CappedKL, .*KL"),
+        (([0.0, 1.0], LeCam(), {"radius": 1}), TypeError, "divergence_expression supports CVaR, CappedKL, .*KL"),
     ],
 )
 def test_refusals_of_robust_risk(arguments, error, message):
@@ -538,7 +444,7 @@ def test_refusals_of_robust_risk(arguments, error, message):
         ({"radius": None}, ValueError, "give exactly one of radius, rho"),
         ({"radius": None, "rho": -1}, ValueError, "rho must be finite and >= 0, got -1.0"),
         ({"radius": None, "strength": 0.0}, ValueError, "strength must be > 0, got 0"),
-        ({"divergence": Unregistered()}, TypeError, "conjugate_expression supports CVaR.*register"),
+        ({"divergence": LeCam()}, TypeError, "conjugate_expression supports CVaR.*register"),
         ({"divergence": None}, TypeError, "divergence must be a Divergence"),
     ],
 )
@@ -573,7 +479,3 @@ def test_missing_cvxpy_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "drrho.convex")
     with pytest.raises(ImportError, match=r"pip install drrho\[convex\]"):
         importlib.import_module("drrho.convex")
-
-
-def test_documented_examples():
-    assert doctest.testmod(drrho.convex).failed == 0
