@@ -367,7 +367,7 @@ def _prepared(
         reference = reference[0].detach(), reference[1].detach()
     taus = _temperatures(temperature, image)
     rates = 1 / taus[0].detach(), 1 / taus[1].detach()
-    return taus, Pairs(image, text, reference, coefficient, rates, include_positive, group)
+    return taus, Pairs(image, text, rates, reference, coefficient, include_positive, group)
 
 
 def _running_term(

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from drrho.solvers.rows import Rows
+
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
 
@@ -164,3 +166,10 @@ def near(actual, expected, tolerance):
     """Two numbers agree to within an absolute tolerance."""
     __tracebackhide__ = True
     assert abs(actual - expected) <= tolerance, f"{actual} is not {expected} within {tolerance}"
+
+
+def normalized_rows(losses, base=None):
+    """Losses ``[rows, n]`` as the solvers see them: about their row's maximum, in units of its range."""
+    z = tensor(losses)
+    top, low = z.amax(-1).numpy(), z.amin(-1).numpy()
+    return Rows(z, base, None, z.shape[-1], top, np.where(top > low, top - low, 1.0))

@@ -52,7 +52,7 @@ class PathTilt(NamedTuple):
 
 
 class _Path(NamedTuple):
-    """At given v, ``[rows]``: D, its slope ``d log D / d log v``, log of the mean power of w, its slope, and the tilt."""
+    """At given v, ``[rows]``: D, ``d log D / d log v``, log of the mean power of w, its slope; those of `PathTilt`."""
 
     distance: np.ndarray
     slope: np.ndarray

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drrho.ranks import Group
+
 _BLOCK = 2**16  # losses of one row at a time on the CPU
 _SAMPLED_FROM = 2**17  # losses of a row from which an iteration starts on a part of them
 
@@ -42,7 +44,7 @@ class Rows:
         self,
         z: Tensor,
         base: Tensor | None,
-        group: dist.ProcessGroup | None,
+        group: Group,
         count: int,
         top: np.ndarray | None = None,
         scale: np.ndarray | None = None,
