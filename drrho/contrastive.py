@@ -131,12 +131,12 @@ def contrastive_risk(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
-    if log_step is not None and not (gamma == 1.0 and isinstance(divergence, KL) and abs(log_step) < math.inf):
+    if log_step is not None and not (gamma == 1.0 and divergence.has_exponential_weights and abs(log_step) < math.inf):
         raise ValueError(f"log_step must be finite and stand alone, for KL, got {log_step} with gamma={gamma}")
     for number, name in ((eps, "eps"), (rho, "rho")):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {number}")
-    is_kl = isinstance(divergence, KL)
+    is_kl = divergence.has_exponential_weights
     if log_u is not None and not is_kl:
         raise ValueError(f"log_u needs divergence=KL(), got {divergence}: it tracks the KL normalizer; use threshold")
     if per_temperature and not (is_kl and rho == 0):
@@ -367,7 +367,7 @@ def _prepared(
         reference = reference[0].detach(), reference[1].detach()
     taus = _temperatures(temperature, image)
     rates = 1 / taus[0].detach(), 1 / taus[1].detach()
-    return taus, Pairs(image, text, reference, coefficient, rates, include_positive, group)
+    return taus, Pairs(image, text, rates, reference, coefficient, include_positive, group)
 
 
 def _running_term(

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from drrho.contrastive import check_pairs, temperature_of
 from drrho.ranks import Group, sum_to_owners
-from drrho.tiles import SimilarityTiles, TensorPair, not_compiled
+from drrho.tiles import Pairs, SimilarityTiles, TensorPair, not_compiled
 
 
 @not_compiled
@@ -73,9 +73,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, rate, reference_image, reference_text, reference_rate, group):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the loss; its gradients are computed in the same pass, where the weights are available."""
-        target = SimilarityTiles(image, text, rate, rate, None, None, 0.0, True, group)
-        reference = SimilarityTiles(
-            reference_image, reference_text, reference_rate, reference_rate, None, None, 0.0, True, group
+        target, reference = (
+            SimilarityTiles(Pairs(*features, rates=(own_rate, own_rate), include_positive=True, group=group))
+            for *features, own_rate in ((image, text, rate), (reference_image, reference_text, reference_rate))
         )
         normalizers = [
             (rows.log_sum, m.gathered(columns.log_sum)) for m in (target, reference) for rows, columns in [m.sums()]

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -44,15 +44,39 @@ class Divergence(ABC):
     """The protocol of a phi-divergence; all methods act elementwise on tensors.
 
     ``phi`` must be strictly convex where it is finite, for the weights to be a function of the dual variables
-    (`CVaR` and `TotalVariation`, which are not, have solvers of their own).
+    (`CVaR` and `TotalVariation`, which are not, have algorithms of their own). What is declared beside the functions
+    holds for any phi unless a class says otherwise; which algorithm solves its risks is declared in
+    ``solvers/algorithms.py``.
     """
 
     #: Whether a finite positive radius means something; False where D takes only the values 0 and infinity.
-    has_radius: bool = True
-    #: Cressie-Read order k, for which ``phi* (s) = (t - 1) + (k - 1) phi(t)`` at ``t = phi*'(s)``; None outside it.
-    order: float | None = None
-    #: The tail fraction whose inverse bounds the density ratio, where there is one: ``phi(t)`` is infinite beyond.
-    alpha: Any = None
+    has_radius: ClassVar[bool] = True
+    #: Whether the penalty's weights are ``q exp((losses - threshold) / strength)``, whose normalizer is a mean that
+    #: can be estimated over minibatches.
+    has_exponential_weights: ClassVar[bool] = False
+
+    @property
+    def cressie_read_order(self) -> float | None:
+        """The order k for which ``phi*(s) = (t - 1) + (k - 1) phi(t)`` at ``t = phi*'(s)``, if there is one."""
+        return None
+
+    @property
+    def has_kinks(self) -> bool:
+        """Whether the gradient of the risk jumps as the losses change, so that second derivatives tell nothing."""
+        return False
+
+    @property
+    def tail_fraction(self) -> float | Tensor | None:
+        """The alpha whose inverse bounds the density ratio, if there is a bound: ``phi(t)`` is infinite beyond it."""
+        return None
+
+    def with_tail_fraction(self, alpha: float | Tensor) -> Divergence:
+        """Return the same divergence with another tail fraction; only asked of one that has a `tail_fraction`."""
+        raise TypeError(f"{self} has no tail fraction to replace by {alpha}")
+
+    def slope_at_cap(self) -> float | Tensor:
+        """Return ``phi'(1 / alpha)`` from the left; only asked of a divergence with a `tail_fraction`."""
+        return 0.0
 
     @abstractmethod
     def phi(self, t: Tensor) -> Tensor:
@@ -68,15 +92,15 @@ class Divergence(ABC):
 
     def curvature(self, s: Tensor) -> Tensor:
         """Return the second derivative of ``phi*``: how fast ratios react to losses."""
-        pulled: Any = torch.func.vjp(self.conjugate_gradient, s)
-        return pulled[1](torch.ones_like(s))[0]
+        _, pull, *_ = torch.func.vjp(self.conjugate_gradient, s)
+        return pull(torch.ones_like(s))[0]
 
     def ratio_and_curvature(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``phi*'(s)`` and ``phi*''(s)``, evaluated together where the second is derived from the first."""
         if type(self).curvature is not Divergence.curvature:
             return self.conjugate_gradient(s), self.curvature(s)
-        pulled: Any = torch.func.vjp(self.conjugate_gradient, s)
-        return pulled[0], pulled[1](torch.ones_like(s))[0]
+        ratio, pull, *_ = torch.func.vjp(self.conjugate_gradient, s)
+        return ratio, pull(torch.ones_like(s))[0]
 
     def tilt(self, s: Tensor) -> Tensor:
         """Return ``phi*'(s) - 1``, to full relative accuracy also near ``s = 0``: the integral of the curvature."""
@@ -114,10 +138,6 @@ class Divergence(ABC):
         off = torch.where(ties < 1, (1 - ties) * self.phi(torch.zeros_like(ties)), 0.0)
         return (ties * self.phi(1 / ties) + off).numpy()
 
-    def slope_at_cap(self) -> float | Tensor:
-        """Return ``phi'(1 / alpha)`` from the left; only asked of a divergence with an ``alpha``."""
-        return 0.0
-
     @staticmethod
     def _agree(smooth: Tensor, direct: Tensor) -> Tensor:
         """Whether the quadrature is one of this function: a kink of phi* between 0 and s would show here."""
@@ -141,12 +161,17 @@ class CressieRead(Divergence):
     Source: Cressie & Read (1984); Duchi & Namkoong, arXiv 1810.08750.
     """
 
-    order: float  # pyright: ignore[reportIncompatibleVariableOverride, reportRedeclaration, reportGeneralTypeIssues]
+    order: float
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.order):
             raise ValueError(f"order must be a finite number, got {self.order}")
         object.__setattr__(self, "order", float(self.order))
+
+    @property
+    def cressie_read_order(self) -> float:
+        """The order."""
+        return self.order
 
     def phi(self, t: Tensor) -> Tensor:
         """Return ``(t^k - k t + k - 1) / (k (k - 1))``, near t = 1 to full relative accuracy."""
@@ -207,7 +232,12 @@ class CressieRead(Divergence):
 class KL(Divergence):
     """Kullback-Leibler: ``phi(t) = t log t - t + 1``, so ``D(p || q) = sum_i p_i log(p_i / q_i)``."""
 
-    order = 1.0
+    has_exponential_weights = True
+
+    @property
+    def cressie_read_order(self) -> float:
+        """Order 1."""
+        return 1.0
 
     def phi(self, t: Tensor) -> Tensor:
         """Return ``t log t - t + 1``, near t = 1 to full relative accuracy."""
@@ -248,7 +278,10 @@ class KL(Divergence):
 class ChiSquare(Divergence):
     """Chi-square: ``phi(t) = (t - 1)^2 / 2``; half of Pearson's statistic divided by n."""
 
-    order = 2.0
+    @property
+    def cressie_read_order(self) -> float:
+        """Order 2."""
+        return 2.0
 
     def phi(self, t: Tensor) -> Tensor:
         """Return ``(t - 1)^2 / 2``."""
@@ -296,6 +329,11 @@ class TotalVariation(Divergence):
     ``r max + (1 - r) CVaR_{1 - r}``; the penalty replaces every loss by ``max(loss, max - strength)``.
     """
 
+    @property
+    def has_kinks(self) -> bool:
+        """True: the risk is piecewise linear."""
+        return True
+
     def phi(self, t: Tensor) -> Tensor:
         """Return ``|t - 1| / 2``."""
         return torch.where(t < 0, torch.inf, self.phi_of_tilt(t - 1))
@@ -322,17 +360,32 @@ class TotalVariation(Divergence):
         return 1 - share
 
 
-def _check_tail_fraction(alpha: Any) -> None:
-    message = "alpha must lie in (0, 1], got {}: it is the fraction of losses in the tail"
-    if not isinstance(alpha, Tensor):
-        if not 0 < alpha <= 1:
-            raise ValueError(message.format(alpha))
-    elif values_are_readable():  # otherwise the solver, which sees values, refuses them
-        refuse(~((alpha > 0) & (alpha <= 1)), alpha.detach(), message)
+@dataclass(frozen=True)
+class _Capped(Divergence):
+    """What divergences with a tail fraction share."""
+
+    alpha: float | Tensor
+
+    def __post_init__(self) -> None:
+        alpha, message = self.alpha, "alpha must lie in (0, 1], got {}: it is the fraction of losses in the tail"
+        if not isinstance(alpha, Tensor):
+            if not 0 < alpha <= 1:
+                raise ValueError(message.format(alpha))
+        elif values_are_readable():  # otherwise the solver, which sees values, refuses them
+            refuse(~((alpha > 0) & (alpha <= 1)), alpha.detach(), message)
+
+    @property
+    def tail_fraction(self) -> float | Tensor:
+        """The fraction given."""
+        return self.alpha
+
+    def with_tail_fraction(self, alpha: float | Tensor) -> Divergence:
+        """Return the same divergence with another tail fraction."""
+        return replace(self, alpha=alpha)
 
 
 @dataclass(frozen=True)
-class CVaR(Divergence):
+class CVaR(_Capped):
     """Conditional value at risk: ``phi(t) = 0`` for ``0 <= t <= 1 / alpha``, infinite beyond.
 
     Parameters
@@ -343,11 +396,12 @@ class CVaR(Divergence):
         D is 0 or infinite, so a radius has no effect. The value is differentiable in a tensor ``alpha``.
     """
 
-    alpha: Any
     has_radius = False
 
-    def __post_init__(self) -> None:
-        _check_tail_fraction(self.alpha)
+    @property
+    def has_kinks(self) -> bool:
+        """Whether alpha is less than one: at one the risk is the mean."""
+        return bool(self.alpha != 1)
 
     def phi(self, t: Tensor) -> Tensor:
         """Return 0 where ``0 <= t <= 1 / alpha`` (to eight rounding errors, as weights carry some), else infinity."""
@@ -368,7 +422,7 @@ class CVaR(Divergence):
 
 
 @dataclass(frozen=True)
-class CappedKL(Divergence):
+class CappedKL(_Capped):
     """KL with the density ratio capped: ``phi(t) = t log t - t + 1`` for ``0 <= t <= 1 / alpha``, infinite beyond.
 
     Its penalty is the KL-regularized CVaR of Levy et al. (2020), a smooth form of CVaR; its ball lies in both the
@@ -379,11 +433,6 @@ class CappedKL(Divergence):
     alpha : float or tensor broadcasting to the leading dimensions of the losses
         The tail fraction in (0, 1]. The value is differentiable in a tensor ``alpha``.
     """
-
-    alpha: Any
-
-    def __post_init__(self) -> None:
-        _check_tail_fraction(self.alpha)
 
     def phi(self, t: Tensor) -> Tensor:
         """Return ``t log t - t + 1``, infinite beyond ``1 / alpha`` (to eight rounding errors)."""
@@ -412,11 +461,16 @@ class CappedKL(Divergence):
         return -torch.log(torch.as_tensor(self.alpha, dtype=torch.float64))
 
 
-def difference_quotient(power: float, logarithm: Any) -> Any:
-    """Return ``(t^power - 1) / power`` for ``t = exp(logarithm)``, a tensor or array; its limit at power 0."""
+_Numbers = TypeVar("_Numbers", Tensor, np.ndarray)
+
+
+def difference_quotient(power: float, logarithm: _Numbers) -> _Numbers:
+    """Return ``(t^power - 1) / power`` for ``t = exp(logarithm)``; its limit at power 0."""
     if power == 0:
         return logarithm
-    return (torch if isinstance(logarithm, Tensor) else np).expm1(power * logarithm) / power
+    if isinstance(logarithm, Tensor):
+        return torch.expm1(power * logarithm) / power
+    return np.expm1(power * logarithm) / power
 
 
 def expm1_minus(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.special import expit, log_softmax, softmax
 
-from drrho.divergences import CVaR, Divergence, TotalVariation
+from drrho.divergences import Divergence
 from drrho.risk import constrained_risk
 
 Array = NDArray[np.float64]
@@ -228,9 +228,7 @@ class _Problem:
         self.price = np.repeat(np.append(price, 0.0) if fit_intercept else price, self.outputs)
         self.q = q
         #: Whether Newton's method may be tried.
-        self.smooth = type(loss).slopes is not PointLoss.slopes and (
-            not isinstance(divergence, CVaR | TotalVariation) or divergence.alpha == 1
-        )
+        self.smooth = type(loss).slopes is not PointLoss.slopes and (not divergence.has_kinks)
 
     def start(self) -> Array:
         w = np.zeros((self.x.shape[1], self.outputs))

@@ -9,7 +9,6 @@ consists of outputs that are differentiable themselves; this gives derivatives o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -218,7 +217,7 @@ class _Response:
         """Return h and the centered exponent a."""
         divergence: Divergence = self.problem.divergence
         if self.alpha is not None:
-            divergence = dataclasses.replace(divergence, alpha=self.alpha[:, None])  # pyright: ignore[reportArgumentType]
+            divergence = divergence.with_tail_fraction(self.alpha[:, None])
         smooth = torch.isfinite(self.strength) & (self.strength > 0)
         strength = torch.where(smooth, self.strength, 1.0)[:, None]
         a = torch.where(smooth[:, None], (self.losses - self.threshold[:, None]) / strength, 0.0)

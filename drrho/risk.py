@@ -8,16 +8,18 @@ PMLR 267). ``drrho/README.md`` translates the conventions of other systems.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drrho.divergences import KL, CVaR, Divergence
+from drrho.divergences import Divergence
 from drrho.optimum import optimum
+from drrho.ranks import Group
 from drrho.reference import excess_losses
+from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, sample_count
-from drrho.validation import as_base_weights, as_losses, as_parameter, refuse_not_finite
+from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite
 
 
 class RobustRisk(NamedTuple):
@@ -53,7 +55,12 @@ class RobustRisk(NamedTuple):
 
 
 def constrained_risk(
-    losses: Any, divergence: Divergence, radius: Any = 0.0, *, base_weights: Any = None, group: Any = None
+    losses: ArrayLike,
+    divergence: Divergence,
+    radius: ArrayLike = 0.0,
+    *,
+    base_weights: ArrayLike | None = None,
+    group: Group = None,
 ) -> RobustRisk:
     """Maximize ``<p, losses>`` over distributions p with ``D_phi(p || q) <= radius``.
 
@@ -103,7 +110,12 @@ def constrained_risk(
 
 
 def penalized_risk(
-    losses: Any, divergence: Divergence, strength: Any, *, base_weights: Any = None, group: Any = None
+    losses: ArrayLike,
+    divergence: Divergence,
+    strength: ArrayLike,
+    *,
+    base_weights: ArrayLike | None = None,
+    group: Group = None,
 ) -> RobustRisk:
     """Maximize ``<p, losses> - strength * D_phi(p || q)`` over distributions p.
 
@@ -128,12 +140,18 @@ def penalized_risk(
     """
     rows = as_losses(losses, "losses", finite=False)
     price = as_parameter(strength, "strength", "is the price of D_phi(p || q)", rows)
-    dtype = _answer_dtype(rows) if isinstance(divergence, KL | CVaR) else torch.float64
+    dtype = torch.float64 if algorithm_of(divergence).closed_penalty is None else _answer_dtype(rows)
     return _risk(rows, divergence, None, price, base_weights, group, dtype)
 
 
 def hybrid_risk(
-    losses: Any, divergence: Divergence, radius: Any, strength: Any, *, base_weights: Any = None, group: Any = None
+    losses: ArrayLike,
+    divergence: Divergence,
+    radius: ArrayLike,
+    strength: ArrayLike,
+    *,
+    base_weights: ArrayLike | None = None,
+    group: Group = None,
 ) -> RobustRisk:
     """Maximize ``<p, losses> - strength * D_phi(p || q)`` over distributions p with ``D_phi(p || q) <= radius``.
 
@@ -164,14 +182,14 @@ def hybrid_risk(
 
 
 def drrho_risk(
-    losses: Any,
-    reference_losses: Any,
+    losses: ArrayLike,
+    reference_losses: ArrayLike,
     divergence: Divergence,
     *,
-    rho: Any = None,
-    radius: Any = None,
-    base_weights: Any = None,
-    group: Any = None,
+    rho: ArrayLike | None = None,
+    radius: ArrayLike | None = None,
+    base_weights: ArrayLike | None = None,
+    group: Group = None,
 ) -> RobustRisk:
     """Maximize ``sum_i p_i (losses_i - reference_losses_i)`` subject to ``D_phi(p || 1/n) <= rho / n``.
 
@@ -231,8 +249,8 @@ def _risk(
     divergence: Divergence,
     radius: Tensor | None,
     strength: Tensor | None,
-    base_weights: Any,
-    group: Any,
+    base_weights: ArrayLike | None,
+    group: Group,
     dtype: torch.dtype,
 ) -> RobustRisk:
     """Solve in ``dtype`` and answer in the losses' own, or float32 if that is narrower."""
@@ -244,8 +262,8 @@ def _risk(
         return None if parameter is None else _cast(_merged(parameter, shape), dtype)
 
     alpha = None
-    if isinstance(divergence.alpha, Tensor):
-        alpha = as_parameter(divergence.alpha, "alpha", "is the fraction of losses in the tail", losses)
+    if isinstance(divergence.tail_fraction, Tensor):
+        alpha = as_parameter(divergence.tail_fraction, "alpha", "is the fraction of losses in the tail", losses)
     base = None
     if base_weights is not None:
         base = as_base_weights(base_weights, losses, group)

@@ -34,7 +34,6 @@ others).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -126,9 +125,9 @@ def dual_losses(
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     eta = _per_row(threshold, "threshold", "is the dual variable of sum p = 1", z)
     refuse(~torch.isfinite(eta), eta, "threshold must be finite, got {}")
-    if isinstance(divergence.alpha, Tensor) and divergence.alpha.ndim:
-        alpha = divergence.alpha.to(z)[..., None]
-        divergence = dataclasses.replace(divergence, alpha=alpha)  # pyright: ignore[reportArgumentType]
+    alpha = divergence.tail_fraction
+    if isinstance(alpha, Tensor) and alpha.ndim:
+        divergence = divergence.with_tail_fraction(alpha.to(z)[..., None])
     if divergence.has_radius:
         if strength is None:
             raise ValueError(f"strength must be given for {divergence}, got None: it is the multiplier or price of D")

@@ -58,11 +58,11 @@ class Pairs(NamedTuple):
 
     image: Tensor
     text: Tensor
-    reference: TensorPair | None
-    coefficient: float
     rates: TensorPair
-    include_positive: bool
-    group: Group
+    reference: TensorPair | None = None
+    coefficient: float = 1.0
+    include_positive: bool = False
+    group: Group = None
 
 
 def kl_anchors(pairs: Pairs) -> Anchors:
@@ -77,7 +77,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, image_rate, text_rate, reference_image, reference_text, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return normalizers and mean exponents of both directions."""
-        matrix = SimilarityTiles(image, text, image_rate, text_rate, reference_image, reference_text, *settings)
+        reference = None if reference_image is None else (reference_image, reference_text)
+        matrix = SimilarityTiles(Pairs(image, text, (image_rate, text_rate), reference, *settings))
         rows, columns = matrix.sums()
         # The gathered rows stay with the matrix; the features are saved so that autograd notices a change in place.
         ctx.matrix = matrix
@@ -111,19 +112,9 @@ class _Total(NamedTuple):
 class SimilarityTiles:
     """The similarities of this rank's images with all texts, in tiles of rows."""
 
-    def __init__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        image_rate: Tensor,
-        text_rate: Tensor,
-        reference_image: Tensor | None,
-        reference_text: Tensor | None,
-        coefficient: float,
-        include_positive: bool,
-        group: Group,
-    ) -> None:
-        self.group, self.include_positive, self.coefficient = group, include_positive, coefficient
+    def __init__(self, pairs: Pairs) -> None:
+        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group = pairs
+        self.group = group
         self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         self.image, own_text = image.to(self.dtype), text.to(self.dtype)
         self.counts = row_counts(len(image), group, image.device)
@@ -133,10 +124,10 @@ class SimilarityTiles:
         self.text = self.gathered(own_text)
         self.reference = None
         self.positive = (self.image * own_text).sum(1)
-        if reference_image is not None and reference_text is not None and coefficient != 0:
-            own_reference = reference_text.to(self.dtype)
-            self.reference = reference_image.to(self.dtype), self.gathered(own_reference)
-            self.positive = self.positive - coefficient * (self.reference[0] * own_reference).sum(1)
+        if reference is not None and self.coefficient != 0:
+            own_reference = reference[1].to(self.dtype)
+            self.reference = reference[0].to(self.dtype), self.gathered(own_reference)
+            self.positive = self.positive - self.coefficient * (self.reference[0] * own_reference).sum(1)
         self.image_rate = image_rate.to(self.dtype).expand(len(image))
         self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
         #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.

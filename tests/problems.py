@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from drrho.solvers.rows import Rows
+
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
 
@@ -179,3 +181,10 @@ def leaves(pairs=17, width=8, scale=9.0):
     """Features of images and texts and a logit scale, each with a gradient."""
     image, text = features(pairs, width, 0)
     return image.requires_grad_(), text.requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+
+
+def normalized_rows(losses, base=None):
+    """Losses ``[rows, n]`` as the solvers see them: about their row's maximum, in units of its range."""
+    z = tensor(losses)
+    top, low = z.amax(-1).numpy(), z.amin(-1).numpy()
+    return Rows(z, base, None, z.shape[-1], top, np.where(top > low, top - low, 1.0))

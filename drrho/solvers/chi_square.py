@@ -7,14 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from drrho.solvers.rows import Block, Dual, Rows, some
+from drrho.divergences import Divergence
+from drrho.solvers.dual import Dual, Found, by_conjugate
+from drrho.solvers.rows import Block, Rows, some
 
 _Step = Callable[
     [np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 ]
 
 
-def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
+def chi_square_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
     """Shrink the support to ``{d >= eta}`` until it stays, ``eta = mean - std / sqrt(c)`` of the support.
 
     With base weight w in the support, ``c = w (1 + 2 radius) - 1``. Including an entry below the final threshold
@@ -30,10 +32,10 @@ def chi_square_ball(rows: Rows, radius: np.ndarray) -> Dual:
         spread = np.sqrt(variance / c)
         return mean - spread, mean - dropped * spread, kept * spread, saturated
 
-    return _active_set(rows, step)
+    return by_conjugate(divergence, rows, _active_set(rows, step))
 
 
-def chi_square_penalty(rows: Rows, strength: np.ndarray) -> Dual:
+def chi_square_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> Found:
     """Project ``d / (n strength)`` on the simplex: ``eta = mean - strength / w`` of the support of base weight w."""
     none = np.zeros(len(strength), dtype=bool)
 
@@ -41,7 +43,7 @@ def chi_square_penalty(rows: Rows, strength: np.ndarray) -> Dual:
         spread = strength / kept
         return mean - spread, mean - dropped * spread, strength, none
 
-    return _active_set(rows, step)
+    return by_conjugate(divergence, rows, _active_set(rows, step))
 
 
 def _active_set(rows: Rows, step: _Step) -> Dual:

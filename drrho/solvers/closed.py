@@ -5,15 +5,16 @@ Decisions on the host only skip branches; a compiled graph takes them all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from drrho.divergences import expm1_minus
-from drrho.solvers.problem import REFUSED_RANGE, Problem, Solution, extremes_of, sample_count
-from drrho.solvers.rows import Block, Rows
-from drrho.solvers.tail import column, tail
+from drrho.solvers.problem import REFUSED_RANGE, Problem, Solution, extremes_of, fraction_of, sample_count
+from drrho.solvers.rows import Block, Rows, column
+from drrho.solvers.tail import tail
 from drrho.validation import refuse
 
 
@@ -25,7 +26,7 @@ def solve_cvar(
     span = top - low
     refuse(~torch.isfinite(span), span, REFUSED_RANGE)
     count = sample_count(z, problem.group)
-    fraction = float(problem.divergence.alpha) if alpha is None else alpha
+    fraction = fraction_of(problem.divergence) if alpha is None else alpha
     if alpha is None and base is None and problem.group is None:
         rows, scale, origin, highest = Rows(z, None, None, count), 1.0, 0.0, top
     else:
@@ -34,7 +35,7 @@ def solve_cvar(
     found = tail(rows, fraction)
     (mean,) = rows.means(lambda block: (block.d,))
     weights = torch.empty_like(z)
-    at = column(found.threshold)
+    at = column(found.threshold, z.device)
 
     def certified(block: Block):
         beyond = block.d - at
@@ -59,11 +60,14 @@ def solve_cvar(
     )
 
 
-def solve_kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: Problem) -> Solution:
+def solve_kl_penalty(
+    z: Tensor, strength: Tensor | None, alpha: Tensor | None, base: Tensor | None, problem: Problem
+) -> Solution:
     """Return ``p ~ q exp(z / strength)``, about the mean where the range is less than the strength, else the maximum.
 
-    About the mean, ``log mean exp`` is a quantity of second order and summed as such.
+    About the mean, ``log mean exp`` is a quantity of second order and summed as such. KL has no ``alpha``.
     """
+    assert strength is not None
     traced = torch.compiler.is_compiling()
     top, low = extremes_of(z, base, problem.group)
     span = top - low
@@ -72,7 +76,7 @@ def solve_kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: 
     rows = Rows(z, base, problem.group, count)
     ceiling = None if base is None else top[:, None]  # losses without base weight may lie above
 
-    summit = column(top)
+    summit = column(top, z.device)
 
     def from_top(block: Block) -> Tensor:
         d = block.d if ceiling is None else torch.minimum(block.d, ceiling)
@@ -89,7 +93,7 @@ def solve_kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: 
     if not all_near:
         far = (~near)[:, None] if some_near else None
         unit = torch.where(near, torch.inf, price)
-        divisor = column(unit)
+        divisor = column(unit, z.device)
 
         def about_top(block: Block):
             x = from_top(block).div_(divisor)
@@ -120,7 +124,7 @@ def solve_kl_penalty(z: Tensor, strength: Tensor, base: Tensor | None, problem: 
         depth = torch.where(hard, depth_at_top, depth)
         psi = torch.where(hard, -depth, psi)  # the price is 1 there
         gain, mass = torch.where(hard, psi - torch.log(share), gain), torch.where(hard, share, mass)
-    weights = weights.mul_(column(1 / (mass * (count if base is None else 1.0))))
+    weights = weights.mul_(column(1 / (mass * (count if base is None else 1.0)), z.device))
     if base is not None:
         weights = weights.mul_(base)
     premium = price * psi
@@ -152,7 +156,9 @@ class _Tilted(NamedTuple):
     residual: Tensor
 
 
-def _about_mean(rows: Rows, from_top, unit: Tensor, weights: Tensor, traced: bool) -> _Tilted:
+def _about_mean(
+    rows: Rows, from_top: Callable[[Block], Tensor], unit: Tensor, weights: Tensor, traced: bool
+) -> _Tilted:
     """Store ``exp(x)`` for ``x = (z - mean) / unit``.
 
     The mean of exp(x) - 1 - x is of second order in x: what rounding leaves of it decides how it is summed.
@@ -164,7 +170,7 @@ def _about_mean(rows: Rows, from_top, unit: Tensor, weights: Tensor, traced: boo
         return below, (below, below)
 
     depth, square = rows.means(spread_out)
-    center, divisor = column(depth), column(unit)
+    center, divisor = column(depth, unit.device), column(unit, unit.device)
     variance = (square - depth.square()) / unit.square()
     # Over many losses the rounding of the exponentials averages out, and only that of their mean is left.
     coarse = not traced and rows.count >= 2**17 and bool((variance > 4 * eps ** (1 / 3)).all())

@@ -8,20 +8,24 @@ about the mean, ``w = V (1 -+ y / V)``, where losses matter that lie there, else
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.divergences import SERIES_BELOW, CressieRead, difference_quotient, expm1_minus
-from drrho.solvers.rows import Block, Dual, Rows
+from drrho.divergences import SERIES_BELOW, Divergence, difference_quotient, expm1_minus
+from drrho.solvers.dual import Dual, Found
+from drrho.solvers.root import EPS, Bracket, Residual, Root, Safeguard, find_root
+from drrho.solvers.rows import Block, Chosen, Rows, by_parts, column
 
-_MAX_ITERATIONS = 400
+_ITERATIONS = 400
+_STARTING_ITERATIONS = 41  # on a part of the losses
 _NEWTON_ITERATIONS = 50  # then bisection
-_LONGEST_STEP = 10.0  # in log v, while a bracket is open
-_EPS = np.finfo(np.float64).eps
-_TOLERANCE = 450 * _EPS
+_LONGEST_STEP = 10.0  # in log v
+_TOLERANCE = 450 * EPS
 _FINE = 1e-3  # spread of the exponents below which series replace differences
 _ENDS = (math.log(1e-290), math.log(1e290))
 
@@ -38,113 +42,119 @@ class PathTilt(NamedTuple):
         """Return the tilt of losses ``[rows, width]``."""
         return self._log_ratio(d).expm1_()
 
-    def ratio(self, d: Tensor) -> Tensor:
+    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
         """Return the ratio, which may be so small that its tilt is -1."""
         return self._log_ratio(d).exp_()
 
     def _log_ratio(self, d: Tensor) -> Tensor:
-        origin, unit, log_total = (_column(field, d) for field in (self.origin, self.unit, self.log_total))
+        origin, unit, log_total = (column(field, d.device) for field in (self.origin, self.unit, self.log_total))
         return _exponent(self.order, (d - origin).div_(unit)).sub_(log_total)
 
 
 class _Path(NamedTuple):
-    """At given v, ``[rows]``: D, ``d log D / d log v``, log of the mean power of w itself, its slope, and the tilt."""
+    """At given v, ``[rows]``: D, ``d log D / d log v``, log of the mean power of w, its slope; those of `PathTilt`."""
 
     distance: np.ndarray
     slope: np.ndarray
     log_power: np.ndarray
     log_power_slope: np.ndarray
-    found: PathTilt
+    origin: np.ndarray
+    unit: np.ndarray
+    log_total: np.ndarray
 
 
-def cressie_read_ball(divergence: CressieRead, rows: Rows, radius: np.ndarray) -> tuple[PathTilt, Dual]:
+_ValueAndSlope = Callable[[_Path], tuple[np.ndarray, np.ndarray]]
+
+
+def cressie_read_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
     """Solve ``log D = log radius`` in ``log v``; D falls in v, with slope -2 at the far end."""
     target = np.log(radius)
     # Far out, ratios are 1 + y / |k - 1| V.
-    tolerated = _TOLERANCE + 4 * _EPS / np.sqrt(np.maximum(radius, _FINE**2))
+    tolerated = _TOLERANCE + 4 * EPS / np.sqrt(np.maximum(radius, _FINE**2))
 
-    def residual(path: _Path):
+    def residual(path: _Path) -> tuple[np.ndarray, np.ndarray]:
         return np.log(path.distance) - target, path.slope
 
-    def start(sums: _Sums):
-        unit = sums.deviation / (abs(divergence.order - 1) * np.sqrt(2 * radius))
-        return np.maximum(unit + _sign(divergence) * sums.center, 1e-3 * unit)
+    def start(sums: _Sums) -> np.ndarray:
+        unit = sums.deviation / (abs(sums.order - 1) * np.sqrt(2 * radius))
+        return np.maximum(unit + sums.sign * sums.center, 1e-3 * unit)
 
     return _solve(divergence, rows, start, residual, tolerated, None)
 
 
-def cressie_read_penalty(divergence: CressieRead, rows: Rows, strength: np.ndarray) -> tuple[PathTilt, Dual]:
+def cressie_read_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> Found:
     """Solve ``mean t = 1`` in ``log v`` for ``t = (kappa w)^(1 / (k - 1))``, ``kappa = |k - 1| / strength``."""
-    k = divergence.order
+    k = _order_of(divergence)
     unit = strength / abs(k - 1)
 
-    def residual(path: _Path):
+    def residual(path: _Path) -> tuple[np.ndarray, np.ndarray]:
         rising = path.log_power - np.log(unit) / (k - 1)
         return (rising, path.log_power_slope) if k < 1 else (-rising, -path.log_power_slope)
 
-    def start(sums: _Sums):
-        return np.maximum(unit + _sign(divergence) * sums.center, 1e-3 * unit)
+    def start(sums: _Sums) -> np.ndarray:
+        return np.maximum(unit + sums.sign * sums.center, 1e-3 * unit)
 
     return _solve(divergence, rows, start, residual, np.full_like(strength, _TOLERANCE), unit)
 
 
-def _sign(divergence: CressieRead) -> int:
-    """Whether ``V = v - mean`` (k < 1, so ``v = V + mean``) or ``V = v + mean``."""
-    return 1 if divergence.order < 1 else -1
-
-
-def _solve(divergence: CressieRead, rows: Rows, start, residual, tolerated, unit) -> tuple[PathTilt, Dual]:
+def _solve(
+    divergence: Divergence,
+    rows: Rows,
+    start: Callable[[_Sums], np.ndarray],
+    residual: _ValueAndSlope,
+    tolerance: np.ndarray,
+    unit: np.ndarray | None,
+) -> Found:
     """Find the root of a residual that falls in ``x = log v``."""
+    k = _order_of(divergence)
     with np.errstate(all="ignore"):
-        sample = rows.sample()
-        x = None
-        if sample is not None:
-            x = _iterate(
-                divergence, _Sums(divergence, sample), start, residual, np.full_like(tolerated, 1e-3), None, 40
-            )[0]
-        sums = _Sums(divergence, rows)
-        x, path = _iterate(divergence, sums, start, residual, tolerated, x, _MAX_ITERATIONS)
-        k = divergence.order
+        sums, sample = _Sums(k, rows), rows.sample()
+        if sample is None:
+            x = np.log(start(sums))
+        else:
+            part = _Sums(k, sample)
+            rough = np.full_like(tolerance, 1e-3)
+            x = _iterate(part, np.log(start(part)), residual, rough, _STARTING_ITERATIONS, None)[0].x
+        failure = f"the multipliers of {divergence} did not converge in {_ITERATIONS} iterations"
+        (x, saturated), path = _iterate(sums, x, residual, tolerance, _ITERATIONS, failure)
         # t^(k - 1) = kappa w = total^(1 - k) w / unit, and 1 + (k - 1) (d - threshold) / strength
-        _, origin, scale, log_total = path.found
-        threshold = origin - _sign(divergence) * scale * np.expm1((k - 1) * log_total)
+        threshold = path.origin - sums.sign * path.unit * np.expm1((k - 1) * path.log_total)
         if unit is None:
-            unit = np.exp((k - 1) * log_total) * scale
-    saturated = (x <= _ENDS[0]) | (x >= _ENDS[1])
-    return path.found, Dual(threshold, abs(k - 1) * unit, path.distance, saturated)
+            unit = np.exp((k - 1) * path.log_total) * path.unit
+    tilt = PathTilt(k, path.origin, path.unit, path.log_total)
+    return Found(tilt, Dual(threshold, abs(k - 1) * unit, path.distance, saturated))
 
 
-def _iterate(divergence, sums, start, residual, tolerated, x, iterations) -> tuple[np.ndarray, _Path]:
-    x = np.log(start(sums)) if x is None else x
-    low, high = np.full_like(x, -np.inf), np.full_like(x, np.inf)
-    for iteration in range(iterations):
+def _order_of(divergence: Divergence) -> float:
+    order = divergence.cressie_read_order
+    assert order is not None
+    return order
+
+
+def _iterate(
+    sums: _Sums, x: np.ndarray, residual: _ValueAndSlope, tolerance: np.ndarray, iterations: int, failure: str | None
+) -> tuple[Root, _Path]:
+    guard = Safeguard(tolerance, iterations, failure, _NEWTON_ITERATIONS, (_LONGEST_STEP, _LONGEST_STEP), _ENDS)
+    path = None
+
+    def function(x: np.ndarray) -> Residual:
+        nonlocal path
         path = sums(np.exp(x))
         value, slope = residual(path)
-        positive = value > 0
-        low, high = np.where(positive, x, low), np.where(positive, high, x)
-        done = (np.abs(value) <= tolerated) | (high - low <= 4 * _EPS * np.maximum(np.abs(x), 1))
-        done |= (x <= _ENDS[0]) | (x >= _ENDS[1])
-        if done.all():
-            # Where no number of this precision gives the radius, the next larger v: D is below it.
-            beyond = (np.abs(value) > tolerated) & positive & np.isfinite(high)
-            return (
-                (x, path) if not beyond.any() else (np.where(beyond, high, x), sums(np.exp(np.where(beyond, high, x))))
-            )
-        newton = x - value / slope
-        away = np.where(positive, x + _LONGEST_STEP, x - _LONGEST_STEP)
-        bounded = np.where(np.isfinite(low + high), (low + high) / 2, away)
-        trusted = (newton > low) & (newton < high) & (np.abs(newton - x) <= _LONGEST_STEP)
-        x = np.where(done, x, np.clip(np.where(trusted & (iteration < _NEWTON_ITERATIONS), newton, bounded), *_ENDS))
-    if iterations < _MAX_ITERATIONS:
-        return x, sums(np.exp(x))
-    raise RuntimeError(f"the multipliers of {divergence} did not converge in {iterations} iterations")
+        return Residual(np.fmax(value, -np.inf), -value / slope)
+
+    # Where no number of this precision gives the radius, the next larger v: D is below it.
+    root = find_root(function, x, Bracket.open(len(x)), guard, from_above=True)
+    assert path is not None
+    return root, path
 
 
 class _Sums:
     """Sums over powers of w of rows, as functions of v."""
 
-    def __init__(self, divergence: CressieRead, rows: Rows) -> None:
-        self.order, self.sign, self.rows = divergence.order, _sign(divergence), rows
+    def __init__(self, order: float, rows: Rows) -> None:
+        self.order, self.rows = order, rows
+        self.sign = 1 if self.order < 1 else -1  # whether V = v - mean or V = v + mean
         self.center, _ = rows.mean_and_ties()
         origin = rows.column(self.center)
 
@@ -160,23 +170,12 @@ class _Sums:
         unit = v - self.sign * self.center
         # About the mean while it has a power at all, and the maximum is not too close to the pole.
         central = v > 1e-3 * unit if self.order < 1 else unit > -0.3 * self.center
-        if central.all() or not central.any():
-            return self._sums(v, bool(central[0]), slice(None))
-        parts = [
-            (chosen, self._sums(v[chosen], first, chosen)) for first, chosen in ((True, central), (False, ~central))
-        ]
-        fields = [np.empty_like(v) for _ in range(7)]
-        for chosen, part in parts:
-            flat = (*part[:4], *part.found[1:])
-            for field, solved in zip(fields, flat, strict=True):
-                field[chosen] = solved
-        distance, slope, log_power, log_power_slope, *path = fields
-        return _Path(distance, slope, log_power, log_power_slope, PathTilt(self.order, path[0], path[1], path[2]))
+        about_mean, about_top = (partial(self._sums, v, central=part) for part in (True, False))
+        return _Path(*by_parts(central, about_mean, about_top))
 
-    def _sums(self, v: np.ndarray, central: bool, chosen) -> _Path:
-        k, sign = self.order, self.sign
-        rows = self.rows if isinstance(chosen, slice) else self.rows.select(chosen)
-        center = self.center[chosen]
+    def _sums(self, v: np.ndarray, chosen: Chosen, *, central: bool) -> _Path:
+        k, sign, rows = self.order, self.sign, self.rows.select(chosen)
+        center, v = self.center[chosen], v[chosen]
         origin = center if central else np.zeros_like(center)
         unit = v - sign * origin
         zero, scale = rows.column(origin), rows.column(unit)
@@ -221,8 +220,7 @@ class _Sums:
         if fine:
             slope = np.full_like(slope, -2.0) * v / unit  # where it would cancel
         log_power = log_total + np.log(unit) / (k - 1)
-        found = PathTilt(k, origin, unit, log_total)
-        return _Path(distance, slope, log_power, v * h_mean / (k - 1), found)
+        return _Path(distance, slope, log_power, v * h_mean / (k - 1), origin, unit, log_total)
 
 
 def _exponent(order: float, x: Tensor) -> Tensor:
@@ -245,7 +243,3 @@ def _log1p_minus(x: Tensor) -> Tensor:
     for j in range(16, 1, -1):
         total.add_((-1) ** (j + 1) / j).mul_(inside)
     return torch.where(near, total.mul_(inside), torch.log1p(x.clamp(min=-1)) - x)
-
-
-def _column(per_row: np.ndarray, like: Tensor) -> float | Tensor:
-    return float(per_row[0]) if len(per_row) == 1 else torch.from_numpy(per_row).to(like.device)[:, None]

@@ -1,4 +1,4 @@
-"""KL: weights ``p ~ q exp(b d)``, whose one variable is found for a ball by safeguarded Newton."""
+"""KL: weights ``p ~ q exp(b d)``, whose one variable is the root of a function for a ball."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.divergences import SERIES_BELOW, expm1_minus
-from drrho.solvers.rows import Block, Dual, Rows, some
+from drrho.divergences import SERIES_BELOW, Divergence, expm1_minus
+from drrho.solvers.dual import Dual, Found, by_conjugate
+from drrho.solvers.root import EPS, Bracket, Residual, Root, Safeguard, find_root
+from drrho.solvers.rows import Block, Chosen, Rows, by_parts, some
 
+_ITERATIONS = 400
+_STARTING_ITERATIONS = 13  # on a part of the losses
 _NEWTON_ITERATIONS = 40  # then bisection; three to eight suffice away from plateaus
-_MAX_ITERATIONS = 400
 _LONGEST_STEP = 10.0  # in log b, while there is no upper bracket
-_EPS = np.finfo(np.float64).eps
 _CEILING = 0.97 * math.log(np.finfo(np.float64).max)
-_TOLERANCE = 450 * _EPS  # on log D
-_SQUARED = 1e-9  # a residual whose square is far within the tolerance, whatever the curvature
+_TOLERANCE = 450 * EPS  # on log D
 _FAR = 30.0  # exponent at the maximum beyond which the mean is no origin for the sums
 _FINE = 1e-3  # standard deviation of the exponent below which a series replaces a difference
 
@@ -31,66 +32,72 @@ class _Path(NamedTuple):
     normalizer: np.ndarray
 
 
-def kl_ball(rows: Rows, radius: np.ndarray) -> Dual:
-    """Solve ``log KL(p_b) = log radius`` for ``p_b ~ q exp(b d)`` in ``x = log b`` by safeguarded Newton.
+def kl_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
+    """Solve ``log KL(p_b) = log radius`` for ``p_b ~ q exp(b d)`` in ``x = log b``.
 
     ``KL(p_b)`` increases with slope ``d log KL / d log b = b^2 Var_b(d) / KL``, which tends to 2 for small b.
     Since the variance under any weights is at most 1/4 (range 1), ``b >= sqrt(8 radius)``. On long rows the
     iteration starts from the solution of a weighted part of the losses.
     """
-    start = None
-    sample = rows.sample()
+    start, sample = None, rows.sample()
     with np.errstate(divide="ignore", invalid="ignore"):
         if sample is not None:
-            start, _, _ = _solve(sample, radius, None, tolerance=1e-3, iterations=12)
-        x, path, saturated = _solve(rows, radius, start, tolerance=_TOLERANCE, iterations=_MAX_ITERATIONS)
-    b = np.exp(x)
-    return Dual(path.normalizer / b, 1 / b, path.distance, saturated)
+            start = _solve(_Shortfall(sample, radius), None, 1e-3, _STARTING_ITERATIONS, failure=None).x
+        shortfall = _Shortfall(rows, radius)
+        failure = f"the KL ball's multiplier did not converge in {_ITERATIONS} iterations"
+        x, saturated = _solve(shortfall, start, _TOLERANCE, _ITERATIONS, failure)
+    b, path = np.exp(x), shortfall.path
+    return by_conjugate(divergence, rows, Dual(path.normalizer / b, 1 / b, path.distance, saturated))
 
 
-def kl_penalty(rows: Rows, strength: np.ndarray) -> Dual:
+def kl_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> Found:
     """Return the threshold ``strength * log mean exp(d / strength)``."""
     with np.errstate(divide="ignore", invalid="ignore"):
         path = _Tilted(rows)(1 / strength)
-    return Dual(path.normalizer * strength, strength, path.distance, np.zeros(len(strength), dtype=bool))
+    none = np.zeros(len(strength), dtype=bool)
+    return by_conjugate(divergence, rows, Dual(path.normalizer * strength, strength, path.distance, none))
 
 
 def _solve(
-    rows: Rows, radius: np.ndarray, start: np.ndarray | None, *, tolerance: float, iterations: int
-) -> tuple[np.ndarray, _Path, np.ndarray]:
-    tilted = _Tilted(rows)
-    target = np.log(radius)
-    low = 0.5 * (math.log(8.0) + target)
-    high = np.full_like(low, np.inf)
-    x = 0.5 * (math.log(2.0) + target) - np.log(tilted.deviation) if start is None else start
-    x = np.minimum(np.maximum(low, x), _CEILING)
-    # Where no series is used, D carries the rounding of its square root.
-    tolerated = tolerance + 2 * _EPS / np.sqrt(np.maximum(radius, _FINE**2))
-    for iteration in range(iterations):
-        path = tilted(np.exp(x))
-        residual = np.log(path.distance) - target
-        newton = x - residual / path.slope
-        below = residual < 0
-        low, high = np.where(below, x, low), np.where(below, high, x)
-        saturated = x >= _CEILING
-        done = (np.abs(residual) <= tolerated) | (high - low <= 4 * _EPS * np.maximum(np.abs(x), 1)) | saturated
-        if not some(~done):
-            return x, path, saturated
-        nearly = np.abs(residual) <= _SQUARED
-        if start is not None and not some(~(done | nearly & (newton > low) & (newton < high))):
-            # On long rows a pass is worth saving: the next residual is the square of this one, and D and the
-            # normalizer, whose slope is b E_p[d], are followed there.
-            step = np.where(done, 0.0, newton - x)
-            normalizer = path.normalizer + (path.distance + path.normalizer) * step
-            return x + step, _Path(np.where(done, path.distance, radius), path.slope, normalizer), saturated
-        bounded = np.where(high < np.inf, (low + np.minimum(high, _CEILING)) / 2, x + _LONGEST_STEP)
-        # KL has plateaus in b, between the gaps of close losses: a flat slope must not throw x out of reach, and
-        # rounding there can let Newton creep, while halving the bracket cannot.
-        trusted = (newton > low) & (newton < np.minimum(high, x + _LONGEST_STEP)) & (iteration < _NEWTON_ITERATIONS)
-        x = np.where(done, x, np.minimum(np.where(trusted, newton, bounded), _CEILING))
-    if iterations == _MAX_ITERATIONS:
-        raise RuntimeError(f"the KL ball's multiplier did not converge in {iterations} iterations")
-    return x, tilted(np.exp(x)), np.zeros_like(x, dtype=bool)
+    shortfall: _Shortfall, start: np.ndarray | None, tolerance: float, iterations: int, failure: str | None
+) -> Root:
+    radius = shortfall.radius
+    low = 0.5 * (math.log(8.0) + shortfall.target)
+    x = 0.5 * (math.log(2.0) + shortfall.target) - np.log(shortfall.tilted.deviation) if start is None else start
+    guard = Safeguard(
+        # Where no series is used, D carries the rounding of its square root.
+        tolerance=tolerance + 2 * EPS / np.sqrt(np.maximum(radius, _FINE**2)),
+        iterations=iterations,
+        failure=failure,
+        newton_iterations=_NEWTON_ITERATIONS,
+        longest=(np.inf, _LONGEST_STEP),
+        ends=(-np.inf, _CEILING),
+    )
+    return find_root(
+        shortfall,
+        np.minimum(np.maximum(low, x), _CEILING),
+        Bracket(low, np.full_like(low, np.inf)),
+        guard,
+        finish=None if start is None else shortfall.follow,  # on long rows a pass is worth saving
+    )
+
+
+class _Shortfall:
+    """``log radius - log KL(p_b)`` as a function of ``x = log b``."""
+
+    def __init__(self, rows: Rows, radius: np.ndarray) -> None:
+        self.radius, self.target, self.tilted = radius, np.log(radius), _Tilted(rows)
+
+    def __call__(self, x: np.ndarray) -> Residual:
+        self.path = self.tilted(np.exp(x))
+        value = self.target - np.log(self.path.distance)
+        return Residual(np.fmax(value, -np.inf), value / self.path.slope)  # NaN: x is too large
+
+    def follow(self, step: np.ndarray, done: np.ndarray) -> None:
+        """Follow D and the normalizer, whose slope is ``b E_p[d]``, to the end of a small step in x."""
+        distance, slope, normalizer = self.path
+        normalizer = normalizer + (distance + normalizer) * step
+        self.path = _Path(np.where(done, distance, self.radius), slope, normalizer)
 
 
 class _Tilted:
@@ -110,20 +117,13 @@ class _Tilted:
 
     def __call__(self, b: np.ndarray) -> _Path:
         near = b * -self.center <= _FAR
-        if not some(~near):
-            return self._near(b, slice(None))
-        if not some(near):
-            return self._far(b, slice(None))
-        result = _Path(*(np.empty_like(b) for _ in range(3)))
-        for chosen, part in ((near, self._near), (~near, self._far)):
-            for field, solved in zip(result, part(b[chosen], chosen), strict=True):
-                field[chosen] = solved
-        return result
+        fields = by_parts(near, lambda rows: self._near(b[rows], rows), lambda rows: self._far(b[rows], rows))
+        return _Path(*fields)
 
-    def _near(self, b: np.ndarray, chosen) -> _Path:
+    def _near(self, b: np.ndarray, chosen: Chosen) -> _Path:
         """With ``E = exp(b y) - 1`` all sums are of positive terms, but that of E, which is of second order."""
         center, shift, square = self.center[chosen], self.shift[chosen], self.square[chosen]
-        rows = self.rows if isinstance(chosen, slice) else self.rows.select(chosen)
+        rows = self.rows.select(chosen)
         origin, rate, largest = rows.column(center), rows.column(b), float(b.max())
         # sum E - sum b y loses what E's rounding is relative to its square; a series keeps it.
         fine = some(b * np.sqrt(square) < _FINE)
@@ -144,8 +144,8 @@ class _Tilted:
         distance = b * gain - psi
         return _Path(distance, b * b * variance / distance, psi + b * center)
 
-    def _far(self, b: np.ndarray, chosen) -> _Path:
-        rows = self.rows if isinstance(chosen, slice) else self.rows.select(chosen)
+    def _far(self, b: np.ndarray, chosen: Chosen) -> _Path:
+        rows = self.rows.select(chosen)
         rate = rows.column(b)
 
         def sums(block: Block):

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from drrho.divergences import KL, ChiSquare, CressieRead, CVaR, Divergence
+from drrho.divergences import Divergence
 from drrho.solvers.problem import REFUSED, REFUSED_ALPHA, REFUSED_RANGE, Problem, Solution
 
-_KINDS = {ChiSquare: 0, KL: 1, CVaR: 2}
-_ORDERS = {2.0: 0, 1.0: 1}
 _FIELDS = 8
 _LOSSES, _RADIUS, _STRENGTH, _ALPHA, _MEMORY, _ITERATIONS = range(1, 7)  # why a row is refused
 _SHARED_FROM = 2**20  # losses from which rows are shared among threads
@@ -40,30 +39,21 @@ def _load() -> ctypes.CDLL | None:
 library = _load()
 
 
-def kind_of(divergence: Divergence) -> int | None:
-    """Return the kernels' number for a divergence; None if they do not know it."""
-    if isinstance(divergence, CressieRead):
-        return _ORDERS.get(divergence.order)
-    return _KINDS.get(type(divergence))
-
-
-def takes(z: Tensor, alpha: Tensor | None, base: Tensor | None, problem: Problem) -> bool:
-    """Whether the kernels solve this problem."""
+def takes(z: Tensor, base: Tensor | None, problem: Problem) -> bool:
+    """Whether the kernels, which know the problem's divergence, solve this one."""
     return (
         library is not None
         and base is None
         and problem.group is None
         and z.device.type == "cpu"
-        and (alpha is None or isinstance(problem.divergence, CVaR))
-        and kind_of(problem.divergence) is not None
         and not torch.compiler.is_compiling()
     )
 
 
 def solve_natively(
-    z: Tensor, radius: Tensor | None, strength: Tensor | None, alpha: Tensor | None, divergence: Divergence
+    z: Tensor, radius: Tensor | None, strength: Tensor | None, alpha: Tensor | None, divergence: Divergence, kernel: int
 ) -> Solution:
-    """Solve rows ``z`` ``[rows, n]``, float64 or float32, computing in float64.
+    """Solve rows ``z`` ``[rows, n]``, float64 or float32, computing in float64, by the kernel of that number.
 
     Raises
     ------
@@ -71,19 +61,18 @@ def solve_natively(
         For a loss that is not finite, a range that overflows, or a parameter that is negative or not finite.
     """
     assert library is not None
-    kind = kind_of(divergence)
     z = z.contiguous()
     rows, n = z.shape
-    if kind == 2:
+    if not divergence.has_radius:
         radius = None  # it has no effect
-        if alpha is None:
-            alpha = torch.full((rows,), float(divergence.alpha), dtype=torch.float64)
+    if divergence.tail_fraction is not None and alpha is None:
+        alpha = torch.full((rows,), float(divergence.tail_fraction), dtype=torch.float64)
     given = [None if tensor is None else _float64(tensor) for tensor in (radius, strength, alpha)]
     weights = torch.empty_like(z)
     fields = torch.empty(_FIELDS, rows, dtype=torch.float64)
     solve = library.drrho_solve
     pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in (z, *given, weights, fields)]
-    size = (kind, z.dtype == torch.float32, n, rows)
+    size = (kernel, z.dtype == torch.float32, n, rows)
     threads = 1 if rows == 1 or rows * n < _SHARED_FROM else min(rows, torch.get_num_threads())
     if threads == 1:
         status = solve(*size, 0, rows, *pointers)
@@ -101,7 +90,7 @@ def _float64(tensor: Tensor) -> Tensor:
     return (tensor if tensor.dtype == torch.float64 else tensor.to(torch.float64)).contiguous()
 
 
-def _shared(solve, size: tuple, pointers: list, threads: int) -> int:
+def _shared(solve: Callable[..., int], size: tuple[int, ...], pointers: list[int | None], threads: int) -> int:
     """Solve parts of the rows in threads of their own; return the first refusal."""
     rows = size[-1]
     edges = [rows * part // threads for part in range(threads + 1)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from drrho.divergences import Divergence
+from drrho.ranks import Group
 from drrho.validation import refuse
 
 #: Refusals of a value, to be completed with it.
@@ -43,10 +44,10 @@ class Problem(NamedTuple):
     """What is solved, beside the tensors: the divergence and the group of ranks over which rows are spread."""
 
     divergence: Divergence
-    group: Any
+    group: Group
 
 
-def extremes_of(z: Tensor, base: Tensor | None, group: Any) -> Tensor:
+def extremes_of(z: Tensor, base: Tensor | None, group: Group) -> Tensor:
     """Return maximum and minimum of each row over the losses that have base weight, ``[2, rows]``."""
     extremes = torch.stack([z.amax(-1), z.amin(-1)])
     if group is not None:  # all ranks refuse, or those that see nothing wrong would wait for those that do
@@ -66,10 +67,17 @@ def extremes_of(z: Tensor, base: Tensor | None, group: Any) -> Tensor:
     return extremes
 
 
-def sample_count(z: Tensor, group: Any) -> int:
+def sample_count(z: Tensor, group: Group) -> int:
     """Return n, over all ranks."""
     if group is None:
         return z.shape[-1]
     count = torch.tensor([z.shape[-1]], device=z.device)
     dist.all_reduce(count, group=group)
     return int(count)
+
+
+def fraction_of(divergence: Divergence) -> float:
+    """Return the tail fraction of a divergence that has one for all rows."""
+    fraction = divergence.tail_fraction
+    assert fraction is not None
+    return float(fraction)

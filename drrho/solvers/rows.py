@@ -9,17 +9,20 @@ numbers costs a tenth of what it costs as device operations, and a pass over the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drrho.ranks import Group
+
 _BLOCK = 2**16  # losses of one row at a time on the CPU
 _SAMPLED_FROM = 2**17  # losses of a row from which an iteration starts on a part of them
 
 Term = Tensor | tuple[Tensor, Tensor]
+Chosen = np.ndarray | slice  # flags of some rows, or all of them
 
 
 class Block(NamedTuple):
@@ -41,7 +44,7 @@ class Rows:
         self,
         z: Tensor,
         base: Tensor | None,
-        group: Any,
+        group: Group,
         count: int,
         top: np.ndarray | None = None,
         scale: np.ndarray | None = None,
@@ -99,14 +102,11 @@ class Rows:
 
     def column(self, per_row: np.ndarray) -> float | Tensor:
         """Return what broadcasts one host number per row against ``d``."""
-        if len(per_row) == 1:
-            return float(per_row[0])
-        column = torch.from_numpy(per_row)[:, None]
-        return column if self.z.device.type == "cpu" else column.to(self.z.device)
+        return column(per_row, self.z.device)
 
-    def select(self, chosen: np.ndarray) -> Rows:
+    def select(self, chosen: Chosen) -> Rows:
         """Return the chosen rows only."""
-        if chosen.all():
+        if isinstance(chosen, slice) or chosen.all():
             return self
         mask = torch.from_numpy(chosen).to(self.z.device)
         base = self.base if self.base is None or len(self.base) == 1 else self.base[mask]
@@ -134,21 +134,6 @@ class Rows:
         return Rows(torch.cat([high, low])[None], base, None, base.shape[-1], self.top, self.scale)
 
 
-class Dual(NamedTuple):
-    """Multipliers of rows in units of ``d``, float64 ``[rows]`` on the host.
-
-    ``distance`` is D at them where the solver knows it better than a sum over the weights would, else None;
-    ``saturated`` marks rows that rounding has put at the hard maximum; ``fine`` says that ratios are so close to
-    one that their distance from it needs a form of its own.
-    """
-
-    threshold: np.ndarray
-    strength: np.ndarray
-    distance: np.ndarray | None
-    saturated: np.ndarray
-    fine: bool = True
-
-
 def _sum(term: Term, base: Tensor | None) -> Tensor:
     first, second = term if isinstance(term, tuple) else (term, None)
     if base is not None:
@@ -163,3 +148,31 @@ def _sum(term: Term, base: Tensor | None) -> Tensor:
 def some(flags: np.ndarray) -> bool:
     """Return whether any of the flags is set; for a single row without NumPy's reduction, which costs more."""
     return bool(flags[0]) if len(flags) == 1 else bool(flags.any())
+
+
+def column(per_row: np.ndarray | Tensor, device: torch.device) -> float | Tensor:
+    """Return what broadcasts one number per row against losses: for a single row a number, which is faster."""
+    if len(per_row) == 1 and not torch.compiler.is_compiling():
+        return per_row.item()
+    numbers = torch.from_numpy(per_row) if isinstance(per_row, np.ndarray) else per_row
+    return numbers.to(device)[:, None]
+
+
+def scatter(chosen: np.ndarray, inside: np.ndarray, outside: np.ndarray | float) -> np.ndarray:
+    """Return an array over all rows: ``inside`` in the chosen ones, in their order, ``outside`` in the others."""
+    everywhere = np.empty(len(chosen), dtype=inside.dtype)
+    everywhere[chosen], everywhere[~chosen] = inside, outside
+    return everywhere
+
+
+def by_parts(
+    flags: np.ndarray,
+    inside: Callable[[Chosen], tuple[np.ndarray, ...]],
+    outside: Callable[[Chosen], tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, ...]:
+    """Return fields of all rows, those of the flagged ones from one function and those of the others from another."""
+    if not some(~flags):
+        return inside(slice(None))
+    if not some(flags):
+        return outside(slice(None))
+    return tuple(scatter(flags, *parts) for parts in zip(inside(flags), outside(~flags), strict=True))

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.solvers.rows import Block, Dual, Rows
+from drrho.divergences import Divergence
+from drrho.solvers.dual import Dual, Found
+from drrho.solvers.rows import Block, Rows, column
 
 _SAMPLED_FROM = 2**17  # losses of a row from which a sample brackets the threshold first
 
@@ -28,7 +30,7 @@ class Tail(NamedTuple):
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
-        return self.tilt_of(torch.sub(d, column(self.threshold)).sign_())
+        return self.tilt_of(torch.sub(d, column(self.threshold, d.device)).sign_())
 
     def tilt_of(self, relation: Tensor) -> Tensor:
         """Return the tilt of losses by the sign of their excess over the threshold, which is overwritten."""
@@ -68,7 +70,7 @@ def _cut(rows: Rows, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, flo
     whole = 1.0 if rows.base is not None else float(rows.count)
     if found is not None:
         return *found, whole
-    at = column(threshold)
+    at = column(threshold, rows.z.device)
 
     def masses(block: Block):
         relation = torch.sub(block.d, at).sign_()
@@ -134,13 +136,6 @@ def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
     return -high.view(torch.float64).to(rows.z.dtype)
 
 
-def column(per_row: Tensor) -> Tensor | float:
-    """Return what broadcasts one number per row against losses: for a single row a number, which is faster."""
-    if len(per_row) == 1 and not torch.compiler.is_compiling():
-        return per_row.item()
-    return per_row[:, None]
-
-
 class TotalVariationTilt(NamedTuple):
     """Tilts of the total-variation risks: what lies low is moved to the maximum, of tilt ``at_top`` ``[rows]``."""
 
@@ -151,24 +146,24 @@ class TotalVariationTilt(NamedTuple):
         """Return the tilt of losses ``[rows, width]``."""
         return self.lowered(d).addcmul_((d == 0).to(d.dtype), self.at_top[:, None])
 
-    def ratio(self, d: Tensor) -> Tensor:
-        """Return the ratio."""
-        return self.tilt(d).add_(1)
+    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
+        """Return one plus the tilt."""
+        return tilt + 1
 
 
-def total_variation_ball(rows: Rows, radius: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
+def total_variation_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
     """Move the lowest base mass ``radius`` to the maximum: ``radius max + (1 - radius) CVaR_(1 - radius)``."""
     moved = torch.from_numpy(radius).to(rows.z.device)
     threshold, higher, equal, whole = _cut(rows, 1 - moved if len(rows) > 1 else float(1 - radius[0]))
     below = (whole - higher) - equal
     lowest = Tail(threshold, torch.zeros_like(equal), ((below - moved * whole) / equal).clamp(-1, 0))
-    return _received(rows, lowest.tilt), _dual(-threshold.cpu().numpy())
+    return Found(_received(rows, lowest.tilt), _dual(-threshold.cpu().numpy()))
 
 
-def total_variation_penalty(rows: Rows, strength: np.ndarray) -> tuple[TotalVariationTilt, Dual]:
+def total_variation_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> Found:
     """Move every loss's mass to the maximum that lies more than ``strength`` below it: ``mean max(d, -strength)``."""
     floor = -rows.column(strength)
-    return _received(rows, lambda d: (d < floor).to(d.dtype).neg_()), _dual(strength)
+    return Found(_received(rows, lambda d: (d < floor).to(d.dtype).neg_()), _dual(strength))
 
 
 def _received(rows: Rows, lowered: Callable[[Tensor], Tensor]) -> TotalVariationTilt:

@@ -2,7 +2,7 @@
 
 An options group is a frozen dataclass. `check_options` refuses, by the option's name, a value outside its range, and an
 option that was given although it takes no part in the run. A group's own method ``check_together`` refuses what
-involves several of its options. Nothing here imports more than the standard library, so that a wrong option is refused at once.
+involves several of its options. Nothing heavy is imported here, so that a wrong option is refused at once.
 """
 
 from __future__ import annotations

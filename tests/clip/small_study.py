@@ -6,12 +6,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file
 
 from experiments.clip.cli.options import Data, Train
-from experiments.clip.training.options import Loss
 from experiments.clip.run import main
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import Cell, reference_cell
-from experiments.clip.training.options import Optimization
-from experiments.clip.training.options import CheckpointPolicy
+from experiments.clip.training.options import CheckpointPolicy, Loss, Optimization
 
 
 def training(loss, seed=0, split="train"):

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from experiments.clip.cli.options import Data, Train
+from experiments.clip.cli.options import Captions, Data, Train
 from experiments.clip.cli.presets import PRESETS
-from experiments.clip.cli.options import Captions
 from experiments.clip.study.settings import (
     DIVERGENCE,
     LONGER_SETTINGS,
@@ -30,8 +29,7 @@ from experiments.clip.study.settings import (
     Setting,
     settings_of,
 )
-from experiments.clip.training.options import Optimization
-from experiments.clip.training.options import CheckpointPolicy
+from experiments.clip.training.options import CheckpointPolicy, Optimization
 
 
 @dataclass(frozen=True)

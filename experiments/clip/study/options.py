@@ -32,7 +32,9 @@ class Study:
     seconds: Annotated[
         float | None,
         PositiveOrInfinite,
-        OnlyWith("running trainings: leave out --dry-run and --check", lambda study: not (study.dry_run or study.check)),
+        OnlyWith(
+            "running trainings: leave out --dry-run and --check", lambda study: not (study.dry_run or study.check)
+        ),
     ] = None
     """Stop after so many, keeping the state of the training under way."""
 

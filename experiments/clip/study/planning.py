@@ -15,8 +15,8 @@ from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.plan import cost_of
 from experiments.clip.glyphs.source import dataset_settings
 from experiments.clip.models.clip import fingerprint_of
-from experiments.clip.training.options import SHIPPED_REFERENCE
 from experiments.clip.study.grid import STUDIES, Cell, Tuned, reference_cell
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 _FORMAT = 1
 # What the trained model does not depend on.

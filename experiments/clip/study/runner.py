@@ -29,15 +29,14 @@ import torch
 from rich.table import Table
 from scipy import stats
 
-from experiments.clip.cli.options import Data, Train
+from experiments.clip.cli.building import build_models
+from experiments.clip.cli.options import Captions, Data, Train
 from experiments.clip.cli.parser import as_words
 from experiments.clip.cli.terminal import console, stop_on_signal
-from experiments.clip.cli.building import build_models
 from experiments.clip.cli.train import Trained, train_model
 from experiments.clip.distributed import joined_ranks
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.glyphs.dataset import Manifest
-from experiments.clip.cli.options import Captions
 from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
 from experiments.clip.glyphs.source import load_pairs, open_data, prepare, share
 from experiments.clip.glyphs.stream import PreparedPairs

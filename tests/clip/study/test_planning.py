@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 from experiments.clip.cli.options import Train
-from experiments.clip.training.options import Loss
 from experiments.clip.study.grid import REFERENCES, STUDIES, Cell
 from experiments.clip.study.planning import (
     cell_hash,
@@ -13,6 +12,7 @@ from experiments.clip.study.planning import (
     planned_trainings,
     reference_label,
 )
+from experiments.clip.training.options import Loss
 
 
 def test_a_hash_is_that_of_all_that_the_result_depends_on():

@@ -15,6 +15,7 @@ from problems import HARD, value_tolerance
 
 from drrho import KL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, hybrid_risk, penalized_risk
 from drrho.solvers import native
+from drrho.solvers.algorithms import algorithm_of
 
 pytestmark = pytest.mark.skipif("config.getoption('--portable')", reason="needs the kernels")
 
@@ -98,10 +99,10 @@ def test_hybrid_whose_penalty_lies_on_the_edge_of_the_ball():
 def test_orders_one_and_two_are_kl_and_chi_square(order):
     z = torch.randn(50, dtype=torch.float64)
     same = {1.0: KL(), 2.0: ChiSquare()}[order]
-    assert native.kind_of(CressieRead(order)) == native.kind_of(same)
+    assert algorithm_of(CressieRead(order)).kernel == algorithm_of(same).kernel
     assert torch.equal(constrained_risk(z, CressieRead(order), 0.1).weights, constrained_risk(z, same, 0.1).weights)
-    assert native.kind_of(TotalVariation()) is None
-    assert native.kind_of(CressieRead(1.5)) is None
+    assert algorithm_of(TotalVariation()).kernel is None
+    assert algorithm_of(CressieRead(1.5)).kernel is None
 
 
 def test_a_subclass_is_not_taken_for_its_parent():
@@ -109,7 +110,7 @@ def test_a_subclass_is_not_taken_for_its_parent():
         def phi(self, t):
             return 2 * super().phi(t)
 
-    assert native.kind_of(Doubled()) is None
+    assert algorithm_of(Doubled()).kernel is None
 
 
 @every_risk

@@ -1,0 +1,147 @@
+"""Roots of many decreasing functions at once, one per row, by safeguarded Newton.
+
+A divergence gives a function of ``x`` ``[rows]`` that says how far each row is from its root and where Newton's
+method would go; here it is decided whether that is believed. The functions may have plateaus, where a flat slope
+must not throw x out of reach, and rounding near the root can let Newton creep, while halving a bracket cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from drrho.solvers.rows import some
+
+EPS = float(np.finfo(np.float64).eps)
+_SQUARED = 1e-9  # a residual whose square is far within any tolerance here, whatever the curvature
+
+
+class Residual(NamedTuple):
+    """A function at x, ``[rows]`` each: its value, positive below the root, and Newton's step, NaN where unknown.
+
+    Rows that are not ``ready``, because their value is not known yet, stay where they are.
+    """
+
+    value: np.ndarray
+    step: np.ndarray
+    ready: np.ndarray | bool = True
+
+
+class Root(NamedTuple):
+    """Where an iteration ended, ``[rows]`` each; ``saturated`` marks rows at an end of what x may be."""
+
+    x: np.ndarray
+    saturated: np.ndarray
+
+
+class Bracket:
+    """What bounds a root from below and above, row by row."""
+
+    def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
+        self.low, self.high = low, high
+
+    @classmethod
+    def open(cls, size: int) -> Bracket:
+        """Return a bracket of all numbers."""
+        return cls(np.full(size, -np.inf), np.full(size, np.inf))
+
+    def narrow(self, x: np.ndarray, below: np.ndarray, above: np.ndarray) -> None:
+        """Take x for a bound where it lies below the root, or above it, and is closer than the bound known."""
+        self.low = np.where(below, np.maximum(self.low, x), self.low)
+        self.high = np.where(above, np.minimum(self.high, x), self.high)
+
+    def contains(self, x: np.ndarray) -> np.ndarray:
+        """Return whether x lies strictly inside."""
+        return (x > self.low) & (x < self.high)
+
+    def collapsed(self, size: np.ndarray) -> np.ndarray:
+        """Return whether there is hardly a number left inside, for numbers of the given size."""
+        return self.high - self.low <= 4 * EPS * size
+
+    def halved(self, x: np.ndarray, below: np.ndarray, longest: float) -> np.ndarray:
+        """Return the middle, or the longest step from x towards the root while a side is open."""
+        away = np.where(below, x + longest, x - longest)
+        return np.where(np.isfinite(self.low + self.high), (self.low + self.high) / 2, away)
+
+
+class Safeguard(NamedTuple):
+    """How Newton's method is kept from harm.
+
+    ``ends`` are the least and largest x allowed; ``longest`` bounds a step, that down and that up; after
+    ``newton_iterations`` the bracket is halved. ``failure`` is what is raised if there is no root after
+    ``iterations``; None: x is returned as it is then, for a start of another iteration.
+    """
+
+    tolerance: np.ndarray
+    iterations: int
+    failure: str | None
+    newton_iterations: int
+    longest: tuple[float, float]
+    ends: tuple[float, float] = (-np.inf, np.inf)
+
+
+def find_root(
+    function: Callable[[np.ndarray], Residual],
+    x: np.ndarray,
+    bracket: Bracket,
+    guard: Safeguard,
+    *,
+    finish: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    follow: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    from_above: bool = False,
+) -> Root:
+    """Find x where a function that decreases in x is zero to the tolerance, or where no number is closer.
+
+    Parameters
+    ----------
+    function
+        Takes x to a `Residual`. It may keep what else it computes: its last call is at the x returned, unless
+        ``finish`` has moved it.
+    x, bracket
+        Where to start, and what is known to bound the root, which is narrowed in place.
+    finish
+        For a function that can follow a small step without another pass over the losses: called with the last step
+        and the rows that need none, once all others are so close that the step squares an error that is tiny already.
+    follow
+        For a function with a state: called after each step with x before it, x after it, and the rows that take it.
+    from_above
+        Whether, where no number meets the tolerance, the one just above the root is wanted.
+
+    Raises
+    ------
+    RuntimeError
+        With ``guard.failure``.
+    """
+    (down, up), (least, largest) = guard.longest, guard.ends
+    for iteration in range(guard.iterations):
+        value, step, ready = function(x)
+        below, above = (value > 0) & ready, (value <= 0) & ready
+        bracket.narrow(x, below, above)
+        saturated = ((x <= least) | (x >= largest)) & ready
+        reached = np.abs(value) <= guard.tolerance
+        done = (reached | bracket.collapsed(np.maximum(np.abs(x), 1))) & ready | saturated
+        if not some(~done):
+            between = below & ~reached & np.isfinite(bracket.high)
+            if from_above and some(between):
+                x = np.where(between, bracket.high, x)
+                function(x)
+            return Root(x, saturated)
+        newton = x + step
+        inside = bracket.contains(newton)
+        if finish is not None and not some(~(done | (np.abs(value) <= _SQUARED) & inside)):
+            last = np.where(done, 0.0, newton - x)
+            finish(last, done)
+            return Root(x + last, saturated)
+        if iteration + 1 == guard.iterations:
+            break
+        trusted = inside & (step >= -down) & (step <= up) & (iteration < guard.newton_iterations)
+        following = np.clip(np.where(trusted, newton, bracket.halved(x, below, up)), least, largest)
+        moved = ready & ~done
+        if follow is not None:
+            follow(x, following, moved)
+        x = np.where(moved, following, x)
+    if guard.failure is not None:
+        raise RuntimeError(guard.failure)
+    return Root(x, np.zeros(len(x), dtype=bool))

@@ -1,0 +1,29 @@
+"""Ratios from multipliers, near one and away from it."""
+
+import pytest
+import torch
+from families import EVERY
+from problems import normalized_rows, tensor
+
+from drrho.solvers.dual import ConjugateTilt
+
+D = tensor([[-1.0, -0.6, -0.1, 0.0]])
+
+
+@pytest.mark.parametrize("name", ["kl", "chi2", "order 1.5", "jensen-shannon", "capped kl 0.3"])
+@pytest.mark.parametrize("strength", [1.0, 1e3, 1e9])
+def test_the_fine_form_keeps_the_digits_that_the_plain_one_rounds(name, strength):
+    fine, plain = (ConjugateTilt(EVERY[name], -0.4, strength, fine) for fine in (True, False))
+    tilt = fine.tilt(D)
+    torch.testing.assert_close(plain.tilt(D), tilt, rtol=0, atol=4e-16 * 4)
+    torch.testing.assert_close(fine.ratio(D, tilt), tilt + 1)
+    if strength == 1e9:  # the tilt is phi*''(0) s there
+        curvature = EVERY[name].curvature(tensor([0.0]))
+        torch.testing.assert_close(tilt, curvature * (D + 0.4) / strength, rtol=1e-8, atol=0)
+
+
+def test_losses_are_not_changed():
+    before = D.clone()
+    ConjugateTilt(EVERY["kl"], -0.4, 2.0, True).tilt(D)
+    assert torch.equal(D, before)
+    assert len(normalized_rows(D)) == 1
