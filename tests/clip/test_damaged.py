@@ -144,6 +144,7 @@ def check_pairs_are_true(outcome):
         assert caption == f"caption {width - 8}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_cuts_everywhere(feed, format):
     data = VICTIMS[format]
@@ -158,6 +159,7 @@ def test_cuts_everywhere(feed, format):
     assert len(lengths) > 200
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     st.sampled_from(list(FORMATS)), st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3)
@@ -170,13 +172,14 @@ def test_flipped_bytes(feed, format, flips):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("which", [0, 1, 7, 14])
+@pytest.mark.parametrize("which", [0, 1, 7, pytest.param(14, marks=pytest.mark.slow)])
 def test_false_sizes(feed, format, which):
     for value in corpus.SIZE_FIELDS:
         data = sealed(VICTIMS[format], HEADERS[format][which], 124, value)
         check_nothing_is_lost(feed(data), data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_garbage_in_other_fields(feed, format):
     for field, values in corpus.OTHER_FIELDS.items():
@@ -195,6 +198,7 @@ def test_false_checksums(feed, value):
     check_nothing_is_lost(outcome, data)
 
 
+@pytest.mark.slow
 def test_members_of_every_kind(feed):
     for kind in range(256):
         data = sealed(VICTIMS["gnu"], HEADERS["gnu"][3], 156, bytes([kind]))
@@ -207,6 +211,7 @@ def check_keys_are_harmless(outcome):
         assert not re.search(r"[\x00-\x1f\x7f]", key) and len(key.encode("utf-8", "surrogateescape")) <= 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["header", "gnu", "pax", "pax of all"])
 def test_hostile_names(feed, way):
     for name in corpus.NAMES + corpus.LONG_NAMES:
@@ -230,6 +235,7 @@ def test_hostile_names(feed, way):
         assert not outcome.damage and (8, "caption 0") in outcome.delivered.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
 def test_hostile_records(feed, kind):
     for record in corpus.RECORDS:
@@ -256,6 +262,7 @@ def test_names_that_nearly_agree(feed):
         check_nothing_is_lost(feed(data), data)
 
 
+@pytest.mark.slow
 def test_other_members(feed):
     """Links, devices, folders and pickles in the place of images and captions."""
     kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
@@ -283,7 +290,10 @@ def test_images(feed, name, suffix):
     judged(feed(archive([*sample(0), (f"1.{suffix}", data), ("1.txt", b"x"), *sample(2)])), wanted)
 
 
-@pytest.mark.parametrize("name", corpus.TEXTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "1 MiB of letters" else []) for name in corpus.TEXTS],
+)
 def test_texts(feed, name):
     data, wanted = corpus.TEXTS[name]
     judged(feed(archive([*sample(0), ("1.png", image()), ("1.txt", data), *sample(2)])), wanted)
@@ -327,6 +337,7 @@ def edited(data, edits, step=1):
     return bytes(data)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.integers(0, len(corpus.BASES) - 1), EDITS)
 def test_images_damaged_at_random(feed, base, edits):
@@ -343,6 +354,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     st.binary(max_size=300) | st.text(max_size=300).map(str.encode),
@@ -355,6 +367,7 @@ def test_captions_at_random(feed, text, described, edits):
     assert not outcome.left_out and {0, 3} <= set(outcome.delivered) and outcome.counted == 4
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(list(FORMATS)), EDITS, st.sampled_from([1, BLOCK]))
 def test_shards_damaged_twice(feed, format, edits, step):
@@ -377,6 +390,7 @@ HEADER_EDITS = st.lists(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(list(FORMATS)), HEADER_EDITS, EDITS | st.just([]))
 def test_false_headers_that_are_sealed(feed, format, headers, edits):
@@ -596,6 +610,7 @@ def test_tables_that_are_none(feed_table):
         assert feed_table(data).refused
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     st.lists(st.tuples(st.sampled_from(PATHS), st.sampled_from(list(TITLES)) | st.text(max_size=20)), max_size=4),
@@ -620,6 +635,7 @@ def parquet():
     return stream.getvalue()
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=60)
 @given(edits=EDITS)
 def test_parquet_damaged_at_random(feed_table, parquet, edits):
@@ -627,6 +643,7 @@ def test_parquet_damaged_at_random(feed_table, parquet, edits):
     feed_table(edited(parquet, edits), "parquet")
 
 
+@pytest.mark.slow
 def test_nothing_is_executed(feed, tmp_path):
     """Pickles under the names of every kind of member, and commands in the place of data."""
     mark = tmp_path / "executed"
