@@ -136,8 +136,8 @@ def points(found: PairedDifference) -> str:
 def _difference(a: Array, b: Array, above: float = 0.0, comparisons: int = 1) -> Judged:
     """Compare a difference's lower limits, of both intervals, with what they must be above.
 
-    Of one of several comparisons that answer one question, also say whether it holds when 95 % is to hold for all at
-    once (Bonferroni).
+    For one of several comparisons that answer one question, also say whether it holds when 95 % is to hold for all of
+    them at once (Bonferroni).
     """
     found = paired_difference(a, b)
     holds = min(found.t.low, found.bootstrap.low) > above
@@ -208,9 +208,9 @@ def _data_efficiency(results: Results, known: dict[str, Any]) -> Iterator[Claim]
     for method, captions in (*product(("drrho", WITH_DISTILLATION), ("clean", "swapped")), *on_half):
 
         def half(baseline: str, method: str = method, captions: str = captions) -> Judged:
-            share, whole = results.share(method, captions, HALF), results.method(baseline, captions)
-            equal_samples(share, whole)
-            judged = _difference(*paired(share, whole), TOLERANCE)
+            share, full = results.share(method, captions, HALF), results.method(baseline, captions)
+            equal_samples(share, full)
+            judged = _difference(*paired(share, full), TOLERANCE)
             return Judged(judged.ours + _chosen_from(share), judged.holds)
 
         def saved(method: str = method, captions: str = captions) -> Judged:

@@ -1,8 +1,6 @@
 """The linear experiment: splits, methods, statistics, and figures from the committed results."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +97,8 @@ def test_committed_results_figures_and_page():
 
 
 @pytest.mark.parametrize("options", [["--repetitions", "0"], ["--processes", "-1"], ["--tables", "iris"]])
-def test_wrong_options_are_refused_in_one_line(options):
-    done = subprocess.run(
-        [sys.executable, "experiments/linear/run.py", *options], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert options[1] in done.stderr.splitlines()[-1]
+def test_wrong_options_are_refused_in_one_line(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(options)
+    assert stop.value.code == 2
+    assert options[1] in capsys.readouterr().err.splitlines()[-1]

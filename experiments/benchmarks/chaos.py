@@ -1,4 +1,4 @@
-"""Break small trainings at random moments, let them go on, and compare their ends bit by bit with one left alone.
+"""Break small trainings at random moments, resume them, and compare their ends bit by bit with one left alone.
 
 ``python experiments/benchmarks/chaos.py --kills 50 --faults 20 --seed 0`` prints a line per trial and writes
 results/chaos.md. Every trial is the program itself: shards are written, counted (`catalog`), the reference's features
@@ -67,7 +67,7 @@ class Row:
 
 
 class Run:
-    """The whole program in a folder, in a process of its own, or in one for each rank."""
+    """A run of all commands in a folder, in a process of its own, or in one for each rank."""
 
     def __init__(
         self, folder: Path, splits: Splits, ranks: int = 1, sabotage: Callable[[], None] | None = None
@@ -220,7 +220,7 @@ def samples_of(folder: Path, rank: int = 0) -> dict[str, set[str]]:
 
 
 def loads(folder: Path) -> bool:
-    """Whether the last checkpoint, if there is one, can be read whole."""
+    """Whether all of the last checkpoint can be read, if there is one."""
     last = latest_checkpoint(folder / "out" / "checkpoints")
     try:
         return last is None or bool(Checkpoint(last).full_tensors(""))
@@ -246,7 +246,7 @@ class Trials:
     scratch : Path
         Where runs have their folders.
     seed : int
-        Of the moments.
+        Seed of the random moments.
     """
 
     def __init__(self, scratch: Path, seed: int) -> None:
@@ -286,11 +286,11 @@ class Trials:
         return folder
 
     def verdict(self, folder: Path, ended_in: str, ranks: int = 1) -> Verdict:
-        """Let a broken run go on to its end, and compare."""
+        """Resume a broken run, and compare its end."""
         good = loads(folder)
         statuses = Run(folder, self.splits, ranks).finish()
         if any(statuses):
-            return Verdict(f"{ended_in}; going on ended with {statuses}", False, False, good)
+            return Verdict(f"{ended_in}; resuming ended with {statuses}", False, False, good)
         return self.compared(folder, ended_in, ranks, good)
 
     def compared(self, folder: Path, ended_in: str, ranks: int, good: bool) -> Verdict:
@@ -343,7 +343,7 @@ class Trials:
         return begun
 
     def told(self, begun: Run, status: int, message: str, rank: int = 0, ranks: int = 1) -> Verdict:
-        """Expect a broken run to end with this status and message, then let it go on."""
+        """Expect a broken run to end with this status and message, then resume it."""
         statuses = begun.finish()
         said = [line for line in begun.said(rank) if message in line]
         is_clear = statuses[rank] == status and len(said) == 1 and not any("Traceback" in x for x in begun.said(rank))

@@ -30,7 +30,7 @@ GROWTH = 1.15
 
 
 def plain_risk(image: Tensor, text: Tensor, reference: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Return the risk as one would write it: whole matrices, logsumexp over rows and columns."""
+    """Return the risk as one would write it: full matrices, logsumexp over rows and columns."""
     similarity = image @ text.T
     if reference is not None:
         similarity = similarity - reference[0] @ reference[1].T

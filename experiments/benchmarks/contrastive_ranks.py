@@ -3,7 +3,7 @@
 - **exchange** (the library): a rank holds its images against all texts; normalizers of text anchors are reduced over
   ranks, gradients of texts are sent home. Features travel once forward and once backward, those of the reference once.
 - **reduction** (FastCLIP): a rank holds its images against all texts and its texts against all images; features of both
-  travel forward without a gradient, then the normalizers, and each rank has its own gradients whole.
+  travel forward without a gradient, then the normalizers, and each rank has all of its own gradients.
 - **gather**: both sides travel forward and their gradients backward, through an automatic derivative.
 
 ``python experiments/benchmarks/contrastive_ranks.py`` checks that all three give one gradient, then times them.

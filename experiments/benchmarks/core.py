@@ -395,7 +395,7 @@ def _device_arrays(z: Tensor, call: Callable[[], Any]) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / (z.element_size() * len(z))
 
 
-# --- the whole ------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------
 
 
 def peer_table(n: int, repeats: int) -> Section:

@@ -1,7 +1,7 @@
 """Premiums in extended precision, by other means than the library's: scalar equations over centered losses.
 
 A premium is risk minus mean. Balls are solved along the one-parameter path of optimal weights, on which D decreases, by
-a bracketed secant in ``numpy.longdouble`` (64-bit significand on x86, where it settles 1e-11; plain double elsewhere).
+a bracketed secant in ``numpy.longdouble`` (64-bit significand on x86, where it reaches 1e-11; plain double elsewhere).
 `disagreement` holds them against the one-variable dual problems, minimized by bisection in 50 digits of mpmath.
 """
 
@@ -23,9 +23,9 @@ class Path(NamedTuple):
     """Optimal weights of one divergence's balls: a scalar moves them from the maximum to uniform."""
 
     weigh: Callable[[Any, Any], tuple[Any, Any]]
-    """Of losses with mean 0 and the path's scalar: ``n p - 1`` and D."""
+    """Maps losses of mean 0 and the path's scalar to ``n p - 1`` and D."""
     maximal_radius: Callable[[Any], Any]
-    """Of the share of losses tied at the maximum: the radius from which the risk is the maximum."""
+    """Maps the share of losses tied at the maximum to the radius from which the risk is the maximum."""
 
 
 def _chi_square(z: Any, x: Any) -> tuple[Any, Any]:

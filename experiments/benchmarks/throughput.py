@@ -285,7 +285,7 @@ class Finish(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One workload: images per second, share of time waiting for data, seconds of the whole program."""
+    """One workload: images per second, share of time waiting for data, seconds of the program."""
 
     workload: str
     model: str
@@ -482,7 +482,7 @@ def steering_row(options: Options) -> SteeringRow:
     )
 
 
-# --- the whole ------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -509,7 +509,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, write; return the exit status, 2 for what the user can mend."""
+    """Measure, print, write; return the exit status, 2 for what the user can correct."""
     try:
         measure(parse(arguments), arguments)
     except (UserError, OSError) as error:

@@ -63,8 +63,8 @@ def split(name: str, seed: int, n: int) -> Split:
     """Draw the split of a seed; the target's samples of a smaller n are the first of those of a larger one."""
     table, (x, y) = TABLES[name], _loaded(name)
     order = np.random.default_rng([seed, sum(name.encode())]).permutation(len(x))
-    m, most = table.reference_samples, max(table.sizes)
-    parts = order[:m], order[m : m + n], order[m + most :]
+    m, largest = table.reference_samples, max(table.sizes)
+    parts = order[:m], order[m : m + n], order[m + largest :]
     center, spread = x[parts[0]].mean(0), x[parts[0]].std(0)
     x = (x - center) / np.where(spread > 0, spread, 1.0)
     if not table.classes:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from experiments.benchmarks.chaos import Verdict, row, same
@@ -11,6 +12,7 @@ from experiments.benchmarks.chaos import Verdict, row, same
 PROGRAM = Path(__file__).parents[2] / "experiments" / "benchmarks" / "chaos.py"
 
 
+@pytest.mark.slow
 def test_broken_runs_end_as_one_left_alone(tmp_path):
     command = [sys.executable, str(PROGRAM), "--kills", "3", "--faults", "1", "--seed", "5"]
     done = subprocess.run([*command, "--output", str(tmp_path / "t.md")], capture_output=True, text=True, timeout=900)

@@ -106,7 +106,7 @@ def write_dataset(
 
     Everything goes to a sibling folder ``.NAME.partial-PID`` that is renamed at the end, so a process killed
     at any moment leaves nothing that `open_dataset` accepts; the next write removes what dead processes left.
-    Of several processes (not threads) writing one folder the first wins, the others return its data set.
+    When several processes (not threads) write one folder, the first wins and the others return its data set.
 
     Parameters
     ----------
