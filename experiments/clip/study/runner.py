@@ -294,7 +294,7 @@ class _StudyRunner:
 
 
 class PairsInMemory:
-    """Splits as models read them, kept for the trainings that follow; the last few."""
+    """Splits as models read them; the last few are kept in memory for the trainings that follow."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[tuple[str, str, str], PreparedPairs] = OrderedDict()

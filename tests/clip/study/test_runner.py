@@ -58,6 +58,14 @@ def finish(process):
     return output
 
 
+def has_a_checkpoint(place):
+    """Whether a training is under way that would resume; its folder may go while it is looked into."""
+    try:
+        return any(latest_checkpoint(path) is not None for path in place.out.glob("*/*/checkpoints"))
+    except FileNotFoundError:
+        return False
+
+
 def numbers(results):
     """What must be equal wherever and however it was computed."""
     return {own: row | {"seconds": "", "options": ""} for own, row in read_rows(results).items()}
@@ -131,8 +139,7 @@ def test_killed_anywhere_and_started_again_it_has_the_same_lines(finished, tmp_p
     for kills in range(3):
         process = place.start()
         while process.poll() is None:
-            under_way = [path for path in place.out.glob("*/*/checkpoints") if latest_checkpoint(path) is not None]
-            if len(read_rows(place.results)) >= 2 * kills and under_way:
+            if len(read_rows(place.results)) >= 2 * kills and has_a_checkpoint(place):
                 break
             time.sleep(0.01)
         process.kill()
