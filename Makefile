@@ -9,17 +9,29 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo test figures linear bench-core bench-contrastive bench-clip chaos clean
+.PHONY: demo check test lint types fast figures linear bench-core bench-contrastive bench-clip chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
 
-test: $(READY)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/pyright
+# For every save: what takes long is marked slow, and left to `make test`.
+check: lint
+	@$(MAKE) --no-print-directory -j2 types fast
+
+# Everything.
+test: lint types
 	$(PYTEST)
 	$(PYTEST) --portable $(PORTABLE)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+fast: $(READY)
+	$(PYTEST) -m "not slow"
 
 # A script ends with 3 where nothing of its figure is measured yet, and says what would measure it.
 figures: $(READY)

@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import experiments.clip.cli.commands
+import experiments.clip.cli.train  # noqa: F401
 from experiments.benchmarks.measure import markdown, provenance
 from experiments.clip.data.batch import Batch
 from experiments.clip.data.loader import Loader

@@ -12,7 +12,9 @@ from drrho.solvers.generic import generic_ball, generic_penalty
 LOSSES = np.random.default_rng(0).exponential(size=(3, 40))
 
 
-@pytest.mark.parametrize("divergence", [JensenShannon(), UserHellinger(), CappedKL(0.3)], ids=repr)
+@pytest.mark.parametrize(
+    "divergence", [JensenShannon(), UserHellinger(), CappedKL(0.3)], ids=lambda divergence: type(divergence).__name__
+)
 def test_what_is_not_registered_is_solved_by_the_generic_algorithm(divergence):
     assert algorithm_of(divergence) == Algorithm()
 

@@ -248,7 +248,7 @@ class GlobalContrastive:
         self._gamma_epochs, self._final_gamma = gamma_epochs, final_gamma
         divergence = KL() if divergence is None else divergence
         # KL's dual variable has a closed form, a log-normalizer, which has options of its own.
-        self._is_kl = isinstance(divergence, KL)
+        self._is_kl = divergence.has_exponential_weights
         self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, device, group)
         for_kl: dict[str, Any] = {
             "log_step": log_step,

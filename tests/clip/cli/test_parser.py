@@ -1,24 +1,14 @@
-"""Options kept and repeated, and presets against the published settings."""
+"""The command line, and the configuration that a run keeps."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
-from drrho.running import published_final_gamma
-from experiments.clip.cli.parser import as_settings, load_config, save_config
-from experiments.clip.cli.presets import PRESETS
+from experiments.clip.cli.options import Train
+from experiments.clip.cli.parser import as_settings, as_words, from_dict, save_config
 from experiments.clip.errors import UserError
 from experiments.clip.run import parse
-
-PUBLISHED = json.loads((Path(__file__).parents[2] / "fixtures" / "published_hyperparameters.json").read_text())
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_kept_and_read_back(name, tmp_path):
-    save_config(tmp_path / "config.json", PRESETS[name])
-    assert as_settings(load_config(tmp_path / "config.json")) == as_settings(PRESETS[name])
 
 
 def test_a_configuration_keeps_every_option_and_is_overridden_by_later_ones(tmp_path):
@@ -58,113 +48,46 @@ def test_a_configuration_that_is_none_is_refused(content, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "preset, published",
+    "words, message",
     [
-        ("drrho-dfn192m", "drrho_dfn192m"),
-        ("fastclip-dfn192m", "fastclip_dfn192m"),
-        ("fastclip-cc3m", "fastclip_v3_cc3m"),
-        ("fastclip-cc12m", "fastclip_v3_cc12m"),
-        ("fastclip-laion400m", "fastclip_v3_laion400m"),
+        (
+            ["train", "--epohcs", "3"],
+            r"Unrecognized options: --epohcs, 3 \(nearest: --epochs\): see `run.py train --help`",
+        ),
+        (["train", "--epochs"], "--epochs needs a value"),
+        (["train", "--betas", "0.9"], "--betas needs 2 values"),
+        (["train", "--epochs", "many"], "--epochs: .*'many'"),
+        (["train", "--temperature", "warm"], "--temperature: .*'warm'"),
+        (["train", "--method", "clip"], "--method must be one of openclip, siglip, .*, got 'clip'"),
+        (["evaluate"], "Missing: MODEL|Missing: .*"),
+        (["study", "--seed", "3"], "--seed 3 has no part in this run: it is for --check"),
     ],
 )
-def test_presets_are_the_published_settings(preset, published):
-    options, wanted = PRESETS[preset], PUBLISHED[published]
-    optimization, loss = options.optimization, options.loss
-    found = {
-        "model": options.model,
-        "global_batch": optimization.batch_size,
-        "epochs": optimization.epochs,
-        "lr": optimization.lr,
-        "lr_min": optimization.lr_min,
-        "lr_temperature": loss.temperature_lr,
-        "weight_decay": optimization.weight_decay,
-        "warmup_steps": optimization.warmup,
-        "temperature": loss.temperature,
-        "rho": loss.rho,
-        "eps": loss.eps,
-        "gamma": loss.final_gamma,
-        "gamma_decay_epochs": loss.gamma_epochs,
-    }
-    numbers = {key: value for key, value in wanted.items() if key in found and key != "gamma"}
-    assert {key: found[key] for key in numbers} == numbers
-    adam = PUBLISHED["adamw"]["resnet" if wanted["model"].startswith("RN") else "vit"]
-    assert [optimization.betas, optimization.adam_eps] == [tuple(adam["betas"]), adam["eps"]]
-    if isinstance(wanted.get("gamma"), float):
-        assert loss.final_gamma == wanted["gamma"]
-    else:  # by the published rule
-        assert loss.final_gamma == published_final_gamma(optimization.epochs)
-
-
-def test_presets_of_published_recipes_want_the_users_data():
-    with pytest.raises(UserError, match="--preset fastclip-cc3m is for your own data: add --catalog"):
-        parse(["train", "--preset", "fastclip-cc3m"])
-    assert parse(["plan", "--preset", "datacomp-small"]).train == PRESETS["datacomp-small"]
-    seen = {name: o.shards.epoch_samples * o.optimization.epochs for name, o in PRESETS.items() if "datacomp" in name}
-    assert list(seen.values()) == [12_800_000, 128_000_000, 1_280_000_000, 12_800_000_000]
+def test_what_cannot_be_parsed_is_told_in_one_line(words, message):
+    with pytest.raises(UserError, match=message) as refused:
+        parse(words)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "words",
     [
-        (["train", "--lock", "image", "text"], "leaves nothing to train"),
-        (["train", "--unlocked-groups", "1"], "--unlocked-groups 1 has no part in this run: it is for --lock"),
-        (["train", "--patch-dropout", "1"], r"--patch-dropout must be in \[0, 1\), got 1"),
-        (["train", "--gamma-epochs", "-1"], "--gamma-epochs must be >= 0, got -1"),
-        (["train", "--distill-own-temperature"], "--distill-own-temperature True has no part.*it is for --distill"),
-        (
-            ["train", "--distill", "1", "--distill-own-temperature", "--temperature-scheme", "individual"],
-            "--distill-own-temperature True has no part.*one temperature for all samples",
-        ),
-        (["train", "--temperature-lr-schedule", "model"], "--temperature-lr-schedule model has no part"),
-        (["train", "--published-temperature-gradient"], "--published-temperature-gradient True has no part"),
-        (["train", "--reference-features", "f"], "--reference-features f has no part in this run: it is for --catalog"),
-        (
-            ["train", "--method", "openclip", "--catalog", "c", "--reference-features", "f"],
-            "--reference-features f has no part in this run: it is for --method drrho",
-        ),
-        (["train", "--candidates", "4"], "--candidates 4 has no part in this run: it is for --select jest, jest-top-k"),
-        (
-            ["train", "--select", "rho-top-k", "--select-chunks", "4"],
-            "--select-chunks 4 has no part.*jest or jest-top-k",
-        ),
-        (["train", "--select", "jest-top-k", "--select-temperature", "2"], "--select-temperature 2.0 has no part"),
-        (["train", "--select", "jest", "--candidates", "1"], "--candidates must be at least 2.*got 1"),
-        (["train", "--select", "jest", "--select-chunks", "0"], "--select-chunks must be between 1 and.*512, got 0"),
-        (
-            ["train", "--select", "jest", "--batch-size", "8"],
-            "--select-chunks must be between 1 and --batch-size 8, got 16",
-        ),
-        (["train", "--select", "jest", "--select-temperature", "0"], "--select-temperature must be positive.*got 0"),
-        (
-            ["train", "--select", "jest", "--method", "fastclip", "--temperature-scheme", "individual"],
-            "--select jest compares pairs at one temperature.*individual",
-        ),
-        (["cache-reference", "--views", "0"], "--views must be at least 1, got 0"),
-        (["cache-reference", "--views", "2"], "--views 2 has no part in this run: it is for --catalog"),
-        (["cache-reference", "--catalog", "c", "--captions", "vague"], "--catalog takes the place of --captions"),
+        [],
+        ["--method", "siglip", "--compile", "--precision", "bfloat16"],
+        ["--catalog", "c", "--tasks", "a", "b", "--source-weights", "1::2", "--epoch-samples", "100", "--resampled"],
+        ["--method", "fastclip", "--temperature", "0.05", "--temperature-scheme", "global", "--rho", "2"],
+        ["--divergence", "cvar", "--level", "0.3", "--coefficient", "adaptive", "--gamma-epochs", "3"],
+        ["--select", "jest", "--candidates", "2", "--pretrained", "weights.pt", "--lock", "image"],
+        ["--optimizer", "lion", "--schedule", "cooldown", "--cooldown-steps", "5", "--lr-min", "1e-5", "--ema", "0.9"],
     ],
 )
-def test_options_that_contradict_are_refused(words, message):
-    with pytest.raises(UserError, match=message):
-        parse(words)
+def test_options_survive_as_words_and_as_a_configuration(words):
+    options = parse(["train", *words])
+    assert parse(["train", *as_words(options)]) == options
+    assert from_dict(Train, json.loads(json.dumps(as_settings(options)))) == options
 
 
-def test_a_selection_needs_a_reference_whatever_the_method():
-    for method in ("openclip", "siglip", "fastclip"):
-        options = parse(["train", "--method", method, "--select", "rho-top-k", "--reference", "there"])
-        assert options.needs_reference and not options.loss.needs_reference
-        assert options.pairs_per_step == 5 * options.optimization.batch_size
-    assert not parse(["train", "--method", "openclip"]).needs_reference
-
-
-def test_a_share_of_the_pairs_is_refused_where_it_has_no_part():
-    assert parse(["train", "--fraction", "0.25"]).fraction == 0.25
-    for words, message in (
-        (["train", "--fraction", "0"], r"--fraction must be in \(0, 1\], got 0.0"),
-        (["train", "--fraction", "1.5"], r"--fraction must be in \(0, 1\], got 1.5"),
-        (["train", "--fraction", "0.5", "--catalog", "c"], "--catalog takes the place of --split, --fraction"),
-        (["plan", "--fraction", "0.5"], "--fraction 0.5 has no part in a plan: give --samples"),
-        (["evaluate", "there", "--fraction", "0.5"], "Unrecognized options: --fraction"),
-    ):
-        with pytest.raises(UserError, match=message):
-            parse(words)
+def test_a_configuration_of_an_earlier_version_finds_the_shipped_reference():
+    stored = as_settings(Train())
+    stored["loss"]["reference"] = "experiments/clip/reference"
+    assert from_dict(Train, stored) == Train()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.clip.cli.parser import as_words, parse
+from experiments.clip.cli.parser import as_words
+from experiments.clip.run import parse
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study.grid import STUDIES, TUNING_STUDIES, TunedKey
 from experiments.clip.study.planning import planned_trainings

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import small_study
 
-from experiments.clip.cli.parser import as_words, parse
+from experiments.clip.cli.parser import as_words
 from experiments.clip.errors import UserError
-from experiments.clip.run import main
+from experiments.clip.run import main, parse
 from experiments.clip.study import grid as study_grid
 from experiments.clip.study import runner
 from experiments.clip.study.grid import STUDIES, Cell, TunedKey
