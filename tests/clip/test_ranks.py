@@ -19,6 +19,7 @@ from experiments.clip.run import main
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
 from tests.clip.tars import image_bytes, write_tar
 
+pytestmark = pytest.mark.slow  # real processes, each of which imports everything
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
 OPTIONS = ("--size", "small", "--captions", "clean", "--epochs", "1", "--batch-size", "128", "--log-every", "1")
 OPTIONS = (*OPTIONS, "--validations", "1", "--lr", "5e-4", "--warmup", "20", "--ema", "0.9")

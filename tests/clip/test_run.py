@@ -27,6 +27,7 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_quick_demo_interrupted_resumed_and_reused(tmp_path):
     arguments = ("--quick", "--cache", tmp_path / "cache", "--out", tmp_path / "out")
     process = start(*arguments)
@@ -147,6 +148,7 @@ def test_presets_are_overridden_by_options():
     assert options.split == "reference"
 
 
+@pytest.mark.slow
 def test_training_from_a_catalog_validated_on_tasks_and_exported(tmp_path, capsys):
     """From made-up pairs to scores, command by command; a wrong task ends the run at once, workers and all."""
     catalog, out = tmp_path / "catalog", tmp_path / "out"
@@ -175,6 +177,7 @@ def test_training_from_a_catalog_validated_on_tasks_and_exported(tmp_path, capsy
     assert "has no part in this run: it is for --catalog" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_steered_training_on_a_catalog_repeated_from_its_configuration(tmp_path, capsys):
     """Features computed beside the target, or cached in two views; locked, started from weights, patches dropped."""
     catalog, features = str(tmp_path / "catalog"), str(tmp_path / "features")
@@ -207,6 +210,7 @@ def test_steered_training_on_a_catalog_repeated_from_its_configuration(tmp_path,
     assert "there is no file of weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_at_the_end_of_its_time_writes_its_state_and_is_queued_again(tmp_path):
     """The sbatch script itself, with srun and scontrol as a node has them: one task, and a note of what is asked."""
     bin = tmp_path / "bin"

@@ -46,7 +46,7 @@ def run(
     sigmoid = isinstance(method, SigLIP)
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
     if clip is None:
-        clip = new_model("glyph-small", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
+        clip = new_model("glyph-micro", seed, sigmoid=sigmoid, force_patch_dropout=patch_dropout)
     trainer = Trainer(
         clip,
         method,

@@ -31,7 +31,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["glyph-small", "RN50"])
+@pytest.mark.parametrize("name", ["glyph-small", pytest.param("RN50", marks=pytest.mark.slow)])
 def test_counts_are_those_of_the_real_model(name):
     model = new_model(name, 0).model
     cost = cost_of(name)

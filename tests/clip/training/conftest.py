@@ -9,7 +9,7 @@ from experiments.clip.models.clip import new_model
 
 @pytest.fixture(scope="session")
 def pairs(manifest):
-    return PreparedPairs(manifest, "train", new_model("glyph-small", 0))
+    return PreparedPairs(manifest, "train", new_model("glyph-micro", 0))
 
 
 @pytest.fixture(scope="session")

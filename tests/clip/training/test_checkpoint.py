@@ -66,11 +66,12 @@ def test_a_read_that_fails_for_a_while_is_no_damage(pairs, tmp_path, monkeypatch
         run(pairs, OpenCLIP(), tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_parameters_without_gradients_are_resumed(pairs, tmp_path):
     """A model with a bias that the method does not use: the optimizer has no state of it."""
 
     def start(folder, stop=int):
-        clip = new_model("glyph-small", 0, sigmoid=True)
+        clip = new_model("glyph-micro", 0, sigmoid=True)
         return run(pairs, OpenCLIP(), folder, clip=clip, stop=stop)[0]
 
     left = iter([False] * 4 + [True])

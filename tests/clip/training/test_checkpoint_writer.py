@@ -34,6 +34,7 @@ def test_a_folder_that_is_moved_while_a_checkpoint_is_made_is_named(tmp_path):
         writer.commit()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
     def interrupted(steps):
         left = iter([False] * (steps - 1) + [True])
@@ -78,6 +79,7 @@ def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
         run(pairs, OpenCLIP(), tmp_path / "c", keeping=dataclasses.replace(keeping, best="recall"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeypatch):
     """Writing is held up until three more steps are done: state is that of the step at which it began."""
     steps: list[int] = []

@@ -12,6 +12,7 @@ from experiments.clip.training.optimization import MovingAverage, learning_rate
 from experiments.clip.training.options import Optimization
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["lamb", "adan", "sgd"])
 def test_optimizers_that_count_elsewhere_are_resumed(optimizer, pairs, tmp_path):
     optimization = dataclasses.replace(SHORT, optimizer=optimizer)

@@ -69,7 +69,7 @@ def own_losses(logits, chosen, sigmoid):
 def test_the_first_step_is_on_the_pairs_that_a_plain_computation_chooses(
     rule, parts, sigmoid, pairs, features, reference, tmp_path
 ):
-    clip = new_model("glyph-small", 0, sigmoid=sigmoid)
+    clip = new_model("glyph-micro", 0, sigmoid=sigmoid)
     index = epoch_order(len(pairs), CANDIDATES, 0, 0)[0]
     target, guide = matrices(clip, reference, pairs, features, index)
     size = -(-len(index) // 4)
@@ -105,6 +105,7 @@ def test_draws_follow_from_seed_and_step_and_differ_between_steps(pairs, feature
     assert len(set(map(tuple, places))) == 5
 
 
+@pytest.mark.slow
 def test_one_candidate_for_each_pair_is_training_on_all(pairs, features, reference, tmp_path):
     selector = Selector(Selection("rho-top-k", candidates=1), "softmax", reference, 0, Ranks())
     _, expected, _ = run(pairs, OpenCLIP(), tmp_path / "a" / "c", optimization=SHORT)
@@ -121,7 +122,7 @@ def test_an_unsteered_method_gets_no_reference(pairs, features, reference, tmp_p
         chosen, _ = build_method(options.loss, 1, len(pairs), reference, features, Ranks())
         chosen, steps, losses = remembering(chosen)
         run(pairs, chosen, tmp_path / method / "c", features, optimization=SHORT, selector=selector)
-        index, clip = torch.tensor(steps[0]), new_model("glyph-small", 0)
+        index, clip = torch.tensor(steps[0]), new_model("glyph-micro", 0)
         with torch.no_grad():
             own = clip.encode_image(pairs.images(index)), clip.encode_tokens(pairs.batch(index).text)
             given = features.features(features.rows(index), own[0].device) if method == "drrho" else None

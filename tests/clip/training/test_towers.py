@@ -22,6 +22,7 @@ def test_a_batch_in_parts_takes_the_same_steps(name, pairs, features, reference,
     assert (ends[0][1] - ends[1][1]).abs().max() <= 2e-4  # a fifth of one step of Adam
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"precision": "bfloat16"}, {"precision": "float16"}, {"activation_checkpointing": True}]
 )
@@ -33,6 +34,7 @@ def test_towers_in_other_precisions_stay_near_float32(options, pairs, features, 
     assert all(value.dtype == torch.float32 for value in found.model.state_dict().values() if value.is_floating_point())
 
 
+@pytest.mark.slow
 def test_dropped_patches_of_candidates_and_parts_resume_at_the_same_bits(pairs, features, reference, tmp_path):
     options = {"patch_dropout": 0.5, "precision": "bfloat16", "activation_checkpointing": True}
     optimization = dataclasses.replace(SHORT, accumulation=2)

@@ -5,17 +5,18 @@ import math
 
 import pytest
 import torch
+from families import thorough
 from training_runs import SETTINGS, built, contrastive, run
 
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.glyphs.stream import PreparedPairs, epoch_order
-from experiments.clip.models.clip import load_model
+from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
 from experiments.clip.training.methods import SigLIP
 from experiments.clip.training.options import Optimization
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", thorough(SETTINGS, ("drrho", "fastclip v3 on jest top-k, and distillation")))
 def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, features, reference, tmp_path):
     """Every method, as the command line builds it."""
     given = (pairs, features, reference)
@@ -42,11 +43,13 @@ def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
     assert float(again.logit_bias.detach()) != -10.0
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(pairs, tmp_path):
     _, history, _ = run(
         pairs,
         contrastive(len(pairs), 12),
         tmp_path / "c",
+        clip=new_model("glyph-small", 0),
         optimization=Optimization(epochs=12, batch_size=32, lr=2e-3, warmup=5),
     )
     assert history[-1]["loss"] < history[0]["loss"] - 0.01

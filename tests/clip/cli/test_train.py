@@ -1,0 +1,67 @@
+"""One training from its options to the exported model, in this process."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.clip.cli.train import run_training
+from experiments.clip.errors import UserError
+from experiments.clip.io.files import claimed
+from experiments.clip.models.clip import load_model
+from experiments.clip.run import main, parse
+
+
+@pytest.fixture(scope="module")
+def words(glyph_cache):
+    return [
+        *("train", "--model", "glyph-micro", "--size", "small", "--cache", str(glyph_cache), "--method", "openclip"),
+        *("--epochs", "2", "--batch-size", "64", "--warmup", "1", "--validations", "2", "--logs", "jsonl"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(words, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*words, "--best", "naming_top1", "--ema", "0.5", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_its_options_records_and_models(finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert [each["step"] for each in record["history"]] == [3, 6]
+    assert record["options"] == json.loads((finished / "config.json").read_text())
+    assert list(record["settings"])[:5] == ["model", "pretrained", "lock", "unlocked_groups", "patch_dropout"]
+    for name in ("model", "model-ema", "model-best"):
+        assert load_model(finished / name).model.visual.conv1.weight.isfinite().all()
+    assert {path.name for path in finished.glob("epoch_2*")} == {"epoch_2.pt", "epoch_2-ema.pt"}
+
+
+def test_a_finished_run_that_is_started_again_ends_at_the_same_weights(words, finished):
+    before = load_model(finished / "model").model.state_dict()
+    assert main(["train", "--config", str(finished / "config.json")]) == 0
+    after = load_model(finished / "model").model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_folder_that_another_run_writes_is_refused(words, tmp_path):
+    (tmp_path / "out").mkdir()
+    # Another process would hold it; within one, a lock is the process's own, so the claim is taken by a child.
+    import multiprocessing
+
+    held, release = multiprocessing.Event(), multiprocessing.Event()
+    child = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "out" / ".claim", held, release))
+    child.start()
+    try:
+        assert held.wait(30)
+        with pytest.raises(UserError, match=r"--out .* is in use: wait for that run"):
+            run_training(parse([*words, "--out", str(tmp_path / "out")]))
+    finally:
+        release.set()
+        child.join()
+
+
+def hold(path, held, release):
+    with claimed(path):
+        held.set()
+        release.wait(60)
