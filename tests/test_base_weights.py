@@ -206,6 +206,7 @@ PENALTIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BALLS)
 @law(20)
 @given(row=weighted_rows(), radius=problems.radii(-8, 0.5))
@@ -216,6 +217,7 @@ def test_ball_against_its_oracle(name, row, radius):
     assert_agrees(risk, oracle(losses, radius, base_of(counts)), losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PENALTIES)
 @law(25)
 @given(row=weighted_rows(), strength=problems.radii(-2, 2))
@@ -236,6 +238,7 @@ def test_total_variation_penalty_is_a_weighted_mean_of_lifted_losses(row, streng
     close(risk.value, expected.value, value_tolerance(losses))
 
 
+@pytest.mark.slow
 @law(80)
 @given(row=weighted_rows(), alpha=problems.alphas)
 def test_cvar_against_its_oracle(row, alpha):
@@ -300,6 +303,7 @@ def test_a_vanishing_weight_is_no_weight_to_chi_square(radius, smallest):
 # --- batches, types, rho ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "chi2", "cvar", "tv", "order 0.5", "capped kl 0.3", "le cam"])
 @every_solver
 @pytest.mark.parametrize("shape", [(9,), (2, 1, 9), (2, 3, 9)])

@@ -271,6 +271,7 @@ def test_temperature_gradient_by_differences(divergence, individual):
     assert torch.autograd.gradcheck(value, taus if individual else taus[:1])
 
 
+@pytest.mark.slow
 def test_a_learned_temperature_is_stationary_where_the_mean_divergence_is_rho():
     image, text = features(10, 5, 42)
     tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

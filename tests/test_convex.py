@@ -119,6 +119,7 @@ def test_premium_errors_of_the_table(radius, kl, chi_square):
             assert abs(solved.value - z.mean() - exact) <= 3 * error * exact + 1e-12 * np.abs(z).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"radius": 0.1}, {"strength": 0.7}, {"radius": 0.1, "strength": 0.1}])
 @pytest.mark.parametrize(("scale", "shift"), [(1, 1e6), (1, -1e8), (1e-8, 0), (1e4, -1e5), (1e-150, 0), (1e150, 0)])
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CressieRead(0.5), CressieRead(3)], ids=name)
@@ -215,6 +216,7 @@ LOSSES = ["squared", "logistic", "hinge"]
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"radius": 0.02}, {"radius": 0.5}, {"strength": 0.8}], ids=str)
 @every_loss
 @pytest.mark.parametrize("divergence", thorough(ALL, QUICK), ids=name)

@@ -52,6 +52,7 @@ def seen():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "package", ["cvxpy", "matplotlib", "open_clip", "pandas", "PIL", "scipy", "sklearn", "torchvision"]
 )

@@ -48,6 +48,7 @@ def objective(model, losses, reference):
     return risk + model.l2 / 2 * np.square(model.coef_).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [DRRhoRegressor(), DRRhoRegressor(KL()), DRRhoClassifier(), DRRhoClassifier(KL())])
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's checks warn on purpose
 def test_scikit_learn_contract(model):
@@ -85,6 +86,7 @@ def test_regression_agrees_with_the_conic_program(divergence, radius):
         np.testing.assert_allclose(model.predict(x), x @ conic.coefficients + conic.intercept, atol=2e-3)
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("loss", ["logistic", "hinge", "squared"])
 def test_classification_agrees_with_the_conic_program(divergence, radius, loss):
@@ -98,6 +100,7 @@ def test_classification_agrees_with_the_conic_program(divergence, radius, loss):
     assert objective(model, losses, reference) == pytest.approx(conic.value, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["logistic", "hinge", "squared"])
 @pytest.mark.parametrize("divergence, radius", [(KL(), 0.1), (ChiSquare(), 0.3), (CVaR(0.3), None)])
 def test_three_classes_agree_with_the_conic_program(divergence, radius, loss):
@@ -139,6 +142,7 @@ def test_radius_zero_is_logistic_regression(load):
     assert np.array_equal(ours.predict(x), theirs.predict(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CressieRead(0.5), CappedKL(0.3)])
 @pytest.mark.parametrize("rho", [1e-4, 1.0, 30.0])
 def test_duality_gap_bounds_what_can_be_gained(divergence, rho):

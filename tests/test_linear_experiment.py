@@ -79,6 +79,7 @@ def test_statistics():
     assert ratio.mean == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_committed_results_figures_and_page():
     measured = load(run.RESULTS)
     assert list(measured) == list(TABLES)

@@ -36,6 +36,7 @@ def test_the_hinge_loss_has_kinks():
     assert Hinge().slopes(f, np.ones((3, 1))) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CressieRead(0.5)], ids=["kl", "chi2", "hellinger"])
 @pytest.mark.parametrize("loss", [Squared(), Logistic()], ids=lambda loss: loss.name)
 def test_the_minimum_is_that_of_another_optimizer(loss, divergence):

@@ -188,6 +188,7 @@ def verdicts(found, topic, *words):
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topic", "words", "expected"),
     [
@@ -316,6 +317,7 @@ def test_figures_are_drawn_and_the_same_each_time(study, name, tmp_path):
     assert pixels.std() > 0.05
 
 
+@pytest.mark.slow
 def test_lines_of_figures_are_the_tables_numbers(study):
     drawn = style.styled(lambda: captions.draw(study))
     mean = values(study.method("drrho", "vague")).mean()

@@ -318,6 +318,7 @@ def assert_same(one, two, losses, relative):
     close(one.threshold, two.threshold, 1e-8 * (two.strength + scale_of(losses)))
 
 
+@pytest.mark.slow
 @TWINS
 @law(25)
 @given(losses=problems.rows(varied=True), radius=problems.radii(-8, 1))

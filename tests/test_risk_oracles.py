@@ -29,6 +29,7 @@ def assert_agrees(risk, expected, losses, temperature=math.inf):
     assert excess.max() <= 0, f"n p off by {excess.max()} more than allowed at {excess.argmax()}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BALLS)
 @pytest.mark.parametrize("radius", problems.RADII)
 @every_hard_row
@@ -72,6 +73,7 @@ def test_cvar_on_drawn_rows(losses, alpha):
     assert_agrees(constrained_risk(tensor(losses), CVaR(alpha)), oracles.cvar(losses, alpha), losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PENALTIES)
 @law
 @given(losses=problems.rows(), strength=problems.radii(-5, 6))

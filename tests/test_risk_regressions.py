@@ -109,6 +109,7 @@ def test_radius_beyond_the_maximal_one(name, radius):
     assert risk.strength == 0.0
 
 
+@pytest.mark.slow
 @every_ball
 @pytest.mark.parametrize("radius", [2.2, 4.4, 4.6, 1e3])
 def test_tenth_of_the_losses_tied_at_the_maximum(name, radius):
@@ -208,6 +209,7 @@ def test_kl_penalty_does_not_overflow_without_a_shift(losses, dtype):
     assert torch.isfinite(risk.weights).all()
 
 
+@pytest.mark.slow
 def test_radius_far_below_what_a_conic_solver_resolves():
     losses = exponential(200)
     for radius in (1e-12, 1e-8, 1e-5):

@@ -94,6 +94,7 @@ def test_top_k_follows_a_permutation():
 # The softmax sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_samples_have_the_law_of_sequential_draws(k, temperature):
@@ -245,6 +246,7 @@ def test_softmax_features_at_temperature_zero_are_greedy_by_chunks(chunks):
         assert joint_selection_from_features(t, r, 4, chunks=chunks, seed=0, temperature=0.0).tolist() == expected
 
 
+@pytest.mark.slow
 def test_softmax_features_have_the_law_of_conditional_draws():
     target, reference = features(3, 5, temperature=0.5), features(3, 6, temperature=0.4)
     draws = [joint_selection_from_features(target, reference, 2, chunks=2, seed=seed).tolist() for seed in range(1500)]

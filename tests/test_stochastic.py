@@ -55,6 +55,7 @@ def subsets(n, count, size, seed):
 # The risk of the batch
 
 
+@pytest.mark.slow
 @every_risk
 def test_the_risk_of_a_batch_is_low_by_order_one_over_b(name):
     data = normal(1000)
@@ -74,6 +75,7 @@ def test_without_replacement_the_risk_of_a_batch_is_low_too():
         assert deviation(risk(data[subsets(40, 20000, 20, seed=1)]), risk(data)) < -8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, divergence", [("kl penalty", KL()), ("chi2 penalty", ChiSquare())])
 def test_the_bias_of_a_penalty_is_that_of_its_dual_variable(name, divergence):
     data, b = normal(1000), 64
@@ -262,6 +264,7 @@ def test_descent_on_compositional_estimates_finds_the_minimizer(rate):
 # Multilevel Monte Carlo
 
 
+@pytest.mark.slow
 @every_risk
 def test_multilevel_is_unbiased_for_the_risk_of_all_data_and_its_gradient(name):
     data, direction, multilevel, count = normal(64, seed=6), normal(64, seed=9), Multilevel(4, 4), 20000

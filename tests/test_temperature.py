@@ -50,6 +50,7 @@ def features(pairs, width, seed):
     return image, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("betas, eps", [((0.9, 0.999), 1e-8), ((0.5, 0.8), 1e-2), ((0.0, 0.5), 1e-8)])
 def test_every_sample_follows_its_own_adam(betas, eps):
     """Each visited at times of its own, with moments and bias corrections of its own; bounds are met on the way."""
@@ -101,6 +102,7 @@ def test_gradients_are_those_of_the_samples_own_terms():
     torch.testing.assert_close(moments[2:], 1e-3 * slopes**2, rtol=8 * ULP, atol=8 * ULP)
 
 
+@pytest.mark.slow
 def test_learned_temperatures_reach_the_optimum_of_the_kl_ball():
     """Where tau is within its bounds, ``F_i + rho tau`` is the ball's risk; at a bound KL_i lies on its other side."""
     rho, low, high = 0.5, 0.3, 0.42
@@ -281,6 +283,7 @@ def test_states_of_other_data_or_shape_are_refused():
         made().load_state_dict({"temperatures": torch.ones(2, 11)})
 
 
+@pytest.mark.slow
 def test_a_global_temperature_makes_the_mean_divergence_rho_and_goes_on_from_its_state():
     image, text = features(24, 8, 3)
     index = torch.arange(24)

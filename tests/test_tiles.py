@@ -52,6 +52,7 @@ def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, coefficient
         assert (ours - theirs.value).abs().max() <= absolute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [ChiSquare(), CVaR(0.3), CressieRead(0.5), CressieRead(1.5)])
 @pytest.mark.parametrize("tile", [1, 50, 2**21])
 @pytest.mark.parametrize("include_positive", [False, True])

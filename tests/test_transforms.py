@@ -208,6 +208,7 @@ def test_weights_and_strength_by_differences(solve, parameter, name):
     assert gradcheck(outputs, generic(5).requires_grad_(), **CHECK, check_forward_ad=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [CVaR(0.37), TotalVariation()], ids=["cvar", "tv"])
 @every_solver
 def test_piecewise_linear_values_by_differences(solve, parameter, divergence):

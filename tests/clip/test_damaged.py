@@ -283,6 +283,7 @@ def judged(outcome, wanted):
         assert outcome.skipped.get(1, "") == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("name", corpus.IMAGES)
 def test_images(feed, name, suffix):

@@ -45,6 +45,7 @@ def test_rows_of_a_batch_are_solved_as_alone(name):
         np.testing.assert_allclose(together.strength[row], alone.strength[0], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_phi_whose_ratios_jump_is_refused():
     class Jumps(Divergence):
         def phi(self, t):

@@ -65,6 +65,7 @@ def test_same_answer_on_hard_rows(solve, losses, parameter):
     agree(solve, losses, parameter)
 
 
+@pytest.mark.slow
 @every_risk
 @pytest.mark.parametrize("n", [*range(1, 20), 255, 256, 257, 511, 512, 513, 2000])
 def test_same_answer_at_any_length(solve, n):
@@ -73,6 +74,7 @@ def test_same_answer_at_any_length(solve, n):
     agree(solve, losses, 0.1, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RISKS)
 @settings(max_examples=60, deadline=None)
 @given(losses=problems.rows(min_size=2), parameter=problems.radii(-6, 2))

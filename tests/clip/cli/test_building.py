@@ -65,6 +65,7 @@ def test_what_cannot_be_spread_over_ranks_is_refused(words, count, message):
         check_ranks(options, Ranks(0, count))
 
 
+@pytest.mark.slow
 def test_models_are_those_of_the_options(reference):
     options = parse(["train", "--model", "glyph-micro", "--method", "siglip", "--patch-dropout", "0"])
     models = build_models(options)

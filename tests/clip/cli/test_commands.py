@@ -22,6 +22,7 @@ def test_features_of_a_catalog_are_computed_once(tmp_path, capsys):
     assert "reusing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_is_scored_on_held_out_glyphs(glyph_cache, capsys):
     words = ["evaluate", str(SHIPPED_REFERENCE), "--size", "small", "--cache", str(glyph_cache)]
     assert main([*words, "--split", "validation"]) == 0

@@ -57,6 +57,7 @@ def test_counts_are_those_of_the_real_model(name):
     assert cost.kept_bytes == pytest.approx(sum(size for _, size in kept.values()), rel=0.1)
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_a_real_run(tmp_path):
     clip = new_model("glyph-small", 0)
     plan = estimated(cost_of("glyph-small"), **SMALL)

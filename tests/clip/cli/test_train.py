@@ -37,6 +37,7 @@ def test_a_run_leaves_its_options_records_and_models(finished):
     assert {path.name for path in finished.glob("epoch_2*")} == {"epoch_2.pt", "epoch_2-ema.pt"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_started_again_ends_at_the_same_weights(words, finished):
     before = load_model(finished / "model").model.state_dict()
     assert main(["train", "--config", str(finished / "config.json")]) == 0

@@ -76,6 +76,7 @@ def class_vectors(clip):
 # --- CLIP_benchmark's numbers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glyph-names", "glyph-base-letter", "glyph-retrieval", *TASKS])
 def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, reference, tmp_path):
     recorded = json.loads(RECORDED.read_text())["results"][name]
@@ -89,6 +90,7 @@ def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, referenc
 # --- the definitions ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_classification_is_the_definition(batch_size, workers, reference, tmp_path):
@@ -185,6 +187,7 @@ def held():
     return sum(sizes.values())
 
 
+@pytest.mark.slow
 def test_only_tensors_that_have_memory_are_counted():
     inside = torch.ones(3)
     before = held()
@@ -318,6 +321,7 @@ def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, 
     assert others == [f"stopped because rank {stopped} did: see its message"] * (world - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameter, kind", [("visual.proj", "image"), ("text_projection", "text")])
 def test_model_that_diverged_is_refused(parameter, kind, task):
     clip = load_model(SHIPPED_REFERENCE)

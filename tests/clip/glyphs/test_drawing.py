@@ -45,6 +45,7 @@ def test_the_data_set_has_the_expected_extent():
     assert len(faces()) == 16
 
 
+@pytest.mark.slow
 def test_names_are_unicode_names(splits):
     for pair in pairs_of(splits):
         assert pair.meta["name"] == unicodedata.name(chr(pair.meta["code_point"])).lower()

@@ -59,6 +59,7 @@ def test_glyph_tasks_are_complete_or_absent(manifest, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tasks"]
 
 
+@pytest.mark.slow
 def test_glyph_tasks_agree_with_the_evaluation_of_pairs_in_memory(glyph_tasks, manifest, reference):
     pairs = PreparedPairs(manifest, "test", reference)
     result = evaluate(

@@ -121,6 +121,7 @@ def test_average_is_exported_like_any_state(clip, tmp_path):
         torch.testing.assert_close(loaded[key], value)
 
 
+@pytest.mark.slow
 def test_sigmoid_head_stays_in_the_bundle_and_leaves_the_checkpoint(tmp_path):
     clip = new_model("glyph-small", 0, sigmoid=True)
     clip.model.eval()

@@ -32,6 +32,7 @@ def test_the_interval_of_a_difference_is_the_paired_tests():
     assert paired_difference(a, a).bootstrap == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_intervals_of_differences_hold_the_true_one():
     covered = np.array([
         [interval.low <= 0.05 <= interval.high for interval in (found.t, found.bootstrap)]

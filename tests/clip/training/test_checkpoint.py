@@ -22,6 +22,7 @@ def test_checkpoint_of_other_settings_is_refused(pairs, tmp_path):
         run(pairs, OpenCLIP(), tmp_path / "c", seed=1)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_refused(pairs, tmp_path):
     run(pairs, OpenCLIP(), tmp_path / "c")
     found = latest_checkpoint(tmp_path / "c")

@@ -55,6 +55,7 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
     assert files == {"part-0-of-1.safetensors"}
 
 
+@pytest.mark.slow
 def test_checkpoints_by_steps_and_the_best_are_kept(pairs, tmp_path):
     """Accuracies rise and fall: the highest one's checkpoint stays beside the last, also after an interruption."""
     scores = iter([0.1, 0.7, 0.3, 0.7, 0.2])
@@ -132,6 +133,7 @@ def test_a_checkpoint_is_published_whatever_the_disk_says_of_its_folder(pairs, t
     assert steps == [5, 6, 7, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_the_best_of_an_older_checkpoint_stays_as_long_as_it_does(pairs, tmp_path):
     scores = iter([0.5, 0.1, 0.2, 0.3, 0.9])
     keeping = CheckpointPolicy(checkpoint_minutes=1e9, checkpoint_steps=3, keep=2, best="accuracy")
@@ -143,6 +145,7 @@ def test_the_best_of_an_older_checkpoint_stays_as_long_as_it_does(pairs, tmp_pat
     run(pairs, OpenCLIP(), tmp_path / "c", keeping=keeping, validate=lambda: {"accuracy": next(scores)}, validations=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, attempts", [(errno.EIO, 6), (errno.ENOSPC, 1)])
 def test_a_disk_that_fails_for_a_while_or_for_good(number, attempts, pairs, tmp_path, monkeypatch):
     """Errors of a network file system are waited for; a full disk ends the run, and earlier checkpoints stay."""

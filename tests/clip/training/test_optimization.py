@@ -25,6 +25,7 @@ def test_optimizers_that_count_elsewhere_are_resumed(optimizer, pairs, tmp_path)
         assert torch.equal(value, again.model.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_that_of_the_weights_and_is_resumed(pairs, tmp_path):
     optimization = dataclasses.replace(SHORT, ema=0.9, clip_norm=0.5)
     _, _, whole = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)
@@ -53,6 +54,7 @@ def test_schedules():
     assert learning_rate(19, 20, Optimization(lr=1.0, warmup=0, schedule="constant")) == 1.0
 
 
+@pytest.mark.slow
 def test_a_timm_optimizer_trains(pairs, tmp_path):
     optimization = dataclasses.replace(SHORT, optimizer="lion", lr=1e-4)
     whole, *_ = run(pairs, OpenCLIP(), tmp_path / "a", optimization=optimization)

@@ -64,6 +64,7 @@ def own_losses(logits, chosen, sigmoid):
     return (sides[0] + sides[1]) / 2 - positive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("rule, parts", [("rho-top-k", 1), ("jest-top-k", 1), ("jest-top-k", 3), ("jest-top-k", 8)])
 def test_the_first_step_is_on_the_pairs_that_a_plain_computation_chooses(
@@ -114,6 +115,7 @@ def test_one_candidate_for_each_pair_is_training_on_all(pairs, features, referen
     assert [r["samples_trained"] for r in found] == [r["samples_scored"] for r in found]
 
 
+@pytest.mark.slow
 def test_an_unsteered_method_gets_no_reference(pairs, features, reference, tmp_path):
     """FastCLIP on chosen pairs is what it is without a reference, not DRRho on them."""
     for method in ("fastclip", "drrho"):

@@ -10,6 +10,7 @@ from experiments.clip.errors import Interrupted
 from experiments.clip.training.options import Optimization
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["drrho", "siglip", "drrho on rho top-k"])
 def test_a_batch_in_parts_takes_the_same_steps(name, pairs, features, reference, tmp_path):
     ends = []

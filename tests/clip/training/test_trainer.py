@@ -35,6 +35,7 @@ def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, feature
     assert all(math.isfinite(value) for record in history for value in record.values())
 
 
+@pytest.mark.slow
 def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
     clip, *_ = run(pairs, SigLIP(), tmp_path / "c")
     export_model(clip, tmp_path / "model")
@@ -67,6 +68,7 @@ class Poisoned(PreparedPairs):
         return images
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_ends_the_run_or_is_passed_over_and_its_samples_are_written_down(pairs, tmp_path):
     poisoned = Poisoned(pairs)
     for name in "abd":
