@@ -265,6 +265,7 @@ def test_ball_is_certified(name, row, radius):
     close(risk.premium, proof.bound, 1e-11 * proof.bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "chi2", "order 0.5", "tv"])
 def test_weights_that_are_not_dyadic(name):
     losses, base = problems.HARD["normal"], np.random.default_rng(1).dirichlet(np.ones(60))
@@ -275,6 +276,7 @@ def test_weights_that_are_not_dyadic(name):
         assert_agrees(risk, expected, losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smallest", [1e-12, 1e-30])
 @pytest.mark.parametrize("name", ["kl", "chi2", "order 0.5", "capped kl", "tv"])
 def test_a_tiny_weight_on_the_largest_loss(name, smallest):
@@ -366,6 +368,7 @@ def generic(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
 
+@pytest.mark.slow
 @every_smooth
 def test_derivatives_of_the_ball(name):
     radius = torch.tensor([0.02, 0.2], dtype=torch.float64, requires_grad=True)
@@ -377,6 +380,7 @@ def test_derivatives_of_the_ball(name):
     assert gradgradcheck(value, (generic(2, 6), radius), **CHECK)
 
 
+@pytest.mark.slow
 @every_smooth
 def test_derivatives_of_the_penalty(name):
     strength = torch.tensor([0.8, 3.0], dtype=torch.float64, requires_grad=True)

@@ -83,6 +83,7 @@ def test_tails_by_sorting(count):
     assert abs(robust_risk(z, TotalVariation(), radius=radius).value - moved) <= SOLVER * np.ptp(z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["radius", "strength", "both"])
 @pytest.mark.parametrize("divergence", thorough(ALL, QUICK), ids=name)
 def test_agrees_with_the_exact_risks(divergence, given):
@@ -260,6 +261,7 @@ def test_minimum_is_the_exact_risk_and_stationary(divergence, loss, given):
         assert np.abs(gradient / magnitude).max() <= 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"radius": 0.05}, {"strength": 2.0}], ids=str)
 @pytest.mark.parametrize("loss", ["squared", "logistic"])
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_scikit_learn_contract_of_conic_solutions(model):
     assert sum(result["status"] == "passed" for result in results) > 40
 
 
+@pytest.mark.slow
 @every_case
 def test_regression_agrees_with_the_conic_program(divergence, radius):
     x, y, _, reference = table()

@@ -30,6 +30,7 @@ def parameter(value):
 
 
 # The small radii keep every chi-square weight positive, the large ones drop samples.
+@pytest.mark.slow
 @every_ball
 @pytest.mark.parametrize("radius", [1e-6, 1e-2, 0.3, 0.9])
 @pytest.mark.parametrize("shape", [(5,), (2, 4)])

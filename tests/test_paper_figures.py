@@ -231,12 +231,14 @@ def test_verdicts_are_those_that_were_built_in(found, topic, words, expected):
     assert set(verdicts(found, topic, *words)) == {expected}
 
 
+@pytest.mark.slow
 def test_an_exponent_that_is_equal_is_not_called_steeper(found):
     for (topic, text), claim in found.items():
         if topic == "scaling law" and "distillation" in text:
             assert claim.verdict == "no", claim.ours
 
 
+@pytest.mark.slow
 def test_a_setting_past_an_edge_that_is_better_is_said(found, tmp_path):
     measured = {c.claim: c for c in claims.claims(write(tmp_path / "study.csv", ["tuning", "tuning-more", "edges"]))}
     worse = measured["FastCLIP v1 (clean captions) is not better one step past the edge of what tuning tried"]
@@ -247,6 +249,7 @@ def test_a_setting_past_an_edge_that_is_better_is_said(found, tmp_path):
     assert set(verdicts(found, "tuning")) == {"not measured yet"}  # where no tuning is in the table
 
 
+@pytest.mark.slow
 def test_numbers_of_claims_are_those_of_the_table(study, found):
     steered, twin = study.steered("weak", "clean"), study.method("fastclip-v1", "clean")
     difference = np.mean([100 * (float(steered[s]["test_top1"]) - float(twin[s]["test_top1"])) for s in range(1, 6)])
@@ -261,6 +264,7 @@ def test_numbers_of_claims_are_those_of_the_table(study, found):
     assert "FastCLIP v1's" in found_one(found, "poor captions", "swapped captions: DRRho-CLIP has").ours
 
 
+@pytest.mark.slow
 def test_a_ratio_says_how_many_pairs_a_selection_chose_from(study, found):
     others = {"openclip": study.method("openclip", "vague")}
     chosen = claims._ratio(study.method("jest-drrho", "vague"), others, "JEST")
@@ -272,6 +276,7 @@ def test_a_ratio_says_how_many_pairs_a_selection_chose_from(study, found):
         assert own.ours.endswith(end)
 
 
+@pytest.mark.slow
 def test_a_baseline_of_as_many_operations_does_not_take_fewer(study):
     chosen, twin = study.method("jest-drrho", "swapped"), study.need("longer", method="fastclip-v1", captions="swapped")
     judged = claims._compare_of_operations(lambda: chosen, lambda: twin)
@@ -350,6 +355,7 @@ def test_lines_of_figures_are_the_tables_numbers(study):
     assert [patch.get_height() for patch in drawn.axes[0].patches] == [63.32, 67.37, 68.84]
 
 
+@pytest.mark.slow
 def test_the_table_is_written_for_pages_and_for_papers(study, tmp_path):
     page, paper = (path.read_text() for path in table1.write(study, tmp_path))
     (line,) = [line for line in page.splitlines() if line.startswith("| DRRho-CLIP |")]

@@ -62,6 +62,7 @@ def test_drrho_risk_is_the_ball_risk_of_the_excess(divergence, size, pair):
     close(steered.weights, direct.weights, 1e-12)
 
 
+@pytest.mark.slow
 @every_risk
 @law
 @given(pair=problems.pairs(), data=st.data())

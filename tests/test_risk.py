@@ -32,12 +32,10 @@ RISKS = {
     "chi2 penalty": partial(penalized_risk, divergence=ChiSquare(), strength=0.8),
 }
 
-every_risk = pytest.mark.parametrize("solve", thorough_items(RISKS, "kl ball", "chi2 ball small", "cvar", "kl penalty"))
+every_risk = pytest.mark.parametrize("solve", thorough_items(RISKS, "kl ball", "cvar"))
 every_ball = pytest.mark.parametrize("name", BALLS.keys())
 HARD = hard_cases()
-every_hard_row = pytest.mark.parametrize(
-    "losses", thorough_items(dict(HARD), "normal", "tied maxima", "offset 1e8", "scale 1e-150")
-)
+every_hard_row = pytest.mark.parametrize("losses", thorough_items(dict(HARD), "tied maxima", "offset 1e8"))
 
 
 def law(examples=25):
@@ -115,6 +113,7 @@ def test_cvar_weights_are_capped(losses, alpha):
     assert ratios(risk).max() <= 1 / alpha * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "chi2"])
 @law(60)
 @given(losses=rows(varied=True), radius=problems.radii())
@@ -126,6 +125,7 @@ def test_ball_dual_at_the_returned_multipliers(name, losses, radius):
     close(dual, risk.value, value_tolerance(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "chi2"])
 @law(60)
 @given(losses=rows(), strength=problems.radii(-4, 4))
@@ -172,6 +172,7 @@ def test_value_follows_a_shift_and_weights_stay(losses, shift, solve):
     close(moved.premium, still.premium, 1e-11 * still.premium.item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-400, -30, -1, 5, 40, 400])
 @pytest.mark.parametrize(
     "divergence, radius",
@@ -477,6 +478,7 @@ def test_chi_square_weights_are_affine_on_their_support(losses, radius):
 # --- links between the risks --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_ball
 @law(50)
 @given(losses=rows(varied=True), radius=problems.radii(-8, 1))
@@ -531,6 +533,7 @@ def test_penalized_risk_is_convex_in_the_strength(name, losses, low, high, share
     assert value(share * low + (1 - share) * high) <= chord + value_tolerance(losses)
 
 
+@pytest.mark.slow
 @law(80)
 @given(losses=rows(), radius=problems.radii(-8, 2), alpha=problems.alphas)
 def test_order_of_the_divergences(losses, radius, alpha):

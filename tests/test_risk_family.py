@@ -29,9 +29,7 @@ every_order_of_its_own = pytest.mark.parametrize(
     "order", thorough([order for order in ORDERS if order not in (1, 2)], [0.5])
 )
 VARIED = hard_cases(varied=True)
-every_varied_row = pytest.mark.parametrize(
-    "losses", thorough_items(dict(VARIED), "normal", "tied maxima", "offset 1e8", "scale 1e-150")
-)
+every_varied_row = pytest.mark.parametrize("losses", thorough_items(dict(VARIED), "tied maxima", "offset 1e8"))
 # A dozen samples keep the character of a row and the bisections short.
 SHORT = {
     name: np.concatenate([z[:4], z[4:][-8:]])
@@ -42,7 +40,7 @@ SHORT = {
         *("offset 1e6", "offset -1e8", "scale 1e-150", "geometric approach", "close pair at the top"),
     )
 }
-every_short_row = pytest.mark.parametrize("losses", thorough_items(SHORT, "normal", "tied maxima", "scale 1e-150"))
+every_short_row = pytest.mark.parametrize("losses", thorough_items(SHORT, "tied maxima"))
 
 
 def law(examples=25):
@@ -142,6 +140,7 @@ def test_penalty_is_certified(losses, name):
         assert_certified(name, losses.tolist(), risk)
 
 
+@pytest.mark.slow
 @every_smooth_kind
 @law(20)
 @given(losses=problems.rows(varied=True), radius=problems.radii(-8, 1))
@@ -205,6 +204,7 @@ def test_power_ball_on_drawn_rows(order, losses, radius):
     assert_agrees(risk, expected, losses, power_tolerance(len(losses) * expected.weights, order), accuracy(radius))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", thorough([0.02, 0.3, 1.0], [0.3]))
 @pytest.mark.parametrize("radius", [1e-8, 1e-3, 0.3, 2.0])
 @every_short_row
@@ -271,6 +271,7 @@ def test_total_variation_penalty(losses, relative_strength):
     assert abs(risk.gap.item()) <= value_tolerance(losses)
 
 
+@pytest.mark.slow
 @law(60)
 @given(losses=problems.rows(varied=True), radius=st.floats(1e-8, 1.2), strength=st.floats(1e-3, 2000))
 def test_total_variation_on_drawn_rows(losses, radius, strength):
@@ -367,7 +368,7 @@ def test_orders_next_to_a_pole_of_the_formula(radius, step, pole):
 RISKS = {f"{name} ball": (constrained_risk, name, 0.2) for name in KINDS} | {
     f"{name} penalty": (penalized_risk, name, 1.5) for name in KINDS
 }
-every_risk = pytest.mark.parametrize("solve, name, parameter", thorough_items(RISKS, "kl ball", "order 0.5 penalty"))
+every_risk = pytest.mark.parametrize("solve, name, parameter", thorough_items(RISKS, "order 0.5 penalty"))
 
 
 @every_risk
@@ -556,6 +557,7 @@ def test_strength_runs_from_the_maximum_to_the_mean(losses, name):
 # --- orders between the risks ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @law(60)
 @given(losses=problems.rows(), radius=problems.radii(-8, 1), pair=st.sampled_from([(3, 2), (2, 1.5), (1.5, 0.5)]))
 def test_balls_of_lower_order_contain_those_of_higher_order(losses, radius, pair):
@@ -575,6 +577,7 @@ def test_total_variation_bounds_kl_and_chi_square(losses, radius):
         assert constrained_risk(tensor(losses), divergence, radius).value <= bound + value_tolerance(losses)
 
 
+@pytest.mark.slow
 @law(60)
 @given(losses=problems.rows(), radius=problems.radii(-8, 1), alpha=problems.alphas)
 def test_capped_kl_lies_below_kl_and_cvar(losses, radius, alpha):

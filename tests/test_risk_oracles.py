@@ -57,6 +57,7 @@ def test_penalty_on_hard_rows(losses, relative_strength, name):
     assert_agrees(risk, oracle(losses.tolist(), strength), losses, temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BALLS)
 @law
 @given(losses=problems.rows(), radius=problems.radii())

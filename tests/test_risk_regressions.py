@@ -38,6 +38,7 @@ def test_whole_premium_is_captured_at_radius_rho_over_n(n, rho):
     close(risk.value, losses.mean() + root * sd, value_tolerance(losses))
 
 
+@pytest.mark.slow
 @every_ball
 def test_radius_of_1e_8_is_not_lost_in_a_tolerance(name):
     losses, radius = exponential(), 1e-8

@@ -15,6 +15,7 @@ from drrho.contrastive import (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     pairs=st.integers(2, 40),

@@ -178,6 +178,7 @@ def test_vmap_of_a_hessian(solve, parameter):
         assert_close(mapped[i], hessian(lambda z: solve(z, KL(), parameter).value)(losses[i]), 1e-10)
 
 
+@pytest.mark.slow
 @every_smooth
 def test_ball_in_losses_and_radius_by_differences(name):
     def value(z, radius):
@@ -188,6 +189,7 @@ def test_ball_in_losses_and_radius_by_differences(name):
     assert gradgradcheck(value, inputs, **CHECK, check_fwd_over_rev=True)
 
 
+@pytest.mark.slow
 @every_smooth
 def test_penalty_in_losses_and_strength_by_differences(name):
     def value(z, strength):

@@ -561,6 +561,7 @@ def feed_table(feed, images, tmp_path):
     return feed_table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_tables_of_hostile_paths(feed_table, tmp_path, separator):
     usable = {"0.png", "./0.png", "x/../0.png", "odd:/0.png", "odd://0.png"}

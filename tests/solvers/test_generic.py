@@ -36,6 +36,7 @@ def test_the_penalty_s_ratios_have_mean_one_at_the_strength_given(name):
     np.testing.assert_allclose(found.dual.strength, strength, rtol=1e-14)
 
 
+@pytest.mark.slow
 @every_user
 def test_rows_of_a_batch_are_solved_as_alone(name):
     divergence, radius = USERS[name].divergence, np.array([1e-6, 0.02, 0.3])

@@ -103,6 +103,7 @@ def test_more_ranks_share_and_accumulation_divides():
     assert one.pairs_per_second == pytest.approx(0.1e12 * 0.5 / (3 * cost.flops))
 
 
+@pytest.mark.slow
 def test_the_command_prints_it_and_refuses(capsys):
     assert main(["plan", "--model", "ViT-B-32", "--samples", "1000000", "--ranks", "8", "--batch-size", "4096"]) == 0
     output = capsys.readouterr().out

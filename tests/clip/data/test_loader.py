@@ -84,6 +84,7 @@ def test_the_stream_does_not_depend_on_workers_and_ranks(make, augment, workers,
         assert all(torch.equal(joined[i], expected[i]) for i in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_starting_anywhere_gives_the_tail(make, augment, workers):
     loader = make(transform=augment, workers=workers)
@@ -207,6 +208,7 @@ def mixed(folder, good, bad):
     return make_catalog(str(folder / "*.tar"), folder / "catalog")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skips_make_batches_smaller_and_are_counted(make, tmp_path, workers):
     catalog = mixed(tmp_path, 200, 8)

@@ -162,6 +162,7 @@ def test_classes_of_one_name_tie_and_the_first_wins(reference, tmp_path):
     assert second == pytest.approx(1 - chosen.count(0) / 11)
 
 
+@pytest.mark.slow
 def test_model_is_scored_in_evaluation_mode_and_left_as_it_was(task):
     clip = load_model(SHIPPED_REFERENCE)
     modes = []

@@ -51,6 +51,7 @@ def test_names_are_unicode_names(splits):
         assert pair.meta["name"] == unicodedata.name(chr(pair.meta["code_point"])).lower()
 
 
+@pytest.mark.slow
 def test_no_image_is_blank_or_cut_to_its_edge(splits):
     ink = 255 - np.stack([np.asarray(pair.image) for pair in pairs_of(splits)])
     assert ink.shape[1:] == (32, 32)
@@ -58,6 +59,7 @@ def test_no_image_is_blank_or_cut_to_its_edge(splits):
     assert not ink[:, [0, -1]].any() and not ink[:, :, [0, -1]].any()
 
 
+@pytest.mark.slow
 def test_a_capital_is_larger_than_its_small_letter_and_a_dot_above_is_above():
     glyphs = {
         chr(pair.meta["code_point"]): np.asarray(pair.image) < 255

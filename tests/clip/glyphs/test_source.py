@@ -13,6 +13,7 @@ from experiments.clip.reference.cache import CachedReference
 from experiments.clip.reference.margins import margin_spread
 
 
+@pytest.mark.slow
 def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference):
     data, clip = Data("swapped", "small", glyph_cache), new_model("glyph-tiny", 0)
     pairs = load_pairs(prepare(data), "train", clip)

@@ -1,5 +1,6 @@
 """Pairs in memory: a model's own preprocessing, kept for the next run, and the batches of an epoch."""
 
+import pytest
 import torch
 
 from experiments.clip.glyphs.dataset import read_samples
@@ -17,6 +18,7 @@ def test_pairs_in_memory_are_open_clips_preprocessing_row_by_row(manifest):
         assert torch.equal(batch.text[row], clip.tokenize([samples[index].caption])[0])
 
 
+@pytest.mark.slow
 def test_prepared_pairs_are_kept_and_made_again_where_they_are_damaged(manifest):
     clip = new_model("glyph-small", 0)
     PreparedPairs(manifest, "test", clip)

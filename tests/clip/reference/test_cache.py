@@ -60,6 +60,7 @@ def samples(catalog, indices, draw=0):
     return [decode(raw, draw) for raw in Reader(catalog).read_many(indices)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_row_i_is_the_reference_on_sample_i(catalog, reference, cached):
     features = open_features(reference, catalog, cached)

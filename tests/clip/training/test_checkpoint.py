@@ -50,6 +50,7 @@ def test_checkpoint_of_another_version_is_refused(pairs, tmp_path):
         run(pairs, OpenCLIP(), tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_a_read_that_fails_for_a_while_is_no_damage(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WAITS", (0.0,) * 5)
     run(pairs, OpenCLIP(), tmp_path / "c")

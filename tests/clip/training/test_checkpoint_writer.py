@@ -111,6 +111,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pairs, tmp_path, monkeyp
         assert torch.equal(value, resumed.model.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_published_whatever_the_disk_says_of_its_folder(pairs, tmp_path, monkeypatch):
     """Syncing the folder fails once after the rename; then a process ends between the renames of a step made again."""
     monkeypatch.setattr(files, "WAITS", (0.0,) * 5)

@@ -9,6 +9,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.training.logs import Logs
 
 
+@pytest.mark.slow
 def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
     run(pairs, contrastive(len(pairs)), tmp_path / "c", features)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -89,6 +89,7 @@ def test_the_first_step_is_on_the_pairs_that_a_plain_computation_chooses(
     assert len({sample for step in steps for sample in step}) == 40  # each was a candidate once
 
 
+@pytest.mark.slow
 def test_draws_follow_from_seed_and_step_and_differ_between_steps(pairs, features, reference, tmp_path):
     def chosen(seed, name):
         selector = Selector(Selection("jest", candidates=4, select_chunks=4), "softmax", reference, seed, Ranks())
