@@ -4,20 +4,22 @@ BIN := .venv/bin
 READY := .venv/.ready
 # A process for each core, with one thread; the tests of a file stay together, because they share data. Compiled test
 # files are kept, whatever the environment says of bytecode: to rewrite their assertions takes a sixth of a fast run.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := $(TESTS) --numprocesses auto --dist loadfile
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions optimum hybrid)
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo check test lint types fast figures linear bench-core bench-contrastive bench-clip chaos clean
+.PHONY: demo check test lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
 
-# For every save: what takes long is marked slow, and left to `make test`.
+# For every save: what takes long is marked slow, and left to `make test`. The library's tests and the trainer's have a
+# process each, which need not load the other's.
 check: lint
-	@$(MAKE) --no-print-directory -j2 types fast
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target types fast-library fast-trainer
 
 # Everything.
 test: lint types
@@ -31,8 +33,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/pyright
 
-fast: $(READY)
-	$(PYTEST) -m "not slow"
+# Tests that load open_clip.
+TRAINER := tests/clip tests/test_paper_figures.py tests/test_accumulation.py
+
+fast-library: $(READY)
+	$(TESTS) -m "not slow" $(TRAINER:%=--ignore %)
+
+fast-trainer: $(READY)
+	$(TESTS) -m "not slow" $(TRAINER)
 
 # A script ends with 3 where nothing of its figure is measured yet, and says what would measure it.
 figures: $(READY)

@@ -200,6 +200,7 @@ def test_one_chunk_is_encoded_once():
 # --- random numbers, buffers, autocast --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", [TRANSFORMER, RESNET])
 def test_dropout_and_batch_norm_are_those_of_one_forward_pass(vision):
     def loss(image, text, scale):

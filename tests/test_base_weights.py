@@ -81,6 +81,7 @@ def assert_same(one, two, losses):
 # --- laws -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_kind
 @every_solver
 @law(12)
@@ -94,6 +95,7 @@ def test_whole_numbers_mean_repetition(row, solve, parameter, name):
     close(weighted.weights, [piece.sum() for piece in pieces], 1e-11)
 
 
+@pytest.mark.slow
 @every_kind
 @every_solver
 @law(10)
@@ -229,6 +231,7 @@ def test_penalty_against_its_oracle(name, row, strength):
     assert_agrees(risk, oracle(losses, strength, base_of(counts)), losses, weights=1e-7 if name == "order 3" else 1e-10)
 
 
+@pytest.mark.slow
 @law(60)
 @given(row=weighted_rows(), strength=problems.radii(-2, 3))
 def test_total_variation_penalty_is_a_weighted_mean_of_lifted_losses(row, strength):

@@ -48,6 +48,7 @@ def check_sandwich(losses, *, rho=None, radius=None):
 # The sandwich
 
 
+@pytest.mark.slow
 @given(rows(max_size=12), radii(-8, 2))
 def test_sandwich_holds_for_any_losses(losses, radius):
     sandwich = check_sandwich(losses, radius=radius)
@@ -62,6 +63,7 @@ def test_sandwich_on_hard_cases(name, losses, radius):
     check_sandwich(losses, radius=radius)
 
 
+@pytest.mark.slow
 @given(rows(min_size=2, varied=True))
 def test_premium_is_the_standard_deviation_exactly_up_to_rho_pos(losses):
     rho_pos = rho_scales(losses).rho_pos
@@ -185,6 +187,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough(COVERING, ["tight"]))
 def test_failures_stay_below_delta(name):
     bound, expected = COVERING[name]
@@ -193,6 +196,7 @@ def test_failures_stay_below_delta(name):
     assert failure == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough(MUTANTS, ["no variance term"]))
 def test_weaker_constants_are_caught(name):
     bound, expected = MUTANTS[name]
@@ -226,6 +230,7 @@ def class_failure(bound, n, delta):
     return max(failures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough(COVERING, ["tight"]))
 def test_failures_of_a_class_stay_below_delta(name):
     bound, _ = COVERING[name]
@@ -298,6 +303,7 @@ def test_terms_sum_to_the_value(bound):
     assert float(answer) == answer.value == pytest.approx(sum(answer.terms.values()), rel=1e-15)
 
 
+@pytest.mark.slow
 @given(rows(min_size=2), st.floats(1e-9, 0.999), st.integers(1, 10**12), st.floats(1, 10))
 @settings(max_examples=60)
 def test_order_of_the_bounds(losses, delta, models, wider):

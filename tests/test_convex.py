@@ -282,6 +282,7 @@ def test_gradient_of_the_exact_risk_vanishes(divergence, loss, given):
     np.testing.assert_allclose(fit.weights, risk.weights.detach().numpy(), atol=WEIGHTS)
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CVaR(0.23), TotalVariation(), CressieRead(0.5)], ids=name)
 def test_no_other_model_has_a_smaller_risk(divergence, loss):
@@ -357,6 +358,7 @@ def test_only_the_excess_matters(loss):
     np.testing.assert_allclose(risk.weights.numpy(), fit.weights, atol=WEIGHTS)
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize("divergence", [KL(), ChiSquare(), TotalVariation(), CVaR(0.3)], ids=name)
 def test_never_worse_than_a_reference_of_the_same_class(divergence, loss):

@@ -13,9 +13,12 @@ MODULES = [
     for module in pkgutil.walk_packages(drrho.__path__, "drrho.")
     if "._kernels" not in module.name  # compiled, and not for Python
 ]
+SLOW = {"drrho.accumulation", "drrho.stochastic"}  # whose examples train
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODULES]
+)
 def test_examples(name):
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0

@@ -232,6 +232,7 @@ def parameter(value):
 
 
 # Row by row: the ball binds, the penalty decides.
+@pytest.mark.slow
 @every_smooth
 def test_value_in_losses_radius_and_strength(name):
     losses, radius, strength = generic(2, 4), parameter([0.1, 0.5]), parameter([0.05, 9.0])

@@ -40,6 +40,7 @@ def same_pairs(actual, expected):
     near(actual.cross, expected.cross, 1e-12 * math.sqrt(expected.losses.m2 * expected.reference.m2))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     pair=pairs(max_size=16),
@@ -57,6 +58,7 @@ def test_merged_parts_are_the_whole_in_any_order(pair, cuts, order, offset):
     same_moments(reduce(merge, parts).losses, moments(losses))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(rows=st.lists(pairs(max_size=5), min_size=3, max_size=3))
 def test_merge_is_associative_and_commutative(rows):

@@ -47,6 +47,7 @@ def test_ball_value_and_weights(name, radius, shape):
     assert gradcheck(weights, losses, **CHECK)
 
 
+@pytest.mark.slow
 @every_ball
 @pytest.mark.parametrize("strength", [0.2, 1.0, 30.0])
 @pytest.mark.parametrize("shape", [(5,), (2, 4)])
@@ -91,6 +92,7 @@ def test_penalized_value_in_losses_and_strength(name):
     assert gradgradcheck(value, (losses, strength), **CHECK)
 
 
+@pytest.mark.slow
 @every_ball
 @settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @given(losses=problems.rows(), radius=problems.radii(-10, 2), upstream=st.sampled_from([1.0, -3.0]))
@@ -105,6 +107,7 @@ def test_gradient_is_the_weights_also_at_ties(name, losses, radius, upstream):
         assert by_radius == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.05, 0.35, 1.0])
 @settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @given(losses=problems.rows())
@@ -114,6 +117,7 @@ def test_gradient_of_cvar_is_its_weights(alpha, losses):
     assert torch.allclose(grad(risk.value, z)[0], risk.weights, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @every_ball
 @settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @given(losses=problems.rows(), strength=problems.radii(-2, 3))

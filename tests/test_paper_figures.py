@@ -290,6 +290,7 @@ def found_one(found, topic, word):
     return claim
 
 
+@pytest.mark.slow
 def test_unfinished_studies_are_said_to_be(tmp_path):
     results = write(tmp_path / "study.csv", ["headline"])
     rows = claims.claims(results)

@@ -75,6 +75,7 @@ def test_what_both_models_share_cancels(divergence, size, pair, data):
     assert torch.equal(shared.weights, plain.weights)
 
 
+@pytest.mark.slow
 @every_risk
 @law
 @given(losses=problems.rows())
@@ -85,6 +86,7 @@ def test_a_model_equal_to_its_reference_has_no_risk(divergence, size, losses):
     close(risk.weights * len(losses), 1.0, 1e-14)
 
 
+@pytest.mark.slow
 @every_risk
 @law
 @given(losses=problems.rows(), constant=st.integers(-1000, 1000))

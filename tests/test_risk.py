@@ -138,6 +138,7 @@ def test_penalized_dual_at_the_returned_multipliers(name, losses, strength):
     close(dual, risk.value, value_tolerance(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "chi2"])
 @law(60)
 @given(losses=rows(), radius=problems.radii(), strength=problems.radii(-2, 3), share=st.floats(-1, 2))
@@ -319,6 +320,7 @@ def test_radius_past_the_maximal_one_gives_the_maximum_bitwise(losses, name, exc
     close(ratios(risk), tied * len(losses) / tied.sum(), 1e-12 * len(losses))
 
 
+@pytest.mark.slow
 @every_ball
 @law(60)
 @given(losses=rows(varied=True))
@@ -328,6 +330,7 @@ def test_radius_short_of_the_maximal_one_stays_below_the_maximum(name, losses):
     assert risk.strength > 0
 
 
+@pytest.mark.slow
 @every_ball
 @pytest.mark.parametrize("losses", [z for _, z in hard_cases(varied=True)], ids=[k for k, _ in hard_cases(varied=True)])
 def test_radius_next_to_the_maximal_one(losses, name):
@@ -495,6 +498,7 @@ def test_penalty_at_the_dual_strength_gives_the_ball_weights(name, losses, radiu
     )
 
 
+@pytest.mark.slow
 @every_ball
 @law(50)
 @given(losses=rows(), radius=problems.radii(-8, 1), strength=problems.radii(-3, 4))
@@ -503,6 +507,7 @@ def test_penalty_plus_its_price_bounds_the_ball(name, losses, radius, strength):
     assert penalized.value + strength * radius >= ball(name, losses, radius).value - value_tolerance(losses)
 
 
+@pytest.mark.slow
 @every_ball
 @law(50)
 @given(losses=rows(), low=problems.radii(-8, 1), high=problems.radii(-8, 1), share=st.floats(0, 1))
@@ -522,6 +527,7 @@ def test_chi_square_risk_is_concave_in_the_root_of_the_radius(losses, low, high,
     assert premium(share * low + (1 - share) * high) >= chord - value_tolerance(losses)
 
 
+@pytest.mark.slow
 @every_ball
 @law(50)
 @given(losses=rows(), low=problems.radii(-3, 3), high=problems.radii(-3, 3), share=st.floats(0, 1))
@@ -558,6 +564,7 @@ def test_pinsker(losses, radius):
 # --- variance expansion (Duchi & Namkoong, arXiv 1610.02581) ------------------------------------------------
 
 
+@pytest.mark.slow
 @law(100)
 @given(losses=rows(varied=True), radius=problems.radii(-10, 1.5))
 def test_chi_square_premium_is_between_its_variance_bounds(losses, radius):

@@ -195,6 +195,7 @@ def test_power_penalty(losses, relative_strength, order):
     assert_agrees(risk, expected, losses, power_tolerance(len(losses) * expected.weights, order), 1e-11)
 
 
+@pytest.mark.slow
 @every_order_of_its_own
 @law(15)
 @given(losses=problems.rows(), radius=problems.radii(-8, 1))
@@ -569,6 +570,7 @@ def test_balls_of_lower_order_contain_those_of_higher_order(losses, radius, pair
     assert inner.value <= constrained_risk(tensor(losses), KL(), outer).value + 2 * value_tolerance(losses)
 
 
+@pytest.mark.slow
 @law(60)
 @given(losses=problems.rows(), radius=problems.radii(-8, 0.2))
 def test_total_variation_bounds_kl_and_chi_square(losses, radius):

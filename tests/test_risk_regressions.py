@@ -139,6 +139,7 @@ def test_single_loss(divergence, loss):
         assert risk.premium == 0.0
 
 
+@pytest.mark.slow
 @every_ball
 @pytest.mark.parametrize(
     "losses, plateau",

@@ -372,6 +372,7 @@ def test_all_data_are_a_fixed_point_that_the_adaptive_rate_reaches():
     assert_close(0.5 * log_u, penalized_risk(losses, KL(), 0.5).value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.5, 0.15])
 def test_the_stationary_bias_is_that_of_the_delta_method(gamma):
     data, direction, b, chains = 0.6 * normal(1000, seed=11), normal(1000, seed=12) + 1, 16, 20000

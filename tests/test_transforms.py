@@ -130,6 +130,7 @@ def test_vmap_of_per_sample_gradients(name):
 # --- torch.func -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_kind
 @every_solver
 def test_first_derivatives_are_the_weights(solve, parameter, name):
@@ -147,6 +148,7 @@ def test_first_derivatives_are_the_weights(solve, parameter, name):
     assert_close(tangent, weights @ direction)
 
 
+@pytest.mark.slow
 @every_kind
 @every_solver
 def test_second_derivatives_agree_in_every_mode(solve, parameter, name):
@@ -200,6 +202,7 @@ def test_penalty_in_losses_and_strength_by_differences(name):
     assert gradgradcheck(value, inputs, **CHECK, check_fwd_over_rev=True)
 
 
+@pytest.mark.slow
 @every_smooth
 @every_solver
 def test_weights_and_strength_by_differences(solve, parameter, name):
@@ -255,6 +258,7 @@ def test_alpha_has_the_envelope_derivative(kind):
     assert_close(slope, -excess / a**2, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CVaR, CappedKL])
 @every_solver
 def test_alpha_per_row(solve, parameter, kind):

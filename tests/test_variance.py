@@ -246,6 +246,7 @@ def test_pitman_morgan_is_the_correlation_of_2l_minus_r_and_r():
     assert test.statistic == pytest.approx(correlation * math.sqrt(58 / (1 - correlation**2)), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_pitman_morgan_is_uniform_where_the_variances_are_equal():
     rng, values = np.random.default_rng(2), []
     for _ in range(300):

@@ -300,6 +300,7 @@ def test_texts(feed, name):
     judged(feed(archive([*sample(0), ("1.png", image()), ("1.txt", data), *sample(2)])), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", corpus.JSONS)
 def test_jsons(feed, name):
     data, wanted = corpus.JSONS[name]

@@ -30,6 +30,7 @@ def start(monkeypatch):
         pulse.stop()
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_the_leader_longer_than_their_patience(start):
     leader, other = start(2, 0.3)
     left = []

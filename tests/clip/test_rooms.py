@@ -57,6 +57,7 @@ def test_every_room_is_in_the_table_and_the_table_points_one_way():
         assert not ALLOWED[room] & above
 
 
+@pytest.mark.slow
 def test_rooms_import_only_what_the_table_allows():
     found = arrows()
     assert found == {(room, target) for room, targets in ALLOWED.items() for target in targets}

@@ -115,6 +115,7 @@ def test_cache_that_cannot_be_written_is_one_line(capsys, tmp_path):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_output_folder_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["train", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "file" / "out")]) == 2

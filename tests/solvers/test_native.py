@@ -58,6 +58,7 @@ def agree(solve, losses, parameter, dtype=torch.float64):
     assert fast.gap.abs() <= scale
 
 
+@pytest.mark.slow
 @every_risk
 @pytest.mark.parametrize("losses", thorough_items(HARD, "normal", "tied maxima", "offset 1e8", "scale 1e-150"))
 @pytest.mark.parametrize("parameter", [1e-8, 1e-3, 0.2, 3.0])
@@ -115,6 +116,7 @@ def test_a_subclass_is_not_taken_for_its_parent():
     assert algorithm_of(Doubled()).kernel is None
 
 
+@pytest.mark.slow
 @every_risk
 def test_rows_are_independent_of_threads_layout_and_neighbors(solve):
     z = torch.randn(1030, 1024, dtype=torch.float64)
@@ -133,6 +135,7 @@ def test_rows_are_independent_of_threads_layout_and_neighbors(solve):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @given(
     share=st.floats(1e-6, 1.0),
     kind=st.sampled_from(["normal", "geometric", "ties", "clustered", "huge", "reversed"]),

@@ -26,6 +26,7 @@ def built(*words, spread=0.5, reference=None):
     return build_method(options.loss, 3, 100, reference, features, ONE_PROCESS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_built_by_its_name(name):
     words = ["--temperature", "0.1"] if name == "fastclip" else []

@@ -13,6 +13,7 @@ def test_a_catalog_says_what_it_holds(tmp_path, capsys):
     assert "none.tar" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_features_of_a_catalog_are_computed_once(tmp_path, capsys):
     assert main(["catalog", "synthetic:8:32", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
     words = ["cache-reference", "--catalog", str(tmp_path / "catalog"), "--out", str(tmp_path / "features")]

@@ -47,6 +47,7 @@ def test_a_configuration_that_is_none_is_refused(content, message, tmp_path):
         parse(["train", "--config", str(path), "--preset", "glyph-steered"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -224,6 +224,7 @@ def test_skips_make_batches_smaller_and_are_counted(make, tmp_path, workers):
     }
 
 
+@pytest.mark.slow
 def test_too_many_skips_stop_the_run(make, tmp_path, monkeypatch):
     catalog = mixed(tmp_path, 200, 40)
     monkeypatch.setattr(loader_module, "SKIPS_ALLOWED", 10)
@@ -232,6 +233,7 @@ def test_too_many_skips_stop_the_run(make, tmp_path, monkeypatch):
     assert len(list(make(catalog, batch_size=50, skip_limit=0.4).batches(0))) == 5
 
 
+@pytest.mark.slow
 def test_skips_before_an_interruption_count(make, tmp_path, monkeypatch):
     catalog = mixed(tmp_path, 200, 16)
     monkeypatch.setattr(loader_module, "SKIPS_ALLOWED", 10)

@@ -94,6 +94,7 @@ SHARD_DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage, message", SHARD_DAMAGE.values(), ids=SHARD_DAMAGE)
 def test_damaged_shards_are_refused_by_name(damage, message, reference, tmp_path):
     folder = write_task(tmp_path / "task", [samples([b"1"] * 6, "cls")])
@@ -121,6 +122,7 @@ FILE_DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, content, message", FILE_DAMAGE.values(), ids=FILE_DAMAGE)
 def test_damaged_files_are_refused_by_name(name, content, message, reference, tmp_path):
     folder = classification(tmp_path / "task")

@@ -35,6 +35,7 @@ def walked(data):
     return members, ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @settings(max_examples=60, deadline=None)
 @given(members=st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=5))

@@ -49,6 +49,7 @@ def test_damaged_weights_are_refused(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_registered_model_with_a_file_of_weights_is_loaded(reference, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": {f"module.{k}": v for k, v in reference.model.state_dict().items()}}, path)
@@ -73,6 +74,7 @@ def test_registering_the_glyph_models_again_changes_nothing():
     assert open_clip.list_models() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [logging.NOTSET, logging.INFO, logging.ERROR])
 def test_a_users_logging_and_random_state_are_restored(level):
     before, state = logging.root.manager.disable, torch.random.get_rng_state()

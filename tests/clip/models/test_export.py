@@ -32,6 +32,7 @@ def features(model):
         return torch.cat([model.eval().encode_image(image), model.encode_text(text)])
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_in_open_clip_and_gives_the_same_features(clip, tmp_path):
     path = tmp_path / "epoch_7.pt"
     export_checkpoint(clip.name, clip.model.state_dict(), preprocess_of(clip), path, epoch=7)
@@ -109,6 +110,7 @@ def test_wrappers_leave_no_trace(wrap, clip, one_rank, tmp_path):
         assert torch.equal(features(model), features(clip.model))
 
 
+@pytest.mark.slow
 def test_average_is_exported_like_any_state(clip, tmp_path):
     average = averaged(clip.model)
     moved = new_model("glyph-small", 4)
@@ -171,6 +173,7 @@ def test_unknown_model_is_refused(clip, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_export_loads_in_open_clip_and_gives_the_same_features(tmp_path):
     clip = new_model("glyph-small", 3)
     export_model(clip, tmp_path)

@@ -55,6 +55,7 @@ def test_a_copy_in_another_process_prepares_the_same_inputs_without_weights(cata
     assert beside.draws(0, draws) == draws
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_spread_is_over_the_first_pairs_without_augmentation(catalog, reference):
     asked = []

@@ -27,6 +27,7 @@ def test_every_cell_of_the_grid_is_a_training_that_the_command_line_gives():
         assert parse(["train", *words]) == train
 
 
+@pytest.mark.slow
 def test_budgets_are_whole_passes_and_called_what_they_are():
     setting = SETTINGS["openclip"][0]
     with pytest.raises(ValueError, match=r"epochs=2\.5 of lr=0\.0005 on a share 1 are 2\.5 passes"):

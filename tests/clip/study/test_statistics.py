@@ -92,6 +92,7 @@ def test_the_best_of_each_bin_is_fitted():
     assert (everything.exponent.mean, np.log(everything.coefficient.mean)) == pytest.approx((slope, intercept))
 
 
+@pytest.mark.slow
 def test_exponents_are_compared_on_the_same_seeds():
     rng, compute = np.random.default_rng(4), np.geomspace(1, 1e4, 9)
     noise = np.exp(rng.normal(0, 0.1, (9, 6)))

@@ -37,6 +37,7 @@ def test_damaged_checkpoint_is_refused(pairs, tmp_path):
         Checkpoint(found)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_version_is_refused(pairs, tmp_path):
     run(pairs, OpenCLIP(), tmp_path / "c")
     [part] = latest_checkpoint(tmp_path / "c").iterdir()
