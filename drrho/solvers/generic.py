@@ -121,9 +121,9 @@ class _Balance:
         usable = np.isfinite(step) & np.isfinite(moments.h) & np.isfinite(moments.distance)
         # Newton squares the error, measured against the spread of the losses or, if that is less, the strength.
         scale = np.minimum(self.deviation, strength)
-        settled = usable & (np.abs(step) <= np.maximum(1e-7 * scale, 4 * EPS * np.abs(self.threshold)))
+        converged = usable & (np.abs(step) <= np.maximum(1e-7 * scale, 4 * EPS * np.abs(self.threshold)))
         self.collapsed = self.bracket.collapsed(np.abs(self.bracket.low))
-        self.balanced = settled | self.collapsed | self.rough & usable & (np.abs(step) <= _ROUGH * scale)
+        self.balanced = converged | self.collapsed | self.rough & usable & (np.abs(step) <= _ROUGH * scale)
         self.usable, self.moments = usable, moments
         self.step = np.where(usable & ~self.collapsed, step, 0.0)
         distance = moments.distance - moments.hs * self.step / strength  # at the threshold that the step leads to

@@ -2,7 +2,7 @@
 
 What has one entry per loss stays on its device and is made block by block, so that temporary results stay in the
 cache and no array of the rows' size is allocated beside the answer. What has one entry per row (multipliers,
-brackets, moments) is a NumPy array on the host, where an iteration decides how to go on: a step on a handful of
+brackets, moments) is a NumPy array on the host, where an iteration decides how to continue: a step on a handful of
 numbers costs a tenth of what it costs as device operations, and a pass over the losses synchronizes just once.
 """
 
@@ -52,8 +52,10 @@ class Rows:
         self.z, self.base, self.group, self.count = z, base, group, count
         self.top, self.scale = top, scale
         #: Whether the rows are one block.
-        self.whole = len(z) > 1 or z.shape[-1] <= _BLOCK or z.device.type != "cpu" or torch.compiler.is_compiling()
-        self._only = Block(self.normalized(z), base, slice(None)) if self.whole else None
+        self.is_one_block = (
+            len(z) > 1 or z.shape[-1] <= _BLOCK or z.device.type != "cpu" or torch.compiler.is_compiling()
+        )
+        self._only = Block(self.normalized(z), base, slice(None)) if self.is_one_block else None
         self._looked: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:

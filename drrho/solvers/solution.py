@@ -67,7 +67,7 @@ def _in_chunks(
     if alpha is None and (len(z) == 1 or z.numel() <= _CHUNK or z.device.type != "cpu"):
         return _iterated(z, radius, strength, base, problem)
     step = 1 if alpha is not None else max(1, _CHUNK // z.shape[-1])
-    whole = None
+    solution = None
     for first in range(0, len(z), step):
         chosen, here = slice(first, first + step), problem
         if alpha is not None:
@@ -79,12 +79,12 @@ def _in_chunks(
             base if base is None or len(base) == 1 else base[chosen],
             here,
         )
-        if whole is None:
-            whole = Solution(*(field.new_empty(len(z), *field.shape[1:]) for field in part))
-        for field, solved in zip(whole, part, strict=True):
+        if solution is None:
+            solution = Solution(*(field.new_empty(len(z), *field.shape[1:]) for field in part))
+        for field, solved in zip(solution, part, strict=True):
             field[chosen] = solved
-    assert whole is not None
-    return whole
+    assert solution is not None
+    return solution
 
 
 def _on_host(parameter: Tensor | None, name: str) -> np.ndarray | None:

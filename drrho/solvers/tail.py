@@ -44,12 +44,12 @@ class Tail(NamedTuple):
 
 def tail(rows: Rows, alpha: float | Tensor) -> Tail:
     """Select the worst ``alpha`` of each row."""
-    threshold, higher, equal, whole = _cut(rows, alpha)
+    threshold, higher, equal, total = _cut(rows, alpha)
     if isinstance(alpha, Tensor):
         alpha = alpha.to(rows.z)
-    budget = alpha * whole  # never rounded
+    budget = alpha * total  # never rounded
     # The same number twice; near alpha = 1 the second form would cancel.
-    from_below = (whole - higher - equal) - (1 - alpha) * (whole - equal)
+    from_below = (total - higher - equal) - (1 - alpha) * (total - equal)
     left_over = torch.where(
         torch.as_tensor(alpha, device=rows.z.device) > 0.5, from_below, budget - higher - equal * alpha
     )
@@ -67,17 +67,17 @@ def _cut(rows: Rows, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, flo
         threshold = found[0] if found is not None else _largest(rows, position)
     else:
         threshold = _select(rows, alpha)
-    whole = 1.0 if rows.base is not None else float(rows.count)
+    total = 1.0 if rows.base is not None else float(rows.count)
     if found is not None:
-        return *found, whole
+        return *found, total
     at = column(threshold, rows.z.device)
 
     def masses(block: Block):
         relation = torch.sub(block.d, at).sign_()
         return relation.clamp(min=0), torch.addcmul(relation.new_ones(1), relation, relation, value=-1)
 
-    higher, equal = rows.means(masses) * whole
-    return threshold, higher, equal, whole
+    higher, equal = rows.means(masses) * total
+    return threshold, higher, equal, total
 
 
 def _largest(rows: Rows, position: int) -> Tensor:
@@ -154,9 +154,9 @@ class TotalVariationTilt(NamedTuple):
 def total_variation_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
     """Move the lowest base mass ``radius`` to the maximum: ``radius max + (1 - radius) CVaR_(1 - radius)``."""
     moved = torch.from_numpy(radius).to(rows.z.device)
-    threshold, higher, equal, whole = _cut(rows, 1 - moved if len(rows) > 1 else float(1 - radius[0]))
-    below = (whole - higher) - equal
-    lowest = Tail(threshold, torch.zeros_like(equal), ((below - moved * whole) / equal).clamp(-1, 0))
+    threshold, higher, equal, total = _cut(rows, 1 - moved if len(rows) > 1 else float(1 - radius[0]))
+    below = (total - higher) - equal
+    lowest = Tail(threshold, torch.zeros_like(equal), ((below - moved * total) / equal).clamp(-1, 0))
     return Found(_received(rows, lowest.tilt), _dual(-threshold.cpu().numpy()))
 
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Pulse:
     """Counts up in the store every second while this process runs, so that the others see that it is alive.
 
-    The counter goes on while the process waits for another rank; it stops when the process dies or is stopped.
+    The counter keeps counting while the process waits for another rank; it stops when the process dies or is stopped.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ def run(options: Plan) -> None:
 
 
 class Cost(NamedTuple):
-    """Of one pair through both towers: operations forward, bytes kept for backward; parameters of the model."""
+    """Cost of one pair through both towers: operations forward, bytes kept for backward; parameters of the model."""
 
     parameters: int
     flops: int

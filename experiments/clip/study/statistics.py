@@ -75,7 +75,7 @@ class PowerLaw(NamedTuple):
 
 
 class ExponentComparison(NamedTuple):
-    """Of two power laws: ``exponent_a - exponent_b``, and in which share of paired bootstrap draws it is negative."""
+    """Difference of two exponents, a - b, and the share of paired bootstrap draws in which it is negative."""
 
     difference: Interval
     probability_less: float

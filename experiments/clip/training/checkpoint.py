@@ -142,11 +142,11 @@ class Checkpoint:
             return retry_with_backoff(attempt)
         except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"checkpoint {self._path} is damaged ({error}): delete it to go on from the one before"
+                f"checkpoint {self._path} is damaged ({error}): delete it to resume from the one before"
             ) from error
         except OSError as error:
             raise UserError(
-                f"cannot read checkpoint {self._path} ({error.strerror}): check the storage, then go on"
+                f"cannot read checkpoint {self._path} ({error.strerror}): check the storage, then resume"
             ) from error
 
     def _open(self) -> None:
@@ -156,7 +156,7 @@ class Checkpoint:
             metadata = file.metadata()
             if (stored := metadata.get("format")) != FORMAT:
                 raise UserError(
-                    f"checkpoint {self._path} has format {stored}, this program reads {FORMAT}: go on with the "
+                    f"checkpoint {self._path} has format {stored}, this program reads {FORMAT}: resume with the "
                     "version that wrote it, or start anew in another --out"
                 )
             chunks = json.loads(metadata["chunks"])

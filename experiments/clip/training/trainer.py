@@ -82,7 +82,7 @@ class TrainState:
     history: list[Record] = field(default_factory=list)
 
     def state_dict(self) -> Snapshot:
-        """Return the state: tensors are those that training goes on to change, not copies."""
+        """Return the state: tensors are the ones that training changes, not copies."""
         shared = training_state(self.model, self.optimizer)
         if self.average is not None:
             shared |= {f"{EMA}{key}": value for key, value in self.average.state_dict().items()}
