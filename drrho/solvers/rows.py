@@ -51,11 +51,9 @@ class Rows:
     ) -> None:
         self.z, self.base, self.group, self.count = z, base, group, count
         self.top, self.scale = top, scale
-        #: Whether the rows are one block.
-        self.is_one_block = (
-            len(z) > 1 or z.shape[-1] <= _BLOCK or z.device.type != "cpu" or torch.compiler.is_compiling()
-        )
-        self._only = Block(self.normalized(z), base, slice(None)) if self.is_one_block else None
+        is_short = len(z) > 1 or z.shape[-1] <= _BLOCK
+        is_one_block = is_short or z.device.type != "cpu" or torch.compiler.is_compiling()
+        self._only = Block(self.normalized(z), base, slice(None)) if is_one_block else None
         self._looked: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.clip.cli.sources import SOURCES
+from experiments.clip.cli.options import SOURCES
 from experiments.clip.run import COMMANDS
 
 HOUSE = Path(__file__).parents[2] / "experiments" / "clip"

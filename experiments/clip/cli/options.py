@@ -32,6 +32,10 @@ from experiments.clip.training.options import (
     Selection,
 )
 
+#: The module of each source of pairs by `Train.source`; its function ``open_data`` is a `cli.sources.DataSource`.
+#: Embedded data sets stand above this room, so their modules are imported when they are asked for.
+SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.clip.glyphs.source"}
+
 Captions = Literal["clean", "vague", "swapped"]
 FeaturePrecision = Literal["float16", "bfloat16"]
 
@@ -118,7 +122,7 @@ class Train:
 
     @property
     def source(self) -> str:
-        """Where the pairs come from, a key of `experiments.clip.cli.sources.SOURCES`."""
+        """Where the pairs come from, a key of `SOURCES`."""
         return "glyphs" if self.shards.catalog is None else "catalog"
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rich.table import Table
 
-from experiments.clip.cli.options import Data, Train
+from experiments.clip.cli.options import SOURCES, Data, Train
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.batch import Reference, Stream
 from experiments.clip.data.catalog import Catalog, open_catalog
@@ -24,9 +24,6 @@ from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
 
-#: The module of each source by `Train.source`; its function ``open_data`` is a `DataSource`. Embedded data sets stand
-#: above this room, so their modules are imported when they are asked for.
-SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.clip.glyphs.source"}
 _EMBEDDED = "glyphs"
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.clip.cli.sources import SOURCES, embedded_pairs, open_training_data
+from experiments.clip.cli.options import SOURCES
+from experiments.clip.cli.sources import embedded_pairs, open_training_data
 from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.distributed import ONE_PROCESS
