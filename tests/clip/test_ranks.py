@@ -21,8 +21,8 @@ from tests.clip.tars import image_bytes, write_tar
 
 pytestmark = pytest.mark.slow  # real processes, each of which imports everything
 PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
-OPTIONS = ("--size", "small", "--captions", "clean", "--epochs", "1", "--batch-size", "128", "--log-every", "1")
-OPTIONS = (*OPTIONS, "--validations", "1", "--lr", "5e-4", "--warmup", "20", "--ema", "0.9")
+OPTIONS = ("--model", "glyph-micro", "--size", "small", "--captions", "clean", "--epochs", "1", "--batch-size", "128")
+OPTIONS = (*OPTIONS, "--log-every", "1", "--validations", "1", "--lr", "5e-4", "--warmup", "20", "--ema", "0.9")
 
 
 def free_port():

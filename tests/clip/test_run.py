@@ -212,7 +212,7 @@ def test_steered_training_on_a_catalog_repeated_from_its_configuration(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_job_at_the_end_of_its_time_writes_its_state_and_is_queued_again(tmp_path):
+def test_a_job_at_the_end_of_its_time_writes_its_state_and_is_queued_again(glyph_cache, tmp_path):
     """The sbatch script itself, with srun and scontrol as a node has them: one task, and a note of what is asked."""
     bin = tmp_path / "bin"
     bin.mkdir()
@@ -228,7 +228,7 @@ def test_a_job_at_the_end_of_its_time_writes_its_state_and_is_queued_again(tmp_p
     environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "PYTHON": sys.executable}
     environment |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1"}
     out = tmp_path / "out"
-    options = ("--method", "openclip", "--size", "small", "--cache", tmp_path / "cache", "--out", out)
+    options = ("--method", "openclip", "--size", "small", "--cache", glyph_cache, "--out", out, "--epochs", "5000")
     process = subprocess.Popen(
         ["bash", PROGRAM.parent / "slurm" / "train.sbatch", *map(str, options)],
         cwd=PROGRAM.parents[2],

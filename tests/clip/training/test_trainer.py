@@ -45,12 +45,14 @@ def test_a_model_with_a_sigmoid_head_is_exported_with_it(pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_lowers_the_loss(pairs, tmp_path):
+def test_training_lowers_the_loss(manifest, tmp_path):
+    clip = new_model("glyph-small", 0)
+    pairs = PreparedPairs(manifest, "train", clip)
     _, history, _ = run(
         pairs,
         contrastive(len(pairs), 12),
         tmp_path / "c",
-        clip=new_model("glyph-small", 0),
+        clip=clip,
         optimization=Optimization(epochs=12, batch_size=32, lr=2e-3, warmup=5),
     )
     assert history[-1]["loss"] < history[0]["loss"] - 0.01
