@@ -48,7 +48,7 @@ PositiveOrInfinite = Range("positive", lambda value: value > 0)
 PositiveOrAuto = Range("positive, or auto", Positive.allows)
 #: A share of something, which may be all of it but not nothing.
 Share = Range("in (0, 1]", lambda value: 0 < value <= 1)
-ShareOrNone = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+ShareOrZero = Range("in [0, 1]", lambda value: 0 <= value <= 1)
 BelowOne = Range("in [0, 1)", lambda value: 0 <= value < 1)
 
 

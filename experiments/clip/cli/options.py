@@ -19,7 +19,7 @@ from experiments.clip.ranges import (
     OnlyWith,
     Positive,
     Share,
-    ShareOrNone,
+    ShareOrZero,
     refuse_if_given,
 )
 from experiments.clip.training.options import (
@@ -71,7 +71,7 @@ class Shards:
     """Samples of an epoch when resampled; all by default."""
     block_shards: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 16
     """Shards whose samples are shuffled together."""
-    skip_limit: Annotated[float, ShareOrNone, _OF_A_CATALOG] = 0.1
+    skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of samples that may turn out to be unusable before the run stops."""
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
     """Folder made by `run.py cache-reference --catalog`; without it, the reference runs beside the target."""
@@ -185,7 +185,7 @@ class CacheReference:
     """Samples that go through the reference at a time."""
     workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
     """Processes of a rank that read and decode."""
-    skip_limit: Annotated[float, ShareOrNone, _OF_A_CATALOG] = 0.1
+    skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of a shard's samples that may turn out to be unusable."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""

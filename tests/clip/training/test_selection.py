@@ -142,7 +142,7 @@ def test_the_log_says_how_learnable_the_chosen_are(pairs, features, reference, t
     assert all(line["learnability_chosen"] > line["learnability_candidates"] for line in steps)
 
 
-def test_too_few_candidates_and_no_guide_are_refused(pairs, features, reference, tmp_path):
+def test_too_few_candidates_and_no_reference_are_refused(pairs, features, reference, tmp_path):
     selector = Selector(Selection("jest", candidates=50, select_chunks=4), "softmax", reference, 0, Ranks())
     with pytest.raises(UserError, match="step 0 has 150 candidates for a batch of 3, which must have at least 4 pairs"):
         run(pairs, OpenCLIP(), tmp_path / "a", features, optimization=SHORT, selector=selector)
