@@ -161,7 +161,7 @@ def test_a_signal_or_the_end_of_its_time_keeps_the_state(glyph_cache, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == os.EX_TEMPFAIL, errors
-    assert "go on with: python experiments/clip/run.py study" in errors
+    assert "resume with: python experiments/clip/run.py study" in errors
     output = finish(place.start("--only", "methods", "--seconds", "0.5"))
     assert "from its checkpoint" in output
     assert re.search(r"the 0.5 seconds are over, \d trainings left", output)
