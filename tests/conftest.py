@@ -1,8 +1,13 @@
 """Runs the tests on the compiled CPU kernels, or with ``--portable`` on torch operations alone."""
 
+from multiprocessing import set_forkserver_preload
+
 import pytest
+from processes import PRELOADED
 
 from drrho.solvers import native
+
+set_forkserver_preload(PRELOADED)  # the tests of the trainer preload more
 
 
 def pytest_addoption(parser):

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from processes import start_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import normalize
@@ -478,7 +478,7 @@ def work(rank, world, folder):
 
 @pytest.mark.slow
 def test_ranks_get_the_gradient_of_one_process(tmp_path):
-    multiprocessing.spawn(work, args=(2, str(tmp_path)), nprocs=2)
+    start_ranks(work, (2, str(tmp_path)), 2)
     jobs = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
     for model, answers in zip((resnet(), clip(nonscalar_logit_scale=True)), jobs, strict=True):
         image, text, scale = model(*pairs())

@@ -9,8 +9,8 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from problems import agree, close, features, leaves
+from processes import start_ranks
 
 from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, hybrid_risk, penalized_risk, tiles
 from drrho.contrastive import (
@@ -572,7 +572,7 @@ def test_a_lone_pair_over_all_ranks_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SHARDS)
 def test_ranks_give_the_value_and_gradients_of_one_process(world, tmp_path):
-    multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)
+    start_ranks(work, (world, str(tmp_path)), world)
     answers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     total = sum(SHARDS[world])
     if all(SHARDS[world]):  # whose outer risk takes a sample of every rank

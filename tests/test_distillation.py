@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from problems import agree, features, leaves
+from processes import start_ranks
 from torch.nn.functional import normalize
 
 from drrho import tiles
@@ -110,7 +110,7 @@ def work(rank, world, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SIZES)
 def test_ranks_give_the_values_and_gradients_of_one_process(world, tmp_path):
-    multiprocessing.spawn(work, args=(world, str(tmp_path)), nprocs=world)
+    start_ranks(work, (world, str(tmp_path)), world)
     parts = list(zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True))
     expected = answer(slice(0, 13), None)
     for number, alone in enumerate(expected):

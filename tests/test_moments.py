@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import HARD, hard_cases, near, paired_sample, pairs
+from processes import start_ranks
 from scipy import stats
 
 from drrho.moments import Moments, PairedMoments, gather, merge, moments, paired_moments
@@ -151,7 +151,7 @@ def work(rank, folder):
 def test_ranks_share_the_moments_of_all_samples(tmp_path):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs gloo")
-    other = multiprocessing.spawn(work, args=(str(tmp_path),), join=False)
+    other = start_ranks(work, (str(tmp_path),), 1, join=False)
     work(1, str(tmp_path))
     while not other.join():
         pass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from processes import start_ranks
 
 from drrho.ranks import first_row, gathered, gathered_with_gradient, mean_over_ranks, row_counts, sum_to_owners
 
@@ -59,7 +59,7 @@ def test_one_process_has_all_rows(name):
 
 @pytest.mark.slow
 def test_ranks_have_all_rows_and_their_own_sums(tmp_path):
-    multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=len(COUNTS))
+    start_ranks(work, (str(tmp_path),), len(COUNTS))
     alone = answers(ROWS, 0, None)
     everybody = sum(weights_of(rank) for rank in range(len(COUNTS)))
     for rank in range(len(COUNTS)):

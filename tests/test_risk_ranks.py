@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from families import EVERY, KINDS
 from problems import tensor, value_tolerance
+from processes import start_ranks
 
 from drrho import KL, ChiSquare, constrained_risk, drrho_risk, hybrid_risk, penalized_risk
 
@@ -169,7 +169,7 @@ def ranks(tmp_path_factory):
     answers = {}
     for world in SHARDS:
         folder = tmp_path_factory.mktemp("ranks")
-        multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
+        start_ranks(work, (world, str(folder)), world)
         answers[world] = [torch.load(folder / f"answers{rank}.pt") for rank in range(world)]
     return answers
 

@@ -11,7 +11,7 @@ from statistics import fmean
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from processes import start_ranks
 
 from drrho.running import (
     RunningEstimates,
@@ -251,7 +251,7 @@ def saved(tmp_path_factory):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=4)
+    start_ranks(work, (str(folder),), 4)
     return folder
 
 

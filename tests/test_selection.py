@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from processes import start_ranks
 from scipy.stats import chisquare
 
 from drrho import KL, CVaR, constrained_risk, penalized_risk
@@ -434,7 +434,7 @@ def ranks(tmp_path_factory):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, args=(len(SHARDS), str(folder)), nprocs=len(SHARDS))
+    start_ranks(work, (len(SHARDS), str(folder)), len(SHARDS))
     return [torch.load(folder / f"answers{rank}.pt") for rank in range(len(SHARDS))]
 
 

@@ -1,5 +1,7 @@
 """A small real data set of glyphs, shared by the tests of the CLIP program."""
 
+from multiprocessing import set_forkserver_preload
+
 import pytest
 
 from experiments.clip.cli.options import Data
@@ -9,6 +11,9 @@ from experiments.clip.glyphs.source import dataset_folder, dataset_settings
 from experiments.clip.glyphs.tasks import write_glyph_tasks
 from experiments.clip.models.clip import load_model
 from experiments.clip.training.options import SHIPPED_REFERENCE
+from tests.clip.launched import PRELOADED
+
+set_forkserver_preload(PRELOADED)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from experiments.clip.training.options import CheckpointPolicy, Loss, Optimizati
 
 def training(loss, seed=0, split="train"):
     return Train(
-        model="glyph-tiny",
+        model="glyph-micro",
         split=split,
         data=Data("swapped", "small"),
         loss=loss,

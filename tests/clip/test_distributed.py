@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing
+from processes import start_ranks
 
 from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, launched
 from experiments.clip.errors import UserError
@@ -94,4 +94,4 @@ def test_two_ranks_agree(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(on_one_rank, (port, tmp_path), nprocs=2)
+    start_ranks(on_one_rank, (port, tmp_path), 2)

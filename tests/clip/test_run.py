@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +17,14 @@ from experiments.clip.cli.presets import PRESETS
 from experiments.clip.io.files import write_atomically
 from experiments.clip.run import main, parse
 from experiments.clip.training.checkpoint import latest_checkpoint
-
-PROGRAM = Path(__file__).parents[2] / "experiments" / "clip" / "run.py"
-
-
-def start(*arguments):
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from tests.clip.launched import PROGRAM, Launched
 
 
 @pytest.mark.slow
 def test_quick_demo_interrupted_resumed_and_reused(glyph_cache, tmp_path):
     """On a few glyphs that are there already: to draw them is `test_drawing`'s."""
     arguments = ("--quick", "--cache", glyph_cache, "--out", tmp_path / "out")
-    process = start(*arguments)
+    process = Launched(*arguments)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "unsteered" / "config.json").is_file():
         assert time.monotonic() < deadline and process.poll() is None
@@ -43,7 +36,7 @@ def test_quick_demo_interrupted_resumed_and_reused(glyph_cache, tmp_path):
     assert "Traceback" not in errors
     assert "resume with: python experiments/clip/run.py --quick" in errors.strip().splitlines()[-1]
 
-    process = start(*arguments)
+    process = Launched(*arguments)
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert "naming top-1" in output
@@ -59,7 +52,7 @@ def test_quick_demo_interrupted_resumed_and_reused(glyph_cache, tmp_path):
     assert "| naming top-1 |" in (tmp_path / "out" / "report.md").read_text()
 
     trained = (tmp_path / "out" / "steered" / "model" / "open_clip_model.safetensors").read_bytes()
-    process = start(*arguments)
+    process = Launched(*arguments)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0
     assert "resuming from" in output

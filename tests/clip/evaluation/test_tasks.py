@@ -13,9 +13,9 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from PIL import Image
+from processes import start_ranks
 from sklearn.metrics import balanced_accuracy_score
 from task_folders import (
     CAPTIONS,
@@ -266,9 +266,7 @@ def rank_answers(tmp_path_factory):
     damaged = classification(folder / "damaged")
     write_task(folder / "other", [samples([b"1", b"6", b"1"], "cls")])
     shutil.copy(folder / "other" / "test" / "0.tar", damaged / "test" / "1.tar")
-    # The three are forks of one process that has imported what takes long.
-    multiprocessing.set_forkserver_preload(["experiments.clip.evaluation.tasks", "sklearn.metrics", "pytest"])
-    multiprocessing.start_processes(work, args=(str(folder),), nprocs=3, start_method="forkserver")
+    start_ranks(work, (str(folder),), 3)
     return folder
 
 

@@ -6,8 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from experiments.clip.study.runner import largest_difference
 from experiments.clip.study.settings import SETTINGS
 from experiments.clip.study.tuned import tuned_path
 from experiments.clip.training.checkpoint import latest_checkpoint
+from tests.clip.launched import Launched
 
 PROGRAM = Path(small_study.__file__)
 TRAININGS = 6
@@ -42,11 +41,7 @@ class Place:
         return ["study", "--results", self.results, "--out", self.out, "--cache", self.cache, *more]
 
     def start(self, *more):
-        command = [sys.executable, PROGRAM, *self.words(*more)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        return Launched(*self.words(*more), program=PROGRAM)
 
     def here(self, *more):
         return main(list(map(str, self.words(*more))))
