@@ -91,7 +91,8 @@ def contrastive_risk(
         wider, also under autocast.
     temperature : float, scalar tensor, or pair of tensors ``[b]``
         tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
-        respect to it is that of ``F_i + rho tau``, which is ``rho - KL_i`` without running estimates.
+        respect to it is that of ``F_i + rho tau``, which is ``rho - D_i`` without running estimates, and is taken at
+        running estimates held fixed.
     reference : (Tensor, Tensor), optional
         Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached.
     log_u : (Tensor, Tensor), optional
@@ -106,7 +107,8 @@ def contrastive_risk(
         Divergence of the weights over negatives; KL by default.
     threshold : (Tensor, Tensor), optional
         Running dual variables of the anchors, NaN for those never visited, for divergences other than KL. With
-        gamma < 1 they lag as u does; the value is then the dual objective, an upper bound on the batch's risk.
+        gamma < 1 they lag as u does; the value is then the dual objective, an upper bound on the batch's risk. An
+        anchor for which that is infinite (phi* has a pole for orders below 1) takes the batch's threshold.
     coefficient : float
         Factor c of the reference's margins: 1 is DRRho-CLIP, 0 ignores the reference.
     include_positive : bool
@@ -167,11 +169,7 @@ def contrastive_risk(
             )
             state = {"log_u": after, "threshold": None}
         else:
-            terms, after, distances = robust_anchors(pairs, divergence, threshold, gamma)
-            terms = [
-                term + (tau - tau.detach()) * -distance
-                for term, tau, distance in zip(terms, taus, distances, strict=True)
-            ]
+            terms, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
             risks = tuple(term.detach() for term in terms)
             state = {"log_u": None, "threshold": after}
     value = mean_over_ranks(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)

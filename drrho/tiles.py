@@ -260,14 +260,16 @@ def _height(own: int, count: int) -> int:
 
 
 def robust_anchors(
-    pairs: Pairs, divergence: Divergence, thresholds: TensorPair | None, gamma: float
+    pairs: Pairs, taus: TensorPair, divergence: Divergence, thresholds: TensorPair | None, gamma: float
 ) -> tuple[TensorPair, TensorPair, TensorPair]:
     """Return risks, thresholds after the step and distances D of this rank's anchors, ``[b]`` each, for any divergence.
 
     One tile of anchors is solved at a time, and solved again in the backward pass. Thresholds of earlier batches (NaN
-    where there are none) move to ``(1 - gamma) threshold + gamma (that of the batch)``. The anchor's risk is then its
-    dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``, whose gradient is given by the weights
-    ``phi*'((l - threshold) / tau)``.
+    where there are none) move to ``(1 - gamma) threshold + gamma (that of the batch)``, or start anew from that of the
+    batch where phi* is infinite at one of its losses. The anchor's risk is then its
+    dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``. At the threshold held fixed its gradient
+    is given by the ratios ``t = phi*'((l - threshold) / tau)``: the weights ``t / count`` for the losses, and
+    ``-mean phi(t)`` for ``taus``, scalars or ``[b]``.
     """
     counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
     if sum(counts) < 2:
@@ -295,6 +297,8 @@ def robust_anchors(
             first_row(counts, pairs.group),
         )
         results.append(_Solved.apply(anchor, gathered_with_gradient(other, counts, pairs.group), rows))
+        risk, *_, cost = results[-1]
+        results[-1] = (risk - (taus[side] - taus[side].detach()) * cost, *results[-1][1:])
     first, second = results
     return (first[0], second[0]), (first[1], second[1]), (first[2], second[2])
 
@@ -333,39 +337,48 @@ class _Rows(NamedTuple):
 
     def _solved(self, losses: Tensor, tau: Tensor, before: Tensor | None) -> _SolvedRows:
         risk = penalized_risk(losses, self.divergence, tau)
-        value, weights, threshold = risk.value, risk.weights, risk.threshold
-        distance = ((weights * losses).sum(1) - value) / tau
-        if before is not None and self.gamma < 1:
-            old = before.to(threshold)
-            threshold = torch.where(torch.isnan(old), threshold, old + self.gamma * (threshold - old))
-            s = (losses - threshold[:, None]) / tau[:, None]
-            value = threshold + tau * self.divergence.conjugate(s).mean(1)
-            weights = self.divergence.conjugate_gradient(s) / losses.shape[1]
-            visited = ~torch.isnan(old)[:, None]
-            weights = torch.where(visited, weights, risk.weights)
-            value = torch.where(visited[:, 0], value, risk.value)
-        return _SolvedRows(value, threshold, distance, weights)
+        distance = ((risk.weights * losses).sum(1) - risk.value) / tau
+        exact = _SolvedRows(risk.value, risk.threshold, distance, distance, risk.weights)
+        if before is None or self.gamma == 1:
+            return exact
+        old = before.to(exact.threshold)
+        threshold = old + self.gamma * (exact.threshold - old)
+        s = (losses - threshold[:, None]) / tau[:, None]
+        value = threshold + tau * self.divergence.conjugate(s).mean(1)
+        cost, weights = self.divergence.cost(s).mean(1), self.divergence.conjugate_gradient(s) / losses.shape[1]
+        lags = torch.isfinite(value)
+        return _SolvedRows(
+            torch.where(lags, value, exact.risk),
+            torch.where(lags, threshold, exact.threshold),
+            distance,
+            torch.where(lags, cost, distance),
+            torch.where(lags[:, None], weights, exact.weights),
+        )
 
 
 class _SolvedRows(NamedTuple):
-    """The solution of a tile of anchors, with the threshold after the step."""
+    """The solution of a tile of anchors, with the threshold after the step.
+
+    ``cost`` is the mean of phi at the ratios that the gradient uses: the distance D, unless the threshold lags.
+    """
 
     risk: Tensor
     threshold: Tensor
     distance: Tensor
+    cost: Tensor
     weights: Tensor
 
 
 class _Solved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, other, rows):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return risks, thresholds and distances of one direction."""
+        """Return risks, thresholds, distances and costs of one direction."""
         ctx.save_for_backward(anchor, other)
         ctx.rows = rows
-        parts = [solved[:3] for _, solved, *_ in rows.tiles(anchor, other)] or [(anchor.new_empty(0),) * 3]
-        value, threshold, distance = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(threshold, distance)
-        return value, threshold, distance
+        parts = [solved[:4] for _, solved, *_ in rows.tiles(anchor, other)] or [(anchor.new_empty(0),) * 4]
+        value, threshold, distance, cost = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(threshold, distance, cost)
+        return value, threshold, distance, cost
 
     @staticmethod
     @once_differentiable

@@ -456,6 +456,40 @@ def test_running_dual_variable(divergence):
     close([ours], [expected], 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "pair"])
+@pytest.mark.parametrize("divergence", [ChiSquare(), CressieRead(1.5), CressieRead(0.5)])
+def test_derivative_in_a_learned_temperature_at_a_lagging_threshold(divergence, kind):
+    """The one of the dual objective at the thresholds after the step; for samples never visited, that of the risk."""
+    image, text = features(9, 5, 52)
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    temperature = tau if kind == "scalar" else (tau.expand(9), tau.expand(9))
+    exact = contrastive_risk(image, text, 0.2, divergence=divergence)
+    before = tuple(part + 0.3 for part in exact.threshold)
+    before[1][:4] = math.nan
+    step = contrastive_risk(image, text, temperature, divergence=divergence, threshold=before, gamma=0.1, rho=0.05)
+    (ours,) = gradients(step.value, (tau,))
+    expected = 0.05
+    for side, similarity in enumerate((image @ text.T, text @ image.T)):
+        losses = similarity - similarity.diagonal()[:, None]
+        losses = losses[~torch.eye(9, dtype=torch.bool)].view(9, 8)
+        eta = step.threshold[side].detach()[:, None]
+        dual = (eta + tau * divergence.conjugate((losses - eta) / tau)).mean(1)
+        # At a threshold that is the batch's own the dual objective has the slope of the risk.
+        expected = expected + gradients(dual.mean(), (tau,))[0] / 2
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_a_threshold_outside_the_domain_of_the_conjugate_starts_anew():
+    image, text = (part.requires_grad_() for part in features(9, 5, 53))
+    divergence = CressieRead(0.5)
+    exact = contrastive_risk(image, text, 0.2, divergence=divergence)
+    before = tuple(part.clone() for part in exact.threshold)
+    before[0][2] = -50.0
+    step = contrastive_risk(image, text, 0.2, divergence=divergence, threshold=before, gamma=0.1)
+    close([step.value.detach(), *step.threshold], [exact.value.detach(), *exact.threshold], 1e-10)
+    close(gradients(step.value, (image, text)), gradients(exact.value, (image, text)), 1e-10)
+
+
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
