@@ -115,29 +115,42 @@ def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Gr
 
     When the features of the other side are centered, ``sum_j s_ij = 0``. Row i without its positive, over m - 1
     negatives, then contributes ``sum_{j != i} s_ij r_ij - (s_ii r_ii) / (m - 1)``, and the sum over i and all j is
-    ``<A_image' B_image, A_text' B_text>``.
+    ``<A_image' B_image, A_text' B_text>``, where one of the two Gram matrices is of centered features. They are centered
+    before they are multiplied: features of an untrained model lie so close together that in float32 the difference of
+    the products would be rounding alone.
     """
-    count = torch.tensor(float(len(a[0])), dtype=a[0].dtype, device=a[0].device)
-    sums = [side.sum(0) for model in (a, b) for side in model]
-    grams = [x.T @ y for x, y in zip(a, b, strict=True)]
-    if group is not None:
-        together = torch.cat([count[None], *sums, *(gram.flatten() for gram in grams)])
-        dist.all_reduce(together, group=group)
-        count, *parts = together.split([1, *map(len, sums), *(gram.numel() for gram in grams)])
-        sums, grams = parts[:4], [part.view_as(gram) for part, gram in zip(parts[4:], grams, strict=True)]
+    sides = [*a, *b]
+    sums = [torch.full((1,), len(a[0]), dtype=torch.float64, device=a[0].device), *(x.double().sum(0) for x in sides)]
+    count, *sums = _summed_over_ranks(sums, group)
     means = [total / count for total in sums]
-    centered = [gram - count * torch.outer(means[side], means[2 + side]) for side, gram in enumerate(grams)]
-    total, own = a[0].new_zeros(2), a[0].new_zeros(2)
-    for side in (0, 1):
-        other = 1 - side
-        total[side] = (grams[side] * centered[other]).sum()
-        first = (a[side] * (a[other] - means[other])).sum(1)
-        second = (b[side] * (b[other] - means[2 + other])).sum(1)
-        own[side] = (first * second).sum()
-    if group is not None:
-        dist.all_reduce(own, group=group)
+    centered = [_centered(x, mean) for x, mean in zip(sides, means, strict=True)]
+    grams = [(centered[side].T @ centered[2 + side]).double() for side in (0, 1)]
+    own = [
+        ((a[side] * centered[1 - side]).sum(1) * (b[side] * centered[3 - side]).sum(1)).sum(dtype=torch.float64)
+        for side in (0, 1)
+    ]
+    *grams, own = _summed_over_ranks([*grams, torch.stack(own)], group)
+    total = torch.stack(
+        [((grams[side] + count * torch.outer(means[side], means[2 + side])) * grams[1 - side]).sum() for side in (0, 1)]
+    )
     negatives = float(count) - 1
     if negatives < 1:
         raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {int(count)}")
     image, text = ((total - own * (count / negatives)) / (count * negatives)).tolist()
     return image, text
+
+
+def _centered(features: Tensor, mean: Tensor) -> Tensor:
+    """Return the features minus their mean, 0 where that is its rounding: equal features have no variance."""
+    deviation = features - mean
+    rounding = 8 * torch.finfo(torch.float64).eps * mean.abs()
+    return torch.where(deviation.abs() > rounding, deviation, 0.0).to(features.dtype)
+
+
+def _summed_over_ranks(parts: list[Tensor], group: Group) -> list[Tensor]:
+    if group is None:
+        return parts
+    together = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(together, group=group)
+    split = together.split([part.numel() for part in parts])
+    return [summed.view_as(part) for summed, part in zip(split, parts, strict=True)]

@@ -70,6 +70,41 @@ def test_coefficient_averages_is_clipped_and_comes_back_from_its_state():
     assert AdaptiveCoefficient().update(*guide, reference=(constant, constant)) == 0.0
 
 
+@pytest.mark.parametrize("spread", [1.0, 3e-2, 3e-3, 1e-3])
+def test_coefficient_of_features_that_lie_close_together(spread):
+    """As those of an untrained model do: similarities in float32 then differ in their last digits."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(columns, noise):
+        center = torch.randn(1, columns, generator=generator, dtype=torch.float64)
+        return normalize(center + spread * noise, dim=1).float()
+
+    noise = torch.randn(512, 64, generator=generator, dtype=torch.float64)
+    guide = drawn(64, noise), drawn(64, 0.5 * noise + torch.randn(512, 64, generator=generator, dtype=torch.float64))
+    mixed = 0.3 * noise + torch.randn(512, 64, generator=generator, dtype=torch.float64)
+    own = drawn(64, mixed), drawn(64, noise)
+    exact = AdaptiveCoefficient()
+    exact.update(*(x.double() for x in own), reference=(guide[0].double(), guide[1].double()))
+    expected = exact.state_dict()["moments"]
+    found = AdaptiveCoefficient()
+    found.update(*own, reference=guide)
+    assert torch.allclose(found.state_dict()["moments"], expected, rtol=1e-4, atol=1e-5 * float(expected[1]))
+    pairs = [(own, guide), (guide, guide)]
+    by_definition = [
+        sum(moments_by_definition(*([x[:24].double() for x in model] for model in models))) / 2 for models in pairs
+    ]
+    few = AdaptiveCoefficient()
+    few.update(*(x[:24] for x in own), reference=(guide[0][:24], guide[1][:24]))
+    assert few.state_dict()["moments"].tolist() == pytest.approx(by_definition, rel=1e-4, abs=1e-5 * by_definition[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_features_of_the_reference_have_coefficient_zero(dtype):
+    guide = features(20, 6, 11)
+    constant = normalize(torch.tensor([[0.3, -0.7, 0.11, 0.2]], dtype=dtype), dim=1).expand(20, 4)
+    assert AdaptiveCoefficient().update(*guide, reference=(constant, constant)) == 0.0
+
+
 def test_coefficient_refusals_leave_it_as_it_was():
     guide = features(8, 4, 10)
     coefficient = AdaptiveCoefficient()
