@@ -115,9 +115,9 @@ def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Gr
 
     When the features of the other side are centered, ``sum_j s_ij = 0``. Row i without its positive, over m - 1
     negatives, then contributes ``sum_{j != i} s_ij r_ij - (s_ii r_ii) / (m - 1)``, and the sum over i and all j is
-    ``<A_image' B_image, A_text' B_text>``, where one of the two Gram matrices is of centered features. They are centered
-    before they are multiplied: features of an untrained model lie so close together that in float32 the difference of
-    the products would be rounding alone.
+    ``<A_image' B_image, A_text' B_text>``, where one of the two Gram matrices is of centered features. They are
+    centered before they are multiplied: features of an untrained model lie so close together that in float32 the
+    difference of the products would be rounding alone.
     """
     sides = [*a, *b]
     sums = [torch.full((1,), len(a[0]), dtype=torch.float64, device=a[0].device), *(x.double().sum(0) for x in sides)]

@@ -22,7 +22,7 @@ from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
 from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled, robust_anchors
-from drrho.validation import ArrayLike
+from drrho.validation import ArrayLike, as_numbers
 
 _KL = KL()
 
@@ -409,7 +409,7 @@ def _temperatures(temperature: Temperature, image: Tensor) -> TensorPair:
 
 def temperature_of(values: float | Tensor, image: Tensor) -> Tensor:
     """Return a temperature as a checked tensor, a scalar or ``[b]``, in float32 or wider."""
-    tau = torch.as_tensor(values, device=image.device, dtype=torch.promote_types(image.dtype, torch.float32))
+    tau = as_numbers(values, "temperature").to(image.device, torch.promote_types(image.dtype, torch.float32))
     if tau.numel() == 1:
         tau = tau.reshape(())
     elif tau.shape != image.shape[:1]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from drrho.ranks import Group
-from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
+from drrho.sharded import ShardedRows, mean_over_repeats
+from drrho.validation import ArrayLike
 
 
 class RunningEstimates:
@@ -60,12 +61,12 @@ class RunningEstimates:
         parts = self._rows.own[0].split(2**24)  # a mask of all rows at once would take an eighth of the state's memory
         return self._rows.total(sum(int(torch.count_nonzero(part > -torch.inf)) for part in parts))
 
-    def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, index: ArrayLike) -> tuple[Tensor, Tensor]:
         """Return ``log u`` of the samples ``index``, both directions, each ``[b]`` on the device of the estimates.
 
         Parameters
         ----------
-        index : Tensor ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers
             Samples of all data, in any order and possibly repeated; b >= 0 may differ from rank to rank.
 
         Raises
@@ -76,7 +77,7 @@ class RunningEstimates:
         image, text = self._rows.lookup(index)
         return image, text
 
-    def update(self, index: Tensor, log_u: tuple[Tensor, Tensor]) -> None:
+    def update(self, index: ArrayLike, log_u: tuple[ArrayLike, ArrayLike]) -> None:
         """Store ``log u`` ``[b]`` of both directions for the samples ``index`` ``[b]``.
 
         A sample that occurs several times, on one rank or on several, gets the mean of its u (not of their
@@ -89,7 +90,7 @@ class RunningEstimates:
 
         Parameters
         ----------
-        index : Tensor ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers
             As in `lookup`.
         log_u : (Tensor, Tensor), each ``[b]``
             Estimates after the step, finite in float32; detached.
@@ -101,10 +102,8 @@ class RunningEstimates:
             estimate is not finite.
         """
         index, fault = self._rows.checked(index)
-        directions = [values.detach().to(self._rows.own) for values in log_u]
-        for direction, values in enumerate(directions):
-            fault = fault or fault_of_values(index, values, f"log_u[{direction}]", "finite in float32 after a step")
-        rows, fresh = _averaged_over_repeats(*self._rows.collect(index, directions, fault))
+        directions, wrong = self._rows.checked_values(index, log_u, "log_u", "finite in float32 after a step")
+        rows, fresh = _averaged_over_repeats(*self._rows.collect(index, directions, fault or wrong))
         self._rows.own.index_copy_(1, rows, fresh.to(self._rows.own))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -161,18 +160,16 @@ class RunningThresholds:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, index: ArrayLike) -> tuple[Tensor, Tensor]:
         """Return the thresholds of the samples ``index`` ``[b]``; it raises as `RunningEstimates.lookup` does."""
         image, text = self._rows.lookup(index)
         return image, text
 
-    def update(self, index: Tensor, threshold: tuple[Tensor, Tensor]) -> None:
+    def update(self, index: ArrayLike, threshold: tuple[ArrayLike, ArrayLike]) -> None:
         """Store thresholds ``[b]`` of both directions; it raises as `RunningEstimates.update` does."""
         index, fault = self._rows.checked(index)
-        directions = [values.detach().to(self._rows.own) for values in threshold]
-        for direction, values in enumerate(directions):
-            fault = fault or fault_of_values(index, values, f"threshold[{direction}]", "finite in float32 after a step")
-        rows, values = self._rows.collect(index, directions, fault)
+        directions, wrong = self._rows.checked_values(index, threshold, "threshold", "finite in float32 after a step")
+        rows, values = self._rows.collect(index, directions, fault or wrong)
         single, place, counts = rows.unique(return_inverse=True, return_counts=True)
         self._rows.own.index_copy_(1, single, mean_over_repeats(values, place, counts).to(self._rows.own))
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drrho.ranks import Group
+from drrho.validation import ArrayLike, as_index, as_numbers
 
 
 class ShardedRows:
@@ -70,16 +71,28 @@ class ShardedRows:
         dist.all_reduce(counts, group=self._group)
         return int(counts)
 
-    def checked(self, index: Tensor) -> tuple[Tensor, str]:
+    def checked(self, index: ArrayLike) -> tuple[Tensor, str]:
         """Return the index as int64 on the device of the rows, and an error message, empty if the index is valid."""
-        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            return index, f"index must have shape [b] and an integer dtype, got {list(index.shape)} and {index.dtype}"
-        index = index.to(self.own.device, torch.int64)
+        try:
+            index = as_index(index, "index").to(self.own.device, torch.int64)
+        except ValueError as error:
+            return self.own.new_empty(0), str(error)
         outside = (index < 0) | (index >= len(self))
         wrong = f"index must lie in [0, {len(self)}), got {int(index[outside][0])}" if bool(outside.any()) else ""
         return index, wrong
 
-    def lookup(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
+    def checked_values(
+        self, index: Tensor, values: Sequence[ArrayLike], name: str, law: str
+    ) -> tuple[list[Tensor], str]:
+        """Return the values of a checked index as detached float32 tensors, and an error message as `checked` does."""
+        try:
+            columns = [as_numbers(each, f"{name}[{k}]").detach().to(self.own) for k, each in enumerate(values)]
+        except TypeError as error:
+            return [], str(error)
+        faults = (fault_of_values(index, each, f"{name}[{k}]", law) for k, each in enumerate(columns))
+        return columns, next(filter(None, faults), "")
+
+    def lookup(self, index: ArrayLike, columns: slice = slice(None)) -> Tensor:
         """Return columns ``[k, b]`` of the samples ``index`` ``[b]``, integers in any order and possibly repeated.
 
         Raises

@@ -21,6 +21,7 @@ from torch import Tensor
 from drrho.contrastive import project_temperature
 from drrho.ranks import Group
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
+from drrho.validation import ArrayLike
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -63,12 +64,12 @@ class GlobalTemperature:
         self._adam = torch.optim.Adam([self._tau], lr=learning_rate, betas=betas, eps=eps)
         self._group = group
 
-    def lookup(self, index: Tensor) -> Tensor:
+    def lookup(self, index: ArrayLike) -> Tensor:
         """Return the temperature, a scalar leaf that requires a gradient, and reset its gradient."""
         self._tau.grad = None
         return self._tau
 
-    def step(self, index: Tensor, temperature: Tensor, rate: float = 1.0) -> int:
+    def step(self, index: ArrayLike, temperature: Tensor, rate: float = 1.0) -> int:
         """Take one Adam step with the temperature's gradient and project; return 1 if the projection changed it.
 
         ``rate`` multiplies the learning rate of this step.
@@ -196,7 +197,7 @@ class IndividualTemperatures:
         fill = (start, start, 0.0, 0.0, 0.0, 0.0, 0.0)
         self._rows = ShardedRows(samples, fill, "temperatures", "individual temperatures", device, group)
 
-    def lookup(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, index: ArrayLike) -> tuple[Tensor, Tensor]:
         """Return the temperatures of image and text anchors of the samples ``index``, ``[b]`` each, float32.
 
         They are leaves that require a gradient. Pass them as ``temperature`` to `contrastive_risk` and, after backward,
@@ -204,7 +205,7 @@ class IndividualTemperatures:
 
         Parameters
         ----------
-        index : Tensor ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers
             Samples of all data, in any order and possibly repeated; b >= 0 may differ from rank to rank.
 
         Raises
@@ -215,7 +216,7 @@ class IndividualTemperatures:
         image, text = self._rows.lookup(index, slice(2))
         return image.requires_grad_(), text.requires_grad_()
 
-    def step(self, index: Tensor, temperatures: tuple[Tensor, Tensor], rate: float = 1.0) -> int:
+    def step(self, index: ArrayLike, temperatures: tuple[Tensor, Tensor], rate: float = 1.0) -> int:
         """Take one Adam step with the gradients of looked-up temperatures, and project to ``[low, high]``.
 
         Gradients are those of a mean over both directions of all ranks' samples, such as
@@ -229,7 +230,7 @@ class IndividualTemperatures:
 
         Parameters
         ----------
-        index : Tensor ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers
             As in `lookup`.
         temperatures : (Tensor, Tensor), each ``[b]``
             Temperatures from `lookup` of the same index, after backward.

@@ -16,6 +16,58 @@ from drrho.ranks import Group
 ArrayLike: TypeAlias = "Tensor | np.ndarray | float | Sequence[ArrayLike]"
 
 
+def as_numbers(values: ArrayLike, name: str) -> Tensor:
+    """Return numbers as a tensor: a real tensor as it is, with its graph; all else as a new one, float64.
+
+    Arrays may have any strides, byte order and real type.
+
+    Raises
+    ------
+    TypeError
+        For complex numbers, for a masked array that hides some of its entries, and for what is not numbers.
+    """
+    if isinstance(values, Tensor):
+        if values.is_complex():
+            raise TypeError(f"{name} must be real, got {values.dtype}: pass .real, or a norm")
+        return values
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise TypeError(
+            f"{name} must not be a masked array, got one that hides {np.ma.count_masked(values)} of {values.size} "
+            "entries: pass .compressed(), or give what is hidden the base weight 0"
+        )
+    try:
+        array = np.asarray(values)
+        if np.iscomplexobj(array):
+            raise TypeError(f"{name} must be real, got {array.dtype}: pass .real, or a norm")
+        return torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        if str(error).startswith(name):
+            raise
+        raise TypeError(f"{name} must be a tensor, an array or a sequence of numbers, got {values!r}") from error
+
+
+def as_index(values: ArrayLike, name: str) -> Tensor:
+    """Return integers ``[b]`` as a tensor; an empty sequence is one of integers.
+
+    Raises
+    ------
+    ValueError
+        For another shape, or for what is not integers.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            array = np.asarray(values)
+            array = array.astype(np.int64) if array.shape == (0,) or array.dtype.kind in "iu" else array
+            values = torch.from_numpy(np.array(array, order="C"))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} must have shape [b] and an integer dtype, got {values!r}") from None
+    if values.ndim != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must have shape [b] and an integer dtype, got {list(values.shape)} and {values.dtype}"
+        )
+    return values
+
+
 def as_losses(values: ArrayLike, name: str, *, finite: bool = True) -> Tensor:
     """Return ``values`` as a floating tensor ``[..., n]`` with ``n >= 1``; with ``finite``, check every entry.
 
@@ -24,19 +76,14 @@ def as_losses(values: ArrayLike, name: str, *, finite: bool = True) -> Tensor:
     Raises
     ------
     TypeError
-        For an integer, boolean or complex tensor: the caller decides which floating type to convert to.
+        For an integer or boolean tensor, as the caller decides which floating type to convert to; for complex numbers
+        and masked arrays.
     ValueError
         For a scalar, an empty last dimension, or a NaN or infinite entry.
     """
-    if isinstance(values, Tensor):
-        if not values.is_floating_point():
-            raise TypeError(f"{name} must have a floating dtype, got {values.dtype}: call .float() or .double()")
-        losses = values
-    else:
-        try:
-            losses = torch.tensor(np.asarray(values, dtype=np.float64))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{name} must be a tensor, an array or a sequence of numbers, got {values!r}") from error
+    losses = as_numbers(values, name)
+    if not losses.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {losses.dtype}: call .float() or .double()")
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., n] with n >= 1, got {list(losses.shape)}")
     if finite:
@@ -88,10 +135,7 @@ def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> T
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {value}: it {meaning}")
         return torch.full(rows, float(value), dtype=torch.float64, device=losses.device)
-    try:
-        parameter = torch.as_tensor(value, device=losses.device, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a number or a tensor of numbers, got {value!r}: it {meaning}") from error
+    parameter = as_numbers(value, name).to(losses.device, torch.float64)
     try:
         return parameter.expand(rows)
     except RuntimeError:
@@ -106,12 +150,12 @@ def as_base_weights(values: ArrayLike, losses: Tensor, group: Group) -> Tensor:
     Raises
     ------
     ValueError
-        If a weight is negative or not finite, a row does not sum to one, or the shape does not broadcast.
+        If a weight is negative or not finite, a row does not sum to one, the shape does not broadcast, or they require
+        a gradient.
     """
-    try:
-        base = torch.as_tensor(values, device=losses.device, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"base_weights must be a tensor, an array or a sequence of numbers, got {values!r}") from error
+    base = as_numbers(values, "base_weights").to(losses.device, torch.float64)
+    if base.requires_grad and torch.is_grad_enabled():
+        raise ValueError("base_weights must not require a gradient, which the risk does not give: pass .detach()")
     fits = base.ndim >= 1 and base.shape[-1] == losses.shape[-1] and base.ndim <= losses.ndim
     if not fits or any(b not in (1, z) for b, z in zip(reversed(base.shape), reversed(losses.shape), strict=False)):
         raise ValueError(

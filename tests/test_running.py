@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -243,6 +244,33 @@ def work(rank, folder):
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "index",
+    [[2, 0], (2, 0), np.array([2, 0]), np.array([0, 2], dtype=np.int32)[::-1], np.array([2, 0], dtype=np.uint8)],
+)
+@pytest.mark.parametrize("kind", [RunningEstimates, RunningThresholds])
+def test_an_index_may_be_any_sequence_of_integers(kind, index):
+    estimates, same = kind(4), kind(4)
+    estimates.update(index, ([0.5, -1.0], np.array([2.0, 0.0])))
+    same.update(torch.tensor([2, 0]), (torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.0])))
+    for found, expected in zip(estimates.lookup(index), same.lookup(torch.tensor([2, 0])), strict=True):
+        assert torch.equal(found, expected)
+    assert [len(part) for part in estimates.lookup([])] == [0, 0]
+
+
+@pytest.mark.parametrize("index", [[0.0, 1.0], np.array([True, False]), "ab", [[0]], 3, [0, 1j], torch.tensor([1j])])
+def test_an_index_of_something_else_is_refused_by_name(index):
+    with pytest.raises(ValueError, match="index must have shape"):
+        RunningEstimates(4).lookup(index)
+    with pytest.raises(ValueError, match="index must have shape"):
+        RunningEstimates(4).update(index, (torch.zeros(1), torch.zeros(1)))
+
+
+def test_estimates_that_are_no_numbers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"log_u\[1\] must be real"):
+        RunningEstimates(4).update([1], ([0.0], [1j]))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from drrho import KL, ChiSquare, CVaR, constrained_risk, drrho_risk, excess_losses, penalized_risk
+from drrho.contrastive import contrastive_risk
+from drrho.selection import top_k
+from drrho.variance import variance_reduction
 
 LOSSES = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 BATCH = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
@@ -134,3 +137,53 @@ def test_reference_losses_must_be_finite(bad):
     reference = LOSSES.clone()
     reference[0] = bad
     assert_refused(lambda: drrho_risk(LOSSES, reference, KL(), rho=1.0), "losses", bad)
+
+
+# --- other people's arrays --------------------------------------------------------------------------------------------
+
+ARRAYS = {
+    "reversed": lambda array: array[::-1].copy()[::-1],
+    "strided": lambda array: np.repeat(array, 2)[::2],
+    "a column": lambda array: np.stack([array, array], axis=1)[:, 1],
+    "big-endian": lambda array: array.astype(">f8"),
+    "read-only": lambda array: np.frombuffer(array.tobytes()),
+    "long double": lambda array: array.astype(np.longdouble),
+    "masked, nothing hidden": lambda array: np.ma.masked_array(array, mask=False),
+    "list": list,
+}
+Z, R, Q = np.array([0.5, -1.0, 2.0]), np.array([0.1, 0.2, -0.3]), np.array([0.2, 0.3, 0.5])
+TAKES_ARRAYS = {
+    "losses": lambda a: constrained_risk(a(Z), KL(), 0.1).value,
+    "penalty": lambda a: penalized_risk(a(Z), KL(), 0.1).value,
+    "excess": lambda a: excess_losses(a(Z), a(R)),
+    "base_weights": lambda a: constrained_risk(Z, KL(), 0.1, base_weights=a(Q)).value,
+    "radius": lambda a: constrained_risk(np.stack([Z, R, Q]), KL(), a(Q)).value,
+    "strength": lambda a: penalized_risk(np.stack([Z, R, Q]), KL(), a(Q)).value,
+    "variance": lambda a: torch.tensor(
+        variance_reduction(a(np.tile(Z, 9)), a(np.tile(R, 9)), interval="jackknife").ratio.value
+    ),
+    "scores": lambda a: top_k(a(Z), 2),
+    "temperature": lambda a: contrastive_risk(torch.eye(3), torch.eye(3), (a(Q), a(Q))).value,
+}
+
+
+@pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS)
+@pytest.mark.parametrize("call", TAKES_ARRAYS.values(), ids=TAKES_ARRAYS)
+def test_arrays_of_every_layout_are_accepted(call, make):
+    assert torch.equal(call(make), call(np.copy))
+
+
+@pytest.mark.parametrize("call", TAKES_ARRAYS.values(), ids=TAKES_ARRAYS)
+def test_masked_and_complex_arrays_are_refused(call):
+    assert_refused(
+        lambda: call(lambda a: np.ma.masked_array(a, [False, True] + [False] * (len(a) - 2))), "masked", error=TypeError
+    )
+    for convert in (lambda a: a + 1j, lambda a: list(a + 1j), lambda a: torch.tensor(a + 1j)):
+        assert_refused(lambda convert=convert: call(convert), "complex", error=TypeError)
+
+
+def test_base_weights_that_require_a_gradient_are_refused():
+    base = torch.tensor(Q, requires_grad=True)
+    assert_refused(lambda: constrained_risk(Z, KL(), 0.1, base_weights=base), "base_weights", "detach")
+    with torch.no_grad():
+        assert constrained_risk(Z, KL(), 0.1, base_weights=base).value.isfinite()
