@@ -18,9 +18,12 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
-from drrho.solvers.problem import Problem, Solution
+from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
-from drrho.validation import values_are_readable
+from drrho.validation import transforms_active
+
+
+_KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
 
 def optimum(
@@ -31,16 +34,18 @@ def optimum(
     base: Tensor | None,
     problem: Problem,
 ) -> Solution:
-    """Return `solve` of the tensors, as a differentiable function of all but ``base``."""
+    """Return `solve` of the tensors, as a differentiable function of all but ``base``.
+
+    Losses ``[rows, n]`` with parameters ``[rows]``, or ``[n]`` with scalars, whose fields are then those of one row;
+    ``base`` is ``[rows or 1, n]``.
+    """
     inputs = (losses, radius, strength, alpha, base)
     if torch.compiler.is_compiling():
-        return _solution(Optimum.apply(*inputs, problem))
-    if not values_are_readable():
+        return by_rows(Optimum.apply, *inputs, problem)
+    if transforms_active() or forward_ad._current_level >= 0:
         _refuse_forward_over_forward()
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    if not values_are_readable() or forward_ad._current_level >= 0:
-        return _solution(TransformableOptimum.apply(*inputs, problem))
-    if recorded:
+        return by_rows(TransformableOptimum.apply, *inputs, problem)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return _solution(Optimum.apply(*inputs, problem))
     radius, strength, alpha = (tensor if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
     return solve(losses.detach(), radius, strength, alpha, base, problem)
@@ -70,7 +75,7 @@ class _Derivatives:
         solution = Solution(*output)
         ctx.mark_non_differentiable(solution.gap, solution.on_ball)
         ctx.set_materialize_grads(False)
-        ctx.problem = problem
+        ctx.problem, ctx.one_row = problem, tensors[0].ndim == 1
         ctx.given = [tensor is not None for tensor in tensors]
         kept = (
             *(tensor for tensor in tensors if tensor is not None),
@@ -87,6 +92,20 @@ class _Derivatives:
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Pull gradients of value, weights, premium, threshold, strength and D back to losses and parameters."""
+        by_value, *others = grads
+        if not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
+            by_row = by_value if by_value is None or ctx.one_row else by_value[:, None]
+            return by_row if by_row is None else by_row * ctx.saved_tensors[-_KEPT], None, None, None, None, None
+        if ctx.one_row:
+            grads = [grad if grad is None else grad.unsqueeze(0) for grad in grads]
+        pulled = _Derivatives.pulled(ctx, grads)
+        if ctx.one_row:
+            pulled = [grad if grad is None else grad.squeeze(0) for grad in pulled]
+        return *pulled, None, None
+
+    @staticmethod
+    def pulled(ctx, grads) -> list[Tensor | None]:
+        """Return the gradients of losses, radius, strength and alpha for those of a solution of rows."""
         response = _Response(ctx)
         by_value, by_weights, by_premium, by_threshold, by_strength, _, by_distance, by_alpha_slope, _ = grads
         if by_alpha_slope is not None and not torch.compiler.is_compiling():
@@ -106,15 +125,8 @@ class _Derivatives:
             losses, radius, strength = response.pull_back(by_weights, by_threshold, by_strength, by_distance)
             to_losses, to_radius = _sum(to_losses, losses), _sum(to_radius, radius)
             to_strength = _sum(to_strength, strength)
-        _, radius_given, strength_given, alpha_given, _ = ctx.given
-        return (
-            to_losses,
-            to_radius if radius_given else None,
-            to_strength if strength_given else None,
-            to_alpha if alpha_given else None,
-            None,
-            None,
-        )
+        pulled = (to_losses, to_radius, to_strength, to_alpha)
+        return [grad if needed else None for grad, needed in zip(pulled, ctx.needs_input_grad, strict=False)]
 
 
 class Optimum(_Derivatives, torch.autograd.Function):
@@ -122,7 +134,7 @@ class Optimum(_Derivatives, torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve in plain tensors."""
+        """Solve in plain tensors, of which one row may come without its dimension: a view costs as much as a product."""
         inputs = (losses, radius, strength, alpha, base, problem)
         fields = solve(*inputs)
         _Derivatives.keep(ctx, inputs, fields)
@@ -187,6 +199,10 @@ class _Response:
 
     def __init__(self, ctx) -> None:
         saved = list(ctx.saved_tensors)
+        if ctx.one_row:  # all but the base weights
+            bases = [saved.pop(-_KEPT - 1)] if ctx.given[-1] else []
+            saved = [tensor.unsqueeze(0) for tensor in saved]
+            saved[len(saved) - _KEPT : len(saved) - _KEPT] = bases
         given = [saved.pop(0) if present else None for present in ctx.given]
         losses, _, self.price, self.alpha, self.base = given
         assert losses is not None

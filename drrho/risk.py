@@ -231,17 +231,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merged(tensor: Tensor, leading: torch.Size) -> Tensor:
-    """Return a tensor ``[*leading, ...]`` with one leading dimension; `Tensor.reshape` would cost twice as much."""
-    if len(leading) == 1:
-        return tensor
-    return tensor.unsqueeze(0) if not leading else tensor.reshape(-1, *tensor.shape[len(leading) :])
+    """Return a tensor ``[*leading, ...]`` with one leading dimension, or with none if it has none."""
+    return tensor if len(leading) <= 1 else tensor.reshape(-1, *tensor.shape[len(leading) :])
 
 
 def _unmerged(tensor: Tensor, leading: torch.Size) -> Tensor:
-    """Return a tensor ``[rows, ...]`` as ``[*leading, ...]``."""
-    if len(leading) == 1:
-        return tensor
-    return tensor.squeeze(0) if not leading else tensor.reshape(*leading, *tensor.shape[1:])
+    """Return a tensor that `_merged` has made as ``[*leading, ...]``."""
+    return tensor if len(leading) <= 1 else tensor.reshape(*leading, *tensor.shape[1:])
 
 
 def _risk(
@@ -261,9 +257,11 @@ def _risk(
     def per_row(parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else _cast(_merged(parameter, shape), dtype)
 
-    alpha = None
-    if isinstance(divergence.tail_fraction, Tensor):
-        alpha = as_parameter(divergence.tail_fraction, "alpha", "is the fraction of losses in the tail", losses)
+    alpha = divergence.tail_fraction
+    if isinstance(alpha, Tensor):
+        alpha = as_parameter(alpha, "alpha", "is the fraction of losses in the tail", losses)
+    else:
+        alpha = None  # the divergence has it
     base = None
     if base_weights is not None:
         base = as_base_weights(base_weights, losses, group)
@@ -284,16 +282,9 @@ def _risk(
     except ValueError:
         refuse_not_finite(losses.detach(), "losses")  # says where
         raise
+    value, weights, premium, threshold, strength, gap, *_ = solution
+    fields = (value, weights, premium, threshold.detach(), strength, gap)
     answer = _answer_dtype(losses)
-
-    def shaped(row_values: Tensor) -> Tensor:
-        return _cast(_unmerged(row_values, shape), answer)
-
-    return RobustRisk(
-        value=shaped(solution.value),
-        weights=shaped(solution.weights),
-        premium=shaped(solution.premium),
-        threshold=shaped(solution.threshold).detach(),
-        strength=shaped(solution.strength),
-        gap=shaped(solution.gap),
-    )
+    if len(shape) > 1 or answer != dtype:
+        fields = (_cast(_unmerged(field, shape), answer) for field in fields)
+    return RobustRisk(*fields)

@@ -102,11 +102,11 @@ def refuse_not_finite(losses: Tensor, name: str) -> None:
 
 def values_are_readable() -> bool:
     """Whether Python can read values: not while a graph is compiled, nor inside a ``torch.func`` transform."""
-    return not torch.compiler.is_compiling() and not _transforms_active()
+    return not torch.compiler.is_compiling() and not transforms_active()
 
 
-# torch has no public function for this.
-_transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
+#: Whether a ``torch.func`` transform is running; torch has no public function for this.
+transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse(refused: Tensor, values: Tensor, message: str) -> None:

@@ -53,7 +53,7 @@ def takes(z: Tensor, base: Tensor | None, problem: Problem) -> bool:
 def solve_natively(
     z: Tensor, radius: Tensor | None, strength: Tensor | None, alpha: Tensor | None, divergence: Divergence, kernel: int
 ) -> Solution:
-    """Solve rows ``z`` ``[rows, n]``, float64 or float32, computing in float64, by the kernel of that number.
+    """Solve rows ``z`` ``[rows, n]``, or one ``[n]``, float64 or float32, computing in float64, by that kernel.
 
     Raises
     ------
@@ -62,14 +62,14 @@ def solve_natively(
     """
     assert library is not None
     z = z.contiguous()
-    rows, n = z.shape
+    rows, n = z.shape if z.ndim == 2 else (1, len(z))
     if not divergence.has_radius:
         radius = None  # it has no effect
     if divergence.tail_fraction is not None and alpha is None:
-        alpha = torch.full((rows,), float(divergence.tail_fraction), dtype=torch.float64)
+        alpha = torch.full(z.shape[:-1], float(divergence.tail_fraction), dtype=torch.float64)
     given = [None if tensor is None else _float64(tensor) for tensor in (radius, strength, alpha)]
     weights = torch.empty_like(z)
-    fields = torch.empty(_FIELDS, rows, dtype=torch.float64)
+    fields = torch.empty(_FIELDS, *z.shape[:-1], dtype=torch.float64)
     solve = library.drrho_solve
     pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in (z, *given, weights, fields)]
     size = (kernel, z.dtype == torch.float32, n, rows)
@@ -117,13 +117,14 @@ def _refuse(
     row: int,
     why: int,
 ) -> None:
+    z = z.view(-1, z.shape[-1])
     for tensor, number, message in (
         (radius, _RADIUS, REFUSED["radius"]),
         (strength, _STRENGTH, REFUSED["strength"]),
         (alpha, _ALPHA, REFUSED_ALPHA),
     ):
         if tensor is not None and why == number:
-            raise ValueError(message.format(tensor[row].item()))
+            raise ValueError(message.format(tensor.view(-1)[row].item()))
     if why == _LOSSES:
         raise ValueError(REFUSED_RANGE.format((z[row].max() - z[row].min()).item()))
     if why == _MEMORY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,24 @@ class Problem(NamedTuple):
 
     divergence: Divergence
     group: Group
+
+
+def by_rows(
+    function: Callable[..., Sequence[Tensor] | None],
+    losses: Tensor,
+    radius: Tensor | None,
+    strength: Tensor | None,
+    alpha: Tensor | None,
+    base: Tensor | None,
+    problem: Problem,
+) -> Solution:
+    """Apply a function that solves rows to losses ``[rows, n]``, or to ``[n]`` with scalar parameters."""
+    row = (losses, radius, strength, alpha)
+    if losses.ndim == 1:
+        row = [tensor if tensor is None else tensor.unsqueeze(0) for tensor in row]
+    fields = function(*row, base, problem)
+    assert fields is not None
+    return Solution(*(fields if losses.ndim == 2 else (field.squeeze(0) for field in fields)))
 
 
 def extremes_of(z: Tensor, base: Tensor | None, group: Group) -> Tensor:

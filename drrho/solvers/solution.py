@@ -11,7 +11,7 @@ from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.certificate import Bound, certified
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
-from drrho.solvers.problem import REFUSED, REFUSED_ALPHA, REFUSED_RANGE, Problem, Solution, extremes_of, sample_count
+from drrho.solvers.problem import REFUSED, REFUSED_ALPHA, REFUSED_RANGE, Problem, Solution, by_rows, extremes_of, sample_count
 from drrho.solvers.rows import Rows, some
 from drrho.validation import refuse
 
@@ -28,8 +28,8 @@ def solve(
 ) -> Solution:
     """Maximize ``<p, z> - strength * D(p || base)`` subject to ``D(p || base) <= radius``, either of them optional.
 
-    ``z`` ``[rows, n]``, parameters ``[rows]``, ``base`` ``[rows or 1, n]``; ``alpha`` ``[rows]`` replaces the
-    divergence's where that is a tensor.
+    ``z`` ``[rows, n]``, parameters ``[rows]``, or ``[n]`` and scalars; ``base`` ``[rows or 1, n]``; ``alpha`` replaces
+    the divergence's where that is a tensor.
 
     Raises
     ------
@@ -42,6 +42,8 @@ def solve(
     algorithm = algorithm_of(problem.divergence)
     if algorithm.kernel is not None and native.takes(z, base, problem):
         return native.solve_natively(z, radius, strength, alpha, problem.divergence, algorithm.kernel)
+    if z.ndim == 1:
+        return by_rows(solve, z, radius, strength, alpha, base, problem)
     if alpha is not None:
         refuse(~((alpha > 0) & (alpha <= 1)), alpha, REFUSED_ALPHA)
     if base is not None:
