@@ -22,7 +22,6 @@ from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
 from drrho.validation import transforms_active
 
-
 _KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
 
@@ -134,7 +133,7 @@ class Optimum(_Derivatives, torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve in plain tensors, of which one row may come without its dimension: a view costs as much as a product."""
+        """Solve in plain tensors; one row comes without its dimension, as a view costs as much as a product."""
         inputs = (losses, radius, strength, alpha, base, problem)
         fields = solve(*inputs)
         _Derivatives.keep(ctx, inputs, fields)

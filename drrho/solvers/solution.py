@@ -11,7 +11,16 @@ from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.certificate import Bound, certified
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
-from drrho.solvers.problem import REFUSED, REFUSED_ALPHA, REFUSED_RANGE, Problem, Solution, by_rows, extremes_of, sample_count
+from drrho.solvers.problem import (
+    REFUSED,
+    REFUSED_ALPHA,
+    REFUSED_RANGE,
+    Problem,
+    Solution,
+    by_rows,
+    extremes_of,
+    sample_count,
+)
 from drrho.solvers.rows import Rows, some
 from drrho.validation import refuse
 
