@@ -160,7 +160,7 @@ def variance_reduction(
         too short for skewed losses. Bootstraps have Poisson(1) weights; all but BCa are symmetric in the logarithm of
         variances and ratio and in atanh of the correlation. "auto" is "studentized" for 10 <= n < 10,000 and the
         jackknife otherwise. The coverage of the ratio's 95% intervals, over five families of losses and n >= 50, is
-        .94 to .975 for "auto" (``experiments/benchmarks/results/coverage.md``).
+        .945 to .975 for "auto" (``experiments/benchmarks/results/coverage.md``).
     replicates, seed : int
         Number of bootstrap replicates, and the key of their weights: the weight of a sample depends on seed, replicate
         and the sample's position only.

@@ -232,7 +232,8 @@ def likelihood_ratio(x: Array, y: Array, ratio: Array) -> Array:
 def cell(family: Family, n: int, samples: int, replicates: int) -> Answers:
     """Return the answers for all samples of a family and a size, the first of which are given to the library too."""
     rng = np.random.default_rng(n)
-    weights = np.array([_poisson(0, replicate, 0, n) for replicate in range(replicates)]) if n in _STUDENTIZED else None
+    drawn = range(replicates if n in _STUDENTIZED else 0)
+    weights = np.array([_poisson(0, replicate, 0, n) for replicate in drawn])
     parts = []
     for start in range(0, samples, max(PARTS // n, 1)):
         losses, reference = family.draw(rng, (min(max(PARTS // n, 1), samples - start), n))
