@@ -31,17 +31,17 @@ TEXT = """# Bounds on a mean
 ## Width
 
 Average width of two-sided 95 % intervals of the mean of Bernoulli losses, as a multiple of that of Clopper & Pearson,
-over {samples} samples (a tenth of them for `anytime`). `fixed` is `mean_interval`, for this number of samples; `anytime`
-is the last interval of `confidence_sequence`, valid at all times at once; `bernstein` is two-sided empirical Bernstein,
-`hoeffding` is Hoeffding's inequality. The missed shares are those of `fixed`, below and above.
+over {samples} samples (a tenth of them for `anytime`). `fixed` is `mean_interval`, for this number of samples;
+`anytime` is the last interval of `confidence_sequence`, valid at all times at once; `bernstein` is two-sided
+empirical Bernstein, `hoeffding` is Hoeffding's inequality. The missed shares are those of `fixed`, below and above.
 
 {width}
 
 ## Samples to certify
 
 The number of samples from which on at least half (nine in ten) of {samples} samples have an upper bound below zero at
-delta = 0.05, as a multiple of the number at which a one-sided z-test with the known variance does; among multiples
-1, 1.25, 1.5, .. up to 12. Losses are differences in [-1, 1].
+delta = 0.05, as a multiple of the number at which a one-sided z-test with the known variance does; among multiples 1,
+1.25, 1.5, .. up to 12. Losses are differences in [-1, 1].
 
 {certify}
 """
@@ -126,18 +126,19 @@ def certify(name: str, draw: Callable[[np.random.Generator, tuple[int, int]], Ar
     many = draw(rng, (1000, 1000))
     mean, sd = many.mean(), many.std()
 
-    def needed(power: float, certified: Callable[[Array], Array]) -> str:
+    def needed(power: float, certified: Callable[[Array], NDArray[np.bool_]]) -> str:
         base = ((stats.norm.ppf(1 - DELTA) + stats.norm.ppf(power)) * sd / mean) ** 2
         for multiple in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8, 12):
             if certified(draw(rng, (samples, math.ceil(multiple * base)))).mean() >= power:
                 return f"{multiple:g}"
         return "more than 12"
 
-    def betting(rows: Array) -> Array:
+    def betting(rows: Array) -> NDArray[np.bool_]:
         return capital_bound((rows + 1) / 2, -math.log(DELTA)) < 0.5
 
-    def bernstein(rows: Array) -> Array:
-        return np.array([mean_bound(row, value_range=2, method="bernstein", delta=DELTA).value < 0 for row in rows])
+    def bernstein(rows: Array) -> NDArray[np.bool_]:
+        bounds = [mean_bound(row, value_range=2, method="bernstein", delta=DELTA).value for row in rows]
+        return np.array(bounds) < 0
 
     row = Certify(
         losses=name,
@@ -154,10 +155,12 @@ def main() -> None:
     """Print and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=200, help="samples of a cell")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "certify.md")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / "certify.md")
     options = parser.parse_args()
     where = provenance(shlex.join(["python", *sys.argv]))
-    sizes = [(10, 0.3), (20, 0.5), (20, 0.05), (50, 0.1), (100, 0.02), (100, 0.5), (200, 0.1), (1000, 0.5), (1000, 0.02),
+    sizes = [(10, 0.3), (20, 0.5), (20, 0.05), (50, 0.1), (100, 0.02), (100, 0.5), (200, 0.1), (1000, 0.5),
+             (1000, 0.02),
              (10_000, 0.3)]  # fmt: skip
     widths = markdown(width(n, p, options.samples) for n, p in sizes)
     sources = markdown(certify(name, draw, options.samples) for name, draw in SOURCES.items())
