@@ -300,16 +300,22 @@ def gather(state: _State, group: Group = None) -> _State:
 
 def _moved(state: _CentralSums, shift: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     """Return the Gram matrix after adding ``shift`` to the deviations, all in units of the given exponents."""
-    k = len(shift)
     units = np.ldexp(1.0, state.exponents - exponents)
-    map_ = np.eye(len(state.gram))
-    map_[1 : 1 + k, 0] = shift
-    for row, (a, b) in enumerate(state.pairs, start=1 + k):  # (x + s)(y + t) = xy + t x + s y + st
-        map_[row, 0] = shift[a] * shift[b]
-        map_[row, 1 + a] += shift[b]
-        map_[row, 1 + b] += shift[a]
-    map_ *= monomials_of(units[:, None], state.pairs)[:, 0]
+    map_ = translation(shift, state.pairs) * monomials_of(units[:, None], state.pairs)[:, 0]
     return map_ @ state.gram @ map_.T
+
+
+def translation(shift: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Return the linear maps of (1, deviations, products over ``pairs``) when ``shift`` ``[..., k]`` is added."""
+    k = shift.shape[-1]
+    map_ = np.zeros((*shift.shape[:-1], 1 + k + len(pairs), 1 + k + len(pairs)))
+    map_[...] = np.eye(map_.shape[-1])
+    map_[..., 1 : 1 + k, 0] = shift
+    for row, (a, b) in enumerate(pairs, start=1 + k):  # (x + s)(y + t) = xy + t x + s y + st
+        map_[..., row, 0] = shift[..., a] * shift[..., b]
+        map_[..., row, 1 + a] += shift[..., b]
+        map_[..., row, 1 + b] += shift[..., a]
+    return map_
 
 
 def monomials_of(deviations: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.ndarray:

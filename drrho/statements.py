@@ -48,6 +48,8 @@ class Bound:
         The assumptions that the data cannot show. Everything else was checked.
     source : str
         Reference for the proof.
+    method : str
+        Which of several methods gave the bound; empty where there is one.
     """
 
     value: float
@@ -57,13 +59,16 @@ class Bound:
     confidence: float
     assumptions: tuple[str, ...]
     source: str
+    method: str = ""
 
     def __float__(self) -> float:
         return self.value
 
     def __str__(self) -> str:
         terms = [f"  {amount:>12.6g}  {name}" for name, amount in self.terms.items()]
-        return "\n".join([f"[{self.status.value}] {self.statement}", *terms, *page_end(self.assumptions, self.source)])
+        method = [f"  method: {self.method}"] if self.method else []
+        head = f"[{self.status.value}] {self.statement}"
+        return "\n".join([head, *terms, *method, *page_end(self.assumptions, self.source)])
 
 
 def right_side(terms: Mapping[str, float]) -> str:
@@ -171,9 +176,7 @@ def level(log_count: float, n: int, delta: float, rho: float | None = None) -> L
     ValueError
         If delta is not in (0, 1), or rho is too small for any confidence.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}: it is the probability of failure")
-    log_term = log_count - math.log(delta)
+    log_term = log_count - math.log(as_probability(delta))
     smallest = n * log_term / (n - 1)
     if rho is None:
         return Level(log_term, smallest, delta, delta)
@@ -324,6 +327,28 @@ def range_length(value_range: ValueRange, sample: Sample | None = None) -> float
             f"{sample.high - sample.low:.6g}: it must hold all losses, those not seen too"
         )
     return length
+
+
+def as_interval(value_range: ValueRange, sample: Sample) -> tuple[float, float]:
+    """Return the ends of a declared interval, which must contain the sample.
+
+    Raises
+    ------
+    ValueError
+        If value_range is a length, is empty or not finite, or if the sample exceeds it.
+    """
+    if not isinstance(value_range, tuple | list):
+        raise ValueError(f"value_range must be the interval (low, high) itself, got {value_range}: bets need its ends")
+    range_length(value_range, sample)
+    low, high = map(float, value_range)
+    return low, high
+
+
+def as_probability(delta: float) -> float:
+    """Return a probability of failure in (0, 1); raise an error otherwise."""
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}: it is the probability of failure")
+    return float(delta)
 
 
 def as_number(value: SupportsFloat, name: str, meaning: str, *, inclusive: bool = False) -> float:

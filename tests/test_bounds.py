@@ -359,10 +359,13 @@ def test_a_small_rho_gives_the_confidence_it_implies():
 
 def test_better_than_the_reference():
     better = REFERENCE.clip(0, 0.1)
-    certified = better_than_reference(better, REFERENCE, value_range=(-1, 1), models=100, reference_independent=True)
+    options = {"value_range": (-1, 1), "models": 100, "reference_independent": True}
+    sharpest = better_than_reference(better, REFERENCE, **options)
+    certified = better_than_reference(better, REFERENCE, method="bernstein", **options)
     assert certified and certified.bound.value < 0 and str(certified).startswith("certified")
     excess = empirical_bernstein(better - REFERENCE, value_range=2, models=100)
-    assert certified.bound.value == excess.value
+    assert sharpest.bound.value < certified.bound.value == excess.value
+    assert sharpest.bound.method == "betting" and "method: betting" in str(sharpest)
     certificate = drrho_certificate(better, REFERENCE, value_range=2, models=100, reference_independent=True)
     assert certified.bound.value < certificate.value < 0
     undecided = better_than_reference(REFERENCE, REFERENCE, value_range=2, reference_independent=True)

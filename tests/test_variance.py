@@ -13,7 +13,7 @@ from drrho.moments import PairedMoments, merge, moments, paired_moments
 from drrho.variance import stream_variance_reduction, variance_reduction
 
 FIELDS = ("losses", "reference", "excess", "covariance", "correlation", "ratio", "coefficient")
-METHODS = ("jackknife", "delta", "bootstrap")
+METHODS = ("jackknife", "delta", "bootstrap", "studentized")
 SCALES = {
     **dict.fromkeys(("losses", "reference", "excess", "ratio"), (np.log, np.exp)),
     **dict.fromkeys(("covariance", "coefficient"), (np.positive, np.positive)),
@@ -76,7 +76,7 @@ def test_the_ratio_finds_the_variance_of_added_noise():
     rng = np.random.default_rng(0)
     reference = rng.normal(size=200_000)
     report = variance_reduction(reference + 0.5 * rng.normal(size=200_000), reference)
-    assert report.interval == "delta"
+    assert report.interval == "jackknife"
     assert abs(report.ratio.value - 0.2) < 5 * report.ratio.standard_error < 0.005
 
 
@@ -127,22 +127,26 @@ def test_jackknife_is_leave_one_out(n, outlier):
         assert estimate.high == pytest.approx(back(scale(value) + reach), rel=1e-6)
 
 
-def test_delta_against_the_influence_functions():
-    losses, reference = paired_sample(700)
-    n, report = 700, variance_reduction(losses, reference)
-    assert report.interval == "delta"
+def influences(losses, reference):
+    """The influence functions of the seven estimates."""
     x, y = losses - losses.mean(), reference - reference.mean()
     u, v = x / x.std(), y / y.std()
     correlation, coefficient = (u * v).mean(), (x * y).mean() / y.var()
-    influence = {
+    return {
         "losses": x**2,
         "reference": y**2,
         "excess": (x - y) ** 2,
         "covariance": x * y,
         "correlation": u * v - correlation * (u**2 + v**2) / 2,
-        "ratio": report.ratio.value * ((x - y) ** 2 / (x - y).var() - x**2 / x.var()),
+        "ratio": (x - y).var() / x.var() * ((x - y) ** 2 / (x - y).var() - x**2 / x.var()),
         "coefficient": y * (x - coefficient * y) / y.var(),
     }
+
+
+def test_delta_against_the_influence_functions():
+    losses, reference = paired_sample(700)
+    n, report = 700, variance_reduction(losses, reference, interval="delta")
+    influence = influences(losses, reference)
     for field, psi in influence.items():
         estimate, (scale, back) = getattr(report, field), SCALES[field]
         assert estimate.standard_error == pytest.approx(psi.std() / math.sqrt(n), rel=1e-10), field
@@ -163,9 +167,10 @@ def test_a_stream_gives_the_delta_report():
 
 def test_the_methods_agree_on_a_large_sample():
     losses, reference = paired_sample(4000)
-    jackknife, delta, bootstrap = (
+    jackknife, delta, bootstrap, studentized = (
         numbers(variance_reduction(losses, reference, interval=method, replicates=400)) for method in METHODS
     )
+    np.testing.assert_allclose(studentized[:, 1:3], delta[:, 1:3], rtol=0.05)
     np.testing.assert_allclose(jackknife[:, 1:], delta[:, 1:], rtol=0.03)
     np.testing.assert_allclose(bootstrap[:, 1:3], delta[:, 1:3], rtol=0.05)
     np.testing.assert_allclose(bootstrap[:, 3], delta[:, 3], rtol=4 / math.sqrt(2 * 400))
@@ -179,7 +184,7 @@ def test_coverage_of_the_ratio():
     for _ in range(runs):
         reference = rng.normal(size=n)
         losses = reference + 0.6 * rng.laplace(scale=math.sqrt(0.5), size=n)
-        ratio = variance_reduction(losses, reference).ratio
+        ratio = variance_reduction(losses, reference, replicates=199).ratio
         hits += ratio.low <= truth <= ratio.high
         halved += abs(math.log(ratio.value / truth)) <= math.log(ratio.high / ratio.low) / 4
     assert 0.914 <= hits / runs <= 0.986
@@ -223,6 +228,83 @@ def test_bootstrap_by_repeating_samples():
             level = stats.norm.cdf(bias + z / (1 - acceleration * z))
             assert bound == pytest.approx(np.quantile(row, level), rel=1e-9), field
         assert estimate.standard_error == pytest.approx(row.std(), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [10, 500, 999, 9_999])
+def test_auto_does_not_leave_the_studentized_interval_for_the_delta_method(n):
+    report = variance_reduction(*paired_sample(n), replicates=20)
+    expected = variance_reduction(*paired_sample(n), interval="studentized", replicates=20)
+    assert report.interval == "studentized" and np.array_equal(numbers(report), numbers(expected))
+    for outside in (9, 10_000):
+        assert variance_reduction(*paired_sample(outside)).interval == "jackknife"
+
+
+def with_one_over_n(losses, reference):
+    """The seven estimates, variances and covariance with 1/n."""
+    factors = dict.fromkeys(FIELDS[:4], 1 - 1 / len(losses))
+    return {field: value * factors.get(field, 1) for field, value in direct(losses, reference).items()}
+
+
+def test_studentized_by_repeating_samples():
+    """Brute force: repeat every sample as its weight says, and divide each move by its own delta-method error."""
+    losses, reference = paired_sample(25, seed=4)
+    report = variance_reduction(losses, reference, interval="studentized", replicates=300, seed=9, confidence=0.9)
+    jackknife = variance_reduction(losses, reference, interval="jackknife", confidence=0.9)
+    rows = np.array([variance._poisson(9, replicate, 0, 25).astype(int) for replicate in range(300)])
+    replicated = [(np.repeat(losses, row), np.repeat(reference, row)) for row in rows]
+    whole = with_one_over_n(losses, reference)
+    for field in FIELDS:
+        (scale, _), t = SCALES[field], []
+        for sample in replicated:
+            value, step = with_one_over_n(*sample)[field], 1e-6
+            slope = (scale(value * (1 + step)) - scale(value * (1 - step))) / (2 * step * value)
+            error = influences(*sample)[field].std() / math.sqrt(len(sample[0])) * slope
+            t.append(abs(scale(value) - scale(whole[field])) / error)
+        quantile = np.quantile(t, 0.9, method="higher")
+        estimate, by_jackknife = getattr(report, field), getattr(jackknife, field)
+        assert estimate.standard_error == by_jackknife.standard_error
+        widened = quantile / stats.t.ppf(0.95, 24)
+        for ours, theirs in zip(estimate[1:3], by_jackknife[1:3], strict=True):
+            expected = scale(estimate.value) + widened * (scale(theirs) - scale(estimate.value))
+            assert scale(ours) == pytest.approx(expected, rel=1e-6), field
+
+
+def skewed_losses(rng, n):
+    """Cross-entropies of a good classifier: most are nearly 0. The ratio of the variances is 1.396."""
+    margin = rng.normal(size=n)
+    target, reference = 6 + 3 * (0.8 * margin + 0.6 * rng.normal(size=n)), 5 + 3 * margin
+    return np.logaddexp(0, -target), np.logaddexp(0, -reference)
+
+
+@pytest.mark.slow
+def test_coverage_for_losses_of_a_good_classifier():
+    """400 intervals at n = 100: four binomial standard errors of .95 are 4.4 points; the jackknife has .88."""
+    rng, hits, truth = np.random.default_rng(3), 0, 1.396
+    for _ in range(400):
+        ratio = variance_reduction(*skewed_losses(rng, 100), replicates=199).ratio
+        hits += bool(ratio.reason) or ratio.low <= truth <= ratio.high
+    assert 0.91 <= hits / 400 <= 0.99
+
+
+def test_too_few_hard_samples_to_tell():
+    losses, reference = paired_sample(100)
+    losses[3] = 100.0
+    for report in (variance_reduction(losses, reference), stream_variance_reduction(paired_moments(losses, reference))):
+        for field in ("losses", "excess", "correlation", "ratio"):
+            estimate = getattr(report, field)
+            assert math.isnan(estimate.low) and math.isnan(estimate.high), field
+            assert estimate.reason.startswith("too few hard samples to tell"), field
+        assert math.isfinite(report.reference.low) and "without an interval" in str(report)
+    assert math.isfinite(variance_reduction(losses, reference, interval="jackknife").ratio.low)
+    reference[3] = 100.0  # the model does as badly there as the reference: the excess has no such sample
+    assert math.isfinite(variance_reduction(losses, reference).excess.low)
+
+
+@pytest.mark.parametrize(("n", "share"), [(149, "0.02"), (2000, "0.0015")])
+def test_the_report_says_what_may_be_missing(n, share):
+    """The probability that a kind of this share is not among n samples is 5%."""
+    assert 0.95 < 1 - (1 - float(share)) ** n < 0.955
+    assert f"rarer than {share} of all" in str(variance_reduction(*paired_sample(n), replicates=20))
 
 
 def test_bootstrap_leaves_out_samples_without_variance():
@@ -310,7 +392,7 @@ def test_a_sample_that_carries_all_variance_is_reported():
 def test_the_table_is_aligned_and_complete():
     losses, reference = paired_sample()
     lines = str(variance_reduction(losses, reference, confidence=0.9)).splitlines()
-    assert "60 samples, 90% intervals (jackknife)" in lines[0]
+    assert "60 samples, 90% intervals (studentized)" in lines[0]
     assert len({len(line) for line in lines[1:9]}) == 1
     assert "two-sided p" in lines[9] and "%" in lines[10]
 
