@@ -11,7 +11,8 @@ import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from drrho.divergences import ChiSquare, Divergence
-from drrho.minimize import Array, Hinge, Logistic, PointLoss, Squared, minimize_risk
+from drrho.minimize import minimize_risk
+from drrho.pointwise import Array, Hinge, Logistic, PointLoss, Squared
 from drrho.validation import ArrayLike
 
 try:
@@ -284,7 +285,7 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         l2: float = 1e-3,
         fit_intercept: bool = True,
         tol: float = 1e-8,
-        max_iter: int = 50,
+        max_iter: int = 200,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
 
@@ -397,7 +398,7 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         l2: float = 1e-3,
         fit_intercept: bool = True,
         tol: float = 1e-8,
-        max_iter: int = 50,
+        max_iter: int = 200,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
         self.loss = loss
