@@ -1,9 +1,9 @@
 """Exact minimizers of robust risks of linear predictors, by Newton's method and with a duality gap.
 
 Where the risk is smooth, Newton's method minimizes it. Where risk or loss has kinks (CVaR, total variation, the hinge
-loss, a radius at which the hard maximum counts), it minimizes smoothed risks (``smoothing.py``), whose strength falls and
-whose center follows the worst case. Either way the answer is certified: weights p of the inner maximum and slopes of the
-losses give a lower bound on the minimum by Fenchel duality (`drrho.newton.State.lower_bound`).
+loss, a radius at which the hard maximum counts), it minimizes smoothed risks (``smoothing.py``), whose strength falls
+and whose center follows the worst case. Either way the answer is certified: weights p of the inner maximum and slopes
+of the losses give a lower bound on the minimum by Fenchel duality (`drrho.newton.State.lower_bound`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from drrho.smoothing import ExactRisk, SmoothedRisk, smoothed_risk
 _EPS = float(np.finfo(np.float64).eps)
 _CLOSE = 1e-12  # decrease promised by a Newton step, relative to the risk, from which it is the last
 _SMOOTH_STEPS = 50  # of Newton's method on the risk itself, where that is smooth
+_ACCEPTED = 1e-6  # gap relative to the losses' size above which there is no answer, whatever the tolerance
+_INEXACT = 0.01  # accuracy of a smoothed minimum relative to the gap so far; and again where that gave no higher bound
+_MOST_ACCURATE = 1e-8
+_FALLS, _LOWERED, _LOWEST = 0.5, 0.3, 1e-7  # the strength is lowered where the gap fell less, by this factor, to this
+_IDLE = 5  # smoothed minima without a smaller gap after which an accepted one is not improved
 
 
 class LinearFit(NamedTuple):
@@ -99,21 +104,21 @@ def minimize_risk(
     q = np.full(n, 1 / n) if base_weights is None else base_weights
     problem = LinearProblem(features, targets, reference_losses, q, l2, fit_intercept)
     search = _Search(problem, loss, divergence, radius, base_weights, tolerance)
-    steps = 0
     if not isinstance(loss, Hinge) and not divergence.has_kinks:
-        state, steps = newton(
-            problem, loss, search.risk, search.w, min(max_iterations, _SMOOTH_STEPS), _CLOSE, exact=radius > 0
+        search.minimize_exactly(min(max_iterations, _SMOOTH_STEPS))
+    search.minimize_smoothed(max_iterations)
+    if not search.gap <= max(search.goal, _ACCEPTED * search.size):
+        raise RuntimeError(
+            f"no minimum found in {search.steps} steps: the duality gap is {search.gap:.3g}, losses have the size "
+            f"{search.size:.3g}. Raise max_iter={max_iterations}"
+            + (" or give l2 > 0: without a penalty there may be no minimum" if l2 == 0 else "")
         )
-        search.certify(state)
-    steps = search.smoothed(steps, max_iterations)
-    if not search.done:
-        raise RuntimeError(search.failure(steps, max_iterations))
     coefficients, intercept = problem.in_given_units(search.w)
-    return LinearFit(coefficients, intercept, search.value, search.weights, max(search.gap, 0.0), steps)
+    return LinearFit(coefficients, intercept, search.risk, search.weights, max(search.gap, 0.0), search.steps)
 
 
 class _Search:
-    """The best predictor so far, and the highest lower bound."""
+    """The best predictor so far, and the highest lower bound on the minimum."""
 
     def __init__(
         self,
@@ -126,63 +131,71 @@ class _Search:
     ) -> None:
         self.problem, self.loss, self.divergence, self.radius = problem, loss, divergence, radius
         self.base, self.tolerance = base, tolerance
-        self.risk = ExactRisk(divergence, radius, base)
-        self.w = problem.start(loss)
-        self.bound, self.objective, self.weights = -np.inf, np.inf, problem.q
-        value, spread = self._evaluate(self.w)
-        self.rounding = 64 * _EPS * max(abs(value), spread)
-
-    def _evaluate(self, w: Array):
-        excess = self.loss.values(self.problem.predictions(w), self.problem.y) - self.problem.reference
-        value = self.risk.at(excess).value
-        return value, float(np.ptp(excess))
-
-    def certify(self, state: State) -> None:
-        """Take the predictor and the lower bound of a state where they are better."""
-        value, spread = self._evaluate(state.w)
-        objective = value + float(self.problem.price @ np.square(state.w)) / 2
-        if objective < self.objective:
-            self.w, self.value, self.objective, self.size = state.w, value, objective, max(abs(value), spread)
-        bound = state.lower_bound(self.loss)
-        if bound > self.bound:
-            self.bound, self.weights = bound, state.weights
+        self.exact = ExactRisk(divergence, radius, base)
+        self.steps, self.weights = 0, problem.q
+        self.objective, self.bound = np.inf, -float(problem.q @ problem.reference)  # no loss is negative
+        self._visit(problem.start(loss))
+        self.rounding = 64 * _EPS * self.unit
 
     @property
     def gap(self) -> float:
+        """Bound on how far the best predictor is from the minimum."""
         return self.objective - self.bound
 
     @property
-    def done(self) -> bool:
-        return self.gap <= max(self.tolerance * self.size, self.rounding)
+    def goal(self) -> float:
+        """The gap at which to stop."""
+        return max(self.tolerance * self.size, self.rounding)
 
-    def failure(self, steps, most) -> str:
-        return f"no minimum: gap {self.gap} size {self.size}"
+    def _visit(self, w: Array) -> None:
+        """Take w if it is the best so far."""
+        losses = self.loss.values(self.problem.predictions(w), self.problem.y)
+        excess = losses - self.problem.reference
+        risk = self.exact.at(excess).value
+        penalty = float(self.problem.price @ np.square(w)) / 2
+        objective = risk + penalty
+        if objective < self.objective:
+            self.w, self.risk, self.objective = w, risk, objective
+            self.size = max(abs(risk), float(np.ptp(excess)), penalty)
+            self.unit = max(self.size, float(losses.max()))  # > 0 unless the gap is 0
 
-    def smoothed(self, steps: int, most: int) -> int:
-        import time
-        problem = self.problem
-        w = self.w
-        value, spread = self._evaluate(w)
-        self.size = max(abs(value), spread)
-        level = START
-        risk = smoothed_risk(self.divergence, self.radius, problem.q, self.base, level * self.size)
-        active, last = np.zeros_like(problem.y), np.inf
-        while not (self.bound > -np.inf and self.done) and steps < most:
+    def _certify(self, state: State) -> bool:
+        """Return whether the lower bound has risen."""
+        self._visit(state.w)
+        bound = state.lower_bound(self.loss)
+        risen = bound > self.bound
+        if risen:
+            self.bound, self.weights = bound, state.weights
+        return risen
+
+    def minimize_exactly(self, most: int) -> None:
+        """Run Newton's method on the risk itself."""
+        state, self.steps = newton(self.problem, self.loss, self.exact, self.w, most, _CLOSE)
+        self._certify(state)
+
+    def minimize_smoothed(self, most: int) -> None:
+        """Run Newton's method on smoothed risks, whose strength is lowered as long as the gap falls too slowly."""
+        level, accuracy, w, last, idle = 1.0, 1.0, self.w, np.inf, 0
+        risk = smoothed_risk(self.divergence, self.radius, self.problem.q, self.base, level * self.unit)
+        active = np.zeros_like(self.problem.y)
+        while not self.gap <= self.goal and self.steps < most:
             loss = self.loss
             if isinstance(loss, Hinge):
-                loss = SmoothedHinge(2 * level * self.size / problem.outputs, active)
-            t = time.perf_counter()
-            state, taken = newton(problem, loss, risk, w, most - steps, CLOSE * min(level, (self.gap / self.size) if np.isfinite(self.gap) else 1.0), exact=False)
-            t2 = time.perf_counter()
-            steps += taken
-            self.certify(state)
+                loss = SmoothedHinge(2 * level * self.unit / self.problem.outputs, active)
+            close = accuracy * _INEXACT * min(level, self.gap / self.unit)
+            state, taken = newton(self.problem, loss, risk, w, most - self.steps, close)
+            self.steps += max(taken, 1)
             w = state.w
-            if VERBOSE: print(f"  level {level:.1e} steps {taken} gap {self.gap / self.size:.2e} size {self.size:.2e} newton {t2-t:.2f}s certify {time.perf_counter()-t2:.2f}s")
-            if not self.gap <= KEEP * last: level = max(level * FACTOR, FLOOR)
+            if not self._certify(state) and accuracy > _MOST_ACCURATE:
+                accuracy *= _INEXACT
+                continue
+            accuracy, idle = 1.0, idle + 1 if self.gap > 0.9 * last else 0
+            if idle > _IDLE and self.gap <= _ACCEPTED * self.size:
+                return
+            if not self.gap <= _FALLS * last:
+                level = max(_LOWERED * level, _LOWEST)
             last = self.gap
             if isinstance(risk, SmoothedRisk):
-                risk = risk.recentered(state.excess, level * self.size)
+                risk = risk.recentered(state.excess, level * self.unit)
             if isinstance(loss, SmoothedHinge):
-                active = loss.active(problem.predictions(w), problem.y)
-        return steps
-START, FACTOR, CLOSE, KEEP, FLOOR, VERBOSE = 1.0, 0.3, 1e-2, 0.5, 1e-7, False
+                active = loss.active(self.problem.predictions(w), self.problem.y)

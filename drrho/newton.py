@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
-from drrho.pointwise import Array, PointLoss, Slopes, Squared
-from drrho.smoothing import InnerMaximum
+from drrho.pointwise import Array, PointLoss, Slopes, SmoothedHinge, Squared
+from drrho.smoothing import ExactRisk, InnerMaximum, Response
 
 _EPS = float(np.finfo(np.float64).eps)
 _AT_MAXIMUM = 5  # steps at the hard maximum, which has no curvature, after which Newton's method is given up
 _BALANCED = 1e-11  # of a sum of slopes, relative to its terms: what a change of the weights in that digit makes zero
+_SQUARED = 0.01  # a Newton step that leaves more of the promised decrease has not squared the error
+_BLOCK = 4096  # rows
 _REPAIRS = 8  # Newton steps of the weighted problem, towards slopes at which its dual is finite
 
 
@@ -74,67 +79,75 @@ class State:
     """Losses, worst case and derivatives at one w."""
 
     def __init__(self, problem: LinearProblem, loss: PointLoss, risk: InnerMaximum, w: Array) -> None:
-        self.problem, self.loss, self.inner, self.w = problem, loss, risk, w
-        slopes = loss.slopes(problem.predictions(w), problem.y)
-        assert slopes is not None
-        self.slopes = slopes
-        self.excess = slopes.values - problem.reference
+        self.problem, self.loss, self.w = problem, loss, w
+        self.slopes = _slopes(problem, loss, w)
+        self.excess = self.slopes.values - problem.reference
         self.worst = risk.at(self.excess)
-        self.risk, self.weights = self.worst.value, self.worst.weights
-        self.objective = self.risk + float(problem.price @ np.square(w)) / 2
-        self.size = max(abs(self.risk), float(self.excess.max() - self.excess.min()))
+        self.weights = self.worst.weights
+        self.objective = self.worst.value + float(problem.price @ np.square(w)) / 2
+        self.size = max(abs(self.worst.value), float(self.excess.max() - self.excess.min()))
 
+    @cached_property
     def gradient(self) -> Array:
         """Of the risk and the penalty."""
         weighted = self.weights[:, None] * self.slopes.gradient
         return self.problem.gradient(weighted) + self.problem.price * self.w
 
+    @cached_property
+    def curvature(self) -> Array:
+        """Of the losses under the weights, ``[d k, d k]``."""
+        return _weighted_curvature(self.problem, self.weights, self.slopes)
+
     def hessian(self) -> Array:
         """Of the risk and the penalty: curvature of the losses under the weights, and answer of the weights."""
-        hessian = _weighted_curvature(self.problem, self.weights, self.slopes) + np.diag(self.problem.price)
-        for h, a in self.worst.responses:
-            mass = h.sum()
-            if mass <= 0:
-                continue
-            x, gradient = self.problem.x, self.slopes.gradient
-            if np.count_nonzero(h) < len(h) / 2:
-                rows = np.flatnonzero(h)
-                x, gradient, h, a = x[rows], gradient[rows], h[rows], None if a is None else a[rows]
-            jacobian = (x[:, :, None] * gradient[:, None, :]).reshape(len(x), -1)
-            jacobian -= (h @ jacobian) / mass
-            hessian += jacobian.T @ (h[:, None] * jacobian)
-            if a is None:
-                continue
-            deviation = a - (h @ a) / mass
+        hessian = self.curvature + np.diag(self.problem.price)
+        for response in self.worst.responses:
+            hessian += self._answer(response)
+        return hessian
+
+    def _answer(self, response: Response) -> Array:
+        h, a = response
+        outputs, answer = self.problem.outputs, np.zeros((len(self.w), len(self.w)))
+        mass = h.sum()
+        if mass <= 0:
+            return answer
+        mean = self.problem.gradient(h[:, None] * self.slopes.gradient) / mass
+        along, deviation = np.zeros(len(self.w)), None if a is None else a - (h @ a) / mass
+        for rows in _blocks(h > 0):
+            x, gradient = self.problem.x[rows], self.slopes.gradient[rows]
+            jacobian = (x[:, :, None] * gradient[:, None, :]).reshape(len(x), -1) if outputs > 1 else x * gradient
+            jacobian -= mean
+            answer += jacobian.T @ (h[rows, None] * jacobian)
+            if deviation is not None:
+                along += (h[rows] * deviation[rows]) @ jacobian
+        if deviation is not None:
             stiffness = h @ np.square(deviation)
             if stiffness > 0:
-                along = (h * deviation) @ jacobian
-                hessian -= np.outer(along, along) / stiffness
-        return hessian
+                answer -= np.outer(along, along) / stiffness
+        return answer
 
     def gap(self) -> float:
         """Risk and penalty less their minimum, by the local quadratic model of the weighted problem."""
-        gradient, price = self.gradient(), self.problem.price
+        gradient, price = self.gradient, self.problem.price
         if price.all():
             below = float((np.square(gradient) / price).sum()) / 2
         else:
-            curvature = _weighted_curvature(self.problem, self.weights, self.slopes) + np.diag(price)
+            curvature = self.curvature + np.diag(price)
             below = float(gradient @ np.linalg.lstsq(curvature, gradient, rcond=1e-13)[0]) / 2
-        return self.risk - self.worst.attained + below
+        return self.worst.value - self.worst.attained + below
 
     def lower_bound(self, loss: PointLoss) -> float:
-        """Return a lower bound, to rounding, on the minimum of ``<p, losses> + penalty`` for these weights p.
+        """Return a lower bound on the minimum over w of ``<p, losses> + penalty`` for the weights p of this state.
 
         By Fenchel duality ``min_w <p, loss(X w) - reference> + <price, w^2> / 2`` is at least ``-<p, conjugate(s)> -
-        <p, reference> - <1 / price, g^2> / 2``, ``g = X' (p s)``, for any slopes s, provided that g is 0 where the
-        price is. Slopes at w fail this by the gradient there; Newton steps of the weighted problem change them so that
-        it holds. Zero slopes are tried as well: no loss is negative.
+        <p, reference> - <1 / price, g^2> / 2`` with ``g = X' (p s)``, for any slopes s for which g is 0 where the price
+        is (up to 1e-11 of its terms: weights that differ by as much make it so). Newton steps of this weighted problem
+        (in the state's loss, which may be a smoothed one) lead to such slopes. That no loss is negative is a bound too.
         """
         problem, p = self.problem, self.weights
         best = offset = -float(p @ problem.reference)
-        w, slopes = self.w, self.slopes
-        for repair in range(_REPAIRS):
-            curvature = _weighted_curvature(problem, p, slopes)
+        w, slopes, curvature = self.w, self.slopes, self.curvature
+        for _ in range(_REPAIRS):
             free = problem.price <= 1e-12 * np.diagonal(curvature)
             s = loss.allowed(slopes.gradient, problem.y)
             gradient = problem.gradient(p[:, None] * s)
@@ -146,75 +159,80 @@ class State:
                 best = bound
             price = np.where(free, 0.0, problem.price)
             w = w - np.linalg.lstsq(curvature + np.diag(price), gradient + price * w, rcond=1e-13)[0]
-            slopes = self.loss.slopes(problem.predictions(w), problem.y)
-            assert slopes is not None
+            slopes = _slopes(problem, self.loss, w)
+            curvature = _weighted_curvature(problem, p, slopes)
         return best
 
 
+def _slopes(problem: LinearProblem, loss: PointLoss, w: Array) -> Slopes:
+    slopes = loss.slopes(problem.predictions(w), problem.y)
+    assert slopes is not None
+    return slopes
+
+
+def _blocks(chosen: np.ndarray) -> Iterator[slice | np.ndarray]:
+    """Return the chosen rows in parts that stay in the cache; all rows, if half of them are chosen."""
+    count = np.count_nonzero(chosen)
+    if count < len(chosen) / 2:
+        rows = np.flatnonzero(chosen)
+        yield from (rows[first : first + _BLOCK] for first in range(0, count, _BLOCK))
+    else:
+        yield from (slice(first, first + _BLOCK) for first in range(0, len(chosen), _BLOCK))
+
+
 def _weighted_curvature(problem: LinearProblem, weights: Array, slopes: Slopes) -> Array:
-    """Of the losses under the weights, ``[d k, d k]``."""
-    x, outputs, curvature = problem.x, problem.outputs, slopes.curvature
+    outputs, curvature = problem.outputs, slopes.curvature
     weighted = weights.reshape(-1, *[1] * (curvature.ndim - 1)) * curvature
-    rows = np.flatnonzero(weighted.reshape(len(x), -1).any(1))
-    if len(rows) < len(x) / 2:
-        x, weighted = x[rows], weighted[rows]
-    hessian = np.zeros((x.shape[1], outputs, x.shape[1], outputs))
-    for k in range(outputs):
-        if weighted.ndim == 2:
-            hessian[:, k, :, k] = x.T @ (weighted[:, k, None] * x)
-            continue
-        for j in range(k + 1):
-            hessian[:, k, :, j] = hessian[:, j, :, k] = x.T @ (weighted[:, k, j, None] * x)
-    size = x.shape[1] * outputs
-    return hessian.reshape(size, size)
+    width = problem.x.shape[1]
+    total = np.zeros((width, outputs, width, outputs))
+    for rows in _blocks(weighted.reshape(len(weighted), -1).any(1)):
+        x, here = problem.x[rows], weighted[rows]
+        for k in range(outputs):
+            if here.ndim == 2:
+                total[:, k, :, k] += x.T @ (here[:, k, None] * x)
+                continue
+            for j in range(k + 1):
+                part = x.T @ (here[:, k, j, None] * x)
+                total[:, k, :, j] += part
+                if j < k:
+                    total[:, j, :, k] += part
+    return total.reshape(width * outputs, -1)
 
 
 def newton(
-    problem: LinearProblem, loss: PointLoss, risk: InnerMaximum, w: Array, most: int, close: float, exact: bool
+    problem: LinearProblem, loss: PointLoss, risk: InnerMaximum, w: Array, most: int, close: float
 ) -> tuple[State, int]:
     """Minimize from w; return where it ended, and the number of steps.
 
-    It ends when a step promises to lower the objective by less than ``close``, relative to the size of the losses. An
-    exact risk may have no curvature at its hard maximum, at which it is given up.
+    It ends with a step that promises to lower the objective by less than ``close``, relative to the size of the losses;
+    a smoothed risk is piecewise smooth, and steps follow as long as each of them still squares the error. An exact risk
+    has no curvature at its hard maximum, at which it is given up.
     """
+    exact = isinstance(risk, ExactRisk) and not isinstance(loss, SmoothedHinge)
     state = State(problem, loss, risk, w)
-    damping, stuck, polished = 0.0, 0, 0
+    damping, stuck = 0.0, 0
     for step in range(most):
-        stuck += exact and not state.worst.responses
+        stuck += exact and risk.has_maximum and not state.worst.responses
         if stuck > _AT_MAXIMUM:
             return state, step
-        gradient, hessian = state.gradient(), state.hessian()
-        trace = max(float(np.trace(hessian)), _EPS if exact else 1e-3 * state.size) / len(state.w)
-        while True:
-            try:
-                factor = cho_factor(hessian + (damping + 16 * _EPS) * trace * np.eye(len(state.w)))
-                move = -cho_solve(factor, gradient)
-            except LinAlgError:
-                damping = max(10 * damping, 1e-10)
-                continue
-            break
+        gradient, hessian = state.gradient, state.hessian()
+        unit = max(float(np.trace(hessian)), _EPS if exact else 1e-3 * state.size) / len(state.w)
+        factor, damping = _factor(hessian, unit, damping)
+        move = -cho_solve(factor, gradient)
         decrease = -float(gradient @ move)
-        if DBG: print(f'   {step} dec {decrease:.2e} close {close*state.size:.2e} damp {damping:.1e} obj {state.objective:.12g} |g| {abs(gradient).max():.2e} inner {(state.slopes.curvature!=0).sum()} pol {polished}')
         if decrease <= close * state.size:
             # Objectives no longer tell two points apart here, while a Newton step still squares the error.
             moved = State(problem, loss, risk, state.w + move)
             if exact:
                 return (moved, step + 1) if moved.gap() <= state.gap() else (state, step)
-            left = moved.gradient()
-            remaining = float(left @ cho_solve(factor, left))
-            if not remaining < decrease:
+            remaining = float(moved.gradient @ cho_solve(factor, moved.gradient))
+            if remaining >= decrease:
                 return state, step
             state = moved
-            polished += 1
-            if polished >= POLISH and remaining > 1e-2 * decrease or remaining <= 1e-20*state.size: return state, step + 1
+            if remaining > _SQUARED * decrease or remaining <= _EPS**2 * state.size:
+                return state, step + 1
             continue
-        length, moved = 1.0, None
-        while length > 1e-3:
-            candidate = State(problem, loss, risk, state.w + length * move)
-            if candidate.objective <= state.objective - 1e-4 * length * decrease:
-                moved = candidate
-                break
-            length /= 2
+        moved, length = _line_search(problem, loss, risk, state, move, decrease)
         if moved is None:
             if damping > 1e6 or decrease <= 64 * _EPS * (abs(state.objective) + state.size):
                 return state, step
@@ -225,5 +243,23 @@ def newton(
     return state, most
 
 
-POLISH = 2
-DBG=0
+def _factor(hessian: Array, unit: float, damping: float) -> tuple[tuple[Array, bool], float]:
+    """Return a Cholesky factor, and the damping, in the unit, that it took."""
+    while True:
+        try:
+            return cho_factor(hessian + (damping + 16 * _EPS) * unit * np.eye(len(hessian))), damping
+        except LinAlgError:
+            damping = max(10 * damping, 1e-10)
+
+
+def _line_search(
+    problem: LinearProblem, loss: PointLoss, risk: InnerMaximum, state: State, move: Array, decrease: float
+) -> tuple[State | None, float]:
+    """Return the state after as much of the move as lowers the objective (None: none does), and how much that is."""
+    length = 1.0
+    while length > 1e-3:
+        moved = State(problem, loss, risk, state.w + length * move)
+        if moved.objective <= state.objective - 1e-4 * length * decrease:
+            return moved, length
+        length /= 2
+    return None, length

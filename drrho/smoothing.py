@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import singledispatch
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from drrho.divergences import Divergence, TotalVariation
+from drrho.divergences import CVaR, Divergence, TotalVariation
 from drrho.pointwise import Array
 from drrho.risk import constrained_risk, hybrid_risk
 
@@ -56,6 +57,9 @@ class WorstCase(NamedTuple):
 class InnerMaximum(ABC):
     """A maximum over weights, as a function of the losses."""
 
+    #: Whether there may be losses at which the weights do not answer to changes although they are not constant.
+    has_maximum = False
+
     @abstractmethod
     def at(self, z: Array) -> WorstCase:
         """Solve for losses ``[n]``."""
@@ -66,6 +70,7 @@ class ExactRisk(InnerMaximum):
 
     def __init__(self, divergence: Divergence, radius: float, base: Array | None) -> None:
         self.divergence, self.radius, self.base = divergence, radius, base
+        self.has_maximum = radius > 0
 
     def at(self, z: Array) -> WorstCase:
         """Solve for losses ``[n]``."""
@@ -88,7 +93,7 @@ def _exponents(z: torch.Tensor, threshold: float, strength: float, base: Array |
 
 
 class SmoothedRisk(InnerMaximum):
-    """A smoothed risk; ``strength`` is in units of loss, over the largest distance of the set from q."""
+    """A smoothed risk; its strength bounds how far it may lie below the risk if the center is q, in units of loss."""
 
     @abstractmethod
     def recentered(self, z: Array, strength: float) -> SmoothedRisk:
@@ -102,19 +107,17 @@ class SmoothedBall(SmoothedRisk):
     ----------
     divergence, radius, q, base
         The ball; ``base`` is None where q is uniform.
-    strength : float
-        The price is strength over the largest D in the ball.
+    price : float
+        > 0.
     center : ndarray ``[n]``
         A subgradient of ``phi`` at the ratios ``p / q`` of the center; 0 for q itself.
     """
 
     def __init__(
-        self, divergence: Divergence, radius: float, q: Array, base: Array | None, strength: float, center: Array
+        self, divergence: Divergence, radius: float, q: Array, base: Array | None, price: float, center: Array
     ) -> None:
         self.divergence, self.radius, self.q, self.base = divergence, radius, q, base
-        self.strength, self.center = strength, center
-        least = float(np.min(q[q > 0]))
-        self.price = strength / min(radius, float(divergence.maximal_radius(np.array([least]))[0]))
+        self.price, self.center = price, center
 
     def at(self, z: Array) -> WorstCase:
         """Solve for losses ``[n]``."""
@@ -124,13 +127,17 @@ class SmoothedBall(SmoothedRisk):
         return WorstCase(value, value, weights, (Response(h, a if outside else None),))
 
     def recentered(self, z: Array, strength: float) -> SmoothedBall:
-        """Return the risk with its center at the weights for losses z, and another strength."""
-        new = SmoothedBall(self.divergence, self.radius, self.q, self.base, strength, self._solve(z)[0])
-        lam = float(constrained_risk(torch.from_numpy(z), self.divergence, self.radius, base_weights=self.base).strength)
+        """Return the risk with its center at the weights for losses z, and another strength.
+
+        Where the ball is far from its maximum, its own multiplier makes the risk smooth, and a price far above that
+        would only slow the center down.
+        """
+        price = _ball_price(self.divergence, self.radius, self.q, strength)
+        own = constrained_risk(torch.from_numpy(z), self.divergence, self.radius, base_weights=self.base).strength
         deviation = math.sqrt(float(self.q @ np.square(z - self.q @ z)))
-        if math.sqrt(2 * self.radius) * lam > 0.1 * deviation:
-            new.price = min(max(0.3 * lam, 0.01 * new.price), new.price)
-        return new
+        if math.sqrt(2 * self.radius) * float(own) > 0.1 * deviation:  # 1 where the ball is small
+            price = min(max(0.3 * float(own), 0.01 * price), price)
+        return SmoothedBall(self.divergence, self.radius, self.q, self.base, price, self._solve(z)[0])
 
     def _solve(self, z: Array) -> tuple[Array, float, float, Array]:
         shifted = torch.from_numpy(z + self.price * self.center)
@@ -140,7 +147,7 @@ class SmoothedBall(SmoothedRisk):
         return a, multiplier, float(worst.value), worst.weights.numpy()
 
 
-class _Tail(NamedTuple):
+class Tail(NamedTuple):
     """``share * max <q t, z> - (price / 2) <q, (t - center)^2>`` over ratios ``0 <= t <= cap`` of mean 1."""
 
     share: float
@@ -155,21 +162,8 @@ class SmoothedTails(SmoothedRisk):
     CVaR is one, total variation two: ``(1 - r) CVaR_{1 - r} + r max``.
     """
 
-    def __init__(self, q: Array, tails: list[_Tail]) -> None:
+    def __init__(self, q: Array, tails: list[Tail]) -> None:
         self.q, self.tails = q, tails
-
-    @classmethod
-    def around(cls, q: Array, shares: dict[float, float], strength: float) -> SmoothedTails:
-        """Start at q; ``shares`` are those of the tails by their fractions, which may be 0 for the maximum."""
-        least = float(np.min(q[q > 0]))
-        return cls(
-            q,
-            [
-                _Tail(share, 1 / max(alpha, least), _tail_price(strength, 1 / max(alpha, least)), np.ones(len(q)))
-                for alpha, share in shares.items()
-                if share > 0
-            ],
-        )
 
     def at(self, z: Array) -> WorstCase:
         """Solve for losses ``[n]``."""
@@ -199,7 +193,13 @@ def _tail_price(strength: float, cap: float) -> float:
     return 2 * strength / max(cap - 1, _EPS)
 
 
-def _capped(z: Array, q: Array, tail: _Tail) -> Array:
+def _ball_price(divergence: Divergence, radius: float, q: Array, strength: float) -> float:
+    """Return the strength over the largest D in the ball."""
+    least = np.array([np.min(q[q > 0])])
+    return strength / min(radius, float(divergence.maximal_radius(least)[0]))
+
+
+def _capped(z: Array, q: Array, tail: Tail) -> Array:
     """Return ``t = clip(center + (z - eta) / price, 0, cap)`` with eta such that ``<q, t> = 1``.
 
     ``<q, t>`` falls in eta and is piecewise linear: Newton's method, in a bracket.
@@ -222,13 +222,34 @@ def _capped(z: Array, q: Array, tail: _Tail) -> Array:
     return ratio * (1 / float(q @ ratio))
 
 
+@singledispatch
 def smoothed_risk(divergence: Divergence, radius: float, q: Array, base: Array | None, strength: float) -> InnerMaximum:
     """Return the risk smoothed around q, or the risk itself where it is a mean."""
-    if isinstance(divergence, TotalVariation) and radius > 0:
-        moved = min(radius, 1.0)
-        return SmoothedTails.around(q, {1 - moved: 1 - moved, 0.0: moved}, strength)
-    if not divergence.has_radius and divergence.has_kinks:
-        return SmoothedTails.around(q, {float(divergence.tail_fraction or 1.0): 1.0}, strength)
+    if radius == 0 or np.count_nonzero(q) == 1:
+        return ExactRisk(divergence, radius, base)
+    price = _ball_price(divergence, radius, q, strength)
+    return SmoothedBall(divergence, radius, q, base, price, np.zeros(len(q)))
+
+
+@smoothed_risk.register
+def _(divergence: CVaR, radius: float, q: Array, base: Array | None, strength: float) -> InnerMaximum:
+    if not divergence.has_kinks:
+        return ExactRisk(divergence, radius, base)
+    return _tails(q, {float(divergence.alpha): 1.0}, strength)
+
+
+@smoothed_risk.register
+def _(divergence: TotalVariation, radius: float, q: Array, base: Array | None, strength: float) -> InnerMaximum:
     if radius == 0:
         return ExactRisk(divergence, radius, base)
-    return SmoothedBall(divergence, radius, q, base, strength, np.zeros(len(q)))
+    moved = min(radius, 1.0)
+    return _tails(q, {1 - moved: 1 - moved, 0.0: moved}, strength)
+
+
+def _tails(q: Array, shares: dict[float, float], strength: float) -> SmoothedTails:
+    """Start at q; ``shares`` are those of the tails by their fractions, 0 for the maximum."""
+    least = float(np.min(q[q > 0]))
+    caps = {1 / max(alpha, least): share for alpha, share in shares.items() if share > 0}
+    return SmoothedTails(
+        q, [Tail(share, cap, _tail_price(strength, cap), np.ones(len(q))) for cap, share in caps.items()]
+    )
