@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from scipy.special import expit, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 
 from drrho.divergences import ChiSquare, Divergence
-from drrho.minimize import Array, Hinge, Logistic, PointLoss, Squared, minimize_risk
+from drrho.minimize import minimize_risk
+from drrho.pointwise import Array, Hinge, Logistic, PointLoss, Squared
 from drrho.validation import ArrayLike
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.exceptions import NotFittedError
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -56,8 +59,9 @@ _PARAMETERS = """
         mean.
     reference : fitted estimator, callable or array ``[n]``, optional
         The frozen reference model: an estimator with {methods}; a
-        function ``reference(X, y)`` that returns losses ``[n]``; or the losses themselves. Without a reference nothing
-        is subtracted, which is distributionally robust optimization (and, at radius 0, empirical risk minimization).
+        function ``reference(X, y)`` that returns losses ``[n]``; or the losses themselves, which belong to the samples
+        of one `fit` (see Notes). Without a reference nothing is subtracted, which is distributionally robust
+        optimization (and, at radius 0, empirical risk minimization).
     l2 : float
         Price of the squared coefficients, ``risk + (l2 / 2) ||W||^2``, >= 0; the intercept is not penalized.
     fit_intercept : bool
@@ -84,6 +88,13 @@ _PARAMETERS = """
 
     Notes
     -----
+    A fitted reference stays fitted: ``sklearn.base.clone`` keeps it as it is, so that cross-validation and ensembles
+    subtract the losses of the very model that was given, as if it were a ``sklearn.frozen.FrozenEstimator``. Its own
+    parameters (``reference__C``) cannot be set. The candidates of a parameter grid are cloned by scikit-learn before
+    this class sees them: there, write ``{{"reference": [None, FrozenEstimator(model)]}}``. Losses given as an array
+    cannot be split, so such a model is not cloned; ``cross_val_score(model, X, y, params={{"reference_losses": l}})``
+    passes each split its own part.
+
     The DRRho risk is that of Wei et al. (ICML 2025), the worst-case mean of ``loss - reference loss`` over weights p
     with ``D(p || 1/n) <= rho / n``; without a reference Duchi & Namkoong (arXiv 1610.02581).
 """
@@ -116,6 +127,39 @@ class _LinearModel(BaseEstimator):
         self.fit_intercept = fit_intercept
         self.tol = tol
         self.max_iter = max_iter
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name; the reference is frozen, so none of its own are among them."""
+        return super().get_params(deep=False)
+
+    def set_params(self, **params: Any) -> _LinearModel:
+        """Set parameters by name.
+
+        Raises
+        ------
+        ValueError
+            For a name that is no parameter, such as one of the frozen reference's own.
+        """
+        inner = [name for name in params if name.startswith("reference__")]
+        if inner:
+            raise ValueError(
+                f"{inner[0]} cannot be set: the reference is frozen, so nothing would refit it. Give several fitted "
+                "models as candidates of 'reference', each as sklearn.frozen.FrozenEstimator(model)"
+            )
+        return super().set_params(**params)
+
+    def __sklearn_clone__(self) -> _LinearModel:
+        if self.reference is not None and not hasattr(self.reference, "predict") and not callable(self.reference):
+            raise ValueError(
+                "reference must be a fitted estimator or a function to be cloned (for cross-validation, a search or an "
+                "ensemble), got losses, which cannot be split with the samples: pass them as reference_losses to fit, "
+                'as in cross_val_score(model, X, y, params={"reference_losses": losses})'
+            )
+        without = copy(self)
+        without.reference = None
+        cloned = BaseEstimator.__sklearn_clone__(without)
+        cloned.reference = self.reference
+        return cloned
 
     def _minimize(
         self, x: Array, y: Array, loss: PointLoss, reference: Array | None, sample_weight: ArrayLike | None
@@ -171,20 +215,44 @@ class _LinearModel(BaseEstimator):
         return self.radius if self.radius is not None else (1.0 if self.rho is None else self.rho) / count
 
     def _reference_losses(
-        self, features: ArrayLike, y: ArrayLike, n: int, of_estimator: Callable[[Any, ArrayLike], Array]
+        self,
+        features: ArrayLike,
+        y: ArrayLike,
+        n: int,
+        of_estimator: Callable[[Any, ArrayLike], Array],
+        given: ArrayLike | None,
     ) -> Array | None:
         """Return the reference's losses ``[n]`` on the training data as the user passed them."""
-        if self.reference is None:
+        name, losses = "reference", self.reference
+        if given is not None:
+            if losses is not None:
+                raise ValueError("give one of the parameter reference and reference_losses, got both")
+            name, losses = "reference_losses", given
+        elif isinstance(losses, type):
+            raise TypeError(f"reference must be a fitted estimator, got the class {losses.__name__}: fit an instance")
+        elif hasattr(losses, "predict"):
+            try:
+                losses = of_estimator(losses, features)
+            except NotFittedError as error:
+                raise NotFittedError(
+                    f"reference must be fitted before this model is, got an unfitted {type(self.reference).__name__}. "
+                    "Where a parameter grid holds the reference, scikit-learn clones it: give it as "
+                    "sklearn.frozen.FrozenEstimator(model)"
+                ) from error
+        elif callable(losses):
+            losses = losses(features, y)
+        if losses is None:
             return None
-        if hasattr(self.reference, "predict"):
-            losses = of_estimator(self.reference, features)
-        else:
-            losses = self.reference(features, y) if callable(self.reference) else self.reference
         losses = np.asarray(losses.detach().cpu() if isinstance(losses, torch.Tensor) else losses, dtype=np.float64)
-        if losses.shape != (n,) or not np.isfinite(losses).all():
+        if losses.shape != (n,):
             raise ValueError(
-                f"reference must give one finite loss for each of the {n} samples, got shape {list(losses.shape)}"
-                + (f" with {losses[~np.isfinite(losses)][0]}" if losses.shape == (n,) else "")
+                f"{name} must give one finite loss for each of the {n} samples, got shape {list(losses.shape)}. "
+                "Losses of a part of the samples go to fit as reference_losses"
+            )
+        if not np.isfinite(losses).all():
+            raise ValueError(
+                f"{name} must give one finite loss for each of the {n} samples, got shape [{n}] with "
+                f"{losses[~np.isfinite(losses)][0]}"
             )
         return losses
 
@@ -217,12 +285,22 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         l2: float = 1e-3,
         fit_intercept: bool = True,
         tol: float = 1e-8,
-        max_iter: int = 50,
+        max_iter: int = 200,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> DRRhoRegressor:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        reference_losses: ArrayLike | None = None,
+    ) -> DRRhoRegressor:
         """Fit to features ``[n, d]`` and targets ``[n]`` or ``[n, k]``; ``sample_weight`` ``[n]`` is proportional to q.
+
+        ``reference_losses`` ``[n]`` are the losses of the reference on these samples, instead of the parameter
+        ``reference``; scikit-learn splits them with the samples.
 
         Raises
         ------
@@ -237,7 +315,7 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         def of_estimator(model: Estimator, features: ArrayLike) -> Array:
             return Squared().values(np.asarray(model.predict(features)).reshape(targets.shape), targets)
 
-        reference = self._reference_losses(X, y, len(x), of_estimator)
+        reference = self._reference_losses(X, y, len(x), of_estimator, reference_losses)
         self._minimize(x, targets, Squared(), reference, sample_weight)
         if labels.ndim == 1:
             self.coef_, self.intercept_ = self.coef_[0], self.intercept_[0]
@@ -253,6 +331,25 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         check_is_fitted(self)
         x = _checked(self, X, reset=False)
         return x @ self.coef_.T + self.intercept_
+
+
+def _log_of_scores(scores: Array) -> Array:
+    """Return log-probabilities ``[n, k]`` of scores ``[n]`` or ``[n, k]``, finite however far the scores are apart."""
+    return np.column_stack([log_expit(-scores), log_expit(scores)]) if scores.ndim == 1 else log_softmax(scores, axis=1)
+
+
+def _log_probabilities(model: Any, features: ArrayLike) -> Array:
+    """Return a reference's log-probabilities ``[n, k]``, where it rounds some to zero those of its scores.
+
+    That is done only if its probabilities are the softmax of its scores.
+    """
+    with np.errstate(divide="ignore"):
+        logarithms = np.asarray(model.predict_log_proba(features), dtype=np.float64)
+    if np.isfinite(logarithms).all() or not hasattr(model, "decision_function"):
+        return logarithms
+    of_scores = _log_of_scores(np.asarray(model.decision_function(features), dtype=np.float64))
+    same = of_scores.shape == logarithms.shape and np.allclose(np.exp(of_scores), np.exp(logarithms), atol=1e-6)
+    return of_scores if same else logarithms
 
 
 def _has_probabilities(model: DRRhoClassifier) -> bool:
@@ -301,13 +398,23 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         l2: float = 1e-3,
         fit_intercept: bool = True,
         tol: float = 1e-8,
-        max_iter: int = 50,
+        max_iter: int = 200,
     ) -> None:
         super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
         self.loss = loss
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> DRRhoClassifier:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        reference_losses: ArrayLike | None = None,
+    ) -> DRRhoClassifier:
         """Fit to features ``[n, d]`` and labels ``[n]``; ``sample_weight`` ``[n]`` is proportional to q.
+
+        ``reference_losses`` ``[n]`` are the losses of the reference on these samples, instead of the parameter
+        ``reference``; scikit-learn splits them with the samples.
 
         Raises
         ------
@@ -328,12 +435,12 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
 
         def of_estimator(model: Any, features: ArrayLike) -> Array:
             if self.loss == "logistic" and hasattr(model, "predict_log_proba"):
-                return -model.predict_log_proba(features)[np.arange(len(x)), self._columns(model)[codes]]
+                return -_log_probabilities(model, features)[np.arange(len(x)), self._columns(model)[codes]]
             scores = np.asarray(model.decision_function(features)).reshape(len(x), -1)
             columns = self._columns(model)
             return loss.values(scores if scores.shape[1] == 1 else scores[:, columns], targets)
 
-        reference = self._reference_losses(X, y, len(x), of_estimator)
+        reference = self._reference_losses(X, y, len(x), of_estimator, reference_losses)
         self._minimize(x, targets, loss, reference, sample_weight)
         if loss is _LOSSES["logistic"] and len(self.classes_) > 2:  # softmax is invariant to a shift of all scores
             self.coef_, self.intercept_ = self.coef_ - self.coef_.mean(0), self.intercept_ - self.intercept_.mean()
@@ -351,7 +458,10 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         position = {label: column for column, label in enumerate(model.classes_)}
         missing = [label for label in self.classes_ if label not in position]
         if missing:
-            raise ValueError(f"reference must know the classes of y, got one without {str(missing[0])!r}")
+            raise ValueError(
+                f"reference must know the classes of y, got one without {str(missing[0])!r}: fit it to the same labels "
+                "(scikit-learn's ensembles, such as BaggingClassifier, replace labels by 0, 1, ...)"
+            )
         if len(self.classes_) != len(model.classes_) and self.loss != "logistic":
             raise ValueError(f"reference must have the {len(self.classes_)} classes of y, got {len(model.classes_)}")
         return np.array([position[label] for label in self.classes_])
@@ -377,4 +487,4 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
     @available_if(_has_probabilities)
     def predict_log_proba(self, X: ArrayLike) -> Array:
         """Return the logarithms of `predict_proba`."""
-        return np.log(self.predict_proba(X))
+        return _log_of_scores(self.decision_function(X))

@@ -1,101 +1,30 @@
-"""Exact minimizers of robust risks of linear predictors: Newton's method with a duality gap, or a conic program.
+"""Exact minimizers of robust risks of linear predictors, by Newton's method and with a duality gap.
 
-For weights p of the worst case at a predictor w, ``min_w' <p, excess(w')> + penalty(w')`` bounds the optimum from
-below, and w itself attains it once the weighted gradient vanishes: no second problem has to be solved for the
-certificate. Where risk or loss has kinks (CVaR, total variation, a radius at which the hard maximum counts, the hinge
-loss) there is no such Newton method, and `drrho.convex` solves the problem.
+Where the risk is smooth, Newton's method minimizes it. Where risk or loss has kinks (CVaR, total variation, the hinge
+loss, a radius at which the hard maximum counts), it minimizes smoothed risks (``smoothing.py``), whose strength falls
+and whose center follows the worst case. Either way the answer is certified: weights p of the inner maximum and slopes
+of the losses give a lower bound on the minimum by Fenchel duality (`drrho.newton.State.lower_bound`).
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
-from scipy.special import expit, log_softmax, softmax
 
 from drrho.divergences import Divergence
-from drrho.risk import constrained_risk
-
-Array = NDArray[np.float64]
+from drrho.newton import LinearProblem, State, newton
+from drrho.pointwise import Array, Hinge, PointLoss, SmoothedHinge
+from drrho.smoothing import ExactRisk, SmoothedRisk, smoothed_risk
 
 _EPS = float(np.finfo(np.float64).eps)
 _CLOSE = 1e-12  # decrease promised by a Newton step, relative to the risk, from which it is the last
-_AT_MAXIMUM = 5  # steps at the hard maximum, which has no curvature, after which Newton's method is given up
-
-
-class Slopes(NamedTuple):
-    """Losses at predictions ``f`` ``[n, k]``, with their derivatives in f.
-
-    ``curvature`` is ``[n, k, k]``, or ``[n, k]`` where it is diagonal.
-    """
-
-    values: Array
-    gradient: Array
-    curvature: Array
-
-
-class PointLoss(ABC):
-    """A loss of predictions ``f`` ``[n, k]`` and targets ``y`` of the same shape, convex in f."""
-
-    #: What `drrho.convex` calls it.
-    name: Literal["squared", "logistic", "hinge"]
-
-    @abstractmethod
-    def values(self, f: Array, y: Array) -> Array:
-        """Return the losses ``[n]``."""
-
-    def slopes(self, f: Array, y: Array) -> Slopes | None:
-        """Return losses with derivatives; None where there are kinks."""
-        return None
-
-
-class Squared(PointLoss):
-    """``sum_k (y_k - f_k)^2``."""
-
-    name = "squared"
-
-    def values(self, f: Array, y: Array) -> Array:
-        """Return the losses ``[n]``."""
-        return np.square(y - f).sum(1)
-
-    def slopes(self, f: Array, y: Array) -> Slopes:
-        """Return losses with derivatives."""
-        return Slopes(self.values(f, y), 2 * (f - y), np.full_like(f, 2.0))
-
-
-class Logistic(PointLoss):
-    """``log(1 + exp(-y f))`` of labels -1 and 1 (k = 1), or the cross-entropy of softmax(f) with one-hot y."""
-
-    name = "logistic"
-
-    def values(self, f: Array, y: Array) -> Array:
-        """Return the losses ``[n]``."""
-        return np.logaddexp(0, -y * f)[:, 0] if f.shape[1] == 1 else -(log_softmax(f, axis=1) * y).sum(1)
-
-    def slopes(self, f: Array, y: Array) -> Slopes:
-        """Return losses with derivatives."""
-        values = self.values(f, y)
-        if f.shape[1] == 1:
-            wrong = expit(-y * f)
-            return Slopes(values, -y * wrong, wrong * (1 - wrong))
-        chance = softmax(f, axis=1)
-        curvature = np.eye(f.shape[1]) * chance[:, None, :] - chance[:, :, None] * chance[:, None, :]
-        return Slopes(values, chance - y, curvature)
-
-
-class Hinge(PointLoss):
-    """``sum_k max(0, 1 - y_k f_k)`` of labels -1 and 1."""
-
-    name = "hinge"
-
-    def values(self, f: Array, y: Array) -> Array:
-        """Return the losses ``[n]``."""
-        return np.maximum(0, 1 - y * f).sum(1)
+_SMOOTH_STEPS = 50  # of Newton's method on the risk itself, where that is smooth
+_ACCEPTED = 1e-6  # gap relative to the losses' size above which there is no answer, whatever the tolerance
+_INEXACT = 0.01  # accuracy of a smoothed minimum relative to the gap so far; and again where that gave no higher bound
+_MOST_ACCURATE = 1e-8
+_FALLS, _LOWERED, _LOWEST = 0.5, 0.3, 1e-7  # the strength is lowered where the gap fell less, by this factor, to this
+_IDLE = 5  # smoothed minima without a smaller gap after which an accepted one is not improved
 
 
 class LinearFit(NamedTuple):
@@ -171,177 +100,102 @@ def minimize_risk(
     ``c = h a`` centered. Where it is only piecewise continuous (chi-square) this is a semismooth Newton method,
     safeguarded by a line search.
     """
-    problem = _Problem(features, targets, loss, divergence, radius, reference_losses, l2, fit_intercept, base_weights)
-    steps = 0
-    if problem.smooth:
-        state, steps = problem.newton(max_iterations)
-        gap = state.gap()
-        if gap <= tolerance * state.size:
-            coefficients, intercept = problem.in_given_units(state.w)
-            return LinearFit(coefficients, intercept, state.risk, state.weights, max(gap, 0.0), steps)
-    from drrho.convex import minimize_linear  # an optional dependency
-
-    found = minimize_linear(
-        features,
-        targets if targets.shape[1] > 1 else targets[:, 0],
-        divergence,
-        loss=loss.name,
-        radius=radius if divergence.has_radius else None,
-        reference_losses=reference_losses,
-        l2=l2,
-        fit_intercept=fit_intercept,
-        base_weights=base_weights,
-    )
-    coefficients, intercept = found.coefficients.reshape(-1, problem.outputs), np.atleast_1d(found.intercept)
-    excess = loss.values(features @ coefficients + intercept, targets) - problem.reference
-    risk = float(constrained_risk(excess, divergence, radius, base_weights=base_weights).value)
-    return LinearFit(coefficients, intercept, risk, found.weights, math.nan, steps)
+    n = len(features)
+    q = np.full(n, 1 / n) if base_weights is None else base_weights
+    problem = LinearProblem(features, targets, reference_losses, q, l2, fit_intercept)
+    search = _Search(problem, loss, divergence, radius, base_weights, tolerance)
+    if not isinstance(loss, Hinge) and not divergence.has_kinks:
+        search.minimize_exactly(min(max_iterations, _SMOOTH_STEPS))
+    search.minimize_smoothed(max_iterations)
+    if not search.gap <= max(search.goal, _ACCEPTED * search.size):
+        raise RuntimeError(
+            f"no minimum found in {search.steps} steps: the duality gap is {search.gap:.3g}, losses have the size "
+            f"{search.size:.3g}. Raise max_iter={max_iterations}"
+            + (" or give l2 > 0: without a penalty there may be no minimum" if l2 == 0 else "")
+        )
+    coefficients, intercept = problem.in_given_units(search.w)
+    return LinearFit(coefficients, intercept, search.risk, search.weights, max(search.gap, 0.0), search.steps)
 
 
-class _Problem:
-    """The problem in columns that are centered (where there is an intercept to take it up) and scaled."""
+class _Search:
+    """The best predictor so far, and the highest lower bound on the minimum."""
 
     def __init__(
         self,
-        features: Array,
-        targets: Array,
+        problem: LinearProblem,
         loss: PointLoss,
         divergence: Divergence,
         radius: float,
-        reference_losses: Array | None,
-        l2: float,
-        fit_intercept: bool,
         base: Array | None,
+        tolerance: float,
     ) -> None:
-        n, d = features.shape
-        self.y, self.loss, self.divergence, self.radius, self.base = targets, loss, divergence, radius, base
-        self.reference = np.zeros(n) if reference_losses is None else reference_losses
-        q = np.full(n, 1 / n) if base is None else base
-        self.center = q @ features if fit_intercept else np.zeros(d)
-        x = features - self.center
-        self.scale = np.sqrt(q @ np.square(x))
-        idle = self.scale <= 1e-12 * np.abs(features).max(axis=0, initial=0)
-        x[:, idle], self.scale[idle] = 0.0, 1.0
-        self.x = np.column_stack([x / self.scale, np.ones(n)]) if fit_intercept else x / self.scale
-        self.fit_intercept, self.outputs = fit_intercept, targets.shape[1]
-        price = l2 / np.square(self.scale)
-        self.price = np.repeat(np.append(price, 0.0) if fit_intercept else price, self.outputs)
-        self.q = q
-        #: Whether Newton's method may be tried.
-        self.smooth = type(loss).slopes is not PointLoss.slopes and (not divergence.has_kinks)
+        self.problem, self.loss, self.divergence, self.radius = problem, loss, divergence, radius
+        self.base, self.tolerance = base, tolerance
+        self.exact = ExactRisk(divergence, radius, base)
+        self.steps, self.weights = 0, problem.q
+        self.objective, self.bound = np.inf, -float(problem.q @ problem.reference)  # no loss is negative
+        self._visit(problem.start(loss))
+        self.rounding = 64 * _EPS * self.unit
 
-    def start(self) -> Array:
-        w = np.zeros((self.x.shape[1], self.outputs))
-        if self.fit_intercept and isinstance(self.loss, Squared):
-            w[-1] = self.q @ self.y
-        return w.reshape(-1)
-
-    def in_given_units(self, w: Array) -> tuple[Array, Array]:
-        w = w.reshape(-1, self.outputs)
-        coefficients = w[: len(self.scale)] / self.scale[:, None]
-        shift = w[-1] if self.fit_intercept else np.zeros(self.outputs)
-        return coefficients, shift - self.center @ coefficients
-
-    def newton(self, most: int) -> tuple[_State, int]:
-        """Minimize; return where it ended, and the number of steps."""
-        state = _State(self, self.start())
-        damping, stuck = 0.0, 0
-        for step in range(most):
-            stuck += state.h is None and self.radius > 0
-            if stuck > _AT_MAXIMUM:
-                return state, step
-            gradient, hessian = state.gradient(), state.hessian()
-            trace = max(float(np.trace(hessian)), _EPS) / len(state.w)
-            while True:
-                try:
-                    factor = cho_factor(hessian + (damping + 16 * _EPS) * trace * np.eye(len(state.w)))
-                    move = -cho_solve(factor, gradient)
-                except LinAlgError:
-                    damping = max(10 * damping, 1e-10)
-                    continue
-                break
-            decrease = -float(gradient @ move)
-            if decrease <= _CLOSE * state.size:
-                # Objectives no longer tell two points apart here, while a Newton step still squares the error.
-                moved = _State(self, state.w + move)
-                return (moved, step + 1) if moved.gap() <= state.gap() else (state, step)
-            length, moved = 1.0, None
-            while length > 1e-3:
-                candidate = _State(self, state.w + length * move)
-                if candidate.objective <= state.objective - 1e-4 * length * decrease:
-                    moved = candidate
-                    break
-                length /= 2
-            if moved is None:
-                if damping > 1e6 or decrease <= 64 * _EPS * (abs(state.objective) + state.size):
-                    return state, step
-                damping = max(100 * damping, 1e-8)
-                continue
-            state = moved
-            damping = damping / 10 if length == 1.0 and damping > 1e-12 else (damping if damping > 1e-12 else 0.0)
-        return state, most
-
-
-class _State:
-    """Losses, worst case and derivatives at one w."""
-
-    def __init__(self, problem: _Problem, w: Array) -> None:
-        self.problem, self.w = problem, w
-        slopes = problem.loss.slopes(problem.x @ w.reshape(-1, problem.outputs), problem.y)
-        assert slopes is not None
-        self.slopes = slopes
-        excess = torch.from_numpy(slopes.values - problem.reference)
-        worst = constrained_risk(excess, problem.divergence, problem.radius, base_weights=problem.base)
-        self.risk, self.weights = float(worst.value), worst.weights.numpy()
-        self.primal = float(self.weights @ excess.numpy())
-        self.objective = self.risk + float(problem.price @ np.square(w)) / 2
-        self.size = max(abs(self.risk), float(excess.max() - excess.min()))
-        strength = float(worst.strength)
-        self.h = self.a = None
-        if 0 < strength < math.inf:  # neither the maximum nor the mean
-            a = (excess - worst.threshold) / strength
-            if problem.base is not None:  # a sample without base weight may lie outside the domain of phi*
-                a = torch.where(torch.from_numpy(problem.q) > 0, a, 0.0)
-            self.h, self.a = problem.q * problem.divergence.curvature(a).numpy() / strength, a.numpy()
-
-    def gradient(self) -> Array:
-        """Of the risk and the penalty."""
-        weighted = self.weights[:, None] * self.slopes.gradient
-        return (self.problem.x.T @ weighted).reshape(-1) + self.problem.price * self.w
-
-    def hessian(self) -> Array:
-        """Of the risk and the penalty: curvature of the losses under the weights, and answer of the weights."""
-        hessian = self._weighted_curvature()
-        if self.h is None or self.a is None or (mass := self.h.sum()) <= 0:
-            return hessian
-        x = self.problem.x
-        jacobian = (x[:, :, None] * self.slopes.gradient[:, None, :]).reshape(len(x), -1)
-        jacobian -= (self.h @ jacobian) / mass
-        deviation = self.a - (self.h @ self.a) / mass
-        hessian += jacobian.T @ (self.h[:, None] * jacobian)
-        stiffness = self.h @ np.square(deviation)
-        if stiffness > 0:
-            along = (self.h * deviation) @ jacobian
-            hessian -= np.outer(along, along) / stiffness
-        return hessian
-
-    def _weighted_curvature(self) -> Array:
-        x, outputs, curvature = self.problem.x, self.problem.outputs, self.slopes.curvature
-        weighted = self.weights.reshape(-1, *[1] * (curvature.ndim - 1)) * curvature
-        hessian = np.zeros((x.shape[1], outputs, x.shape[1], outputs))
-        for k in range(outputs):
-            if weighted.ndim == 2:
-                hessian[:, k, :, k] = x.T @ (weighted[:, k, None] * x)
-                continue
-            for j in range(k + 1):
-                hessian[:, k, :, j] = hessian[:, j, :, k] = x.T @ (weighted[:, k, j, None] * x)
-        return hessian.reshape(len(self.w), -1) + np.diag(self.problem.price)
-
+    @property
     def gap(self) -> float:
-        """Risk and penalty less a lower bound on their minimum: how far below w the weighted problem may still go."""
-        gradient, price = self.gradient(), self.problem.price
-        if price.all():
-            below = float((np.square(gradient) / price).sum()) / 2
-        else:
-            below = float(gradient @ np.linalg.lstsq(self._weighted_curvature(), gradient, rcond=1e-13)[0]) / 2
-        return self.risk - self.primal + below
+        """Bound on how far the best predictor is from the minimum."""
+        return self.objective - self.bound
+
+    @property
+    def goal(self) -> float:
+        """The gap at which to stop."""
+        return max(self.tolerance * self.size, self.rounding)
+
+    def _visit(self, w: Array) -> None:
+        """Take w if it is the best so far."""
+        losses = self.loss.values(self.problem.predictions(w), self.problem.y)
+        excess = losses - self.problem.reference
+        risk = self.exact.at(excess).value
+        penalty = float(self.problem.price @ np.square(w)) / 2
+        objective = risk + penalty
+        if objective < self.objective:
+            self.w, self.risk, self.objective = w, risk, objective
+            self.size = max(abs(risk), float(np.ptp(excess)), penalty)
+            self.unit = max(self.size, float(losses.max()))  # > 0 unless the gap is 0
+
+    def _certify(self, state: State) -> bool:
+        """Return whether the lower bound has risen."""
+        self._visit(state.w)
+        bound = state.lower_bound(self.loss)
+        risen = bound > self.bound
+        if risen:
+            self.bound, self.weights = bound, state.weights
+        return risen
+
+    def minimize_exactly(self, most: int) -> None:
+        """Run Newton's method on the risk itself."""
+        state, self.steps = newton(self.problem, self.loss, self.exact, self.w, most, _CLOSE)
+        self._certify(state)
+
+    def minimize_smoothed(self, most: int) -> None:
+        """Run Newton's method on smoothed risks, whose strength is lowered as long as the gap falls too slowly."""
+        level, accuracy, w, last, idle = 1.0, 1.0, self.w, np.inf, 0
+        risk = smoothed_risk(self.divergence, self.radius, self.problem.q, self.base, level * self.unit)
+        active = np.zeros_like(self.problem.y)
+        while not self.gap <= self.goal and self.steps < most:
+            loss = self.loss
+            if isinstance(loss, Hinge):
+                loss = SmoothedHinge(2 * level * self.unit / self.problem.outputs, active)
+            close = accuracy * _INEXACT * min(level, self.gap / self.unit)
+            state, taken = newton(self.problem, loss, risk, w, most - self.steps, close)
+            self.steps += max(taken, 1)
+            w = state.w
+            if not self._certify(state) and accuracy > _MOST_ACCURATE:
+                accuracy *= _INEXACT
+                continue
+            accuracy, idle = 1.0, idle + 1 if self.gap > 0.9 * last else 0
+            if idle > _IDLE and self.gap <= _ACCEPTED * self.size:
+                return
+            if not self.gap <= _FALLS * last:
+                level = max(_LOWERED * level, _LOWEST)
+            last = self.gap
+            if isinstance(risk, SmoothedRisk):
+                risk = risk.recentered(state.excess, level * self.unit)
+            if isinstance(loss, SmoothedHinge):
+                active = loss.active(self.problem.predictions(w), self.problem.y)

@@ -1,13 +1,20 @@
 """Linear DRRho models: scikit-learn's contract, agreement with conic programs and with scikit-learn's own models."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.ensemble import BaggingClassifier, BaggingRegressor
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import scale
 from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import check_estimator
@@ -245,6 +252,138 @@ def test_weights_of_samples():
     assert weighted.weights_.sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_log_probabilities_far_away_are_the_scores(classes):
+    x, _, y, _ = table(10, classes=classes)
+    model = DRRhoClassifier().fit(x, y)
+    far = x[:4] + 1e4 * np.sign(x[:4])
+    scores = model.decision_function(far)
+    logarithms = model.predict_log_proba(far)
+    assert np.isfinite(logarithms).all() and logarithms.min() < -1000
+    if classes == 2:
+        expected = np.stack([-np.logaddexp(0, scores), -np.logaddexp(0, -scores)], axis=1)
+    else:
+        expected = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    np.testing.assert_allclose(logarithms, expected, rtol=1e-13, atol=1e-300)
+    np.testing.assert_allclose(model.predict_log_proba(x), np.log(model.predict_proba(x)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_reference_losses_far_away_are_finite(classes):
+    x, _, y, _ = table(11, classes=classes)
+    x = scale(x)
+    reference = LogisticRegression().fit(x, y)
+    far, labels = np.vstack([x, 1e4 * x[:5]]), np.append(y, reference.predict(-1e4 * x[:5]))
+    scores = reference.decision_function(far)
+    if classes == 2:
+        losses = np.logaddexp(0, -labels * scores)
+    else:
+        losses = np.logaddexp.reduce(scores, axis=1) - scores[np.arange(len(far)), labels]
+    assert losses.max() > 1000
+    steered = DRRhoClassifier(radius=0.01, l2=0.1, reference=reference).fit(far, labels)
+    expected = DRRhoClassifier(radius=0.01, l2=0.1).fit(far, labels, reference_losses=losses)
+    np.testing.assert_allclose(steered.coef_, expected.coef_, rtol=1e-9)
+
+
+class Doubtful(LogisticRegression):
+    """Probabilities that are not the softmax of the scores."""
+
+    def predict_proba(self, X):
+        certain = super().predict(X)[:, None] == self.classes_
+        return certain.astype(float)
+
+
+def test_a_reference_that_excludes_a_label_is_refused():
+    x, _, y, _ = table(12)
+    with pytest.raises(ValueError, match=r"reference must give one finite loss .* with inf"):
+        DRRhoClassifier(reference=Doubtful().fit(x, y)).fit(x, y)
+
+
+X, Y, LABELS, _ = table()
+CODES = (LABELS > 0).astype(int)
+STEERED = {
+    "classifier": (DRRhoClassifier(reference=LogisticRegression().fit(scale(X), CODES)), CODES),
+    "regressor": (DRRhoRegressor(reference=Ridge().fit(scale(X), Y)), Y),
+    "frozen": (DRRhoRegressor(reference=FrozenEstimator(Ridge().fit(scale(X), Y))), Y),
+    "pipeline": (DRRhoRegressor(reference=make_pipeline(Ridge()).fit(scale(X), Y)), Y),
+    "function": (DRRhoRegressor(reference=lambda x, y: np.square(y)), Y),
+}
+
+
+@pytest.mark.parametrize("model, y", STEERED.values(), ids=STEERED)
+def test_a_fitted_reference_stays_fitted_in_cross_validation(model, y):
+    x = scale(X)
+    copy = clone(model)
+    assert copy is not model and copy.reference is model.reference
+    assert np.array_equal(copy.fit(x, y).coef_, model.fit(x, y).coef_)
+    scores = cross_val_score(model, x, y, cv=3)
+    by_hand = clone(model).fit(x[1:], y[1:]).score(x, y)
+    assert np.isfinite(scores).all() and np.isfinite(by_hand)
+    search = GridSearchCV(model, {"rho": [0.5, 2.0]}, cv=3).fit(x, y)
+    assert search.best_estimator_.reference is model.reference
+    inside = GridSearchCV(make_pipeline(clone(model)), {f"{type(model).__name__.lower()}__l2": [0.1]}, cv=3).fit(x, y)
+    assert inside.best_estimator_[-1].reference is model.reference
+
+
+def test_a_fitted_reference_stays_fitted_in_ensembles():
+    x, (classifier, _), (regressor, _) = scale(X), STEERED["classifier"], STEERED["regressor"]
+    for ensemble, y in (
+        (BaggingClassifier(classifier, n_estimators=3, random_state=0), CODES),
+        (BaggingRegressor(regressor, n_estimators=3, random_state=0), Y),
+        (CalibratedClassifierCV(classifier, cv=3), CODES),
+    ):
+        assert ensemble.fit(x, y).score(x, y) > 0.3
+
+
+def test_references_as_candidates_of_a_search():
+    x = scale(X)
+    ridges = [Ridge(alpha).fit(x[:40], Y[:40]) for alpha in (0.1, 10.0)]
+    grid = {"reference": [None, *map(FrozenEstimator, ridges)]}
+    search = GridSearchCV(DRRhoRegressor(), grid, cv=3, error_score="raise").fit(x[40:], Y[40:])
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    with pytest.raises(NotFittedError, match=r"reference must be fitted .* unfitted Ridge.*FrozenEstimator\(model\)"):
+        GridSearchCV(DRRhoRegressor(), {"reference": ridges}, cv=3, error_score="raise").fit(x[40:], Y[40:])
+
+
+def test_losses_of_the_reference_are_split_with_the_samples():
+    x = scale(X)
+    reference = Ridge().fit(x[:60], Y[:60])
+    losses = np.square(Y - reference.predict(x))
+    given = cross_val_score(DRRhoRegressor(), x, Y, cv=3, params={"reference_losses": losses})
+    assert np.array_equal(given, cross_val_score(DRRhoRegressor(reference=reference), x, Y, cv=3))
+    assert not np.allclose(given, cross_val_score(DRRhoRegressor(), x, Y, cv=3))
+    with pytest.raises(ValueError, match=r"reference .* cloned .* got losses.*reference_losses to fit"):
+        cross_val_score(DRRhoRegressor(reference=losses), x, Y, cv=3)
+    with pytest.raises(ValueError, match="one of the parameter reference and reference_losses"):
+        DRRhoRegressor(reference=reference).fit(x, Y, reference_losses=losses)
+    with pytest.raises(ValueError, match=r"reference_losses must give .* got shape \[3\]"):
+        DRRhoRegressor().fit(x, Y, reference_losses=np.zeros(3))
+
+
+def test_parameters_of_the_reference_are_frozen():
+    model = DRRhoClassifier(reference=LogisticRegression(C=2.0).fit(X, LABELS))
+    assert model.get_params()["reference"] is model.reference
+    assert not any(name.startswith("reference__") for name in model.get_params())
+    with pytest.raises(ValueError, match=r"reference__C cannot be set: the reference is frozen"):
+        model.set_params(reference__C=1.0)
+    other = LogisticRegression().fit(X, LABELS)
+    assert model.set_params(reference=other, l2=0.5).reference is other and model.l2 == 0.5
+
+
+def test_a_steered_model_is_pickled_with_its_reference():
+    model = DRRhoClassifier(KL(), reference=LogisticRegression().fit(X, LABELS)).fit(X, LABELS)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(loaded.predict(X), model.predict(X))
+    assert np.array_equal(clone(loaded).fit(X, LABELS).coef_, model.coef_)
+
+
+def test_an_unfitted_reference_is_refused_by_name():
+    with pytest.raises(NotFittedError, match=r"reference must be fitted .* unfitted LogisticRegression"):
+        DRRhoClassifier(reference=LogisticRegression()).fit(X, LABELS)
+    with pytest.raises(TypeError, match="fitted estimator, got the class LogisticRegression"):
+        DRRhoClassifier(reference=LogisticRegression).fit(X, LABELS)
+
+
 def test_several_targets():
     x, y, _, _ = table(8)
     both = np.column_stack([y, -2 * y + 1])
@@ -262,7 +401,6 @@ def test_labels_of_any_kind():
     assert not hasattr(DRRhoClassifier(loss="hinge"), "predict_proba")
 
 
-X, Y, LABELS, _ = table()
 REFUSED = {
     "both radii": (DRRhoRegressor(rho=1.0, radius=0.1), Y, ValueError, "rho=1.0 and radius=0.1"),
     "negative rho": (DRRhoRegressor(rho=-1.0), Y, ValueError, "rho must be finite and >= 0, got -1.0"),

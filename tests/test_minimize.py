@@ -5,7 +5,8 @@ import pytest
 from scipy.optimize import minimize
 
 from drrho import KL, ChiSquare, CressieRead, constrained_risk
-from drrho.minimize import Hinge, Logistic, Squared, minimize_risk
+from drrho.minimize import minimize_risk
+from drrho.pointwise import Hinge, Logistic, Squared
 
 RNG = np.random.default_rng(0)
 

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 from drrho import KL, ChiSquare, CVaR
 from drrho.linear import DRRhoClassifier, DRRhoRegressor
-from drrho.minimize import Logistic, Squared
+from drrho.pointwise import Logistic, Squared
 
 Array = NDArray[Any]
 Scores = Callable[[Array], Array]  # features [n, d] to scores [n, k]
