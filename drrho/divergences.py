@@ -124,6 +124,20 @@ class Divergence(ABC):
         )
         return torch.where(near & self._agree(smooth, direct), smooth, direct)
 
+    def rough_bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``, to the rounding of ``phi*``."""
+        return self.conjugate(s) - s
+
+    def bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``, to full relative accuracy also near ``s = 0``."""
+        direct = self.rough_bend(s)
+        near = s.abs() < SERIES_BELOW
+        inside = torch.where(near, s, 0.0)
+        smooth = inside.square() * sum(
+            w * (1 - x) * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
+        )
+        return torch.where(near & self._agree(smooth, direct), smooth, direct)
+
     def phi_of_tilt(self, e: Tensor) -> Tensor:
         """Return ``phi(1 + e)``; override where ``1 + e`` would round digits of a small ``e`` away."""
         return self.phi(1 + e)

@@ -14,7 +14,7 @@ from drrho.solvers.problem import fraction_of
 from drrho.solvers.rows import Rows, scatter, some
 from drrho.solvers.tail import Tail, tail
 
-_FLAT = 1 / np.finfo(np.float64).tiny  # relative strength at which no weight differs from q by a rounding error
+_FLAT = 1e280  # strength in units of the range at which no weight differs from q, and the multipliers' range ends
 
 
 class Maximizer(NamedTuple):
