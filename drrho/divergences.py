@@ -234,7 +234,8 @@ class CressieRead(Divergence):
         k, log_ratio = self.order, -np.log(share)
         if k <= 0:
             return np.where(share < 1, np.inf, 0.0)
-        return log_ratio if k == 1 else np.expm1((k - 1) * log_ratio) / (k * (k - 1))
+        with np.errstate(over="ignore"):
+            return log_ratio if k == 1 else np.expm1((k - 1) * log_ratio) / (k * (k - 1))
 
     def _log_ratio(self, s: Tensor) -> Tensor:
         if self.order == 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.solvers.dual import Found
+from drrho.solvers.dual import Exponents, Found
 from drrho.solvers.ends import Ends, Maximizer
 from drrho.solvers.problem import Solution, fraction_of
 from drrho.solvers.root import EPS
@@ -22,6 +22,7 @@ from drrho.solvers.rows import Block, Rows, Term, some
 _ALLOWED = 1e-8  # gap of an answer over its premium
 _ROUNDING = 512 * EPS  # gap of an answer over the range of the losses
 _LEAST = 64 * float(np.finfo(np.float64).smallest_subnormal)  # gap of an answer, where the range is no normal number
+_BEYOND = 1e-11  # by how much of itself rounding in D may move a premium
 _SAME = 256 * EPS  # difference of a solver's D and its sum
 _LINEAR = 1e-8  # surplus up to which D is followed to first order
 _LONG, _COARSE = 2**17, 300.0  # on rows so long rounding averages out up to such a strength
@@ -57,12 +58,17 @@ class Sums(NamedTuple):
 
 
 class Multipliers(NamedTuple):
-    """Multipliers ``[rows]``, the strength also with stand-ins: ``finite`` has 1 for infinity, ``unit`` also for 0."""
+    """Multipliers ``[rows]``; ``finite`` is the strength with 1 for infinity, that of the exponents also 1 for 0."""
 
     threshold: np.ndarray
     strength: np.ndarray
     finite: np.ndarray
-    unit: np.ndarray
+    exponents: Exponents
+
+    @property
+    def unit(self) -> np.ndarray:
+        """The strength of the exponents."""
+        return self.exponents.strength
 
 
 class Primal(NamedTuple):
@@ -80,6 +86,11 @@ def certified(rows: Rows, span: np.ndarray, bound: Bound, found: Found, ends: En
         primal = _feasible(rows, bound, multipliers, ends, ratios, sums)
         mean, _ = rows.mean_and_ties()
         gain, dual = _primal_and_dual(bound, mean, multipliers, ends, sums, primal, maximizer)
+        if bound.is_ball:
+            # By weak duality, weights that attain more than the bound are outside the ball, by rounding.
+            above = (gain > dual) & (gain - dual <= _BEYOND * gain) & ends.open
+            primal = primal._replace(kept=np.where(above, primal.kept * (dual / gain), primal.kept))
+            gain = np.where(above, dual, gain)
     top, scale = rows.top, rows.scale
     assert top is not None and scale is not None
     gap = np.where(ends.flat, 0.0, dual - gain)
@@ -95,13 +106,12 @@ def certified(rows: Rows, span: np.ndarray, bound: Bound, found: Found, ends: En
         scale * _slope_in_alpha(bound.divergence, sums),
         np.full_like(mean, bound.is_ball),
     ]
-    weights = ratios.mul_(rows.column(primal.kept / (1 + sums.surplus)))
+    count = rows.count if rows.base is None else 1
+    weights = ratios.mul_(rows.column(primal.kept / (1 + sums.surplus) / count))
     if some(primal.kept < 1):
-        weights.add_(rows.column(1 - primal.kept))
+        weights.add_(rows.column((1 - primal.kept) / count))
     if rows.base is not None:
         weights.mul_(rows.base)
-    else:
-        weights.div_(rows.count)
     first, *others = torch.from_numpy(np.array(numbers)).to(rows.z.device).unbind()
     return Solution(first, weights, *others)
 
@@ -112,18 +122,18 @@ def _measured(rows: Rows, divergence: Divergence, found: Found, ends: Ends) -> t
     A threshold may be rounded out of the domain of phi* by an error of the losses' own: it is then moved up by as
     much, which adds no more than that error to the dual value, and the sums are made again.
     """
-    threshold, strength = found.dual.threshold, found.dual.strength
+    strength = found.dual.strength
     finite = np.where(ends.flat, 1.0, strength)
-    unit = np.where(ends.hard, 1.0, finite)
-    ratios = torch.empty_like(rows.z)
-    nudge = EPS * np.maximum(np.abs(threshold), np.finfo(np.float64).tiny)
+    exponents = found.dual.exponents._replace(strength=np.where(ends.hard, 1.0, finite))
+    threshold, nudge, ratios = found.dual.threshold, 0.0, torch.empty_like(rows.z)
     for _ in range(_NUDGES):
-        multipliers = Multipliers(threshold, strength, finite, unit)
+        moved = exponents._replace(offset=exponents.offset - nudge / exponents.strength)
+        multipliers = Multipliers(threshold + nudge, strength, finite, moved)
         sums = _sums(rows, divergence, found, multipliers, ends, ratios)
         outside = ~np.isfinite(sums.bend) & ends.open
         if not some(outside):
             break
-        threshold, nudge = np.where(outside, threshold + nudge, threshold), 4 * nudge
+        nudge = np.where(outside, np.maximum(4 * nudge, EPS * np.abs(threshold)), nudge)
     return multipliers, ratios, sums
 
 
@@ -139,7 +149,6 @@ def _sums(
     names = ["surplus", "gain"] + ["distance"] * measured + ["bend"] * direct + ["beyond"] * capped
     mean, _ = rows.mean_and_ties()
     center = rows.column(mean)
-    origin, unit = rows.column(multipliers.threshold), rows.column(multipliers.unit)
     cut = rows.column(multipliers.threshold + multipliers.finite * float(divergence.slope_at_cap()))
     # Where the strength exceeds the losses' range, the rounding of phi* does.
     fine = order is None and some(multipliers.unit > (1.0 if rows.count < _LONG else _COARSE))
@@ -154,7 +163,7 @@ def _sums(
             "surplus": lambda: tilt,
             "gain": lambda: (tilt, block.d - center),
             "distance": lambda: divergence.phi_of_tilt(tilt),
-            "bend": lambda: bend_of((block.d - origin).div_(unit)),
+            "bend": lambda: bend_of(multipliers.exponents.of(block.d)),
             "beyond": lambda: (block.d - cut).clamp_(min=0),
         }
         return tuple(terms[name]() for name in names)
