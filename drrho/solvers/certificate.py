@@ -86,11 +86,11 @@ def certified(rows: Rows, span: np.ndarray, bound: Bound, found: Found, ends: En
         primal = _feasible(rows, bound, multipliers, ends, ratios, sums)
         mean, _ = rows.mean_and_ties()
         gain, dual = _primal_and_dual(bound, mean, multipliers, ends, sums, primal, maximizer)
-        if bound.is_ball:
-            # By weak duality, weights that attain more than the bound are outside the ball, by rounding.
-            above = (gain > dual) & (gain - dual <= _BEYOND * gain) & ends.open
+        # By weak duality, what exceeds the bound does so by rounding: in a ball, by that of D at the weights.
+        above = (gain > dual) & (gain - dual <= _BEYOND * primal.gain) & ends.open
+        if bound.is_ball and some(above):
             primal = primal._replace(kept=np.where(above, primal.kept * (dual / gain), primal.kept))
-            gain = np.where(above, dual, gain)
+        gain = np.where(above, dual, gain)
     top, scale = rows.top, rows.scale
     assert top is not None and scale is not None
     gap = np.where(ends.flat, 0.0, dual - gain)
@@ -156,13 +156,14 @@ def _sums(
 
     def sums(block: Block) -> tuple[Term, ...]:
         tilt = found.tilt.tilt(block.d)
-        ratios[:, block.place] = found.tilt.ratio(block.d, tilt)
+        ratio = found.tilt.ratio(block.d, tilt)
+        ratios[:, block.place] = ratio
         if block.base is not None:  # phi may be infinite where there is no base weight to multiply it
             tilt = tilt.masked_fill(block.base == 0, 0.0)
         terms: dict[str, Callable[[], Term]] = {
             "surplus": lambda: tilt,
             "gain": lambda: (tilt, block.d - center),
-            "distance": lambda: divergence.phi_of_tilt(tilt),
+            "distance": lambda: _phi(divergence, tilt, ratio),
             "bend": lambda: bend_of(multipliers.exponents.of(block.d)),
             "beyond": lambda: (block.d - cut).clamp_(min=0),
         }
@@ -181,6 +182,13 @@ def _sums(
         else surplus + (order - 1) * distance - (mean - multipliers.threshold) / multipliers.unit
     )
     return Sums(surplus, means["gain"], distance, bend, means.get("beyond", np.zeros_like(mean)))
+
+
+def _phi(divergence: Divergence, tilt: Tensor, ratio: Tensor) -> Tensor:
+    """Return phi of ratios, of those close to one by their tilt and of those close to zero by themselves."""
+    small = tilt < -0.5
+    phi = divergence.phi_of_tilt(tilt)
+    return torch.where(small, divergence.phi(ratio), phi) if small.any() else phi
 
 
 def _feasible(rows: Rows, bound: Bound, multipliers: Multipliers, ends: Ends, ratios: Tensor, sums: Sums) -> Primal:

@@ -90,8 +90,11 @@ class ConjugateTilt(NamedTuple):
         return self.divergence.tilt_(s) if self.fine else s.copy_(self.divergence.conjugate_gradient(s)).sub_(1)
 
     def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
-        """Return one plus the tilt."""
-        return tilt + 1
+        """Return one plus the tilt, or where that is small, and phi perhaps steep, what it is made of."""
+        small = tilt < -0.5
+        if self.divergence.cressie_read_order is not None or not small.any():
+            return tilt + 1
+        return torch.where(small, self.divergence.conjugate_gradient(self.exponents.of(d)), tilt + 1)
 
 
 class MixedTilt(NamedTuple):
@@ -107,12 +110,15 @@ class MixedTilt(NamedTuple):
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return the tilt of losses ``[rows, width]``."""
-        share = torch.as_tensor(column(self.share, d.device), dtype=d.dtype)
-        return torch.lerp(self.first.tilt(d), self.second.tilt(d), share)
+        return torch.lerp(self.first.tilt(d), self.second.tilt(d), self._share(d))
 
     def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
-        """Return one plus the tilt."""
-        return tilt + 1
+        """Return the ratio of losses ``[rows, width]``."""
+        first, second = (side.ratio(d, side.tilt(d)) for side in (self.first, self.second))
+        return torch.lerp(first, second, self._share(d))
+
+    def _share(self, d: Tensor) -> Tensor:
+        return torch.as_tensor(column(self.share, d.device), dtype=d.dtype)
 
 
 def by_conjugate(divergence: Divergence, rows: Rows, dual: Dual, *, fine: bool = True) -> Found:

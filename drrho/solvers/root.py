@@ -37,10 +37,11 @@ class Root(NamedTuple):
 
 
 class Bracket:
-    """What bounds a root from below and above, row by row."""
+    """What bounds a root from below and above, row by row, and the function's values there, NaN where unknown."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
         self.low, self.high = low, high
+        self._at_low = self._at_high = np.full(len(low), np.nan)
 
     @classmethod
     def open(cls, size: int) -> Bracket:
@@ -51,6 +52,11 @@ class Bracket:
         """Take x for a bound where it lies below the root, or above it, and is closer than the bound known."""
         self.low = np.where(below, np.maximum(self.low, x), self.low)
         self.high = np.where(above, np.minimum(self.high, x), self.high)
+
+    def note(self, x: np.ndarray, value: np.ndarray) -> None:
+        """Keep the values of those x that are bounds."""
+        self._at_low = np.where(x == self.low, value, self._at_low)
+        self._at_high = np.where(x == self.high, value, self._at_high)
 
     def contains(self, x: np.ndarray) -> np.ndarray:
         """Return whether x lies strictly inside."""
@@ -64,6 +70,10 @@ class Bracket:
         """Return the middle, or the longest step from x towards the root while a side is open."""
         away = np.where(below, x + longest, x - longest)
         return np.where(np.isfinite(self.low + self.high), (self.low + self.high) / 2, away)
+
+    def on_chord(self) -> np.ndarray:
+        """Return where the line through both ends is zero, NaN where there are no two values."""
+        return self.low + (self.high - self.low) * (self._at_low / (self._at_low - self._at_high))
 
 
 class Safeguard(NamedTuple):
@@ -115,10 +125,13 @@ def find_root(
         With ``guard.failure``.
     """
     (down, up), (least, largest) = guard.longest, guard.ends
+    last = before = np.full(len(x), np.inf)  # the sizes of the last two steps
+    fallen = np.zeros(len(x), dtype=int)  # how often Newton was not trusted
     for iteration in range(guard.iterations):
         value, step, ready = function(x)
         below, above = (value > 0) & ready, (value <= 0) & ready
         bracket.narrow(x, below, above)
+        bracket.note(x, np.where(ready, value, np.nan))
         saturated = ((x <= least) | (x >= largest)) & ready
         reached = np.abs(value) <= guard.tolerance
         done = (reached | bracket.collapsed(np.maximum(np.abs(x), 1))) & ready | saturated
@@ -137,8 +150,15 @@ def find_root(
         if iteration + 1 == guard.iterations:
             break
         trusted = inside & (step >= -down) & (step <= up) & (iteration < guard.newton_iterations)
-        following = np.clip(np.where(trusted, newton, bracket.halved(x, below, up)), least, largest)
+        trusted &= (2 * np.abs(step) <= before) | ~np.isfinite(bracket.low + bracket.high)
+        otherwise = bracket.halved(x, below, up)
+        if some(~trusted):  # every other time the chord, which finds a root close to an end, as next to a plateau
+            chord = bracket.on_chord()
+            fallen = fallen + ~trusted
+            otherwise = np.where(bracket.contains(chord) & (fallen % 2 == 1), chord, otherwise)
+        following = np.clip(np.where(trusted, newton, otherwise), least, largest)
         moved = ready & ~done
+        last, before = np.where(moved, np.abs(following - x), last), np.where(moved, last, before)
         if follow is not None:
             follow(x, following, moved)
         x = np.where(moved, following, x)
