@@ -229,6 +229,13 @@ class CressieRead(Divergence):
         log_ratio = self._log_ratio(s)
         return torch.where(log_ratio > -torch.inf, torch.exp((2 - self.order) * log_ratio), 0.0)
 
+    def rough_bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``."""
+        k = self.order
+        if k <= 0 or k == 1:
+            return self.conjugate(s) - s
+        return self._log_ratio(s).mul_(k).expm1_().div_(k).sub_(s)  # infinite where it should be
+
     def maximal_radius(self, share: np.ndarray) -> np.ndarray:
         """Return ``(share^(1 - k) - 1) / (k (k - 1))``, infinite for k <= 0."""
         k, log_ratio = self.order, -np.log(share)

@@ -79,8 +79,25 @@ class Primal(NamedTuple):
     kept: np.ndarray
 
 
-def certified(rows: Rows, span: np.ndarray, bound: Bound, found: Found, ends: Ends, maximizer: Maximizer) -> Solution:
-    """Return the solution of all rows and its gap, whatever that is; ``span`` is the range of their losses."""
+def certified(
+    rows: Rows,
+    span: np.ndarray,
+    bound: Bound,
+    found: Found,
+    ends: Ends,
+    maximizer: Maximizer,
+    *,
+    refuse: bool = False,
+) -> Solution:
+    """Return the solution of all rows with its gap; ``span`` is the range of their losses.
+
+    Raises
+    ------
+    RuntimeError
+        Where asked to ``refuse``, if a dual value is not within `_ALLOWED` of what the weights attain.
+    """
+    if not bound.is_ball and some(span == 0):  # equal losses leave D nothing to be paid for
+        bound = bound._replace(parameter=np.where(span == 0, 0.0, bound.parameter))
     with np.errstate(all="ignore"):
         multipliers, ratios, sums = _measured(rows, bound.divergence, found, ends)
         primal = _feasible(rows, bound, multipliers, ends, ratios, sums)
@@ -106,6 +123,8 @@ def certified(rows: Rows, span: np.ndarray, bound: Bound, found: Found, ends: En
         scale * _slope_in_alpha(bound.divergence, sums),
         np.full_like(mean, bound.is_ball),
     ]
+    if refuse:
+        _refuse_uncertified(bound, span, numbers)
     count = rows.count if rows.base is None else 1
     weights = ratios.mul_(rows.column(primal.kept / (1 + sums.surplus) / count))
     if some(primal.kept < 1):
@@ -152,6 +171,7 @@ def _sums(
     cut = rows.column(multipliers.threshold + multipliers.finite * float(divergence.slope_at_cap()))
     # Where the strength exceeds the losses' range, the rounding of phi* does.
     fine = order is None and some(multipliers.unit > (1.0 if rows.count < _LONG else _COARSE))
+    steep = order is None and not divergence.has_kinks  # phi may be so at zero
     bend_of = divergence.bend if fine else divergence.rough_bend
 
     def sums(block: Block) -> tuple[Term, ...]:
@@ -163,7 +183,7 @@ def _sums(
         terms: dict[str, Callable[[], Term]] = {
             "surplus": lambda: tilt,
             "gain": lambda: (tilt, block.d - center),
-            "distance": lambda: _phi(divergence, tilt, ratio),
+            "distance": lambda: divergence.phi_of_tilt(tilt) if not steep else _phi(divergence, tilt, ratio),
             "bend": lambda: bend_of(multipliers.exponents.of(block.d)),
             "beyond": lambda: (block.d - cut).clamp_(min=0),
         }
@@ -239,16 +259,9 @@ def _primal_and_dual(
     return primal.gain - price, np.where(parameter == 0, free, dual)
 
 
-def refuse_uncertified(span: np.ndarray, bound: Bound, solution: Solution) -> None:
-    """Refuse an answer that its own certificate does not hold to.
-
-    Raises
-    ------
-    RuntimeError
-        If the dual value of a row is not within `_ALLOWED` of what its weights attain.
-    """
-    fields = (solution.gap, solution.premium, solution.threshold, solution.strength, solution.distance)
-    gap, premium, threshold, strength, distance = torch.stack(fields).cpu().numpy()
+def _refuse_uncertified(bound: Bound, span: np.ndarray, numbers: list[np.ndarray]) -> None:
+    """Refuse an answer that its own certificate does not hold to."""
+    _, premium, threshold, strength, gap, distance, *_ = numbers
     failed = ~(np.abs(gap) <= _ALLOWED * np.abs(premium) + _ROUNDING * span + _LEAST)
     if some(failed):
         name, given = ("radius", bound.parameter) if bound.price is None else ("strength", bound.price)

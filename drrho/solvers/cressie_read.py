@@ -47,7 +47,7 @@ class PathTilt(NamedTuple):
 
     def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
         """Return the ratio, which may be so small that its tilt is -1."""
-        return self._log_ratio(d).exp_()
+        return self._log_ratio(d).exp_() if bool((tilt < -0.5).any()) else tilt + 1
 
     def _log_ratio(self, d: Tensor) -> Tensor:
         origin, unit, log_total = (column(field, d.device) for field in (self.origin, self.unit, self.log_total))

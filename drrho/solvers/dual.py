@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.solvers.rows import Rows, column
+from drrho.solvers.rows import Rows, column, some
 
 
 class Exponents(NamedTuple):
@@ -31,7 +31,7 @@ class Exponents(NamedTuple):
     def of(self, d: Tensor) -> Tensor:
         """Return the exponents of losses ``[rows, width]``, a new tensor."""
         s = (d - column(self.origin, d.device)).div_(column(self.strength, d.device))
-        return s.add_(column(self.offset, d.device)) if self.offset.any() else s
+        return s.add_(column(self.offset, d.device)) if some(self.offset != 0) else s
 
 
 class Dual(NamedTuple):

@@ -124,6 +124,7 @@ class _Balance:
         self.low, self.high = _Side.unknown(0.0, size), _Side.unknown(end, size)
         self.tries = np.zeros(size, dtype=int)  # at this strength
         self.reach = np.full(size, _LEAST_STEP)
+        self.best, self.restored = _Best.none(size), np.zeros(size, dtype=bool)
 
     def solve(self, x: np.ndarray) -> Root:
         """Find the strength, or the offset at the strength given."""
@@ -139,7 +140,13 @@ class _Balance:
             ends=(-np.inf if self.radius is None else _FLOOR, np.inf),
         )
         self._enter(np.exp(x))
-        return find_root(self, x, Bracket.open(len(x)), guard, follow=self.follow)
+        root = find_root(self, x, Bracket.open(len(x)), guard, follow=self.follow)
+        unfinished = ~(np.abs(self.value) <= tolerance) & (np.abs(self.best.value) < np.inf)
+        if self.rough or not some(unfinished):
+            return root
+        # The best of what was seen, for its certificate to decide upon
+        self.restored = unfinished
+        return Root(np.where(unfinished, self.best.x, root.x), root.saturated)
 
     def __call__(self, x: np.ndarray) -> Residual:
         strength = np.exp(x)
@@ -173,7 +180,8 @@ class _Balance:
             value = np.log(distance) - np.log(self.radius)
             spread = moments.hss / moments.h - (moments.hs / moments.h) ** 2
             newton = value * distance / (moments.h * spread)
-            newton = np.where(np.isfinite(newton), np.clip(newton, -self.reach, self.reach), np.sign(value) * self.reach)
+            # D falls in x: on a plateau its slope may be rounding, of either sign
+            newton = np.sign(value) * np.fmin(np.abs(newton), self.reach)
             # D is off by the square of what the offset is: enough to tell on which side of the radius it is
             enough = np.clip(0.1 * np.abs(value), _ROUGH if self.rough else _BALANCED, 0.1)
         next_one = np.spacing(self.offset)
@@ -183,12 +191,16 @@ class _Balance:
             self.balanced = usable & (size <= enough) & ~self.unresolved | self.collapsed
         else:
             self.balanced = usable & (size <= enough) | self.collapsed
+        self.value = np.where(self.balanced, value, np.inf)
+        closer = np.abs(self.value) < np.abs(self.best.value)
+        seen = _Best(self.value, x, self._inside(self._stepped(self.step)), distance)
+        self.best = _Best(*(np.where(closer, new, old) for new, old in zip(seen, self.best, strict=True)))
         return Residual(value, newton, self.balanced)
 
     @property
     def balanced_offset(self) -> np.ndarray:
         """The offset that the last step leads to."""
-        return self._inside(self._stepped(self.step))
+        return np.where(self.restored, self.best.offset, self._inside(self._stepped(self.step)))
 
     def _stepped(self, step: np.ndarray) -> np.ndarray:
         """Return the offset after a step, whose size is understood near a pole as one of the distance's logarithm."""
@@ -219,6 +231,10 @@ class _Balance:
         far = self.far & ~moved & ~done & ~halved & ~self.adjacent
         if some(far):
             proposal = np.where(far, self._by_top(), proposal)
+        # What goes beyond a bound has its root next to it
+        proposal = np.minimum(
+            np.maximum(proposal, np.nextafter(self.low.offset, np.inf)), np.nextafter(self.high.offset, 0)
+        )
         trusted = (proposal > self.low.offset) & (proposal < self.high.offset) & ~halved
         new = np.where(trusted, proposal, self._middle())
         stuck = self.adjacent & ~moved
@@ -270,8 +286,10 @@ class _Balance:
         self.high = self.high.limited(1 / strength)  # the threshold is no less than the least loss
         for _ in range(_ITERATIONS):
             ratio = self.divergence.conjugate_gradient(torch.from_numpy(self.offset)).numpy()
-            above = (self.offset > self.high.offset) | (self.share * ratio > 1 + 1e-12) | ~np.isfinite(ratio) | (ratio < 0)
-            above &= self.offset > self.low.offset
+            above = (
+                (self.offset > self.high.offset) | (self.share * ratio > 1 + 1e-12) | ~np.isfinite(ratio) | (ratio < 0)
+            )
+            above &= (self.offset > self.low.offset) & (self.high.offset > np.nextafter(self.low.offset, np.inf))
             if not some(above):
                 return
             self.high = self.high.limited(np.where(above, self.offset, np.inf))
@@ -311,11 +329,12 @@ class _Balance:
 
     def found(self, strength: np.ndarray, saturated: np.ndarray) -> Found:
         """Return the ratios at the multipliers reached; a mean of those on both sides where no offset balances them."""
-        split = self.collapsed & (np.abs(self.moments.surplus) > EPS) & ~saturated
+        split = self.collapsed & (np.abs(self.moments.surplus) > EPS) & ~saturated & ~self.restored
         zero = np.zeros_like(strength)
         offset = self.balanced_offset
         if not some(split):
-            dual = Dual(-strength * offset, strength, self.distance, saturated, (zero, offset))
+            distance = np.where(self.restored, self.best.distance, self.distance)
+            dual = Dual(-strength * offset, strength, distance, saturated, (zero, offset))
             return by_conjugate(self.divergence, self.rows, dual, fine=self.fine)
         share, _ = self._across()
         low = np.where(split, self.low.offset, offset)
@@ -344,8 +363,22 @@ class AtPole(NamedTuple):
         return tilt + 1
 
 
+class _Best(NamedTuple):
+    """The balanced point at which D was closest to the radius, ``[rows]`` each."""
+
+    value: np.ndarray
+    x: np.ndarray
+    offset: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def none(cls, size: int) -> _Best:
+        """Return what any balanced point is better than."""
+        return cls(np.full(size, np.inf), *(np.zeros(size) for _ in range(3)))
+
+
 class _Side(NamedTuple):
-    """A bound of the offset, with the surplus of the ratios and their D there; NaN where that was at another strength."""
+    """A bound of the offset, with the surplus of the ratios and their D there; NaN if that was at another strength."""
 
     offset: np.ndarray
     surplus: np.ndarray

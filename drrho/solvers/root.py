@@ -37,11 +37,10 @@ class Root(NamedTuple):
 
 
 class Bracket:
-    """What bounds a root from below and above, row by row, and the function's values there, NaN where unknown."""
+    """What bounds a root from below and above, row by row."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
         self.low, self.high = low, high
-        self._at_low = self._at_high = np.full(len(low), np.nan)
 
     @classmethod
     def open(cls, size: int) -> Bracket:
@@ -52,11 +51,6 @@ class Bracket:
         """Take x for a bound where it lies below the root, or above it, and is closer than the bound known."""
         self.low = np.where(below, np.maximum(self.low, x), self.low)
         self.high = np.where(above, np.minimum(self.high, x), self.high)
-
-    def note(self, x: np.ndarray, value: np.ndarray) -> None:
-        """Keep the values of those x that are bounds."""
-        self._at_low = np.where(x == self.low, value, self._at_low)
-        self._at_high = np.where(x == self.high, value, self._at_high)
 
     def contains(self, x: np.ndarray) -> np.ndarray:
         """Return whether x lies strictly inside."""
@@ -71,9 +65,17 @@ class Bracket:
         away = np.where(below, x + longest, x - longest)
         return np.where(np.isfinite(self.low + self.high), (self.low + self.high) / 2, away)
 
-    def on_chord(self) -> np.ndarray:
-        """Return where the line through both ends is zero, NaN where there are no two values."""
-        return self.low + (self.high - self.low) * (self._at_low / (self._at_low - self._at_high))
+    def on_chord(self, seen: list[tuple[np.ndarray, np.ndarray]], power: np.ndarray) -> np.ndarray:
+        """Return where the line through both ends is zero, NaN unless both are among the x and values seen.
+
+        Of the way there from the closer end a power is taken, 1/2 for between that and the whole way.
+        """
+        at_low = at_high = np.full(len(self.low), np.nan)
+        for x, value in seen:
+            at_low, at_high = np.where(x == self.low, value, at_low), np.where(x == self.high, value, at_high)
+        way = at_low / (at_low - at_high)
+        away = np.where(way < 0.5, way, 1 - way) ** power
+        return self.low + (self.high - self.low) * np.where(way < 0.5, away, 1 - away)
 
 
 class Safeguard(NamedTuple):
@@ -127,11 +129,12 @@ def find_root(
     (down, up), (least, largest) = guard.longest, guard.ends
     last = before = np.full(len(x), np.inf)  # the sizes of the last two steps
     fallen = np.zeros(len(x), dtype=int)  # how often Newton was not trusted
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
     for iteration in range(guard.iterations):
         value, step, ready = function(x)
         below, above = (value > 0) & ready, (value <= 0) & ready
         bracket.narrow(x, below, above)
-        bracket.note(x, np.where(ready, value, np.nan))
+        seen.append((x, value))
         saturated = ((x <= least) | (x >= largest)) & ready
         reached = np.abs(value) <= guard.tolerance
         done = (reached | bracket.collapsed(np.maximum(np.abs(x), 1))) & ready | saturated
@@ -151,12 +154,14 @@ def find_root(
             break
         trusted = inside & (step >= -down) & (step <= up) & (iteration < guard.newton_iterations)
         trusted &= (2 * np.abs(step) <= before) | ~np.isfinite(bracket.low + bracket.high)
-        otherwise = bracket.halved(x, below, up)
-        if some(~trusted):  # every other time the chord, which finds a root close to an end, as next to a plateau
-            chord = bracket.on_chord()
-            fallen = fallen + ~trusted
-            otherwise = np.where(bracket.contains(chord) & (fallen % 2 == 1), chord, otherwise)
-        following = np.clip(np.where(trusted, newton, otherwise), least, largest)
+        following = newton
+        if some(~trusted):
+            following = np.where(trusted, newton, bracket.halved(x, below, up))
+            # In turns with the middle, the chord: it finds a root close to an end, as next to a plateau.
+            fallen = fallen + (~trusted & ready)
+            chord = bracket.on_chord(seen, np.where(fallen % 4 == 1, 1.0, 0.3))
+            following = np.where(~trusted & bracket.contains(chord) & (fallen % 2 == 1), chord, following)
+        following = np.minimum(np.maximum(following, least), largest)
         moved = ready & ~done
         last, before = np.where(moved, np.abs(following - x), last), np.where(moved, last, before)
         if follow is not None:

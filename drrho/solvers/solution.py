@@ -9,7 +9,7 @@ from torch import Tensor
 from drrho.divergences import Divergence
 from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
-from drrho.solvers.certificate import Bound, certified, refuse_uncertified
+from drrho.solvers.certificate import Bound, certified
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
 from drrho.solvers.problem import REFUSED, REFUSED_ALPHA, REFUSED_RANGE, Problem, Solution, extremes_of, sample_count
 from drrho.solvers.rows import Rows, some
@@ -143,6 +143,4 @@ def _one_bound(
         found = solver(divergence, rows.select(chosen), bound.parameter[chosen])
     if found is None or some(~chosen) or some(found.dual.saturated):
         found, ends = with_ends(rows, ends, found, maximizer)
-    solution = certified(rows, span, bound, found, ends, maximizer)
-    refuse_uncertified(span, bound, solution)
-    return solution
+    return certified(rows, span, bound, found, ends, maximizer, refuse=True)
