@@ -124,6 +124,20 @@ class Divergence(ABC):
         )
         return torch.where(near & self._agree(smooth, direct), smooth, direct)
 
+    def rough_bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``, to the rounding of ``phi*``."""
+        return self.conjugate(s) - s
+
+    def bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``, to full relative accuracy also near ``s = 0``."""
+        direct = self.rough_bend(s)
+        near = s.abs() < SERIES_BELOW
+        inside = torch.where(near, s, 0.0)
+        smooth = inside.square() * sum(
+            w * (1 - x) * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
+        )
+        return torch.where(near & self._agree(smooth, direct), smooth, direct)
+
     def phi_of_tilt(self, e: Tensor) -> Tensor:
         """Return ``phi(1 + e)``; override where ``1 + e`` would round digits of a small ``e`` away."""
         return self.phi(1 + e)
@@ -215,12 +229,20 @@ class CressieRead(Divergence):
         log_ratio = self._log_ratio(s)
         return torch.where(log_ratio > -torch.inf, torch.exp((2 - self.order) * log_ratio), 0.0)
 
+    def rough_bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``."""
+        k = self.order
+        if k <= 0 or k == 1:
+            return self.conjugate(s) - s
+        return self._log_ratio(s).mul_(k).expm1_().div_(k).sub_(s)  # infinite where it should be
+
     def maximal_radius(self, share: np.ndarray) -> np.ndarray:
         """Return ``(share^(1 - k) - 1) / (k (k - 1))``, infinite for k <= 0."""
         k, log_ratio = self.order, -np.log(share)
         if k <= 0:
             return np.where(share < 1, np.inf, 0.0)
-        return log_ratio if k == 1 else np.expm1((k - 1) * log_ratio) / (k * (k - 1))
+        with np.errstate(over="ignore"):
+            return log_ratio if k == 1 else np.expm1((k - 1) * log_ratio) / (k * (k - 1))
 
     def _log_ratio(self, s: Tensor) -> Tensor:
         if self.order == 1:

@@ -76,7 +76,8 @@ def _active_set(rows: Rows, step: _Step) -> Dual:
         if not some((dropped != before) & ~saturated):
             break
         eta = np.maximum(eta, eta_before)  # it only grows, but for rounding
-    return Dual(nu, strength, None, saturated)
+    # The support's mean is known to the rounding of its losses, however small the strength.
+    return Dual(nu, strength, None, saturated, (mean, dropped / (1 - dropped)))
 
 
 def _moments_of_support(

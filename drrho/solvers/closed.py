@@ -194,4 +194,5 @@ def _about_mean(
         first, product = first - 1, product - shift
     excess = rows.means(lambda block: (expm1_minus(exponent(block)),))[0] if fine else first - shift
     psi, mass = torch.log1p(excess), 1 + first
-    return _Tilted(depth, psi, product / (1 + excess), mass, mass * torch.exp(-psi) - 1)
+    # exp(psi) is one plus the excess: at a large strength that has more digits than their quotient
+    return _Tilted(depth, psi, product / (1 + excess), mass, (first - excess) / (1 + excess))

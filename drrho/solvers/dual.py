@@ -5,23 +5,54 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.solvers.rows import Rows
+from drrho.solvers.rows import Rows, column, some
+
+
+class Exponents(NamedTuple):
+    """What phi* is taken of, ``s = (d - origin) / strength + offset``, ``[rows]`` each.
+
+    A threshold that lies next to a loss, as seen from a small strength, has no digits left for the exponent of that
+    loss: there the offset at the loss has them, and ``threshold = origin - strength * offset``.
+    """
+
+    origin: np.ndarray
+    strength: np.ndarray
+    offset: np.ndarray
+
+    @property
+    def threshold(self) -> np.ndarray:
+        """The threshold, as far as it has digits."""
+        return self.origin - self.strength * self.offset
+
+    def of(self, d: Tensor) -> Tensor:
+        """Return the exponents of losses ``[rows, width]``, a new tensor."""
+        s = (d - column(self.origin, d.device)).div_(column(self.strength, d.device))
+        return s.add_(column(self.offset, d.device)) if some(self.offset != 0) else s
 
 
 class Dual(NamedTuple):
     """Multipliers of rows in units of ``d``, float64 ``[rows]`` on the host.
 
     ``distance`` is D at them where the solver knows it better than a sum over the weights would, else None;
-    ``saturated`` marks rows that rounding has put at the hard maximum.
+    ``saturated`` marks rows that rounding has put at the hard maximum. ``anchor`` is where the exponents are known
+    best and what they are there, origin and offset; None: zero at the threshold.
     """
 
     threshold: np.ndarray
     strength: np.ndarray
     distance: np.ndarray | None
     saturated: np.ndarray
+    anchor: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def exponents(self) -> Exponents:
+        """The exponents at these multipliers."""
+        origin, offset = self.anchor or (self.threshold, np.zeros_like(self.threshold))
+        return Exponents(origin, self.strength, offset)
 
 
 class Tilt(Protocol):
@@ -44,26 +75,52 @@ class Found(NamedTuple):
 
 
 class ConjugateTilt(NamedTuple):
-    """The ratios ``phi*'((d - threshold) / strength)`` of any divergence.
+    """The ratios ``phi*'(s)`` of any divergence.
 
     ``fine`` says that ratios may be so close to one that their distance from it needs a form of its own.
     """
 
     divergence: Divergence
-    threshold: float | Tensor
-    strength: float | Tensor
+    exponents: Exponents
     fine: bool
 
     def tilt(self, d: Tensor) -> Tensor:
         """Return ``phi*'(s) - 1``."""
-        s = (d - self.threshold).div_(self.strength)
+        s = self.exponents.of(d)
         return self.divergence.tilt_(s) if self.fine else s.copy_(self.divergence.conjugate_gradient(s)).sub_(1)
 
     def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
-        """Return one plus the tilt."""
-        return tilt + 1
+        """Return one plus the tilt, or where that is small, and phi perhaps steep, what it is made of."""
+        small = tilt < -0.5
+        if self.divergence.cressie_read_order is not None or not small.any():
+            return tilt + 1
+        return torch.where(small, self.divergence.conjugate_gradient(self.exponents.of(d)), tilt + 1)
+
+
+class MixedTilt(NamedTuple):
+    """Between two tilts: the second times ``share`` ``[rows]``, plus the first times what is left of one.
+
+    Where ratios are so steep in the threshold that they jump from one number to the next, both sides of the jump
+    maximize the Lagrangian to rounding, and so does, as that is concave, any mean of them.
+    """
+
+    first: Tilt
+    second: Tilt
+    share: np.ndarray
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        return torch.lerp(self.first.tilt(d), self.second.tilt(d), self._share(d))
+
+    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
+        """Return the ratio of losses ``[rows, width]``."""
+        first, second = (side.ratio(d, side.tilt(d)) for side in (self.first, self.second))
+        return torch.lerp(first, second, self._share(d))
+
+    def _share(self, d: Tensor) -> Tensor:
+        return torch.as_tensor(column(self.share, d.device), dtype=d.dtype)
 
 
 def by_conjugate(divergence: Divergence, rows: Rows, dual: Dual, *, fine: bool = True) -> Found:
     """Return multipliers with the ratios that phi* gives at them."""
-    return Found(ConjugateTilt(divergence, rows.column(dual.threshold), rows.column(dual.strength), fine), dual)
+    return Found(ConjugateTilt(divergence, dual.exponents, fine), dual)

@@ -14,7 +14,7 @@ from drrho.solvers.problem import fraction_of
 from drrho.solvers.rows import Rows, scatter, some
 from drrho.solvers.tail import Tail, tail
 
-_FLAT = 1 / np.finfo(np.float64).tiny  # relative strength at which no weight differs from q by a rounding error
+_FLAT = 1e280  # strength in units of the range at which no weight differs from q, and the multipliers' range ends
 
 
 class Maximizer(NamedTuple):
@@ -103,18 +103,22 @@ def with_ends(rows: Rows, ends: Ends, found: Found | None, maximizer: Maximizer)
     mean, _ = rows.mean_and_ties()
     inner, solved, distance = None, slice(None), None
     threshold, strength, hard = np.zeros_like(mean), np.ones_like(mean), ends.hard
+    origin, offset = threshold, threshold
     if found is not None:
-        inner, (threshold, strength, distance, saturated) = found
+        inner, (threshold, strength, distance, saturated, _) = found
+        origin, _, offset = found.dual.exponents
         if not some(~ends.open):
             hard = hard | saturated
         else:
             chosen, solved = ends.open, torch.from_numpy(ends.open).to(rows.z.device)
             threshold, strength = scatter(chosen, threshold, 1.0), scatter(chosen, strength, 1.0)
+            origin, offset = scatter(chosen, origin, 0.0), scatter(chosen, offset, 0.0)
             distance = None if distance is None else scatter(chosen, distance, 1.0)
             hard = hard | scatter(chosen, saturated, False)
-    hard, flat = hard, ends.flat
+    flat = ends.flat
     threshold = np.where(hard, maximizer.threshold, np.where(flat, mean, threshold))
     strength = np.where(hard, 0.0, np.where(flat, np.inf, strength))
     flags = torch.from_numpy(np.stack([hard, flat])).to(rows.z.device)[:, :, None]
     tilt = AtEnds(inner, solved, flags[0], flags[1], maximizer)
-    return Found(tilt, Dual(threshold, strength, distance, hard)), Ends(hard, flat)
+    anchor = np.where(hard | flat, threshold, origin), np.where(hard | flat, 0.0, offset)
+    return Found(tilt, Dual(threshold, strength, distance, hard, anchor)), Ends(hard, flat)

@@ -1,4 +1,12 @@
-"""Any strictly convex phi: safeguarded Newton on threshold and strength together, from phi* and its gradient."""
+"""Any strictly convex phi: safeguarded Newton on threshold and strength together, from phi* and its gradient.
+
+The threshold is sought as the offset ``u = -threshold / strength``, the argument of phi* at the maximum, where phi*
+is largest. For given strength the mean of the ratios ``phi*'(d / strength + u)`` increases in u, and for given u in
+the strength, since ``d <= 0``: what bounds u from below at one strength bounds it at all smaller ones, and what
+bounds it from above at all larger ones. Where phi* has a pole, u is moved on a logarithmic scale of its distance
+from it, so that no step leaves the domain, and a u at which the maximum's ratio alone is too large is refused without
+a pass over the losses.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +14,29 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.solvers.dual import Dual, Found, by_conjugate
+from drrho.solvers.dual import ConjugateTilt, Dual, Exponents, Found, MixedTilt, by_conjugate
 from drrho.solvers.root import EPS, Bracket, Residual, Root, Safeguard, find_root
-from drrho.solvers.rows import Block, Rows
+from drrho.solvers.rows import Block, Rows, column, some
 
-_ITERATIONS = 2000
-_STARTING_ITERATIONS = 30  # on a part of the losses
-_NEWTON_ITERATIONS = 60  # of the threshold at one strength; then bisection
-_LONGEST_STEP = 2.0  # in log strength
+_ITERATIONS = 60  # passes over the losses
+_LEAST_STEP, _LONGEST_STEP = 2.0, 64.0  # in log strength, while one side is open: doubled each time
 _FLOOR = float(np.log(1e-290))
 _TOLERANCE = 1e-13  # on log D
 _ROUGH = 1e-3  # the same, and on the threshold, for a start
+_BALANCED = 1e-7  # step of u, over its scale, whose square is an error of D's rounding
+_MEAN = 64 * EPS  # by how much the ratios' mean may miss one where the next number is no closer
+_HALVING = 5  # steps of u at one strength after which every other one halves the bracket
 _FINE = 1e-2  # spread of (d - eta) / lambda below which differences are replaced by quadratures
 _FINE_LONG = 3e-4  # the same on long rows, whose rounding averages out
+_LINEAR = 0.1  # step of u, over its scale, beyond which the maximum's ratio is followed rather than its slope
+_ROUNDS = 3  # of grids, on which it is followed
+_EVENLY = np.linspace(0.0, 1.0, 65)
+_ENDS = np.concatenate([[0.0], np.geomspace(1e-14, 0.4, 34)])
+_ENDS = np.concatenate([_ENDS, 1 - _ENDS[::-1]])  # close to either end
+_GRID = 64  # arguments of phi* tried at a time in the search for its pole
 
 
 def generic_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
@@ -32,7 +48,6 @@ def generic_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Foun
     deviation = _deviation(rows)
     at_zero = float(divergence.curvature(torch.zeros(1, dtype=torch.float64))[0])
     x = np.log(deviation) + 0.5 * np.log((at_zero if 0 < at_zero < np.inf else 1.0) / (2 * radius))
-    x = np.maximum(x, np.log(-4 * rows.mean_and_ties()[0]))  # the maximum must lie in the domain of phi*
     return _solve(divergence, rows, deviation, x, radius)
 
 
@@ -55,120 +70,345 @@ def _solve(
     divergence: Divergence, rows: Rows, deviation: np.ndarray, x: np.ndarray, radius: np.ndarray | None
 ) -> Found:
     """Find ``x = log strength`` from where it is given, or leave it there: without a radius."""
-    threshold, sample = rows.mean_and_ties()[0].copy(), rows.sample()
+    sample, end = rows.sample(), pole_of(divergence)
     with np.errstate(all="ignore"):
+        offset = np.minimum(-rows.mean_and_ties()[0] * np.exp(-x), 0.9 * end)
         if sample is not None:
-            start = _Balance(divergence, sample, threshold, deviation, radius, rough=True)
-            x, threshold = start.solve(x).x, start.balanced_threshold
-        balance = _Balance(divergence, rows, threshold, deviation, radius, rough=False)
+            start = _Balance(divergence, sample, end, offset, deviation, radius, rough=True)
+            x, offset = start.solve(x).x, start.balanced_offset
+        balance = _Balance(divergence, rows, end, offset, deviation, radius, rough=False)
         x, saturated = balance.solve(x)
-    balance.refuse_jumps(saturated)
-    dual = Dual(balance.balanced_threshold, np.exp(x), balance.distance, saturated)
-    return by_conjugate(divergence, rows, dual, fine=balance.fine)
+        return balance.found(np.exp(x), saturated)
+
+
+def pole_of(divergence: Divergence) -> float:
+    """Return the largest number at which phi* is finite; infinity if that is 1024 or more, by a search on grids."""
+    low, high = 0.0, 1024.0
+    if bool(torch.isfinite(divergence.conjugate(torch.tensor([high], dtype=torch.float64)))):
+        return np.inf
+    grid = np.concatenate([[0.0], np.geomspace(2.0**-20, high, _GRID)])
+    while True:
+        finite = torch.isfinite(divergence.conjugate(torch.from_numpy(grid))).numpy()
+        first = int(np.argmin(finite))  # the least that is outside
+        if first == 0:
+            return np.inf  # not even zero: phi* will be refused by its sums
+        low, high = grid[first - 1], grid[first]
+        if high - low <= 2 * EPS * high:
+            return float(low)
+        grid = np.linspace(low, high, _GRID)
 
 
 class _Balance:
-    """``log D - log radius`` as a function of x, log strength: known once the threshold makes the ratios' mean one.
+    """``log D - log radius`` as a function of x, log strength: known once the offset makes the ratios' mean one.
 
-    Each call is one pass over the losses and a Newton step of the threshold, with a bracket of its own, which starts
-    anew when the strength moves. A radius of None asks for the threshold only.
+    Each call is one pass over the losses and a Newton step of the offset. A radius of None asks for the offset only.
     """
 
     def __init__(
         self,
         divergence: Divergence,
         rows: Rows,
-        threshold: np.ndarray,
+        end: float,
+        offset: np.ndarray,
         deviation: np.ndarray,
         radius: np.ndarray | None,
         *,
         rough: bool,
     ) -> None:
-        self.divergence, self.rows, self.radius, self.rough = divergence, rows, radius, rough
-        self.threshold, self.deviation = threshold, deviation
+        self.divergence, self.rows, self.end = divergence, rows, end
+        self.radius, self.rough, self.deviation = radius, rough, deviation
+        self.share = rows.mean_and_ties()[1]
         self.finest = _FINE if rows.count < 2**17 else _FINE_LONG
-        self.bracket = Bracket(np.full(len(threshold), -1.0), np.zeros(len(threshold)))
-        self.tries = np.zeros(len(threshold), dtype=int)  # at this strength
+        size = len(offset)
+        self.offset = offset
+        self.low, self.high = _Side.unknown(0.0, size), _Side.unknown(end, size)
+        self.tries = np.zeros(size, dtype=int)  # at this strength
+        self.reach = np.full(size, _LEAST_STEP)
+        self.best, self.restored = _Best.none(size), np.zeros(size, dtype=bool)
 
     def solve(self, x: np.ndarray) -> Root:
-        """Find the strength, or the threshold at the strength given."""
+        """Find the strength, or the offset at the strength given."""
         tolerance = np.full_like(x, _ROUGH if self.rough else _TOLERANCE)
         if self.radius is not None:
             tolerance += 4 * EPS / np.sqrt(np.maximum(self.radius, self.finest**2))
-        iterations = _STARTING_ITERATIONS if self.rough else _ITERATIONS
-        failure = (
-            f"the multipliers of {self.divergence} did not converge in {iterations} passes: phi must be strictly "
-            "convex, and conjugate and conjugate_gradient must belong to it"
-        )
         guard = Safeguard(
             tolerance=tolerance,
-            iterations=iterations,
-            failure=None if self.rough else failure,
-            newton_iterations=iterations,
+            iterations=_ITERATIONS,
+            failure=None,  # the certificate decides
+            newton_iterations=_ITERATIONS,
             longest=(_LONGEST_STEP, _LONGEST_STEP),
             ends=(-np.inf if self.radius is None else _FLOOR, np.inf),
         )
-        return find_root(self, x, Bracket.open(len(x)), guard, follow=self.follow)
+        self._enter(np.exp(x))
+        root = find_root(self, x, Bracket.open(len(x)), guard, follow=self.follow)
+        unfinished = ~(np.abs(self.value) <= tolerance) & (np.abs(self.best.value) < np.inf)
+        if self.rough or not some(unfinished):
+            return root
+        # The best of what was seen, for its certificate to decide upon
+        self.restored = unfinished
+        return Root(np.where(unfinished, self.best.x, root.x), root.saturated)
 
     def __call__(self, x: np.ndarray) -> Residual:
         strength = np.exp(x)
         self.fine = bool((self.deviation / strength < self.finest).any())
-        moments = _moments(self.divergence, self.rows, self.threshold, strength, fine=self.fine)
+        moments = _moments(self.divergence, self.rows, self.offset, strength, fine=self.fine)
         self.tries += 1
+        above = moments.surplus > 0
+        self.low, self.high = self.low.moved(~above, self.offset, moments), self.high.moved(above, self.offset, moments)
         # Newton on log mean t, which is closer to a line than the mean
-        step = np.log1p(moments.surplus) * (1 + moments.surplus) * strength / moments.h
-        self.bracket.narrow(self.threshold, moments.surplus > 0, moments.surplus <= 0)
-        usable = np.isfinite(step) & np.isfinite(moments.h) & np.isfinite(moments.distance)
-        # Newton squares the error, measured against the spread of the losses or, if that is less, the strength.
-        scale = np.minimum(self.deviation, strength)
-        converged = usable & (np.abs(step) <= np.maximum(1e-7 * scale, 4 * EPS * np.abs(self.threshold)))
-        self.collapsed = self.bracket.collapsed(np.abs(self.bracket.low))
-        self.balanced = converged | self.collapsed | self.rough & usable & (np.abs(step) <= _ROUGH * scale)
-        self.usable, self.moments = usable, moments
+        step = -np.log1p(moments.surplus) * (1 + moments.surplus) / moments.h
+        usable = np.isfinite(step) & np.isfinite(moments.distance)
+        # Newton squares the error, measured against the scales on which phi*' changes.
+        scale = np.minimum(np.minimum(1.0, self.deviation / strength), self.end - self.offset)
+        size = np.abs(step) / scale
+        # Nothing lies between the bounds, or nothing that makes a difference to the mean: a mean of both sides does.
+        self.adjacent = self.high.offset <= np.nextafter(self.low.offset, np.inf)
+        self.at_pole = self.adjacent & (self.high.offset >= self.end) & np.isfinite(self.low.surplus)
+        self.collapsed = self.adjacent & np.isfinite(self.low.surplus + self.high.surplus) | self.at_pole
+        if some(self.at_pole):
+            self._refuse_jumps()
+        distance = moments.distance + moments.hs * step  # at the offset that the step leads to
+        distance = np.where(distance > 0, distance, moments.distance)
+        if some(self.collapsed):
+            distance = np.where(self.collapsed, self._across()[1], distance)
+        self.distance, self.moments, self.usable, self.far = distance, moments, usable, size > _LINEAR
         self.step = np.where(usable & ~self.collapsed, step, 0.0)
-        distance = moments.distance - moments.hs * self.step / strength  # at the threshold that the step leads to
-        self.distance = np.where(distance > 0, distance, moments.distance)
         if self.radius is None:
-            return Residual(np.zeros_like(x), np.zeros_like(x), self.balanced)
-        value = np.log(self.distance) - np.log(self.radius)
-        spread = moments.hss / moments.h - (moments.hs / moments.h) ** 2
-        newton = value * self.distance / (moments.h * spread)
-        limited = np.where(np.isfinite(newton), np.clip(newton, -_LONGEST_STEP, _LONGEST_STEP), np.nan)
-        return Residual(value, limited, self.balanced)
+            enough = np.full_like(x, _ROUGH if self.rough else _BALANCED)
+            value = newton = np.zeros_like(x)
+        else:
+            value = np.log(distance) - np.log(self.radius)
+            spread = moments.hss / moments.h - (moments.hs / moments.h) ** 2
+            newton = value * distance / (moments.h * spread)
+            # D falls in x: on a plateau its slope may be rounding, of either sign
+            newton = np.sign(value) * np.fmin(np.abs(newton), self.reach)
+            # D is off by the square of what the offset is: enough to tell on which side of the radius it is
+            enough = np.clip(0.1 * np.abs(value), _ROUGH if self.rough else _BALANCED, 0.1)
+        next_one = np.spacing(self.offset)
+        self.unresolved = usable & (np.abs(step) < next_one) & (np.abs(moments.surplus) > _MEAN) & ~self.collapsed
+        if not self.rough and some(self.unresolved):
+            self.step = np.where(self.unresolved, np.sign(step) * next_one, self.step)
+            self.balanced = usable & (size <= enough) & ~self.unresolved | self.collapsed
+        else:
+            self.balanced = usable & (size <= enough) | self.collapsed
+        self.value = np.where(self.balanced, value, np.inf)
+        closer = np.abs(self.value) < np.abs(self.best.value)
+        seen = _Best(self.value, x, self._inside(self._stepped(self.step)), distance)
+        self.best = _Best(*(np.where(closer, new, old) for new, old in zip(seen, self.best, strict=True)))
+        return Residual(value, newton, self.balanced)
 
     @property
-    def balanced_threshold(self) -> np.ndarray:
-        """The threshold that the last step leads to."""
-        return np.where(self.collapsed, self.threshold, self.threshold + self.step)
+    def balanced_offset(self) -> np.ndarray:
+        """The offset that the last step leads to."""
+        return np.where(self.restored, self.best.offset, self._inside(self._stepped(self.step)))
+
+    def _stepped(self, step: np.ndarray) -> np.ndarray:
+        """Return the offset after a step, whose size is understood near a pole as one of the distance's logarithm."""
+        if np.isinf(self.end):
+            return self.offset + step
+        room = self.end - self.offset
+        return np.where(step > -room, self.end - room * np.exp(-step / room), self.offset + step)
+
+    def _inside(self, offset: np.ndarray) -> np.ndarray:
+        return np.where((offset >= self.low.offset) & (offset <= self.high.offset), offset, self.offset)
 
     def follow(self, x: np.ndarray, following: np.ndarray, moved: np.ndarray) -> None:
-        """Move the threshold: with the strength in the rows that are moved, by its own step in the others."""
-        proposal, moments = self.threshold + self.step, self.moments
-        # d threshold / d strength = -E_h[s]: followed on a logarithmic scale
-        elasticity = np.clip(-moments.hs / moments.h * np.exp(x) / proposal, 0.0, 1.0)
-        followed = proposal * np.exp(elasticity * (following - x))
-        proposal = np.where(moved & np.isfinite(followed), followed, proposal)
-        low, high = np.where(moved, -1.0, self.bracket.low), np.where(moved, 0.0, self.bracket.high)
-        self.bracket, self.tries = Bracket(low, high), np.where(moved, 0, self.tries)
-        trusted = self.bracket.contains(proposal) & (self.usable | moved) & (self.tries < _NEWTON_ITERATIONS)
-        # A threshold close to the maximum is close on its own scale: halve the exponent, not the number.
-        middle = np.where((high < 0) & (low < 4 * high), -np.sqrt(low * high), (low + high) / 2)
+        """Move the offset: with the strength in the rows that are moved, by its own step in the others."""
         done = self.balanced & ~moved
-        self.threshold = np.where(done, self.threshold + self.step, np.where(trusted, proposal, middle))
+        proposal = self._stepped(self.step)
+        # d offset / d log strength = E_h[s] - offset: followed on a logarithmic scale towards either end.
+        inside = np.where((proposal > 0) & (proposal < self.end), proposal, self.offset)
+        room = np.minimum(inside, np.inf if np.isinf(self.end) else self.end - inside)
+        drift = np.minimum(self.moments.hs / self.moments.h - self.offset, 0.0) * (following - x)
+        ahead = self._logistic(inside, drift, room)
+        proposal = np.where(moved, np.where(np.isfinite(ahead), ahead, self.offset), proposal)
+        smaller, larger = moved & (following < x), moved & (following > x)
+        self.low, self.high = self.low.forgotten(larger, 0.0), self.high.forgotten(smaller, self.end)
+        self.low, self.high = self.low.stale(smaller), self.high.stale(larger)
+        self.reach = np.where(moved & (np.abs(following - x) >= self.reach), 2 * self.reach, self.reach)
+        self.tries = np.where(moved, 0, self.tries)
+        halved = ~moved & ((self.tries > _HALVING) & (self.tries % 2 == 0) | ~self.usable)
+        far = self.far & ~moved & ~done & ~halved & ~self.adjacent
+        if some(far):
+            proposal = np.where(far, self._by_top(), proposal)
+        # What goes beyond a bound has its root next to it
+        proposal = np.minimum(
+            np.maximum(proposal, np.nextafter(self.low.offset, np.inf)), np.nextafter(self.high.offset, 0)
+        )
+        trusted = (proposal > self.low.offset) & (proposal < self.high.offset) & ~halved
+        new = np.where(trusted, proposal, self._middle())
+        stuck = self.adjacent & ~moved
+        if some(stuck):  # what is missing is a pass at one of the bounds
+            new = np.where(stuck, np.where(np.isnan(self.low.surplus), self.low.offset, self.high.offset), new)
+        self.offset = np.where(done, self._inside(self._stepped(self.step)), new)
+        self._enter(np.exp(np.where(moved, following, x)))
 
-    def refuse_jumps(self, saturated: np.ndarray) -> None:
-        """Refuse a threshold at which the ratios jump over the mean 1."""
-        lost = self.collapsed & ~(np.abs(self.moments.surplus) < 1e-6) & ~saturated
-        if lost.any():
-            raise RuntimeError(
-                f"no threshold of {self.divergence} makes the weights sum to 1: the nearest is off by "
-                f"{self.moments.surplus[lost][0]:.3g}, since conjugate_gradient jumps there; phi must be strictly "
-                "convex"
+    def _by_top(self) -> np.ndarray:
+        """Return where the mean is one if all ratios but the maximum's, which is known, are linear in the offset.
+
+        Next to a pole the maximum's ratio is what changes. The search is one on grids, which takes no pass.
+        """
+        low, high, moments = self.low.offset[:, None], self.high.offset[:, None], self.moments
+        here, h = (field.numpy() for field in self.divergence.ratio_and_curvature(torch.from_numpy(self.offset)))
+        rest, slope = moments.surplus - self.share * here, np.maximum(moments.h - self.share * h, 0.0)
+        grid = _ENDS
+        for _ in range(_ROUNDS):
+            at = low + (high - low) * grid
+            at = np.where(grid > 0.5, high - (high - low) * (1 - grid), at)
+            ratio = self.divergence.conjugate_gradient(torch.from_numpy(at)).numpy()
+            mean = self.share[:, None] * ratio + rest[:, None] + slope[:, None] * (at - self.offset[:, None])
+            above = (mean > 0) | ~np.isfinite(ratio) | (at >= high)
+            first = np.maximum(above.argmax(1), 1)[:, None]
+            low, high = np.take_along_axis(at, first - 1, 1), np.take_along_axis(at, first, 1)
+            grid = _EVENLY
+        return ((low + high) / 2)[:, 0]
+
+    def _logistic(self, offset: np.ndarray, drift: np.ndarray, room: np.ndarray) -> np.ndarray:
+        """Return the offset moved by a small drift as one of ``log(offset / (end - offset))``."""
+        if np.isinf(self.end):
+            return offset * np.exp(drift / offset)
+        left = self.end - offset
+        ratio = left / offset * np.exp(-drift * (1 / offset + 1 / left))
+        return np.where(ratio < 1, self.end - self.end * (ratio / (1 + ratio)), self.end / (1 + ratio))
+
+    def _middle(self) -> np.ndarray:
+        """Return a number between the bounds: in the middle of the logarithms of what is close to zero or the pole."""
+        low, high = self.low.offset, self.high.offset
+        middle = np.where(high > 4 * low, np.where(low > 0, np.sqrt(low * high), high / 4), (low + high) / 2)
+        if not np.isinf(self.end):
+            far, near = self.end - low, self.end - high
+            close = (low > self.end / 2) & (far > 4 * near)
+            middle = np.where(close, self.end - np.where(near > 0, np.sqrt(far * near), far / 16), middle)
+        return np.minimum(middle, np.nextafter(high, -np.inf))
+
+    def _enter(self, strength: np.ndarray) -> None:
+        """Move the offset to where the maximum alone does not have more than all weight; that takes no pass."""
+        self.high = self.high.limited(1 / strength)  # the threshold is no less than the least loss
+        for _ in range(_ITERATIONS):
+            ratio = self.divergence.conjugate_gradient(torch.from_numpy(self.offset)).numpy()
+            above = (
+                (self.offset > self.high.offset) | (self.share * ratio > 1 + 1e-12) | ~np.isfinite(ratio) | (ratio < 0)
             )
+            above &= (self.offset > self.low.offset) & (self.high.offset > np.nextafter(self.low.offset, np.inf))
+            if not some(above):
+                return
+            self.high = self.high.limited(np.where(above, self.offset, np.inf))
+            self.offset = np.where(above, self._middle(), self.offset)
+
+    def _across(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return how much of the upper side makes the mean one, and D there, or a little more: it is convex.
+
+        Next to the pole the upper side is the lower one with what the mean lacks at the maximum, whose ratio may be
+        anything there.
+        """
+        share = self.low.surplus / (self.low.surplus - self.high.surplus)
+        share = np.where(self.low.surplus == 0, 0.0, share)
+        distance = self.low.distance + share * (self.high.distance - self.low.distance)
+        if some(self.at_pole):
+            here, lacking = self._at_maximum()
+            more, less = (self.divergence.phi(torch.from_numpy(t)).numpy() for t in (here + lacking, here))
+            distance = np.where(self.at_pole, self.low.distance + self.share * (more - less), distance)
+            share = np.where(self.at_pole, 1.0, share)
+        return share, distance
+
+    def _refuse_jumps(self) -> None:
+        """Refuse an end of phi* at which its slope does not grow: there the ratios jump."""
+        before = self.end * (1 - np.array([1e-8, 2 * EPS]))
+        far, near = self.divergence.conjugate_gradient(torch.from_numpy(before)).tolist()
+        if not near > 1.01 * far:
+            missed = self.low.surplus[self.at_pole]
+            raise RuntimeError(
+                f"no threshold of {self.divergence} makes the weights sum to 1: the nearest is off by {missed[0]:.3g}, "
+                "since conjugate_gradient jumps there; phi must be strictly convex"
+            )
+
+    def _at_maximum(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the maximum's ratio at the lower side, and what is added to it for the mean to be one."""
+        ratio = self.divergence.conjugate_gradient(torch.from_numpy(self.low.offset)).numpy()
+        return ratio, np.where(self.at_pole, -self.low.surplus / self.share, 0.0)
+
+    def found(self, strength: np.ndarray, saturated: np.ndarray) -> Found:
+        """Return the ratios at the multipliers reached; a mean of those on both sides where no offset balances them."""
+        split = self.collapsed & (np.abs(self.moments.surplus) > EPS) & ~saturated & ~self.restored
+        zero = np.zeros_like(strength)
+        offset = self.balanced_offset
+        if not some(split):
+            distance = np.where(self.restored, self.best.distance, self.distance)
+            dual = Dual(-strength * offset, strength, distance, saturated, (zero, offset))
+            return by_conjugate(self.divergence, self.rows, dual, fine=self.fine)
+        share, _ = self._across()
+        low = np.where(split, self.low.offset, offset)
+        high = np.where(split & ~self.at_pole, self.high.offset, low)
+        first, second = (
+            ConjugateTilt(self.divergence, Exponents(zero, strength, side), self.fine) for side in (low, high)
+        )
+        if some(self.at_pole):
+            second = AtPole(second, np.where(split, self._at_maximum()[1], 0.0))
+        dual = Dual(-strength * low, strength, None, saturated, (zero, low))
+        return Found(MixedTilt(first, second, np.where(split, share, 0.0)), dual)
+
+
+class AtPole(NamedTuple):
+    """Tilts to which something is added at the maximum, ``[rows]``: there phi* has an end, and its slope none."""
+
+    inner: ConjugateTilt
+    added: np.ndarray
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        return self.inner.tilt(d).add_((d == 0).to(d.dtype).mul_(column(self.added, d.device)))
+
+    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
+        """Return one plus the tilt."""
+        return tilt + 1
+
+
+class _Best(NamedTuple):
+    """The balanced point at which D was closest to the radius, ``[rows]`` each."""
+
+    value: np.ndarray
+    x: np.ndarray
+    offset: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def none(cls, size: int) -> _Best:
+        """Return what any balanced point is better than."""
+        return cls(np.full(size, np.inf), *(np.zeros(size) for _ in range(3)))
+
+
+class _Side(NamedTuple):
+    """A bound of the offset, with the surplus of the ratios and their D there; NaN if that was at another strength."""
+
+    offset: np.ndarray
+    surplus: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def unknown(cls, bound: float, size: int) -> _Side:
+        """Return a bound at which nothing is known."""
+        return cls(np.full(size, bound), np.full(size, np.nan), np.full(size, np.nan))
+
+    def moved(self, here: np.ndarray, offset: np.ndarray, moments: _Moments) -> _Side:
+        """Return the side moved to an offset in some rows."""
+        new = offset, moments.surplus, moments.distance
+        return _Side(*(np.where(here, theirs, ours) for theirs, ours in zip(new, self, strict=True)))
+
+    def stale(self, there: np.ndarray) -> _Side:
+        """Return the same bound, in some rows without what was known at it."""
+        return _Side(self.offset, *(np.where(there, np.nan, field) for field in self[1:]))
+
+    def forgotten(self, there: np.ndarray, bound: float) -> _Side:
+        """Return another bound in some rows."""
+        return self.stale(there)._replace(offset=np.where(there, bound, self.offset))
+
+    def limited(self, bound: np.ndarray) -> _Side:
+        """Return no larger a bound than another."""
+        return self.stale(bound < self.offset)._replace(offset=np.minimum(self.offset, bound))
 
 
 class _Moments(NamedTuple):
-    """At given multipliers, with ``s = (d - threshold) / strength`` and ``h = phi*''(s)``, each ``[rows]``."""
+    """At given multipliers, with ``s = d / strength + offset`` and ``h = phi*''(s)``, each ``[rows]``."""
 
     surplus: np.ndarray  # mean of the ratios, minus one
     distance: np.ndarray
@@ -177,13 +417,11 @@ class _Moments(NamedTuple):
     hss: np.ndarray
 
 
-def _moments(
-    divergence: Divergence, rows: Rows, threshold: np.ndarray, strength: np.ndarray, *, fine: bool
-) -> _Moments:
-    origin, unit = rows.column(threshold), rows.column(strength)
+def _moments(divergence: Divergence, rows: Rows, offset: np.ndarray, strength: np.ndarray, *, fine: bool) -> _Moments:
+    exponents = Exponents(np.zeros_like(offset), strength, offset)
 
     def sums(block: Block):
-        s = (block.d - origin).div_(unit)
+        s = exponents.of(block.d)
         conjugate = divergence.conjugate(s)
         ratio, h = divergence.ratio_and_curvature(s)
         if fine:
@@ -194,7 +432,7 @@ def _moments(
         return tilt, cost, h, hs, (hs, s), conjugate
 
     surplus, distance, h, hs, hss, conjugate = rows.host_means(sums)
-    # Beyond the domain of phi*: the threshold is too low.
+    # Beyond the domain of phi*: the offset is too large.
     outside = ~np.isfinite(conjugate)
     surplus = np.where(outside | np.isnan(surplus), np.inf, surplus)
     return _Moments(surplus, np.where(outside, np.nan, distance), h, hs, hss)

@@ -231,11 +231,18 @@ static Answer at_mean(const Row *row, Weights *weights) {
     return (Answer){row->mean, 0, row->mean, INFINITY, row->mean, 0};
 }
 
-static void rescale(const Row *row, Weights *weights, double factor) {
+/* Replaces each weight w by factor w + shift. */
+static void rescale(const Row *row, Weights *weights, double factor, double shift) {
     const Row stored = {.z = weights->at, .single = weights->single, .n = row->n, .whole = row->whole};
-    for (long i = 0; i < row->whole; i += LANES) store(&stored, weights, i, load(&stored, i) * factor);
-    for (int j = 0; j < PAIR; j++) weights->tail[j] *= factor;
+    for (long i = 0; i < row->whole; i += LANES) store(&stored, weights, i, load(&stored, i) * factor + shift);
+    for (int j = 0; j < PAIR; j++) weights->tail[j] = weights->tail[j] * factor + shift;
     store_tail(row, weights);
+}
+
+/* How much of the weights is kept, the rest being the base weights, so that their D lies in the ball: D is convex, and
+ * zero at the base weights. */
+static double kept_in_ball(double radius, double distance) {
+    return distance > radius * (1 + 2 * DBL_EPSILON) ? radius / distance : 1;
 }
 
 /* --- chi-square: a monotone active set ------------------------------------------------------------------------ */
@@ -326,14 +333,18 @@ static Answer chi_square(const Row *row, Weights *weights, double radius, double
         add_pair(&tilts, tilted), add_pair(&gains, gained), add_pair(&squares, squared);
     }
     store_tail(row, weights);
-    double surplus = result(tilts) / all, distance = result(squares) / all / 2;
-    double gain = result(gains) / all / (1 + surplus);
-    if (fabs(surplus) > 4 * DBL_EPSILON) rescale(row, weights, 1 / (1 + surplus));
+    double surplus = result(tilts) / all, distance = result(squares) / all / 2, mass = 1 + surplus;
+    double gain = result(gains) / all / mass, kept = 1;
     double bound = support.strength * (surplus + distance) + support.nu;
-    if (price >= 0)
-        gain -= price * distance;
-    else
+    distance = fmax(distance - surplus * surplus / 2, 0) / (mass * mass); /* of the weights that sum to one */
+    if (price < 0) {
+        kept = kept_in_ball(radius, distance);
+        gain *= kept;
+        distance = fmin(distance, radius);
         bound += support.strength * radius;
+    }
+    if (fabs(surplus) > 4 * DBL_EPSILON || kept < 1) rescale(row, weights, kept / mass, (1 - kept) / all);
+    if (price >= 0) gain -= price * distance;
     return (Answer){row->mean, gain, support.nu, support.strength, bound, distance};
 }
 
@@ -430,15 +441,18 @@ static Path on_path(const Row *row, double b) { return tilt_by(row, b, NULL); }
 static Answer weighted(const Row *row, Weights *weights, double b, double radius, double price) {
     Path path = tilt_by(row, b, weights);
     store_tail(row, weights);
-    rescale(row, weights, 1 / (path.mass * row->n));
-    double strength = price >= 0 ? price : 1 / b;
+    double strength = price >= 0 ? price : 1 / b, kept = price >= 0 ? 1 : kept_in_ball(radius, path.distance);
+    rescale(row, weights, kept / (path.mass * row->n), (1 - kept) / row->n);
     double threshold = path.origin + strength * path.psi;
-    double bound = threshold + strength * (path.mass * exp(-path.psi) - 1);
-    double gain = path.gain;
-    if (price >= 0)
+    /* About the mean, where the strength may be large, psi has more digits than a mean of exponentials near one. */
+    double bound = threshold + (path.origin == 0 ? strength * (path.mass * exp(-path.psi) - 1) : 0);
+    double gain = kept * path.gain;
+    if (price >= 0) {
         gain = strength * path.psi + (path.origin - row->mean); /* of second order, about the mean */
-    else
+    } else {
         bound += strength * radius;
+        path.distance = fmin(path.distance, radius);
+    }
     return (Answer){row->mean, gain, threshold, strength, bound, path.distance};
 }
 

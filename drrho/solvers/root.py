@@ -65,6 +65,18 @@ class Bracket:
         away = np.where(below, x + longest, x - longest)
         return np.where(np.isfinite(self.low + self.high), (self.low + self.high) / 2, away)
 
+    def on_chord(self, seen: list[tuple[np.ndarray, np.ndarray]], power: np.ndarray) -> np.ndarray:
+        """Return where the line through both ends is zero, NaN unless both are among the x and values seen.
+
+        Of the way there from the closer end a power is taken, 1/2 for between that and the whole way.
+        """
+        at_low = at_high = np.full(len(self.low), np.nan)
+        for x, value in seen:
+            at_low, at_high = np.where(x == self.low, value, at_low), np.where(x == self.high, value, at_high)
+        way = at_low / (at_low - at_high)
+        away = np.where(way < 0.5, way, 1 - way) ** power
+        return self.low + (self.high - self.low) * np.where(way < 0.5, away, 1 - away)
+
 
 class Safeguard(NamedTuple):
     """How Newton's method is kept from harm.
@@ -115,10 +127,14 @@ def find_root(
         With ``guard.failure``.
     """
     (down, up), (least, largest) = guard.longest, guard.ends
+    last = before = np.full(len(x), np.inf)  # the sizes of the last two steps
+    fallen = np.zeros(len(x), dtype=int)  # how often Newton was not trusted
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
     for iteration in range(guard.iterations):
         value, step, ready = function(x)
         below, above = (value > 0) & ready, (value <= 0) & ready
         bracket.narrow(x, below, above)
+        seen.append((x, value))
         saturated = ((x <= least) | (x >= largest)) & ready
         reached = np.abs(value) <= guard.tolerance
         done = (reached | bracket.collapsed(np.maximum(np.abs(x), 1))) & ready | saturated
@@ -137,8 +153,17 @@ def find_root(
         if iteration + 1 == guard.iterations:
             break
         trusted = inside & (step >= -down) & (step <= up) & (iteration < guard.newton_iterations)
-        following = np.clip(np.where(trusted, newton, bracket.halved(x, below, up)), least, largest)
+        trusted &= (2 * np.abs(step) <= before) | ~np.isfinite(bracket.low + bracket.high)
+        following = newton
+        if some(~trusted):
+            following = np.where(trusted, newton, bracket.halved(x, below, up))
+            # In turns with the middle, the chord: it finds a root close to an end, as next to a plateau.
+            fallen = fallen + (~trusted & ready)
+            chord = bracket.on_chord(seen, np.where(fallen % 4 == 1, 1.0, 0.3))
+            following = np.where(~trusted & bracket.contains(chord) & (fallen % 2 == 1), chord, following)
+        following = np.minimum(np.maximum(following, least), largest)
         moved = ready & ~done
+        last, before = np.where(moved, np.abs(following - x), last), np.where(moved, last, before)
         if follow is not None:
             follow(x, following, moved)
         x = np.where(moved, following, x)

@@ -154,4 +154,4 @@ def _one_bound(
         found = solver(divergence, rows.select(chosen), bound.parameter[chosen])
     if found is None or some(~chosen) or some(found.dual.saturated):
         found, ends = with_ends(rows, ends, found, maximizer)
-    return certified(rows, span, bound, found, ends, maximizer)
+    return certified(rows, span, bound, found, ends, maximizer, refuse=True)

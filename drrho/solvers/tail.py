@@ -114,25 +114,40 @@ def _largest_by_sample(rows: Rows, position: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _select(rows: Rows, alpha: float | Tensor) -> Tensor:
-    """Return the largest value with base weight at least ``alpha`` at or above it, by bisection on its bits.
+    """Return the largest value with base weight at least ``alpha`` at or above it."""
+    tail_mass = torch.as_tensor(alpha, dtype=torch.float64, device=rows.z.device).expand(len(rows))
+
+    def enough(depth: Tensor):
+        return lambda block: (block.d.to(torch.float64).abs().view(torch.int64) <= depth).to(torch.float64)
+
+    return _by_bits(rows, enough, lambda mass: mass >= tail_mass)
+
+
+def _select_from_below(rows: Rows, mass: Tensor) -> Tensor:
+    """Return the largest value with base weight at most ``mass`` below it."""
+
+    def lower(depth: Tensor):
+        return lambda block: (block.d.to(torch.float64).abs().view(torch.int64) > depth).to(torch.float64)
+
+    return _by_bits(rows, lower, lambda below: below <= mass)
+
+
+def _by_bits(
+    rows: Rows, counted: Callable[[Tensor], Callable[[Block], Tensor]], enough: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the largest value whose base weight, as counted at a depth, is enough; by bisection on its bits.
 
     The bits of a nonnegative float64 are ordered like the number, so 62 counting passes end at the exact loss,
     whatever the rows, the weights and the number of ranks.
     """
-    device = rows.z.device
-    tail_mass = torch.as_tensor(alpha, dtype=torch.float64, device=device).expand(len(rows))
-    low = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
+    low = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.z.device)
     high = torch.full_like(low, int(np.float64(1.0).view(np.int64)))
     for _ in range(62):
         middle = (low + high) // 2
-
-        def counted(block: Block, middle=middle):
-            depth = block.d.to(torch.float64).abs()
-            return ((depth.view(torch.int64) <= middle[:, None]).to(torch.float64),)
-
-        enough = rows.means(counted)[0] >= tail_mass
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle)
+        weigh = counted(middle[:, None])
+        there = enough(rows.means(lambda block, weigh=weigh: (weigh(block),))[0])
+        high = torch.where(there, middle, high)
+        low = torch.where(there, low, middle)
     return -high.view(torch.float64).to(rows.z.dtype)
 
 
@@ -152,12 +167,37 @@ class TotalVariationTilt(NamedTuple):
 
 
 def total_variation_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
-    """Move the lowest base mass ``radius`` to the maximum: ``radius max + (1 - radius) CVaR_(1 - radius)``."""
+    """Move the lowest base mass ``radius`` to the maximum: ``radius max + (1 - radius) CVaR_(1 - radius)``.
+
+    That mass is counted from the lowest loss up: a small radius has digits that ``1 - radius`` does not keep.
+    """
     moved = torch.from_numpy(radius).to(rows.z.device)
-    threshold, higher, equal, total = _cut(rows, 1 - moved if len(rows) > 1 else float(1 - radius[0]))
-    below = (total - higher) - equal
+    threshold, below, equal, total = _cut_from_below(rows, radius, moved)
     lowest = Tail(threshold, torch.zeros_like(equal), ((below - moved * total) / equal).clamp(-1, 0))
     return Found(_received(rows, lowest.tilt), _dual(-threshold.cpu().numpy()))
+
+
+def _cut_from_below(rows: Rows, radius: np.ndarray, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return the threshold of the lowest base mass, the mass below it and at it, and the mass of all (n, or 1)."""
+    found = None
+    if len(rows) == 1 and rows.base is None and rows.group is None:
+        position = rows.count - min(rows.count - 1, math.floor(float(radius[0]) * rows.count))
+        found = _largest_by_sample(rows, position)
+        threshold = found[0] if found is not None else _largest(rows, position)
+    else:
+        threshold = _select_from_below(rows, moved)
+    total = 1.0 if rows.base is not None else float(rows.count)
+    if found is not None:
+        _, higher, equal = found  # numbers of losses, so that the difference is exact
+        return threshold, (total - higher) - equal, equal, total
+    at = column(threshold, rows.z.device)
+
+    def masses(block: Block):
+        relation = torch.sub(block.d, at).sign_()
+        return relation.clamp(max=0).neg_(), torch.addcmul(relation.new_ones(1), relation, relation, value=-1)
+
+    below, equal = rows.means(masses) * total
+    return threshold, below, equal, total
 
 
 def total_variation_penalty(divergence: Divergence, rows: Rows, strength: np.ndarray) -> Found:
@@ -172,5 +212,5 @@ def _received(rows: Rows, lowered: Callable[[Tensor], Tensor]) -> TotalVariation
 
 
 def _dual(strength: np.ndarray) -> Dual:
-    """The maximum sits at s = 1/2, the boundary at s = -1/2."""
-    return Dual(-strength / 2, strength, None, np.zeros(len(strength), dtype=bool))
+    """The maximum sits at s = 1/2, the boundary at s = -1/2; where no loss lies so low, the least loss above it."""
+    return Dual(-np.minimum(strength, 1) / 2, strength, None, np.zeros(len(strength), dtype=bool))
