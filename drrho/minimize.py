@@ -188,13 +188,16 @@ class _Search:
             state, taken = newton(self.problem, loss, risk, w, most - self.steps, close)
             self.steps += max(taken, 1)
             w = state.w
-            if not self._certify(state) and accuracy > _MOST_ACCURATE:
+            risen = self._certify(state)
+            if not risen and accuracy > _MOST_ACCURATE:
                 accuracy *= _INEXACT
                 continue
             accuracy, idle = 1.0, idle + 1 if self.gap > 0.9 * last else 0
             if idle > _IDLE and self.gap <= _ACCEPTED * self.size:
                 return
-            if not self.gap <= _FALLS * last:
+            if not risen:  # too weak a smoothing for float64
+                level = min(level / _LOWERED**2, 1.0)
+            elif not self.gap <= _FALLS * last:
                 level = max(_LOWERED * level, _LOWEST)
             last = self.gap
             if isinstance(risk, SmoothedRisk):

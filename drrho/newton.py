@@ -67,11 +67,14 @@ class LinearProblem:
         return (self.x.T @ weighted_slopes).reshape(-1)
 
     def gradient_size(self, weighted_slopes: Array, chosen: np.ndarray) -> Array:
-        """Return the sum of the sizes of the terms of which those entries of that gradient are the sum."""
+        """Return the sum of the sizes of the terms of which those entries of that gradient are the sum.
+
+        Over outputs the largest counts, because slopes in one may be moved to another.
+        """
         chosen = chosen.reshape(-1, self.outputs)
         columns = chosen.any(1)
         sizes = np.zeros(chosen.shape)
-        sizes[columns] = np.abs(self.x[:, columns]).T @ np.abs(weighted_slopes)
+        sizes[columns] = (np.abs(self.x[:, columns]).T @ np.abs(weighted_slopes)).max(axis=1, keepdims=True)
         return sizes[chosen]
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from drrho.divergences import CVaR, Divergence, TotalVariation
+from drrho.divergences import KL, CVaR, Divergence, TotalVariation
 from drrho.pointwise import Array
 from drrho.risk import constrained_risk, hybrid_risk
 
@@ -242,6 +242,9 @@ def smoothed_risk(divergence: Divergence, radius: float, q: Array, base: Array |
     """Return the risk smoothed around q, or the risk itself where it is a mean."""
     if radius == 0 or np.count_nonzero(q) == 1:
         return ExactRisk(divergence, radius, base)
+    least = np.array([np.min(q[q > 0])])
+    if radius >= divergence.maximal_radius(least)[0]:  # all distributions, which are KL's ball as well
+        divergence, radius = KL(), float(KL().maximal_radius(least)[0])
     price = _ball_price(divergence, radius, q, strength)
     return SmoothedBall(divergence, radius, q, base, price, np.zeros(len(q)))
 

@@ -70,7 +70,7 @@ BALLS = {
     "CVaR": (CVaR(0.3), [0.0]),
     "CVaR of one": (CVaR(0.01), [0.0]),
     "total variation": (TotalVariation(), [0.0, 0.1, 2.0]),
-    "capped KL": (CappedKL(0.2), [0.1, 5.0]),
+    "capped KL": (CappedKL(0.2), [5.0]),
     "order 3": (CressieRead(3.0), [0.5]),
 }
 KINDS = {
@@ -170,3 +170,19 @@ def test_an_unfinished_minimum_is_an_error():
         fitted(x, y, Logistic(), CVaR(0.3), 0.0, max_iterations=2)
     with pytest.raises(RuntimeError, match="give l2 > 0"):
         fitted(x, y, Logistic(), KL(), 0.1, max_iterations=1, l2=0.0)
+
+
+def test_a_class_without_samples():
+    x, y = sample(np.random.default_rng(3), "three classes")
+    y = np.where(y[:, 2:] == 1, np.eye(3)[0], y)
+    fit = fitted(x, y, Logistic(), KL(), 0.7, l2=0.1)  # its intercept is minus infinity at the infimum
+    assert fit.intercept[2] < fit.intercept[:2].min() - 20
+    assert 0 <= fit.duality_gap <= 1e-8
+
+
+def test_a_ball_of_all_distributions_is_the_maximum_whatever_the_divergence():
+    x, y = sample(np.random.default_rng(4), "squared")
+    fits = [fitted(x, y, Squared(), divergence, 1e3) for divergence in (KL(), ChiSquare(), TotalVariation())]
+    for fit in fits:
+        assert fit.risk == pytest.approx(np.square(x @ fit.coefficients + fit.intercept - y).max(), rel=1e-12)
+        assert fit.risk == pytest.approx(fits[0].risk, rel=1e-7)

@@ -146,11 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
     text = (
         f"# Linear models\n\n`{record['command']}`, {record['date']}. {record['machine']}; one thread, load at the "
         f"start {record['load']}; torch {record['versions']['torch']}, numpy with OMP_NUM_THREADS=1.\n\n"
-        f"`DRRhoClassifier` and `DRRhoRegressor` with an intercept, l2 = {L2} and tol = 1e-8. Features are normal, labels "
-        "signs of noisy scores, targets scores with Student t noise of 3 degrees. `seconds` are those of the processor, "
-        "which other programs hardly change. `gap` is `duality_gap_`, a bound on the difference from the minimum; "
-        "`relative gap` is in units of the losses (the larger of risk and spread). `steps` are Newton steps, `reach` is "
-        "in seconds. `conic seconds`: the same problem as a conic program by CLARABEL "
+        f"`DRRhoClassifier` and `DRRhoRegressor` with an intercept, l2 = {L2} and tol = 1e-8. Features are normal, "
+        "labels signs of noisy scores, targets scores with Student t noise of 3 degrees. `seconds` are those of the "
+        "processor, which other programs hardly change. `gap` is `duality_gap_`, a bound on the difference from the "
+        "minimum; `relative gap` is in units of the losses (the larger of risk and spread). `steps` are Newton steps, "
+        "`reach` is in seconds. `conic seconds`: the same problem as a conic program by CLARABEL "
         f"(`drrho.convex.minimize_linear`), up to {CONIC} samples.\n\n"
         f"{markdown(found)}\n"
     )
