@@ -66,9 +66,10 @@ _PARAMETERS = """
         Price of the squared coefficients, ``risk + (l2 / 2) ||W||^2``, >= 0; the intercept is not penalized.
     fit_intercept : bool
     tol : float
-        Duality gap at which to stop, relative to the risk or the spread of the excess losses.
+        Duality gap at which to stop, relative to the risk or the spread of the excess losses. Above 1e-6 (or ``tol``,
+        if that is larger) a fit is an error.
     max_iter : int
-        Maximum number of Newton steps, after which a conic solver is used.
+        Maximum number of Newton steps.
 
     Attributes
     ----------
@@ -77,12 +78,12 @@ _PARAMETERS = """
     risk_ : float
         The robust risk of the excess losses of the training sample, without the penalty.
     weights_ : ndarray ``[n]``
-        Worst-case weights of the training samples.
+        Worst-case weights of the training samples, those of the saddle point.
     radius_ : float
         The bound on D that was used.
     duality_gap_ : float
-        Upper bound on the difference of risk plus penalty from its minimum; NaN where a conic solver was used, which is
-        the case for CVaR, total variation, the hinge loss, and radii that reach the hard maximum (needs cvxpy).
+        Upper bound on the difference of risk plus penalty from its minimum, by Fenchel duality. Where ``l2 = 0`` and
+        there is no minimum (the logistic loss of separable classes), from the infimum.
     n_iter_ : int
         Number of Newton steps.
 
@@ -96,7 +97,9 @@ _PARAMETERS = """
     passes each split its own part.
 
     The DRRho risk is that of Wei et al. (ICML 2025), the worst-case mean of ``loss - reference loss`` over weights p
-    with ``D(p || 1/n) <= rho / n``; without a reference Duchi & Namkoong (arXiv 1610.02581).
+    with ``D(p || 1/n) <= rho / n``; without a reference Duchi & Namkoong (arXiv 1610.02581). Smooth risks are minimized
+    by Newton's method; those with kinks (CVaR, total variation, the hinge loss, radii that reach the hard maximum) by
+    Newton's method on smoothed risks whose center follows the worst case (`drrho.minimize`).
 """
 
 
@@ -157,7 +160,7 @@ class _LinearModel(BaseEstimator):
             )
         without = copy(self)
         without.reference = None
-        cloned = BaseEstimator.__sklearn_clone__(without)
+        cloned: Any = BaseEstimator.__sklearn_clone__(without)
         cloned.reference = self.reference
         return cloned
 
@@ -307,7 +310,7 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         ValueError, TypeError
             Naming the parameter and its value.
         RuntimeError
-            If no minimum was found.
+            If no minimum was found in ``max_iter`` steps; the message holds the duality gap.
         """
         x, labels = _checked(self, X, y, y_numeric=True, multi_output=True)
         targets = labels.reshape(len(labels), -1).astype(np.float64)
@@ -421,7 +424,7 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         ValueError, TypeError
             Naming the parameter and its value.
         RuntimeError
-            If no minimum was found.
+            If no minimum was found in ``max_iter`` steps; the message holds the duality gap.
         """
         x, labels = _checked(self, X, y)
         check_classification_targets(labels)

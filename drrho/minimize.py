@@ -39,9 +39,7 @@ class LinearFit(NamedTuple):
     weights : ndarray ``[n]``
         Weights of the saddle point.
     duality_gap : float
-        Bound on how far risk plus penalty is above its minimum; NaN where a conic program was solved, whose solver
-        stops at a gap of its own (about 1e-8). With ``l2 = 0`` the part that an imperfect stationarity makes is that
-        of the local quadratic model (exact for the squared loss).
+        Bound on how far risk plus penalty is above its minimum (its infimum, if there is none), to rounding.
     iterations : int
         Newton steps.
     """
@@ -85,13 +83,13 @@ def minimize_risk(
     tolerance : float
         Duality gap at which to stop, relative to the risk or the spread of the excess losses.
     max_iterations : int
+        Newton steps.
 
     Raises
     ------
     RuntimeError
-        If neither Newton's method nor the conic solver gets there.
-    ImportError
-        Where cvxpy is needed and missing.
+        If the gap is above the tolerance, and above 1e-6, after that many steps. Without a penalty there may be no
+        minimum; the infimum is approached (losses of separable classes fall to 0), which the gap says.
 
     Notes
     -----
@@ -99,6 +97,10 @@ def minimize_risk(
     ``a = (z - eta) / lambda`` and ``h = q phi*''(a) / lambda`` it is ``diag(h) - h h' / sum h - c c' / sum(h a^2)``,
     ``c = h a`` centered. Where it is only piecewise continuous (chi-square) this is a semismooth Newton method,
     safeguarded by a line search.
+
+    Where there are kinks the risk is smoothed by a proximal term around weights that follow the worst case, and so is
+    the hinge loss: the method of multipliers on the dual (Rockafellar 1976), each step a Newton method. The dual value
+    rises from step to step; the strength of the smoothing is lowered where it rises too slowly.
     """
     n = len(features)
     q = np.full(n, 1 / n) if base_weights is None else base_weights
@@ -186,13 +188,16 @@ class _Search:
             state, taken = newton(self.problem, loss, risk, w, most - self.steps, close)
             self.steps += max(taken, 1)
             w = state.w
-            if not self._certify(state) and accuracy > _MOST_ACCURATE:
+            risen = self._certify(state)
+            if not risen and accuracy > _MOST_ACCURATE:
                 accuracy *= _INEXACT
                 continue
             accuracy, idle = 1.0, idle + 1 if self.gap > 0.9 * last else 0
             if idle > _IDLE and self.gap <= _ACCEPTED * self.size:
                 return
-            if not self.gap <= _FALLS * last:
+            if not risen:  # too weak a smoothing for float64
+                level = min(level / _LOWERED**2, 1.0)
+            elif not self.gap <= _FALLS * last:
                 level = max(_LOWERED * level, _LOWEST)
             last = self.gap
             if isinstance(risk, SmoothedRisk):

@@ -15,7 +15,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _AT_MAXIMUM = 5  # steps at the hard maximum, which has no curvature, after which Newton's method is given up
 _BALANCED = 1e-11  # of a sum of slopes, relative to its terms: what a change of the weights in that digit makes zero
 _SQUARED = 0.01  # a Newton step that leaves more of the promised decrease has not squared the error
-_BLOCK = 4096  # rows
+_BLOCK = 2048  # rows
 _REPAIRS = 8  # Newton steps of the weighted problem, towards slopes at which its dual is finite
 
 
@@ -67,11 +67,14 @@ class LinearProblem:
         return (self.x.T @ weighted_slopes).reshape(-1)
 
     def gradient_size(self, weighted_slopes: Array, chosen: np.ndarray) -> Array:
-        """Return the sum of the sizes of the terms of which those entries of that gradient are the sum."""
+        """Return the sum of the sizes of the terms of which those entries of that gradient are the sum.
+
+        Over outputs the largest counts, because slopes in one may be moved to another.
+        """
         chosen = chosen.reshape(-1, self.outputs)
         columns = chosen.any(1)
         sizes = np.zeros(chosen.shape)
-        sizes[columns] = np.abs(self.x[:, columns]).T @ np.abs(weighted_slopes)
+        sizes[columns] = (np.abs(self.x[:, columns]).T @ np.abs(weighted_slopes)).max(axis=1, keepdims=True)
         return sizes[chosen]
 
 
@@ -116,10 +119,12 @@ class State:
         for rows in _blocks(h > 0):
             x, gradient = self.problem.x[rows], self.slopes.gradient[rows]
             jacobian = (x[:, :, None] * gradient[:, None, :]).reshape(len(x), -1) if outputs > 1 else x * gradient
+            root = np.sqrt(h[rows])
             jacobian -= mean
-            answer += jacobian.T @ (h[rows, None] * jacobian)
+            jacobian *= root[:, None]
+            answer += jacobian.T @ jacobian
             if deviation is not None:
-                along += (h[rows] * deviation[rows]) @ jacobian
+                along += (root * deviation[rows]) @ jacobian
         if deviation is not None:
             stiffness = h @ np.square(deviation)
             if stiffness > 0:
@@ -185,11 +190,12 @@ def _weighted_curvature(problem: LinearProblem, weights: Array, slopes: Slopes) 
     weighted = weights.reshape(-1, *[1] * (curvature.ndim - 1)) * curvature
     width = problem.x.shape[1]
     total = np.zeros((width, outputs, width, outputs))
-    for rows in _blocks(weighted.reshape(len(weighted), -1).any(1)):
+    for rows in _blocks(np.asarray(weighted.reshape(len(weighted), -1).any(1))):
         x, here = problem.x[rows], weighted[rows]
         for k in range(outputs):
             if here.ndim == 2:
-                total[:, k, :, k] += x.T @ (here[:, k, None] * x)
+                weighted_x = np.sqrt(here[:, k, None]) * x
+                total[:, k, :, k] += weighted_x.T @ weighted_x
                 continue
             for j in range(k + 1):
                 part = x.T @ (here[:, k, j, None] * x)
@@ -216,7 +222,7 @@ def newton(
         if stuck > _AT_MAXIMUM:
             return state, step
         gradient, hessian = state.gradient, state.hessian()
-        unit = max(float(np.trace(hessian)), _EPS if exact else 1e-3 * state.size) / len(state.w)
+        unit = max(float(np.trace(hessian)), _EPS, 0.0 if exact else 1e-3 * state.size) / len(state.w)
         factor, damping = _factor(hessian, unit, damping)
         move = -cho_solve(factor, gradient)
         decrease = -float(gradient @ move)

@@ -92,7 +92,8 @@ class Logistic(PointLoss):
         if s.shape[1] == 1:
             return -y * np.clip(-y * s, 0, 1)
         chance = np.maximum(s + y, 0)
-        return chance / chance.sum(1, keepdims=True) - y
+        total = chance.sum(1, keepdims=True)
+        return np.where(total > 0, chance / np.where(total > 0, total, 1.0), y) - y
 
     def conjugate(self, s: Array, y: Array) -> Array:
         """Return minus the entropy of the probabilities."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from drrho.divergences import CVaR, Divergence, TotalVariation
+from drrho.divergences import KL, CVaR, Divergence, TotalVariation
 from drrho.pointwise import Array
 from drrho.risk import constrained_risk, hybrid_risk
 
@@ -82,7 +82,7 @@ class ExactRisk(InnerMaximum):
         if 0 < strength < math.inf:  # neither the maximum nor the mean
             a = _exponents(excess, float(worst.threshold), strength, self.base)
             q = 1 / len(z) if self.base is None else self.base
-            responses = (Response(q * self.divergence.curvature(a).numpy() / strength, a.numpy()),)
+            responses = (Response(q * _curvature(self.divergence, a) / strength, a.numpy()),)
         return WorstCase(float(worst.value), float(weights @ z), weights, responses)
 
 
@@ -90,6 +90,11 @@ def _exponents(z: torch.Tensor, threshold: float, strength: float, base: Array |
     a = (z - threshold) / strength
     # A sample without base weight may lie outside the domain of phi*.
     return a if base is None else torch.where(torch.from_numpy(base) > 0, a, 0.0)
+
+
+def _curvature(divergence: Divergence, a: torch.Tensor) -> Array:
+    """Return ``phi*''``, which is infinite where a sample enters the support above order 2: there, a large number."""
+    return divergence.curvature(a).clamp(max=1e15).numpy()
 
 
 class SmoothedRisk(InnerMaximum):
@@ -122,7 +127,7 @@ class SmoothedBall(SmoothedRisk):
     def at(self, z: Array) -> WorstCase:
         """Solve for losses ``[n]``."""
         a, multiplier, value, weights = self._solve(z)
-        h = self.q * self.divergence.curvature(torch.from_numpy(a)).numpy() / multiplier
+        h = self.q * _curvature(self.divergence, torch.from_numpy(a)) / multiplier
         outside = multiplier > self.price * (1 + 16 * _EPS)
         return WorstCase(value, value, weights, (Response(h, a if outside else None),))
 
@@ -202,24 +207,34 @@ def _ball_price(divergence: Divergence, radius: float, q: Array, strength: float
 def _capped(z: Array, q: Array, tail: Tail) -> Array:
     """Return ``t = clip(center + (z - eta) / price, 0, cap)`` with eta such that ``<q, t> = 1``.
 
-    ``<q, t>`` falls in eta and is piecewise linear: Newton's method, in a bracket.
+    ``<q, t>`` falls in eta and is piecewise linear: Newton's method, in a bracket. What rounding of eta leaves is taken
+    from the ratios between the limits.
     """
     v = tail.center + z / tail.price
     low, high = float(v.min()) - 1, float(v.max())
     eta = float(q @ v) - 1
     for _ in range(200):
-        moved = v - eta
-        ratio = np.clip(moved, 0, tail.cap)
-        surplus = float(q @ ratio) - 1
+        ratio, surplus, slope = _clipped(v, q, tail.cap, eta)
         low, high = (eta, high) if surplus > 0 else (low, eta)
-        slope = float(q @ ((moved > 0) & (moved < tail.cap)))
         following = eta + surplus / slope if slope > 0 else math.inf
         if not low < following < high:
             following = (low + high) / 2
         if abs(surplus) <= 4 * _EPS or following == eta or not low < following < high:
             break
         eta = following
-    return ratio * (1 / float(q @ ratio))
+    ratio, surplus, slope = _clipped(v, q, tail.cap, eta)
+    if slope > 0:
+        inside = (ratio > 0) & (ratio < tail.cap)
+        ratio[inside] = np.clip(ratio[inside] - surplus / slope, 0, tail.cap)
+    return ratio
+
+
+def _clipped(v: Array, q: Array, cap: float, eta: float) -> tuple[Array, float, float]:
+    """Return ``t = clip(v - eta, 0, cap)``, ``<q, t> - 1`` and minus its slope in eta."""
+    ratio = v - eta
+    slope = float(q @ ((ratio > 0) & (ratio < cap)))
+    np.clip(ratio, 0, cap, out=ratio)
+    return ratio, float(q @ ratio) - 1, slope
 
 
 @singledispatch
@@ -227,6 +242,9 @@ def smoothed_risk(divergence: Divergence, radius: float, q: Array, base: Array |
     """Return the risk smoothed around q, or the risk itself where it is a mean."""
     if radius == 0 or np.count_nonzero(q) == 1:
         return ExactRisk(divergence, radius, base)
+    least = np.array([np.min(q[q > 0])])
+    if radius >= divergence.maximal_radius(least)[0]:  # all distributions, which are KL's ball as well
+        divergence, radius = KL(), float(KL().maximal_radius(least)[0])
     price = _ball_price(divergence, radius, q, strength)
     return SmoothedBall(divergence, radius, q, base, price, np.zeros(len(q)))
 

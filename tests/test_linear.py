@@ -1,7 +1,7 @@
 """Linear DRRho models: scikit-learn's contract, agreement with conic programs and with scikit-learn's own models."""
 
-import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -67,10 +67,10 @@ def test_scikit_learn_contract(model):
     "model", [DRRhoClassifier(CVaR(0.5)), DRRhoClassifier(loss="hinge"), DRRhoRegressor(CVaR(0.5))]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_scikit_learn_contract_of_conic_solutions(model):
+def test_scikit_learn_contract_where_there_are_kinks(model):
     asked = "check_sample_weight_equivalence_on_dense_data"
     results = check_estimator(
-        model, on_fail=None, expected_failed_checks={asked: "asks 1e-7; conic solutions have 1e-5"}
+        model, on_fail=None, expected_failed_checks={asked: "asks 1e-7 of coefficients; a gap of 1e-8 leaves 1e-4"}
     )
     assert not [result["check_name"] for result in results if result["status"] == "failed"]
     assert sum(result["status"] == "passed" for result in results) > 40
@@ -86,7 +86,8 @@ def test_regression_agrees_with_the_conic_program(divergence, radius):
     assert value == pytest.approx(conic.value, rel=1e-6, abs=1e-6)
     assert model.risk_ == pytest.approx(value - 0.005 * np.square(model.coef_).sum(), rel=1e-12)
     kinks = isinstance(divergence, TotalVariation) or divergence == CVaR(0.1) or radius == 10.0
-    assert math.isnan(model.duality_gap_) == kinks
+    losses = np.square(y - model.predict(x)) - reference
+    assert 0 <= model.duality_gap_ <= 1e-8 * max(abs(model.risk_), np.ptp(losses))
     if not kinks:  # more exact than the conic solution
         at_conic = constrained_risk(conic.losses - reference, divergence, radius or 0.0).value.item()
         assert value <= at_conic + 0.005 * np.square(conic.coefficients).sum() + 1e-10
@@ -169,17 +170,18 @@ def test_duality_gap_bounds_what_can_be_gained(divergence, rho):
     assert model.duality_gap_ <= 1e-8 * max(1.0, abs(best))
 
 
-def test_an_unfinished_fit_is_not_called_done(monkeypatch):
-    import drrho.convex
-
-    def refuse(*_, **__):
-        raise RuntimeError("asked for a conic program")
-
-    monkeypatch.setattr(drrho.convex, "minimize_linear", refuse)
+def test_an_unfinished_fit_is_not_called_done():
     x, _, y, _ = table(4)
-    with pytest.raises(RuntimeError, match="conic"):
+    with pytest.raises(RuntimeError, match=r"no minimum found in 1 steps: .* Raise max_iter=1"):
         DRRhoClassifier(KL(), radius=0.3, max_iter=1).fit(x, y)
     assert DRRhoClassifier(KL(), radius=0.3).fit(x, y).n_iter_ > 1
+
+
+def test_no_conic_solver_is_needed(monkeypatch):
+    for module in ("cvxpy", "drrho.convex", "drrho.conic"):
+        monkeypatch.setitem(sys.modules, module, None)
+    x, y, _, _ = table(4)
+    assert 0 <= DRRhoRegressor(CVaR(0.2)).fit(x, y).duality_gap_ < 1e-5
 
 
 def test_reference_as_estimator_function_and_losses_is_the_same():
@@ -302,10 +304,10 @@ def test_a_reference_that_excludes_a_label_is_refused():
 X, Y, LABELS, _ = table()
 CODES = (LABELS > 0).astype(int)
 STEERED = {
-    "classifier": (DRRhoClassifier(reference=LogisticRegression().fit(scale(X), CODES)), CODES),
-    "regressor": (DRRhoRegressor(reference=Ridge().fit(scale(X), Y)), Y),
-    "frozen": (DRRhoRegressor(reference=FrozenEstimator(Ridge().fit(scale(X), Y))), Y),
-    "pipeline": (DRRhoRegressor(reference=make_pipeline(Ridge()).fit(scale(X), Y)), Y),
+    "classifier": (DRRhoClassifier(rho=0.01, reference=LogisticRegression().fit(scale(X)[:60], CODES[:60])), CODES),
+    "regressor": (DRRhoRegressor(rho=0.01, reference=Ridge().fit(scale(X)[:60], Y[:60])), Y),
+    "frozen": (DRRhoRegressor(rho=0.01, reference=FrozenEstimator(Ridge().fit(scale(X)[:60], Y[:60]))), Y),
+    "pipeline": (DRRhoRegressor(rho=0.01, reference=make_pipeline(Ridge()).fit(scale(X)[:60], Y[:60])), Y),
     "function": (DRRhoRegressor(reference=lambda x, y: np.square(y)), Y),
 }
 
@@ -317,9 +319,9 @@ def test_a_fitted_reference_stays_fitted_in_cross_validation(model, y):
     assert copy is not model and copy.reference is model.reference
     assert np.array_equal(copy.fit(x, y).coef_, model.fit(x, y).coef_)
     scores = cross_val_score(model, x, y, cv=3)
-    by_hand = clone(model).fit(x[1:], y[1:]).score(x, y)
+    by_hand = clone(model).fit(x[:0:-1], y[:0:-1]).score(x, y)
     assert np.isfinite(scores).all() and np.isfinite(by_hand)
-    search = GridSearchCV(model, {"rho": [0.5, 2.0]}, cv=3).fit(x, y)
+    search = GridSearchCV(model, {"l2": [0.01, 0.1]}, cv=3).fit(x, y)
     assert search.best_estimator_.reference is model.reference
     inside = GridSearchCV(make_pipeline(clone(model)), {f"{type(model).__name__.lower()}__l2": [0.1]}, cv=3).fit(x, y)
     assert inside.best_estimator_[-1].reference is model.reference
