@@ -9,9 +9,9 @@ known before seeing the sample, that contains every ``z``: 2M for excess losses 
 Every result states its `Status`, in the object and in its printed form. Functions of supplied population quantities
 (oracle inequalities, sample sizes) are in `drrho.efficiency`.
 
-There is **no bound here** for CVaR, KL and other divergences, a learned temperature, contrastive or minibatch risks,
-or dependent samples: the proofs are about the chi-square ball, independent samples of one law, and a class of models
-that a union bound or a cover can count.
+The chi-square and the KL ball have a certificate here, and `drrho.robust_bounds` bounds the robust risk of the law for
+every divergence. There is **no bound** for a learned temperature, contrastive or minibatch risks, or dependent samples:
+the proofs are about independent samples of one law, and a class of models that a union bound or a cover can count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from scipy.special import ndtri, stdtr
 
-from drrho.divergences import ChiSquare
+from drrho.divergences import KL, ChiSquare, Divergence
 from drrho.means import bernstein_terms, bound_of, with_cover
 from drrho.risk import constrained_risk
 from drrho.statements import (
@@ -349,18 +349,21 @@ def drrho_certificate(
     log_models: float | None = None,
     resolution: float = 0.0,
     tight: bool = True,
+    divergence: Divergence | None = None,
 ) -> Bound:
     """Bound ``R(theta) - R(theta_ref)`` from above by the DRRho risk, the objective that is minimized.
 
     With ``L = log(2 N / delta)`` and ``rho >= rho_0 = n L / (n - 1)``, with probability >= 1 - delta, for all N
     models at once, so also for one that was chosen with the sample::
 
-        R(theta) - R(theta_ref) <= F_rho(theta) + (17/6) B L / (n - 1)
+        R(theta) - R(theta_ref) <= F_rho(theta) + (17/6) B L / (n - 1)         chi-square or KL ball
 
     Derived here: at rho_0 the deviation of the empirical Bernstein inequality is ``sqrt(2 rho_0 / n) s``, which
     `variance_sandwich` bounds by the premium plus ``d L / (2 (n - 1))``, and ``1/2 + 7/3 = 17/6``. On the same event,
     with ``tight``, d replaces B in the term with factor 1/2, which vanishes if ``rho_0 <= rho_pos``. For a report on
-    one model use `better_than_reference`, which is never larger except for the cost of a cover.
+    one model use `better_than_reference`, which is sharper.
+
+    The KL ball has the same lower bound of its premium; the proof is at `_slack`.
 
     For a bound on ``R(theta)`` itself add `empirical_bernstein` of the reference, on its own evaluation set with its
     own delta; the probabilities of failure add up.
@@ -383,12 +386,15 @@ def drrho_certificate(
         As for `empirical_bernstein`; it costs ``2 resolution``, because F_rho is 1-Lipschitz.
     tight : bool
         Whether to sharpen the term with factor 1/2.
+    divergence : Divergence
+        ``ChiSquare()``, the default, or ``KL()``; for the robust risk of the law itself, under any divergence, see
+        `drrho.robust_bounds.robust_risk_bound`.
 
     Raises
     ------
     ValueError
-        As for `empirical_bernstein`; for lengths that differ, a reference without ``reference_independent``, or a rho
-        too small for any confidence.
+        As for `empirical_bernstein`; for lengths that differ, a reference without ``reference_independent``, a rho
+        too small for any confidence, or another divergence.
 
     Examples
     --------
@@ -402,22 +408,45 @@ def drrho_certificate(
     n = sample.n
     length = range_length(value_range, sample)
     at = level(math.log(2) + union.log_count, n, delta, rho)
-    # The proof uses the ball of the smallest rho, which therefore decides whether the term with factor 1/2 is needed.
-    smallest_t = math.sqrt(2 * at.log_term / (n - 1))
-    slack = length
-    if tight:
-        exact = union.shift == 0 and smallest_t * sample.below <= sample.sd
-        slack = 0.0 if exact else min(length, sample.below + 2 * union.shift)
+    ball = ChiSquare() if divergence is None else divergence
+    if not isinstance(ball, ChiSquare | KL):
+        raise ValueError(f"divergence must be ChiSquare() or KL(), got {ball!r}: nothing is proven for others here")
+    risk = constrained_risk(sample.losses, ball, at.rho / n).value.item()
     terms = {
-        "F_rho": constrained_risk(sample.losses, ChiSquare(), at.rho / n).value.item(),
-        "slack of F_rho": slack * at.log_term / (2 * (n - 1)),
+        "F_rho": risk,
+        "slack of F_rho": _slack(sample, length, at.log_term, union, ball, risk, tight),
         "7 B L/(3 (n - 1))": 7 * length * at.log_term / (3 * (n - 1)),
     }
     if union.shift > 0:
         terms["cover"] = 2 * union.shift
     what = "R(theta)" if reference_losses is None else "R(theta) - R(theta_ref)"
     source = "derived here from Maurer & Pontil 2009 and the variance sandwich; objective of Wei et al., ICML 2025"
-    return guarantee(what, terms, at, sample, length, union, source, f"rho = {at.rho:.6g}, ")
+    return guarantee(what, terms, at, sample, length, union, source, f"{ball!r}, rho = {at.rho:.6g}, ")
+
+
+def _slack(
+    sample: Sample, length: float, log_term: float, union: ModelClass, ball: Divergence, risk: float, tight: bool
+) -> float:
+    """Return by how much F_rho may fall short of ``mean + s sqrt(2 rho_0 / n)``.
+
+    The proof uses the ball of the smallest rho, which therefore decides whether the chi-square ball falls short at all.
+
+    The KL ball has ``premium >= T s - d T^2 / 2``, ``T^2 = 2 rho / n``, as the chi-square ball has. By duality this
+    says that the cumulant function K of ``x = z - mean`` is at least ``max over T of h (T s - d T^2 / 2) - T^2 / 2 =
+    (h s)^2 / (2 + h d)`` at h > 0. Of all laws on x >= -d with mean 0 and variance s^2, K is least for that with
+    atoms -d and ``s^2 / d``: the parabola that meets exp(h x) at -d and touches it at ``s^2 / d`` lies below it, by
+    the remainder of Hermite's interpolation. For this law, with d = 1 and c = 1 + s^2, ``K' = s^2 (1 - 1 / (1 +
+    (exp(c h) - 1) / c))``. The denominator is at least ``1 + h + h^2 / 2 >= (1 + h / 2)^2``, and ``s^2 (1 - 1 / (1 +
+    h / 2)^2)`` is the derivative of ``(h s)^2 / (2 + h)``; both functions are 0 at h = 0.
+    """
+    smallest_t, factor = math.sqrt(2 * log_term / (sample.n - 1)), log_term / (2 * (sample.n - 1))
+    if not tight:
+        return length * factor
+    if union.shift > 0:
+        return min(length, sample.below + 2 * union.shift) * factor
+    if isinstance(ball, KL):
+        return min(sample.below * factor, max(sample.mean + smallest_t * sample.sd - risk, 0.0))
+    return 0.0 if smallest_t * sample.below <= sample.sd else min(length, sample.below) * factor
 
 
 def better_than_reference(

@@ -5,8 +5,9 @@ population quantities that the caller supplies (a standard deviation, a risk). T
 the caller says that a quantity is an estimate. The notation is that of `drrho.bounds`, which holds the guarantees from
 data alone. ``R*`` is the least risk in the class, and ``theta*`` the model that attains it.
 
-There is **no bound here** for CVaR, KL and other divergences, a learned temperature, contrastive or minibatch risks, or
-dependent samples. If training stops before the minimum, the excess of ``F_rho`` over its minimum has to be added.
+There is **no bound here** for CVaR, KL and other divergences (`drrho.robust_bounds` has some), a learned temperature,
+contrastive or minibatch risks, or dependent samples. If training stops before the minimum, the excess of ``F_rho`` over
+its minimum has to be added.
 """
 
 from __future__ import annotations

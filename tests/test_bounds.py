@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from families import thorough
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DIFFERENCE_LAWS, differences, hard_cases, radii, rows, scale_of
 from scipy.stats import binom, multinomial
 
-from drrho import ChiSquare, constrained_risk
+from drrho import KL, ChiSquare, CVaR, constrained_risk
 from drrho.bounds import (
     better_than_reference,
     drrho_certificate,
@@ -99,6 +100,25 @@ def test_a_wider_range_lowers_the_lower_bound_of_duchi_and_namkoong_only():
     assert narrow.lower == wide.lower
 
 
+@pytest.mark.slow
+@given(rows(max_size=12), radii(-8, 2))
+def test_the_kl_ball_is_near_the_standard_deviation_too(losses, radius):
+    """premium >= sqrt(2 radius) s - d radius / 2, as for the chi-square ball."""
+    premium = constrained_risk(losses, KL(), radius).premium.item()
+    d = np.mean(losses) - min(losses)
+    assert premium >= np.std(losses) * math.sqrt(2 * radius) - d * radius / 2 - 1e-12 * scale_of(losses)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_the_constant_of_the_kl_ball_is_one_half(share):
+    """Losses 0 and 1 are the worst by the proof; with the share of ones the least constant comes close to 1/2."""
+    sd, d, radii_tried = math.sqrt(share * (1 - share)), share, np.logspace(-6, 2, 120)
+    losses = np.broadcast_to([0.0, 1.0], (120, 2))
+    risk = constrained_risk(losses, KL(), torch.tensor(radii_tried), base_weights=[1 - share, share])
+    needed = (sd * np.sqrt(2 * radii_tried) - risk.premium.numpy()) / (d * radii_tried)
+    assert needed.max() <= 0.5 and (share < 0.1 or needed.max() > 0.49)
+
+
 # The scales of rho
 
 
@@ -178,6 +198,8 @@ COVERING = {
     "tight": (empirical_bernstein, 0.0044),
     "certificate": (functools.partial(certificate, tight=False), 0.0017),
     "sharp certificate": (certificate, 0.0024),
+    "KL certificate": (functools.partial(certificate, divergence=KL(), tight=False), 0.00163),
+    "sharp KL certificate": (functools.partial(certificate, divergence=KL()), 0.00221),
 }
 MUTANTS = {
     "no additive term": (without(plain_bernstein, "7 B L/(3 (n - 1))"), 1.0),
@@ -266,6 +288,8 @@ FROM_DATA = {
     "two-sided": functools.partial(empirical_bernstein, two_sided=True),
     "certificate": functools.partial(certificate, tight=False),
     "sharp certificate": certificate,
+    "KL certificate": functools.partial(certificate, divergence=KL(), tight=False),
+    "sharp KL certificate": functools.partial(certificate, divergence=KL()),
 }
 from_data = pytest.mark.parametrize("bound", FROM_DATA.values(), ids=FROM_DATA)
 
@@ -461,6 +485,7 @@ REFUSED = [
     (lambda: rho_scales([0.0]), "at least 2 entries, got 1"),
     (lambda: mean_coverage(-1.0), "rho must be finite and >= 0, got -1.0"),
     (lambda: mean_coverage(1.0, n=1), "n must be >= 2, got 1"),
+    (lambda: certify(divergence=CVaR(0.1)), r"divergence must be ChiSquare\(\) or KL\(\), got CVaR"),
     (lambda: lipschitz_cover_log(0, 1.0, 1.0, 0.1), "dimension must be >= 1, got 0"),
     (lambda: lipschitz_cover_log(3, 1.0, 1.0, 0.0), "resolution must be finite and > 0, got 0.0"),
 ]
