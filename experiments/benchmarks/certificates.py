@@ -83,13 +83,13 @@ def capped_kl(alpha: float) -> Exact:
         limit = np.log(cap)
         return np.expm1(np.minimum(s, limit)) + cap * np.maximum(s - limit, 0)
 
-    return Exact(lambda t: np.where(t <= cap * (1 + 1e-12), power(1).phi(t), np.inf), conjugate, float(cap))
+    return Exact(lambda t: np.where(t <= cap * (1 + 1e-10), power(1).phi(t), np.inf), conjugate, float(cap))
 
 
 def cvar(alpha: float) -> Exact:
     """Return that of `CVaR`."""
     cap = 1 / Extended(alpha)
-    phi = lambda t: np.where(t <= cap * (1 + 1e-12), 0.0, np.inf)  # noqa: E731
+    phi = lambda t: np.where(t <= cap * (1 + 1e-10), 0.0, np.inf)  # noqa: E731
     return Exact(phi, lambda s: cap * np.maximum(s, 0), float(cap))
 
 
