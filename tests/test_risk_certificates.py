@@ -1,12 +1,16 @@
 """Risks whose certificate was once wrong, or hard to reach: each by name, with its right value and its gap."""
 
+import mpmath as mp
 import numpy as np
+import oracles
 import pytest
 import torch
-from families import JensenShannon
-from problems import scale_of
+from families import JensenShannon, LeCam, UserHellinger
+from problems import scale_of, tensor
 
 from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, penalized_risk
+from drrho.solvers.rows import Rows
+from experiments.benchmarks import certificates
 
 EPS = 2.0**-52
 
@@ -62,3 +66,129 @@ def test_the_gap_of_a_strength_far_beyond_the_range_is_rounding_of_the_losses(di
     losses = [1.0, 0.0, 0.3]
     risk = certified(penalized_risk(losses, divergence, strength), losses)
     assert risk.gap <= 4 * EPS * scale_of(losses)
+
+
+# --- a phi of the user's, with a pole in phi* -------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the passes over rows of the length given."""
+    counted = {}
+    means = Rows.means
+
+    def counting(rows, terms):
+        counted[rows.count] = counted.get(rows.count, 0) + 1
+        return means(rows, terms)
+
+    monkeypatch.setattr(Rows, "means", counting)
+    return counted
+
+
+@pytest.mark.parametrize("seed, n, value", [(6, 50_000, 1.52172819519), (2, 200_000, 1.58009833824)])
+def test_le_cam_ball_on_a_long_row(seed, n, value, passes):
+    losses = np.random.default_rng(seed).exponential(size=n)
+    risk = certified(constrained_risk(losses, LeCam(), 0.05), losses)
+    assert passes[n] <= 60
+    assert abs(risk.value.item() - value) <= 1e-11
+    assert risk.gap <= 1e-11
+    reached = LeCam().phi(risk.weights * n).mean().item()
+    assert abs(reached - 0.05) <= 1e-9 * 0.05
+
+
+@pytest.mark.parametrize("n", [10_000, 100_000, pytest.param(300_000, marks=pytest.mark.slow)])
+def test_jensen_shannon_ball_takes_few_passes(n, passes):
+    losses = np.random.default_rng(0).exponential(size=n)
+    risk = certified(constrained_risk(losses, JensenShannon(), 0.01), losses)
+    assert passes[n] <= 60
+    assert risk.gap <= 1e-11
+
+
+def test_a_user_s_hellinger_on_a_long_row_is_that_of_cressie_read(passes):
+    losses = np.random.default_rng(0).normal(size=100_000)
+    risk = certified(constrained_risk(losses, UserHellinger(), 0.3), losses)
+    assert passes[100_000] <= 60
+    expected = constrained_risk(losses, CressieRead(0.5), 0.3)
+    assert abs(risk.value - expected.value) <= 1e-11
+
+
+def test_a_maximum_of_hardly_any_base_weight():
+    losses = [1.9262504, 0.5338496, 0.8419819, 0.5816086, 0.6489227]
+    base = [1.7583e-10, 1.7371e-4, 0.99095037, 6.3501e-3, 0.0]
+    base[4] = 1 - sum(base)
+    risk = certified(constrained_risk(losses, LeCam(), 8e-4, base_weights=base), losses)
+    assert risk.gap <= 1e-11
+
+
+# --- Cressie-Read next to order one, and of high orders -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1 + 2.0**-52, 1 - 2.0**-53, 1 + 1e-9, 1.001, 0.995])
+def test_cressie_read_next_to_order_one(order):
+    losses = [0.0, 1.0]
+    risk = certified(constrained_risk(losses, CressieRead(order), 0.1), losses)
+    expected = oracles.power_ball(losses, 0.1, order)
+    assert abs(risk.value.item() - expected.value) <= 1e-12
+    assert order > 1.01 or abs(risk.value.item() - 0.71979) <= 1e-3
+    z = np.random.default_rng(0).normal(size=30)
+    span = np.ptp(z)
+    for radius in (0.9, 0.99):
+        certified(constrained_risk(z, CressieRead(order), radius * np.log(30)), z)
+    strong, hard = (certified(penalized_risk(z, CressieRead(order), price * span), z) for price in (1e-3, 1e-6))
+    assert z.max() >= hard.value >= strong.value
+
+
+def test_a_small_price_next_to_order_one():
+    losses = [0.0, 1.0, 2.0]
+    risk = certified(penalized_risk(losses, CressieRead(0.999999), 1e-3), losses)
+    expected = penalized_risk(tensor(losses), KL(), 1e-3)
+    assert abs(risk.value - expected.value) <= 1e-8
+    assert abs(risk.threshold - expected.threshold) <= 1e-8
+    assert risk.gap <= 1e-14
+
+
+JUMPING = [0.989713033285805, -0.1642945926252907, -1.0743648582284346, 0.8730421526217066, -1.2803944147145731]
+
+
+@pytest.mark.parametrize("order, strength", [(20, 0.3), (10, 0.3), (6, 0.1), (50, 1e-3)])
+def test_high_orders_across_the_jump_of_a_ratio(order, strength):
+    risk = certified(penalized_risk(JUMPING, CressieRead(order), strength), JUMPING)
+    with mp.workdps(150):
+        k, price, z = mp.mpf(order), mp.mpf(strength), [mp.mpf(loss) for loss in JUMPING]
+
+        def ratios(threshold):
+            return [max(1 + (k - 1) * (loss - threshold) / price, 0) ** (1 / (k - 1)) for loss in z]
+
+        low, high = mp.mpf(-50), max(z)
+        for _ in range(480):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(ratios(middle)) > len(z) else (low, middle)
+        best, phi = ratios(high), oracles.power_phi(order)
+        expected = sum(t * loss - price * phi(t) for t, loss in zip(best, z, strict=True)) / len(z)
+    assert abs(risk.value.item() - float(expected)) <= 1e-14 * scale_of(JUMPING)
+
+
+@pytest.mark.parametrize("order", [6.0, 20.0, 50.0])
+@pytest.mark.parametrize("share", [1e-4, 0.1, 0.9])
+def test_balls_of_high_orders_are_certified(order, share):
+    largest = float(CressieRead(order).maximal_radius(np.array(0.2)))
+    risk = certified(constrained_risk(JUMPING, CressieRead(order), share * largest), JUMPING)
+    assert risk.gap <= 1e-11
+
+
+# --- a search -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", certificates.DRAWS)
+def test_random_certificates_hold(name):
+    said = []
+    row = certificates.search(name, 12, 1, certificates.SIZES[:5], said.append)
+    assert row.gap_below_4_eps == row.wrong == row.refused == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", certificates.DRAWS)
+def test_many_random_certificates_hold(name):
+    said = []
+    row = certificates.search(name, 20, 2, certificates.SIZES[:6], said.append)
+    assert row.gap_below_4_eps == row.wrong == row.refused == 0, said
