@@ -116,8 +116,8 @@ def confidence_sequence(
 
     The capital is the mixture of those of the constant bets ``0.95 / 2^k / (1 - m)``, k = 0, 1, .. up to half the
     logarithm of the time, with weights in proportion to ``1 / (k + 2)``. The price of being valid at all times: on
-    Bernoulli losses the intervals are 1.4 to 1.6 times as wide as that of Clopper & Pearson, which is valid for one
-    number of samples only, and 1.4 times as wide as `mean_interval`.
+    Bernoulli losses the intervals are 1.3 to 1.6 times as wide as that of Clopper & Pearson, which is valid for one
+    number of samples only, and 1.2 to 1.5 times as wide as `mean_interval`.
 
     Parameters
     ----------

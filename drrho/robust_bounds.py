@@ -105,8 +105,8 @@ def robust_risk_bound(
     terms = {"R_D of the sample": empirical, "worse sample": risk(atoms, weights) - empirical}
     if union.shift > 0:
         terms["cover"] = 2 * union.shift
-    what = f"{divergence!r} risk of the law, {'strength' if strength is not None else 'radius'} "
-    what += f"{strength if strength is not None else radius}"
+    size = f", strength {strength}" if strength is not None else "" if radius is None else f", radius {radius}"
+    what = f"{divergence!r} risk of the law{size}"
     source = "derived here; Massart 1990, Clopper & Pearson 1934; for CVaR Thomas & Learned-Miller 2019"
     return guarantee(what, terms, at, sample, length, union, source)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _EPS = 2.0**-52
+_POISSON = special.pdtr(np.arange(18), 1)
 #: "auto" is "studentized" for these n: fewer have too many samples of one value, and for more the jackknife is as good.
 _STUDENTIZED = range(10, 10_000)
 #: Fewest samples that must carry a variance: sum(x^2)^2 / sum(x^4) of the deviations x from the mean.
@@ -359,22 +360,28 @@ def _resampled_grams(monomials: np.ndarray, replicates: int, seed: int) -> tuple
 
 def _resampled(rows: np.ndarray, replicates: int, seed: int, offset: int = 0) -> np.ndarray:
     """Return the sums of rows ``[k, n]`` over every bootstrap sample, ``[replicates, k]``; ``offset`` is the first."""
-    sums = np.zeros((replicates, len(rows)))
+    sums, bits = np.zeros((replicates, len(rows))), np.random.Philox(0)
     for start in range(0, rows.shape[1], CHUNK):
         part = rows[:, start : start + CHUNK]
         for replicate in range(replicates):
-            sums[replicate] += part @ _poisson(seed, replicate, offset + start, part.shape[1])
+            sums[replicate] += part @ _poisson(seed, replicate, offset + start, part.shape[1], bits)
     return sums
 
 
-def _poisson(seed: int, replicate: int, start: int, size: int) -> np.ndarray:
+def _poisson(seed: int, replicate: int, start: int, size: int, bits: np.random.Philox | None = None) -> np.ndarray:
     """Return the Poisson(1) weights of samples ``start`` to ``start + size`` in one replicate.
 
-    They depend on (seed, replicate, sample) only: Philox computes the four numbers of any counter value directly.
+    They depend on (seed, replicate, sample) only: Philox computes the four numbers of any counter value directly. A
+    generator ``bits`` is set to this place, which is faster than a new one.
     """
-    key = np.array([seed, replicate], dtype=np.uint64)
-    uniform = (np.random.Philox(counter=start // 4, key=key).random_raw(size) >> np.uint64(11)) * 2.0**-53
-    return np.searchsorted(special.pdtr(np.arange(18), 1), uniform, side="right").astype(np.float64)
+    bits = np.random.Philox(0) if bits is None else bits
+    state = bits.state
+    state["state"]["counter"][:] = (start // 4, 0, 0, 0)
+    state["state"]["key"][:] = (seed, replicate)
+    state["buffer_pos"] = 4  # nothing is left of numbers that were computed before
+    bits.state = state
+    uniform = (bits.random_raw(size) >> np.uint64(11)) * 2.0**-53
+    return np.searchsorted(_POISSON, uniform, side="right").astype(np.float64)
 
 
 def _statistics(second: np.ndarray) -> np.ndarray:

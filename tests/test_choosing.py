@@ -87,10 +87,10 @@ def test_calibrated_rho_is_the_least_that_covers(divergence):
 
 
 def test_calibrated_rho_of_symmetric_losses_is_the_normal_one():
-    losses = RNG.normal(size=1000)
-    calibrated = calibrated_rho(losses, replicates=999)
+    losses = RNG.normal(size=300)
+    calibrated = calibrated_rho(losses, replicates=499)
     assert calibrated.normal == pytest.approx(rho_scales(losses).rho_t, rel=1e-12)
-    assert calibrated.rho == pytest.approx(calibrated.normal, rel=0.2)
+    assert calibrated.rho == pytest.approx(calibrated.normal, rel=0.3)
     assert calibrated.guaranteed == pytest.approx(rho_scales(losses).rho_0, rel=1e-12)
     assert "[asymptotic]" in str(calibrated) and "[guarantee]" in str(calibrated)
 

@@ -36,7 +36,9 @@ def risk_of_the_law(name, values, chances):
 
 
 @every_risk
-@pytest.mark.parametrize(("n", "delta"), [(3, 0.5), (20, 0.1), (20, 0.8)])
+@pytest.mark.parametrize(
+    ("n", "delta"), [(3, 0.5), *(pytest.param(20, delta, marks=pytest.mark.slow) for delta in (0.1, 0.8))]
+)
 def test_failures_stay_below_delta_for_bernoulli_losses(name, n, delta):
     divergence, options = RISKS[name]
     bounds = np.array([
@@ -150,6 +152,7 @@ def test_excess_losses_of_a_reference():
         LOSSES, KL(), reference_losses=reference, reference_independent=False, models=5, **options
     )
     assert dependent.value == robust_risk_bound(LOSSES - reference, KL(), models=25, **options).value
+    assert "CVaR(alpha=0.2) risk of the law <= " in str(robust_risk_bound(LOSSES, CVaR(0.2), value_range=1))
     assert "[guarantee] KL() risk of the law, radius 0.1" in str(excess) and "fixed without looking" in str(excess)
 
 
