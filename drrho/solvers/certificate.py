@@ -104,7 +104,7 @@ def certified(
         mean, _ = rows.mean_and_ties()
         gain, dual = _primal_and_dual(bound, mean, multipliers, ends, sums, primal, maximizer)
         # By weak duality, what exceeds the bound does so by rounding: in a ball, by that of D at the weights.
-        above = (gain > dual) & (gain - dual <= _BEYOND * primal.gain) & ends.open
+        above = (gain > dual + 2 * EPS) & (gain - dual <= _BEYOND * primal.gain) & ends.open
         if bound.is_ball and some(above):
             primal = primal._replace(kept=np.where(above, primal.kept * (dual / gain), primal.kept))
         gain = np.where(above, dual, gain)
@@ -145,15 +145,15 @@ def _measured(rows: Rows, divergence: Divergence, found: Found, ends: Ends) -> t
     finite = np.where(ends.flat, 1.0, strength)
     exponents = found.dual.exponents._replace(strength=np.where(ends.hard, 1.0, finite))
     threshold, nudge, ratios = found.dual.threshold, 0.0, torch.empty_like(rows.z)
-    for _ in range(_NUDGES):
+    for attempt in range(_NUDGES):
         moved = exponents._replace(offset=exponents.offset - nudge / exponents.strength)
         multipliers = Multipliers(threshold + nudge, strength, finite, moved)
         sums = _sums(rows, divergence, found, multipliers, ends, ratios)
         outside = ~np.isfinite(sums.bend) & ends.open
-        if not some(outside):
-            break
+        if attempt + 1 == _NUDGES or not some(outside):
+            return multipliers, ratios, sums
         nudge = np.where(outside, np.maximum(4 * nudge, EPS * np.abs(threshold)), nudge)
-    return multipliers, ratios, sums
+    raise AssertionError("unreachable")
 
 
 def _sums(
