@@ -24,6 +24,7 @@ _ACCEPTED = 1e-6  # gap relative to the losses' size above which there is no ans
 _INEXACT = 0.01  # accuracy of a smoothed minimum relative to the gap so far; and again where that gave no higher bound
 _MOST_ACCURATE = 1e-8
 _FALLS, _LOWERED, _LOWEST = 0.5, 0.3, 1e-7  # the strength is lowered where the gap fell less, by this factor, to this
+_WEAK = 1e-4  # strength below which a bound that no longer rises is a matter of float64: weights jump with the rounding
 _IDLE = 5  # smoothed minima without a smaller gap after which an accepted one is not improved
 
 
@@ -195,8 +196,8 @@ class _Search:
             accuracy, idle = 1.0, idle + 1 if self.gap > 0.9 * last else 0
             if idle > _IDLE and self.gap <= _ACCEPTED * self.size:
                 return
-            if not risen:  # too weak a smoothing for float64
-                level = min(level / _LOWERED**2, 1.0)
+            if not risen and level < _WEAK:
+                level /= _LOWERED**2
             elif not self.gap <= _FALLS * last:
                 level = max(_LOWERED * level, _LOWEST)
             last = self.gap
