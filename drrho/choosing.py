@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -45,8 +46,24 @@ def folds_of(n: int, folds: int = 5, seed: int = 0) -> list[tuple[Rows, Rows]]:
     return [(np.sort(np.setdiff1d(order, part)), np.sort(part)) for part in np.array_split(order, folds)]
 
 
+#: A number of folds, or pairs of training and held-out rows, of which every row is held out once.
+Folds: TypeAlias = "int | Sequence[tuple[Rows, Rows]]"
+
+
+def _splits(folds: Folds, n: int, seed: int) -> Sequence[tuple[Rows, Rows]]:
+    if isinstance(folds, int | np.integer):
+        return folds_of(n, int(folds), seed)
+    held_out = np.concatenate([np.asarray(test) for _, test in folds]) if len(folds) else np.empty(0, dtype=int)
+    if not np.array_equal(np.sort(held_out), np.arange(n)):
+        raise ValueError(
+            f"folds must hold out each of the {n} rows once, got {len(folds)} parts with {len(held_out)} rows, "
+            f"{len(np.unique(held_out))} of them different"
+        )
+    return folds
+
+
 def cross_fitted(
-    losses_of: Callable[[Rows, Rows], ArrayLike], n: int, *, folds: int = 5, seed: int = 0
+    losses_of: Callable[[Rows, Rows], ArrayLike], n: int, *, folds: Folds = 5, seed: int = 0
 ) -> NDArray[np.float64]:
     """Return losses ``[n]`` of models that were trained without the sample in question.
 
@@ -59,7 +76,8 @@ def cross_fitted(
     Raises
     ------
     ValueError
-        If folds is not in [2, n], or the returned losses are not one finite number for each held-out row.
+        If folds is not in [2, n], folds do not hold out each row once, or the returned losses are not one finite number
+        for each held-out row.
 
     Examples
     --------
@@ -70,7 +88,7 @@ def cross_fitted(
     [13.44, 5.44, 0.11, 32.11]
     """
     held_out = np.empty(operator.index(n))
-    for train, test in folds_of(n, folds, seed):
+    for train, test in _splits(folds, n, seed):
         row, _ = as_row(losses_of(train, test), "losses_of")
         if len(row) != len(test):
             raise ValueError(f"losses_of must return a loss for each of the {len(test)} held-out rows, got {len(row)}")
@@ -118,7 +136,7 @@ def choose_rho(
     losses_of: Callable[[float, Rows, Rows], ArrayLike],
     n: int,
     *,
-    folds: int = 5,
+    folds: Folds = 5,
     seed: int = 0,
 ) -> RhoChoice:
     """Choose rho by cross-validation: the smallest candidate within a standard error of the least held-out loss.
@@ -137,7 +155,9 @@ def choose_rho(
         As above; returns ``[held out]``.
     n : int
         Number of samples.
-    folds, seed : int
+    folds : int or sequence of (training rows, held-out rows)
+        How many folds `folds_of` makes, or the folds, such as those of a splitter of scikit-learn.
+    seed : int
         As for `folds_of`.
 
     Raises

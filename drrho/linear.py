@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 
+from drrho.choosing import Rows, choose_rho
 from drrho.divergences import ChiSquare, Divergence
-from drrho.minimize import minimize_risk
+from drrho.minimize import LinearFit, minimize_risk
 from drrho.pointwise import Array, Hinge, Logistic, PointLoss, Squared
 from drrho.validation import ArrayLike
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.exceptions import NotFittedError
+    from sklearn.model_selection import check_cv
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -50,13 +53,15 @@ Reference: TypeAlias = "Estimator | Callable[[ArrayLike, ArrayLike], ArrayLike] 
 
 _LOSSES: dict[str, PointLoss] = {"logistic": Logistic(), "hinge": Hinge(), "squared": Squared()}
 
+_CANDIDATES = (0.0, 0.5, 1.35, 5.0, 20.0)  # of rho, where cv chooses one
+
 _PARAMETERS = """
     divergence : Divergence, optional
         By default ``ChiSquare()``; or ``KL()``, ``CVaR(alpha)``, or any other.
-    rho, radius : float, optional
+    rho, radius : float, optional; with ``cv`` rho is a sequence
         At most one of ``rho``, the statistical radius (the ball has radius ``rho / n``, where n is the sum of the
         sample weights), and ``radius``, the bound on D itself. By default ``rho = 1``; CVaR takes neither. 0 gives the
-        mean.
+        mean. With ``cv``, ``rho`` is a sequence of candidates, by default (0, 0.5, 1.35, 5, 20).
     reference : fitted estimator, callable or array ``[n]``, optional
         The frozen reference model: an estimator with {methods}; a
         function ``reference(X, y)`` that returns losses ``[n]``; or the losses themselves, which belong to the samples
@@ -64,6 +69,9 @@ _PARAMETERS = """
         optimization (and, at radius 0, empirical risk minimization).
     l2 : float
         Price of the squared coefficients, ``risk + (l2 / 2) ||W||^2``, >= 0; the intercept is not penalized.
+    cv : int or splitter of scikit-learn, optional
+        Choose rho by cross-validation: the least candidate whose held-out losses are within a standard error of the
+        best (`drrho.choosing.choose_rho`). Folds of a classifier have the classes in equal shares.
     fit_intercept : bool
     tol : float
         Duality gap at which to stop, relative to the risk or the spread of the excess losses. Above 1e-6 (or ``tol``,
@@ -81,6 +89,8 @@ _PARAMETERS = """
         Worst-case weights of the training samples, those of the saddle point.
     radius_ : float
         The bound on D that was used.
+    rho_choice_ : drrho.choosing.RhoChoice
+        With ``cv``: the rho that was chosen, and a table of the candidates' held-out losses.
     duality_gap_ : float
         Upper bound on the difference of risk plus penalty from its minimum, by Fenchel duality. Where ``l2 = 0`` and
         there is no minimum (the logistic loss of separable classes), from the infimum.
@@ -114,10 +124,11 @@ class _LinearModel(BaseEstimator):
     def __init__(
         self,
         divergence: Divergence | None,
-        rho: float | None,
+        rho: float | Sequence[float] | None,
         radius: float | None,
         reference: Reference | None,
         l2: float,
+        cv: Any,
         fit_intercept: bool,
         tol: float,
         max_iter: int,
@@ -127,6 +138,7 @@ class _LinearModel(BaseEstimator):
         self.radius = radius
         self.reference = reference
         self.l2 = l2
+        self.cv = cv
         self.fit_intercept = fit_intercept
         self.tol = tol
         self.max_iter = max_iter
@@ -165,39 +177,62 @@ class _LinearModel(BaseEstimator):
         return cloned
 
     def _minimize(
-        self, x: Array, y: Array, loss: PointLoss, reference: Array | None, sample_weight: ArrayLike | None
+        self,
+        x: Array,
+        y: Array,
+        loss: PointLoss,
+        reference: Array | None,
+        sample_weight: ArrayLike | None,
+        labels: np.ndarray,
     ) -> None:
-        """Fit coefficients to targets ``[n, k]``."""
+        """Fit coefficients to targets ``[n, k]``; folds of ``cv`` are made by the labels ``[n]``."""
         divergence = ChiSquare() if self.divergence is None else self.divergence
         if not isinstance(divergence, Divergence):
             raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
         for value, name in ((self.l2, "l2"), (self.tol, "tol"), (self.max_iter, "max_iter")):
             if not 0 <= value < np.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        base, kept, count = None, None, float(len(x))
+        kept, weights = None, None
         if sample_weight is not None:
             weights = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
-            count = float(weights.sum())
-            if count <= 0:
+            if not weights.sum() > 0:
                 raise ValueError("sample_weight must have a positive sum, got zeros")
             kept = weights > 0
-            x, y, weights = x[kept], y[kept], weights[kept]
+            x, y, weights, labels = x[kept], y[kept], weights[kept], labels[kept]
             reference = reference if reference is None else reference[kept]
-            base = None if np.ptp(weights) == 0 else weights / count
-        self.radius_ = self._bound(divergence, count)
-        fit = minimize_risk(
-            x,
-            y,
-            loss,
-            divergence,
-            radius=self.radius_,
-            reference_losses=reference,
-            l2=float(self.l2),
-            fit_intercept=self.fit_intercept,
-            base_weights=base,
-            tolerance=float(self.tol),
-            max_iterations=int(self.max_iter),
-        )
+
+        def fit_rows(rows: Rows | slice, radius_of: Callable[[float], float]) -> tuple[LinearFit, float]:
+            own = None if weights is None else weights[rows]
+            count = float(len(x[rows]) if own is None else own.sum())
+            radius = radius_of(count)
+            found = minimize_risk(
+                x[rows],
+                y[rows],
+                loss,
+                divergence,
+                radius=radius,
+                reference_losses=None if reference is None else reference[rows],
+                l2=float(self.l2),
+                fit_intercept=self.fit_intercept,
+                base_weights=None if own is None or np.ptp(own) == 0 else own / count,
+                tolerance=float(self.tol),
+                max_iterations=int(self.max_iter),
+            )
+            return found, radius
+
+        radius_of = partial(self._bound, divergence)
+        if self.cv is not None:
+            candidates = self._candidates(divergence)
+
+            def losses_of(rho: float, train: Rows, held_out: Rows) -> Array:
+                fit, _ = fit_rows(train, lambda count: rho / count)
+                values = loss.values(x[held_out] @ fit.coefficients + fit.intercept, y[held_out])
+                return values if weights is None else values * weights[held_out] / weights.mean()
+
+            splitter: Any = check_cv(self.cv, labels, classifier=isinstance(self, ClassifierMixin))
+            self.rho_choice_ = choice = choose_rho(candidates, losses_of, len(x), folds=list(splitter.split(x, labels)))
+            radius_of = lambda count: choice.rho / count  # noqa: E731
+        fit, self.radius_ = fit_rows(slice(None), radius_of)
         self.risk_, self.duality_gap_, self.n_iter_ = fit.risk, fit.duality_gap, max(fit.iterations, 1)
         self.weights_ = fit.weights
         if kept is not None:
@@ -205,8 +240,20 @@ class _LinearModel(BaseEstimator):
             self.weights_[kept] = fit.weights
         self.coef_, self.intercept_ = fit.coefficients.T, fit.intercept
 
+    def _candidates(self, divergence: Divergence) -> Sequence[float]:
+        """Return the rhos from which ``cv`` chooses."""
+        if self.radius is not None or not divergence.has_radius:
+            raise ValueError(f"cv chooses rho, which cannot be with radius={self.radius} and {divergence}")
+        if self.rho is None:
+            return _CANDIDATES
+        if isinstance(self.rho, int | float):
+            raise ValueError(f"rho must be a sequence of candidates where cv chooses one, got {self.rho}")
+        return self.rho
+
     def _bound(self, divergence: Divergence, count: float) -> float:
         for value, name in ((self.rho, "rho"), (self.radius, "radius")):
+            if value is not None and not isinstance(value, int | float | np.number):
+                raise ValueError(f"{name} must be a number where cv does not choose among several, got {value}")
             if value is not None and not 0 <= value < np.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
         if self.rho is not None and self.radius is not None:
@@ -215,7 +262,8 @@ class _LinearModel(BaseEstimator):
             if self.rho is not None or self.radius is not None:
                 raise ValueError(f"{divergence} takes no radius, got rho={self.rho} and radius={self.radius}")
             return 0.0
-        return self.radius if self.radius is not None else (1.0 if self.rho is None else self.rho) / count
+        rho = 1.0 if self.rho is None else float(self.rho)  # pyright: ignore[reportArgumentType]
+        return self.radius if self.radius is not None else rho / count
 
     def _reference_losses(
         self,
@@ -282,15 +330,16 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
         self,
         divergence: Divergence | None = None,
         *,
-        rho: float | None = None,
+        rho: float | Sequence[float] | None = None,
         radius: float | None = None,
         reference: Reference | None = None,
         l2: float = 1e-3,
+        cv: Any = None,
         fit_intercept: bool = True,
         tol: float = 1e-8,
         max_iter: int = 200,
     ) -> None:
-        super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
+        super().__init__(divergence, rho, radius, reference, l2, cv, fit_intercept, tol, max_iter)
 
     def fit(
         self,
@@ -319,7 +368,7 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
             return Squared().values(np.asarray(model.predict(features)).reshape(targets.shape), targets)
 
         reference = self._reference_losses(X, y, len(x), of_estimator, reference_losses)
-        self._minimize(x, targets, Squared(), reference, sample_weight)
+        self._minimize(x, targets, Squared(), reference, sample_weight, labels)
         if labels.ndim == 1:
             self.coef_, self.intercept_ = self.coef_[0], self.intercept_[0]
         return self
@@ -395,15 +444,16 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         divergence: Divergence | None = None,
         *,
         loss: str = "logistic",
-        rho: float | None = None,
+        rho: float | Sequence[float] | None = None,
         radius: float | None = None,
         reference: Reference | None = None,
         l2: float = 1e-3,
+        cv: Any = None,
         fit_intercept: bool = True,
         tol: float = 1e-8,
         max_iter: int = 200,
     ) -> None:
-        super().__init__(divergence, rho, radius, reference, l2, fit_intercept, tol, max_iter)
+        super().__init__(divergence, rho, radius, reference, l2, cv, fit_intercept, tol, max_iter)
         self.loss = loss
 
     def fit(
@@ -444,7 +494,7 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
             return loss.values(scores if scores.shape[1] == 1 else scores[:, columns], targets)
 
         reference = self._reference_losses(X, y, len(x), of_estimator, reference_losses)
-        self._minimize(x, targets, loss, reference, sample_weight)
+        self._minimize(x, targets, loss, reference, sample_weight, codes)
         if loss is _LOSSES["logistic"] and len(self.classes_) > 2:  # softmax is invariant to a shift of all scores
             self.coef_, self.intercept_ = self.coef_ - self.coef_.mean(0), self.intercept_ - self.intercept_.mean()
         return self

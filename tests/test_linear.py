@@ -13,13 +13,14 @@ from sklearn.ensemble import BaggingClassifier, BaggingRegressor
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, KFold, ShuffleSplit, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import scale
 from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, drrho_risk
+from drrho.choosing import choose_rho
 from drrho.convex import minimize_linear
 from drrho.linear import DRRhoClassifier, DRRhoRegressor
 
@@ -436,3 +437,60 @@ def test_refusals_name_argument_and_value(model, y, error, message):
 def test_unfitted():
     with pytest.raises(NotFittedError):
         DRRhoRegressor().predict(X)
+
+
+# --- rho by cross-validation ------------------------------------------------------------------------------------------
+
+
+def noisy_classes(n=120):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(n, 3))
+    return x, (x[:, 0] + 0.5 * rng.standard_t(2, size=n) > 0.4).astype(int)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cv_chooses_rho_as_choose_rho_does(weighted):
+    x, y = noisy_classes()
+    weights = np.random.default_rng(6).integers(1, 4, len(y)).astype(float) if weighted else None
+    model = DRRhoClassifier(rho=[0.0, 1.0, 30.0], cv=4, l2=0.05).fit(x, y, sample_weight=weights)
+    splits = list(StratifiedKFold(4).split(x, y))
+
+    def losses_of(rho, train, held_out):
+        own = None if weights is None else weights[train]
+        fold = DRRhoClassifier(rho=rho, l2=0.05).fit(x[train], y[train], sample_weight=own)
+        losses = -fold.predict_log_proba(x[held_out])[np.arange(len(held_out)), y[held_out]]
+        return losses if weights is None else losses * weights[held_out] / weights.mean()
+
+    expected = choose_rho([0.0, 1.0, 30.0], losses_of, len(x), folds=splits)
+    assert model.rho_choice_.rho == expected.rho
+    assert model.rho_choice_.means == pytest.approx(expected.means, rel=1e-9)
+    again = DRRhoClassifier(rho=expected.rho, l2=0.05).fit(x, y, sample_weight=weights)
+    assert np.array_equal(model.coef_, again.coef_) and model.radius_ == again.radius_
+
+
+def test_cv_of_a_regressor_with_a_splitter_and_a_reference():
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(60, 2))
+    y = x @ [1.0, -1.0] + rng.standard_t(3, size=60)
+    model = DRRhoRegressor(cv=KFold(3, shuffle=True, random_state=0), reference=Ridge().fit(x, y)).fit(x, y)
+    assert model.rho_choice_.candidates == (0.0, 0.5, 1.35, 5.0, 20.0)
+    assert model.radius_ == model.rho_choice_.rho / 60
+    assert clone(model).cv is not None and model.get_params()["cv"].n_splits == 3
+    assert not hasattr(DRRhoRegressor().fit(x, y), "rho_choice_")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"cv": 3, "radius": 0.1}, "cv chooses rho, which cannot be with radius=0.1"),
+        ({"cv": 3, "divergence": CVaR(0.1)}, "cv chooses rho, which cannot be with radius=None and CVaR"),
+        ({"cv": 3, "rho": 1.0}, "rho must be a sequence of candidates where cv chooses one, got 1.0"),
+        ({"cv": 3, "rho": []}, "candidates must be different numbers >= 0, got"),
+        ({"rho": [0.0, 1.0]}, "rho must be a number where cv does not choose among several"),
+        ({"cv": ShuffleSplit(3)}, "folds must hold out each of the 120 rows once"),
+    ],
+)
+def test_what_cv_cannot_do_is_refused(options, message):
+    x, y = noisy_classes()
+    with pytest.raises(ValueError, match=message):
+        DRRhoClassifier(**options).fit(x, y)
