@@ -22,6 +22,7 @@ from drrho.solvers.root import EPS, Bracket, Residual, Root, Safeguard, find_roo
 from drrho.solvers.rows import Block, Rows, column, some
 
 _ITERATIONS = 60  # passes over the losses
+_SHORT, _SHORT_ITERATIONS = 10_000, 400  # and over rows so short that a pass costs little, next to plateaus
 _LEAST_STEP, _LONGEST_STEP = 2.0, 64.0  # in log strength, while one side is open: doubled each time
 _FLOOR = float(np.log(1e-290))
 _TOLERANCE = 1e-13  # on log D
@@ -131,11 +132,12 @@ class _Balance:
         tolerance = np.full_like(x, _ROUGH if self.rough else _TOLERANCE)
         if self.radius is not None:
             tolerance += 4 * EPS / np.sqrt(np.maximum(self.radius, self.finest**2))
+        iterations = _SHORT_ITERATIONS if self.rows.count < _SHORT else _ITERATIONS
         guard = Safeguard(
             tolerance=tolerance,
-            iterations=_ITERATIONS,
+            iterations=iterations,
             failure=None,  # the certificate decides
-            newton_iterations=_ITERATIONS,
+            newton_iterations=iterations,
             longest=(_LONGEST_STEP, _LONGEST_STEP),
             ends=(-np.inf if self.radius is None else _FLOOR, np.inf),
         )
