@@ -7,7 +7,7 @@
 #endif
 
 #define EXPORTED __attribute__((visibility("default")))
-#define VERSION 2 /* of what is passed and returned: native.py asks for the same */
+#define VERSION 2 /* of what is passed and returned, which native.py asks for */
 
 /* What is returned for each row beside the weights, in this order. */
 enum { VALUE, PREMIUM, THRESHOLD, STRENGTH, GAP, DISTANCE, ALPHA_SLOPE, ON_BALL, FIELDS };
@@ -40,7 +40,8 @@ static int solve(int kind, Row *row, double order, double alpha, const double *r
     if (on_ball && kind != TAIL) status = solve_one(kind, row, order, alpha, *radius, -1, &answer);
     if (status != OK) return status;
     double gap = isinf(answer.strength) ? 0 : answer.dual - answer.gain;
-    if (!(fabs(gap) <= 1e-9 * fabs(answer.gain) + 64 * DBL_EPSILON * row->range)) return DECLINED;
+    double allowed = (row->single ? 1e-7 : 1e-9) * fabs(answer.gain) + 64 * DBL_EPSILON * row->range;
+    if (!(fabs(gap) <= allowed)) return DECLINED;
     double paid = strength && on_ball ? price * answer.distance : 0;
     int highest = row->range == 0 || (answer.highest && (on_ball || price == 0 || kind == TAIL));
     field[VALUE] = highest ? row->top - paid / scale : row->top + (row->mean + (answer.gain - paid)) / scale;

@@ -97,23 +97,28 @@ typedef struct {
 } Row;
 
 typedef void Pass(const Row *row, const void *in, long from, long to, Sums *sums);
-/* A pass over uniform rows, and the same over rows with base weights. */
-typedef Pass *const Passes[2];
+/* How losses are stored: what a pass is compiled for. */
+enum { BASED = 1, SINGLE = 2, KINDS = 4 }; /* with base weights; as float32, like the weights */
+typedef Pass *const Passes[KINDS];
+
+INLINE int kind_of(const Row *row) { return (row->base ? BASED : 0) | (row->single ? SINGLE : 0); }
 
 void over_row(const Row *row, Passes passes, const void *in, Sums *sums);
 /* Runs work(in, piece) for every piece of a row, by all threads. */
 typedef void Work(const void *in, long piece);
 void over_pieces(const Row *row, Work *work, const void *in);
 
-/* Makes both passes from a function whose first argument says whether there are base weights. */
-#define PASSES(name)                                                                                 \
-    static void name##_uniform(const Row *row, const void *in, long from, long to, Sums *sums) {     \
-        name(0, row, in, from, to, sums);                                                            \
-    }                                                                                                \
-    static void name##_weighted(const Row *row, const void *in, long from, long to, Sums *sums) {    \
-        name(1, row, in, from, to, sums);                                                            \
-    }                                                                                                \
-    static Passes name##_passes = {name##_uniform, name##_weighted};
+/* Makes the passes from a function whose first argument is the kind of row. */
+#define PASS(name, kind)                                                                                  \
+    static void name##_##kind(const Row *row, const void *in, long from, long to, Sums *sums) {           \
+        name(kind, row, in, from, to, sums);                                                              \
+    }
+#define PASSES(name)                                                     \
+    PASS(name, 0)                                                        \
+    PASS(name, 1)                                                        \
+    PASS(name, 2)                                                        \
+    PASS(name, 3)                                                        \
+    static Passes name##_passes = {name##_0, name##_1, name##_2, name##_3};
 
 static const double ONES[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 
@@ -135,35 +140,35 @@ INLINE reals smaller(reals a, reals b) { return choose(a < b, a, b); }
 INLINE reals root(reals a) { return (reals){sqrt(a[0]), sqrt(a[1])}; }
 #endif
 
-INLINE reals load(const Row *row, long i) {
+INLINE reals load(int kind, const Row *row, long i) {
     if (i >= row->whole) return *(const reals_at_any *)(row->tail + (i - row->whole));
-    if (row->single) return __builtin_convertvector(*(const singles_at_any *)(row->z + 4 * i), reals);
+    if (kind & SINGLE) return __builtin_convertvector(*(const singles_at_any *)(row->z + 4 * i), reals);
     return *(const reals_at_any *)(row->z + 8 * i);
 }
 
 /* The mass of losses: 1 or their base weight, 0 for what pads the row. */
-INLINE reals mass(int based, const Row *row, long i) {
-    const char *of = based ? row->base + 8 * i : (const char *)ONES;
+INLINE reals mass(int kind, const Row *row, long i) {
+    const char *of = kind & BASED ? row->base + 8 * i : (const char *)ONES;
     return *(const reals_at_any *)(i >= row->whole ? (const char *)(row->tail_mass + (i - row->whole)) : of);
 }
 
 /* Losses without base weight may lie outside: they are moved to the nearer end. */
-INLINE reals depth(int based, const Row *row, long i) {
-    reals d = (load(row, i) - row->top) * row->scale;
-    return based ? larger(smaller(d, ALL(0.0)), ALL(-row->range)) : d;
+INLINE reals depth(int kind, const Row *row, long i) {
+    reals d = (load(kind, row, i) - row->top) * row->scale;
+    return kind & BASED ? larger(smaller(d, ALL(0.0)), ALL(-row->range)) : d;
 }
 
-INLINE reals weighed(int based, const Row *row, long i, reals x) { return based ? x * mass(based, row, i) : x; }
+INLINE reals weighed(int kind, const Row *row, long i, reals x) { return kind & BASED ? x * mass(kind, row, i) : x; }
 
-INLINE void store(const Row *row, long i, reals values) {
+INLINE void store(int kind, const Row *row, long i, reals values) {
     if (i >= row->whole) {
         for (int j = 0; j < LANES && i + j < row->n; j++) {
-            if (row->single)
+            if (kind & SINGLE)
                 ((float *)row->weights)[i + j] = (float)values[j];
             else
                 ((double *)row->weights)[i + j] = values[j];
         }
-    } else if (row->single) {
+    } else if (kind & SINGLE) {
         *(singles_at_any *)(row->weights + 4 * i) = __builtin_convertvector(values, singles);
     } else {
         *(reals_at_any *)(row->weights + 8 * i) = values;
@@ -209,10 +214,10 @@ Answer at_mean(const Row *row);
 /* Multiplies the stored weights by a factor, and adds a multiple of the base weights. */
 void reweigh(const Row *row, double factor, double added);
 
-/* Completes a ball whose stored ratios have this mass: weights that sum to one and lie in the ball, as rounding may
- * have left D outside: it is convex, and zero at the base weights. */
-INLINE void into_ball(const Row *row, Answer *answer, double radius, double mass) {
-    double kept = 1;
+/* Makes stored weights sum to one and lie in the ball (radius < 0: there is none), as rounding may have left D outside:
+ * it is convex, and zero at the base weights. */
+INLINE void into_ball(const Row *row, Answer *answer, double radius, double total) {
+    double kept = 1, unfelt = row->single ? FLT_EPSILON / 8 : 4 * DBL_EPSILON;
     if (radius >= 0 && answer->distance > radius * (1 + 2 * DBL_EPSILON)) {
         kept = radius / answer->distance;
         answer->gain *= kept, answer->distance = radius;
@@ -222,8 +227,15 @@ INLINE void into_ball(const Row *row, Answer *answer, double radius, double mass
         if (radius >= 0) kept *= answer->dual / answer->gain;
         answer->gain = answer->dual;
     }
-    if (mass != 1 || kept != 1) reweigh(row, kept / mass, (1 - kept) / row->all);
+    if (fabs(total - 1) > unfelt || 1 - kept > unfelt) reweigh(row, kept / total, (1 - kept) / row->all);
 }
+
+/* How near log D has to be to its own, and with what error x may be found: float32 rows get answers with digits to
+ * spare, as float64 rows do. */
+INLINE double tolerated(const Row *row, double radius) {
+    return (row->single ? 1e-8 : 450 * DBL_EPSILON) + 4 * DBL_EPSILON / fmax(sqrt(radius), 1e-3);
+}
+INLINE double closeness(const Row *row) { return row->single ? 1e-8 : 1e-16; }
 
 /* --- roots -------------------------------------------------------------------------------------------------- */
 
@@ -231,7 +243,9 @@ INLINE void into_ball(const Row *row, Answer *answer, double radius, double mass
 typedef struct {
     double tolerance, longest_down, longest_up, least, largest;
     int iterations, newton_iterations;
-    double close;           /* Newton's step from which no other is needed; 0: the function is wanted at the root */
+    double close;           /* error of x with which a step is the last; 0: the function is wanted at the root */
+    double curvature;       /* second derivative, NaN where unknown */
+    double x, slope;        /* of the last value */
     double low, high;       /* of x */
     double at_low, at_high; /* values there */
     double last, before;    /* sizes of the last two steps */
@@ -245,7 +259,8 @@ INLINE Search open_search(double tolerance, int iterations, int newton_iteration
                           double largest) {
     return (Search){.tolerance = tolerance, .longest_down = down, .longest_up = up, .least = least, .largest = largest,
                     .iterations = iterations, .newton_iterations = newton_iterations, .low = -INFINITY,
-                    .high = INFINITY, .at_low = NAN, .at_high = NAN, .last = INFINITY, .before = INFINITY};
+                    .high = INFINITY, .at_low = NAN, .at_high = NAN, .last = INFINITY, .before = INFINITY,
+                    .curvature = NAN, .slope = NAN};
 }
 
 /* Moves x by what is known at it: the value, positive below the root, and Newton's step. FOUND: x is the root, and

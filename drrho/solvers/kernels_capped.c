@@ -13,14 +13,14 @@ typedef struct {
 
 /* With e the ratio less one and c = min(s, limit): sums of e, of phi = c e - (exp(c) - 1 - c), and below the limit of
  * h = exp(c), h c and h c^2. */
-INLINE void capped_moments(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void capped_moments(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Capped of = *(const Capped *)in;
     reals rate = ALL(of.rate), origin = ALL(of.origin), offset = ALL(of.offset), limit = ALL(of.limit);
     reals zero = ALL(0.0), sum[5] = {zero, zero, zero, zero, zero};
     STRETCHES(from, to) {
         VECTORS {
-            reals s = (depth(based, row, i) - origin) * rate + offset, m = mass(based, row, i);
+            reals s = (depth(kind, row, i) - origin) * rate + offset, m = mass(kind, row, i);
             reals c = smaller(s, limit), ratio, e, beyond;
             exponentials(c, &ratio, &e, &beyond);
             reals h = choose(s < limit, ratio * m, zero), hc = h * c;
@@ -37,7 +37,7 @@ INLINE void capped_moments(int based, const Row *from_row, const void *in, long 
 PASSES(capped_moments)
 
 /* Stores ratios; sums of e, e (d - mean), phi, of phi*(s) - s, and of s - limit where it is positive. */
-INLINE void capped_weights(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void capped_weights(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Capped of = *(const Capped *)in;
     reals rate = ALL(of.rate), origin = ALL(of.origin), offset = ALL(of.offset), limit = ALL(of.limit);
@@ -45,10 +45,10 @@ INLINE void capped_weights(int based, const Row *from_row, const void *in, long 
     reals zero = ALL(0.0), sum[5] = {zero, zero, zero, zero, zero};
     STRETCHES(from, to) {
         VECTORS {
-            reals d = depth(based, row, i), s = (d - origin) * rate + offset, m = mass(based, row, i);
+            reals d = depth(kind, row, i), s = (d - origin) * rate + offset, m = mass(kind, row, i);
             reals c = smaller(s, limit), ratio, e, beyond, over = (s - c) * m;
             exponentials(c, &ratio, &e, &beyond);
-            store(row, i, weighed(based, row, i, ratio * each));
+            store(kind, row, i, weighed(kind, row, i, ratio * each));
             sum[0] += e * m;
             sum[1] += e * (d - mean) * m;
             sum[2] += (c * e - beyond) * m;
@@ -107,12 +107,12 @@ static int collapsed(const Balance *at) {
 }
 
 /* In x = log strength; a penalty (radius < 0) only balances the offset. */
-static int find_multipliers(const Row *row, double radius, double limit, double tolerance, int iterations, double *x,
-                            double *offset, int *saturated) {
+static int find_multipliers(const Row *row, double radius, double limit, double tolerance, int iterations,
+                            double least, double *x, double *offset, int *saturated) {
     const double longest = 4;
-    Search search = open_search(tolerance, iterations, 60, longest, longest, log(1e-290), log(1e290));
+    Search search = open_search(tolerance, iterations, 60, longest, longest, log(least), log(1e290));
     Balance at = {.offset = *offset};
-    search.close = 1e-8, *saturated = 0;
+    search.close = tolerance > 1e-7 ? 1e-6 : closeness(row), *saturated = 0;
     bound_offset(row, exp(-*x), &at);
     at.offset = fmin(fmax(at.offset, at.low), at.high);
     for (int iteration = 0; iteration < iterations; iteration++) {
@@ -146,49 +146,57 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
     return 0;
 }
 
-int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
-    double limit = -log(alpha), all = row->all, x, offset = 0;
-    Tail tail = {0};
-    int status = tail_of(row, alpha, &tail), saturated = 0;
-    if (status != OK) return status;
-    double lower = fmax(all - tail.higher - tail.equal, 0);
-    double largest = (tail.higher * phi(tail.above) + tail.equal * phi(tail.tied) + lower) / all;
-    int hard = row->range == 0 || (price >= 0 ? price == 0 || largest == 0 : radius >= largest);
-    if (!hard && (price >= 0 ? price > 1e280 : radius == 0)) return *answer = at_mean(row), OK;
-    if (!hard) {
-        /* From below, but where the strength is so large that hardly a ratio differs from one. */
-        x = price >= 0 ? log(price) : log(sqrt(row->variance / (2 * radius)));
-        double tolerance = 450 * DBL_EPSILON + (price < 0 ? 4 * DBL_EPSILON / fmax(sqrt(radius), 1e-3) : 0);
-        if (exp(-x) * -row->mean > 1) offset = exp(-x) * row->mean;
-        Row sample;
-        if (take_sample(row, &sample)) {
-            double rough_x = x, rough_offset = offset;
-            if (find_multipliers(&sample, price >= 0 ? -1 : radius, limit, 1e-3, 60, &rough_x, &rough_offset, &saturated))
-                x = rough_x, offset = rough_offset;
-            free((void *)sample.z);
-        }
-        if (!find_multipliers(row, price >= 0 ? -1 : radius, limit, tolerance, 400, &x, &offset, &saturated))
-            return DECLINED;
+/* What balances the ratios, and lies in the ball, at a strength of no less; returns whether there is such a thing. */
+static int balance(const Row *row, double alpha, double radius, double price, double least, double *x, double *offset) {
+    double limit = -log(alpha), tolerance = price < 0 ? tolerated(row, radius) : 450 * DBL_EPSILON;
+    int saturated = 0;
+    *x = price >= 0 ? log(price) : fmax(0.5 * log(row->variance / (2 * radius)), log(least));
+    /* From below, but where the strength is so large that hardly a ratio differs from one. */
+    *offset = exp(-*x) * -row->mean > 1 ? exp(-*x) * row->mean : 0;
+    if (price >= 0) radius = -1;
+    Row sample;
+    if (take_sample(row, &sample)) {
+        double rough_x = *x, rough = *offset;
+        int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, &rough_x, &rough, &saturated);
+        if (found && !saturated) *x = rough_x, *offset = rough;
+        free((void *)sample.z);
     }
-    if (hard || saturated) {
-        status = tail_mean(row, alpha, answer);
-        if (status == OK) answer->distance = largest;
-        return status;
+    return find_multipliers(row, radius, limit, tolerance, 400, least, x, offset, &saturated) && !saturated;
+}
+
+int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
+    const double least = 1e-290, usual = 1e-5; /* strengths */
+    double limit = -log(alpha), all = row->all, x, offset;
+    int hard = row->range == 0 || alpha == 1 || price == 0, found = 0;
+    if (!hard && (price >= 0 ? price > 1e280 : radius == 0)) return *answer = at_mean(row), OK;
+    if (!hard) found = balance(row, alpha, radius, price, usual, &x, &offset);
+    if (!found) { /* the maximum under the cap, or next to it */
+        Tail tail = {0};
+        int status = tail_of(row, alpha, &tail);
+        if (status != OK) return status;
+        double lower = fmax(all - tail.higher - tail.equal, 0);
+        double largest = (tail.higher * phi(tail.above) + tail.equal * phi(tail.tied) + lower) / all;
+        if (hard || (price < 0 && radius >= largest)) {
+            status = tail_mean(row, alpha, answer);
+            if (status == OK) answer->distance = largest;
+            return status;
+        }
+        if (!balance(row, alpha, radius, price, least, &x, &offset)) return DECLINED;
     }
     double strength = price >= 0 ? price : exp(x);
     Capped of = {price >= 0 ? 1 / price : exp(-x), row->mean, offset, limit, row->mean, (1 - alpha) / alpha};
     Sums sums;
     over_row(row, capped_weights_passes, &of, &sums);
-    double surplus = result(sums.of[0]) / all, felt = fabs(surplus) > 4 * DBL_EPSILON ? surplus : 0;
+    double surplus = result(sums.of[0]) / all;
     double gain = result(sums.of[1]) / all / (1 + surplus), over = result(sums.of[4]) / all;
     double distance = result(sums.of[2]) / all, dual = strength * (result(sums.of[3]) / all);
-    if (felt != 0) distance = fmax(distance - surplus * (gain / strength + offset), 0);
+    if (fabs(surplus) > 4 * DBL_EPSILON) distance = fmax(distance - surplus * (gain / strength + offset), 0);
     if (price >= 0)
         gain -= price * distance;
     else
         dual += strength * radius;
     *answer = (Answer){gain, dual, row->mean - strength * offset, strength, distance,
                        -strength * over / (alpha * alpha), .exactly = NAN};
-    into_ball(row, answer, price >= 0 ? -1 : radius, 1 + felt);
+    into_ball(row, answer, price >= 0 ? -1 : radius, 1 + surplus);
     return OK;
 }

@@ -31,7 +31,7 @@ typedef struct {
     double floor, origin;
 } Part;
 
-INLINE void above(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void above(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Part part = *(const Part *)in;
     reals kept[2] = CLEARED, sum[2] = CLEARED, square[2] = CLEARED, dropped[2] = CLEARED;
@@ -39,16 +39,16 @@ INLINE void above(int based, const Row *from_row, const void *in, long from, lon
     STRETCHES(from, to) {
         PAIRS {
             long i = pair + u * LANES;
-            reals d = depth(based, row, i), m = mass(based, row, i);
+            reals d = depth(kind, row, i), m = mass(kind, row, i);
             reals inside = choose(d >= floor, m, ALL(0.0));
             reals y = d - origin, weighted = y * inside;
             kept[u] += inside;
             sum[u] += weighted;
             square[u] += y * weighted;
-            if (based) dropped[u] += m - inside;
+            if (kind & BASED) dropped[u] += m - inside;
         }
         add_pair(&sums->of[0], kept), add_pair(&sums->of[1], sum), add_pair(&sums->of[2], square);
-        if (based) add_pair(&sums->of[3], dropped);
+        if (kind & BASED) add_pair(&sums->of[3], dropped);
     }
 }
 
@@ -76,7 +76,7 @@ typedef struct {
     double mean, each;
 } Tilting;
 
-INLINE void tilt(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void tilt(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held; /* which no store can change */
     const Tilting *tilting = in;
     double strength = tilting->support.strength;
@@ -89,9 +89,9 @@ INLINE void tilt(int based, const Row *from_row, const void *in, long from, long
     STRETCHES(from, to) {
         PAIRS {
             long i = pair + u * LANES;
-            reals d = depth(based, row, i), m = mass(based, row, i);
+            reals d = depth(kind, row, i), m = mass(kind, row, i);
             reals t = larger((d - origin) * near * rest + offset, ALL(-1.0)), weighted = t * m;
-            store(row, i, weighed(based, row, i, (t + 1.0) * each));
+            store(kind, row, i, weighed(kind, row, i, (t + 1.0) * each));
             tilted[u] += weighted;
             gained[u] += weighted * (d - mean);
             squared[u] += weighted * t;
@@ -132,6 +132,6 @@ int chi_square(Row *row, double radius, double price, Answer *answer) {
     else
         dual += strength * radius;
     *answer = (Answer){gain, dual, support.nu, strength, distance, .exactly = NAN};
-    into_ball(row, answer, price >= 0 ? -1 : radius, felt ? 1 + surplus : 1);
+    into_ball(row, answer, price >= 0 ? -1 : radius, 1 + surplus);
     return OK;
 }

@@ -13,7 +13,8 @@ enum { SQUARE, ROOT, INVERSE_SQUARE, INVERSE_ROOT, GENERAL, LOGARITHMIC, FORMS }
 typedef struct {
     double order, power, inverse_order;
     double origin, rate; /* y = (d - origin) rate */
-    int stored, near_one;
+    double each; /* by which ratios are multiplied that are stored; 0: none are */
+    int near_one;
 } Powers;
 
 /* The ratio (1 + y)_+^p, the same less 1, less 1 + p y, over (1 + y), and what is summed for small orders. */
@@ -65,16 +66,16 @@ INLINE Power power_of(int form, int central, const Powers *of, reals y) {
     return at;
 }
 
-INLINE void sum_powers(int form, int central, int based, const Row *from_row, const void *in, long from, long to,
+INLINE void sum_powers(int form, int central, int kind, const Row *from_row, const void *in, long from, long to,
                        Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Powers of = *(const Powers *)in;
     reals rate = ALL(of.rate), origin = ALL(of.origin), zero = ALL(0.0), sum[4] = {zero, zero, zero, zero};
     STRETCHES(from, to) {
         VECTORS {
-            reals y = (depth(based, row, i) - origin) * rate, m = mass(based, row, i);
+            reals y = (depth(kind, row, i) - origin) * rate, m = mass(kind, row, i);
             Power at = power_of(form, central, &of, y);
-            if (of.stored) store(row, i, weighed(based, row, i, at.ratio));
+            if (of.each != 0) store(kind, row, i, weighed(kind, row, i, at.ratio * of.each));
             reals ym = y * m;
             sum[0] += (central ? at.beyond_line : at.ratio) * m;
             sum[1] += (central ? at.beyond_one : at.ratio) * ym;
@@ -86,11 +87,11 @@ INLINE void sum_powers(int form, int central, int based, const Row *from_row, co
 }
 
 #define BOTH_ORIGINS(form)                                                                                     \
-    INLINE void form##_central(int based, const Row *row, const void *in, long from, long to, Sums *sums) {    \
-        sum_powers(form, 1, based, row, in, from, to, sums);                                                   \
+    INLINE void form##_central(int kind, const Row *row, const void *in, long from, long to, Sums *sums) {    \
+        sum_powers(form, 1, kind, row, in, from, to, sums);                                                   \
     }                                                                                                          \
-    INLINE void form##_at_top(int based, const Row *row, const void *in, long from, long to, Sums *sums) {     \
-        sum_powers(form, 0, based, row, in, from, to, sums);                                                   \
+    INLINE void form##_at_top(int kind, const Row *row, const void *in, long from, long to, Sums *sums) {     \
+        sum_powers(form, 0, kind, row, in, from, to, sums);                                                   \
     }                                                                                                          \
     PASSES(form##_central)                                                                                     \
     PASSES(form##_at_top)
@@ -124,16 +125,16 @@ typedef struct {
     double origin, unit;              /* of d, and v there */
     double log_total, gain;           /* of the mean power; mean of (d - origin) under the weights */
     double distance, slope;           /* D, and d log D / d log v */
-    double mean_slope;                /* of (k - 1) log(mean power of v), also over log v */
+    double mean_slope, total_slope;   /* of (k - 1) log(mean power of v), and of log_total, also over log v */
 } Path;
 
-static Path path_at(const Row *row, double k, double v, int stored) {
+static Path path_at(const Row *row, double k, double v, double each) {
     double sign = k < 1 ? 1 : -1, far = 30, all = row->all, about_mean = v - sign * row->mean;
     int central = k < 1 ? v > 1e-3 * about_mean : about_mean > -0.3 * row->mean;
     central = central && log(v / about_mean) / (k - 1) <= far;
     Path path = {.origin = central ? row->mean : 0, .unit = central ? about_mean : v};
     int near_one = fabs(k - 1) < 0.1;
-    Powers of = {k, 1 / (k - 1), fabs(k) < 1e-20 ? 0 : 1 / k, path.origin, -sign / path.unit, stored, near_one};
+    Powers of = {k, 1 / (k - 1), fabs(k) < 1e-20 ? 0 : 1 / k, path.origin, -sign / path.unit, each, near_one};
     Sums sums;
     over_row(row, POWER_PASSES[form_of(k)][central], &of, &sums);
     double first = result(sums.of[0]) / all, third = result(sums.of[2]) / all, quotient = result(sums.of[3]) / all;
@@ -156,20 +157,24 @@ static Path path_at(const Row *row, double k, double v, int stored) {
     }
     path.slope = -v * rate / path.unit * spread / ((k - 1) * (k - 1)) / path.distance;
     path.mean_slope = v * h_mean / path.unit;
+    path.total_slope = (path.mean_slope - v / path.unit) / (k - 1);
     return path;
 }
 
-/* In x = log v, of a ball or, where there is a unit, which is price / |k - 1|, of a penalty. */
+/* In x = log v, of a ball or, where there is a unit, which is price / |k - 1|, of a penalty. Foretells log_total at x. */
 static int find_pole(const Row *row, double k, double radius, double unit, double tolerance, int iterations, double *x,
-                     Search *search) {
+                     double *log_total, double curvature, Search *search) {
     const double longest = 10;
     *search = open_search(tolerance, iterations, 50, longest, longest, log(1e-290), log(1e290));
-    search->from_above = 1, search->close = k > 2 ? 0 : 1e-8; /* above order 2 no slope tells of losses that come in */
+    search->from_above = 1, search->curvature = curvature;
+    search->close = k > 2 ? 0 : tolerance > 1e-7 ? 1e-6 : closeness(row); /* above order 2 no slope tells of losses that come in */
     for (;;) {
-        Path path = path_at(row, k, exp(*x), 0);
+        double at = *x;
+        Path path = path_at(row, k, exp(at), 0);
         double value = unit ? log(unit / path.unit) - (k - 1) * path.log_total : log(path.distance) - log(radius);
         double slope = unit ? -path.mean_slope : path.slope;
         int state = advance(search, x, fmax(value, -INFINITY), -value / slope, 1);
+        *log_total = path.log_total + path.total_slope * (*x - at);
         if (state != AGAIN) return state != LOST;
     }
 }
@@ -185,23 +190,25 @@ static double maximal_radius(const Row *row, double k) {
 }
 
 int powers(Row *row, double k, double radius, double price, Answer *answer) {
-    double largest = row->range == 0 ? 0 : maximal_radius(row, k), x, tolerance = 450 * DBL_EPSILON;
+    double largest = row->range == 0 ? 0 : maximal_radius(row, k), x, foretold, curvature = NAN;
     if (row->range == 0 || (price >= 0 ? price == 0 || largest == 0 : radius >= largest))
         return *answer = at_maximum(row, largest), OK;
     if (price >= 0 ? price > 1e280 : radius == 0) return *answer = at_mean(row), OK;
     double unit = price >= 0 ? price / fabs(k - 1) : 0, away = fabs(k - 1) * sqrt(2 * radius);
-    if (price < 0) tolerance += 4 * DBL_EPSILON / fmax(sqrt(radius), 1e-3);
+    double tolerance = price < 0 ? tolerated(row, radius) : 450 * DBL_EPSILON;
     Row sample;
     Search search;
     x = starting_point(row, k, unit ? unit : sqrt(row->variance) / away);
     if (take_sample(row, &sample)) {
-        find_pole(&sample, k, radius, unit, 1e-3, 41, &x, &search);
+        find_pole(&sample, k, radius, unit, 1e-6, 41, &x, &foretold, NAN, &search);
+        curvature = search.curvature;
         free((void *)sample.z);
     }
-    if (!find_pole(row, k, radius, unit, tolerance, 400, &x, &search)) return DECLINED;
+    if (!find_pole(row, k, radius, unit, tolerance, 400, &x, &foretold, curvature, &search)) return DECLINED;
     if (search.saturated) return *answer = at_maximum(row, largest), OK;
     if (search.missed && k > 2) return DECLINED; /* the ratios jump between two numbers, and are to be mixed */
-    Path path = path_at(row, k, exp(x), 1);
+    if (!(fabs(foretold) < 600)) foretold = 0;
+    Path path = path_at(row, k, exp(x), exp(-foretold) / row->all);
     /* Ratios are powers over exp(log_factor), t^(k - 1) = 1 + (k - 1) s: a penalty's are those of its own unit. */
     double log_factor = unit ? log(path.unit / unit) / (1 - k) : path.log_total;
     double missing = log_factor - path.log_total, shift = expm1((1 - k) * log_factor) / (k - 1);
@@ -218,6 +225,6 @@ int powers(Row *row, double k, double radius, double price, Answer *answer) {
         answer->gain -= price * path.distance;
     else
         answer->dual += strength * radius;
-    into_ball(row, answer, price >= 0 ? -1 : radius, exp(path.log_total) * row->all);
+    into_ball(row, answer, price >= 0 ? -1 : radius, exp(path.log_total - foretold));
     return OK;
 }

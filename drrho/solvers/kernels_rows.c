@@ -97,7 +97,7 @@ static void sum_piece(const void *in, long piece) {
 }
 
 void over_row(const Row *row, Passes passes, const void *in, Sums *sums) {
-    Pass *pass = passes[row->base != NULL];
+    Pass *pass = passes[kind_of(row)];
     memset(sums, 0, sizeof *sums);
     if (row->n <= row->piece) {
         pass(row, in, 0, row->n, sums);
@@ -120,20 +120,20 @@ void over_row(const Row *row, Passes passes, const void *in, Sums *sums) {
 
 /* --- a first look ------------------------------------------------------------------------------------------- */
 
-INLINE void extremes(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void extremes(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const double origin = *(const double *)in;
     reals none = ALL(0.0), start = ALL(origin), most = ALL(INFINITY);
-    reals high[2] = {based ? -most : start, based ? -most : start}, low[2] = {-high[0], -high[0]};
-    if (!based) low[0] = low[1] = start;
+    reals high[2] = {kind & BASED ? -most : start, kind & BASED ? -most : start}, low[2] = {-high[0], -high[0]};
+    if (!(kind & BASED)) low[0] = low[1] = start;
     reals odd[2] = CLEARED, sum[2] = CLEARED, masses[2] = CLEARED, wrong[2] = CLEARED;
     STRETCHES(from, to) {
         PAIRS {
             long i = pair + u * LANES;
-            reals x = load(row, i);
+            reals x = load(kind, row, i);
             odd[u] += x * 0.0; /* NaN for what is not finite */
-            if (based) {
-                reals m = mass(1, row, i);
+            if (kind & BASED) {
+                reals m = mass(kind, row, i);
                 high[u] = larger(choose(m > 0.0, x, -most), high[u]);
                 low[u] = smaller(choose(m > 0.0, x, most), low[u]);
                 sum[u] += (x - start) * m;
@@ -146,7 +146,7 @@ INLINE void extremes(int based, const Row *from_row, const void *in, long from, 
             }
         }
         add_pair(&sums->of[0], sum);
-        if (based) add_pair(&sums->of[1], masses), add_pair(&sums->of[3], wrong);
+        if (kind & BASED) add_pair(&sums->of[1], masses), add_pair(&sums->of[3], wrong);
     }
     add_pair(&sums->of[2], odd);
     high[0] = larger(high[0], high[1]), low[0] = smaller(low[0], low[1]);
@@ -193,12 +193,12 @@ int look(Row *row) {
     return OK;
 }
 
-INLINE void about_center(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void about_center(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     reals sum[2] = CLEARED, square[2] = CLEARED, tied[2] = CLEARED, center = ALL(*(const double *)in);
     STRETCHES(from, to) {
         PAIRS {
-            reals d = depth(based, row, pair + u * LANES), m = mass(based, row, pair + u * LANES);
+            reals d = depth(kind, row, pair + u * LANES), m = mass(kind, row, pair + u * LANES);
             reals y = d - center, ym = y * m;
             sum[u] += ym;
             square[u] += y * ym;
@@ -230,7 +230,7 @@ static int descending(const void *a, const void *b) {
 }
 
 #define SAMPLED_FROM (1 << 17)
-#define SORTED 4096
+#define SORTED 1024
 #define EVERY 32
 
 int take_sample(const Row *row, Row *sample) {
@@ -244,16 +244,11 @@ int take_sample(const Row *row, Row *sample) {
     if (!values) return 0;
     const double *base = (const double *)row->base;
     double high = 0;
-    for (long i = 0; i < row->whole && count <= room; i += LANES) {
-        bits above = load(row, i) > floor;
-        int64_t any = 0;
-        for (int j = 0; j < LANES; j++) any |= above[j];
-        if (!any) continue;
-        for (int j = 0; j < LANES && count <= room; j++) {
-            if (!above[j]) continue;
-            values[count] = loss(row, i + j), masses[count] = base ? base[i + j] : 1;
-            high += masses[count++];
-        }
+    for (long i = 0; i < row->whole && count <= room; i++) {
+        double z = loss(row, i);
+        if (z <= floor) continue;
+        values[count] = z, masses[count] = base ? base[i] : 1;
+        high += masses[count++];
     }
     long top_count = count;
     double low = 0;
@@ -284,12 +279,12 @@ int take_sample(const Row *row, Row *sample) {
 
 /* --- the ends of the parameter range ------------------------------------------------------------------------ */
 
-INLINE void on_ties(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void on_ties(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     reals weight = ALL(*(const double *)in);
     (void)sums;
     for (long i = from; i < to; i += LANES)
-        store(row, i, weighed(based, row, i, choose(depth(based, row, i) == 0.0, weight, ALL(0.0))));
+        store(kind, row, i, weighed(kind, row, i, choose(depth(kind, row, i) == 0.0, weight, ALL(0.0))));
 }
 
 PASSES(on_ties)
@@ -301,11 +296,11 @@ Answer at_maximum(const Row *row, double distance) {
     return (Answer){.gain = -row->mean, .dual = -row->mean, .distance = distance, .highest = 1, .exactly = NAN};
 }
 
-INLINE void on_all(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void on_all(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     reals weight = ALL(*(const double *)in);
     (void)sums;
-    for (long i = from; i < to; i += LANES) store(row, i, weighed(based, row, i, weight));
+    for (long i = from; i < to; i += LANES) store(kind, row, i, weighed(kind, row, i, weight));
 }
 
 PASSES(on_all)
@@ -317,7 +312,7 @@ Answer at_mean(const Row *row) {
     return (Answer){.threshold = row->mean, .strength = INFINITY, .exactly = NAN};
 }
 
-INLINE void times(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void times(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const double *factors = in;
     Row stored = held;
@@ -326,13 +321,13 @@ INLINE void times(int based, const Row *from_row, const void *in, long from, lon
     for (long i = from; i < to; i += LANES) {
         reals weights;
         if (i < row->whole) {
-            weights = load(&stored, i);
+            weights = load(kind, &stored, i);
         } else {
             for (int j = 0; j < LANES; j++) weights[j] = i + j < row->n ? loss(&stored, i + j) : 0;
         }
         weights *= factors[0];
-        if (factors[1] != 0) weights += weighed(based, row, i, ALL(factors[1]));
-        store(row, i, weights);
+        if (factors[1] != 0) weights += weighed(kind, row, i, ALL(factors[1]));
+        store(kind, row, i, weights);
     }
 }
 
@@ -359,15 +354,23 @@ int advance(Search *s, double *x, double value, double step, int ready) {
         *x = s->high;
         return LAST;
     }
-    double newton = *x + step, size = fabs(step);
+    double slope = -value / step, bent = step, error = step * step;
+    if (isfinite(slope) && slope < 0) {
+        double between = (slope - s->slope) / (*x - s->x);
+        if (isfinite(between) && ready) s->curvature = between;
+        s->x = *x, s->slope = slope;
+        double factor = 1 + 0.5 * step * s->curvature / slope; /* Halley's step, if the curvature is known */
+        if (factor > 0.5 && factor < 2) bent = step / factor, error = 0.1 * fabs(bent - step) + fabs(step * step * step);
+    }
+    double newton = *x + bent, size = fabs(bent);
     int inside = newton > s->low && newton < s->high;
-    if (ready && inside && size <= s->close) { /* the error is the square of this step */
+    if (ready && inside && error <= s->close) {
         *x = newton;
         return LAST;
     }
     if (++s->iteration >= s->iterations) return LOST;
     if (!ready) return AGAIN;
-    int trusted = inside && step >= -s->longest_down && step <= s->longest_up && s->iteration <= s->newton_iterations &&
+    int trusted = inside && bent >= -s->longest_down && bent <= s->longest_up && s->iteration <= s->newton_iterations &&
                   (2 * size <= s->before || !bounded);
     double following = newton;
     if (!trusted) { /* every other time the chord, which finds a root close to an end, as next to a plateau */

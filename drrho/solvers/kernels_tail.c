@@ -60,8 +60,8 @@ static double first_to_reach(Entry *entries, long n, double wanted, int strictly
 }
 
 /* Buckets of equal width, from the maximum down. */
-INLINE counts bucket_of(int based, const Row *row, long i, double unit) {
-    return __builtin_convertvector(depth(based, row, i) * unit, counts);
+INLINE counts bucket_of(int kind, const Row *row, long i, double unit) {
+    return __builtin_convertvector(depth(kind, row, i) * unit, counts);
 }
 
 typedef struct {
@@ -77,17 +77,17 @@ INLINE void bounds_of(const Row *row, long piece, long *from, long *to) {
     *from = piece * row->piece, *to = *from + row->piece < row->n ? *from + row->piece : row->n;
 }
 
-INLINE void fill_buckets(int based, const Selection *of, long piece) {
+INLINE void fill_buckets(int kind, const Selection *of, long piece) {
     const Row *row = of->row;
     long from, to;
     bounds_of(row, piece, &from, &to);
     double *held = of->held + piece * BUCKETS;
     int32_t numbers[4][BUCKETS];
-    if (!based) memset(numbers, 0, sizeof numbers);
+    if (!(kind & BASED)) memset(numbers, 0, sizeof numbers);
     for (long i = from; i < to; i += LANES) {
-        counts at = bucket_of(based, row, i, of->unit);
-        if (based) {
-            reals m = mass(1, row, i);
+        counts at = bucket_of(kind, row, i, of->unit);
+        if (kind & BASED) {
+            reals m = mass(kind, row, i);
             for (int j = 0; j < LANES; j++) held[at[j]] += m[j];
         } else if (to - i >= LANES) {
             for (int j = 0; j < LANES; j++) numbers[j & 3][at[j]]++;
@@ -95,26 +95,31 @@ INLINE void fill_buckets(int based, const Selection *of, long piece) {
             for (int j = 0; j < to - i; j++) numbers[j & 3][at[j]]++;
         }
     }
-    for (int j = 0; j < BUCKETS && !based; j++)
+    for (int j = 0; j < BUCKETS && !(kind & BASED); j++)
         held[j] = (double)numbers[0][j] + numbers[1][j] + numbers[2][j] + numbers[3][j];
 }
 
 static void fill(const void *in, long piece) {
     const Selection *of = in;
-    of->row->base ? fill_buckets(1, of, piece) : fill_buckets(0, of, piece);
+    switch (kind_of(of->row)) {
+        case 0: fill_buckets(0, of, piece); break;
+        case BASED: fill_buckets(BASED, of, piece); break;
+        case SINGLE: fill_buckets(SINGLE, of, piece); break;
+        default: fill_buckets(BASED | SINGLE, of, piece);
+    }
 }
 
 /* Keeps what is in the chosen bucket, or everything, if that is negative; without room for it, counts it. */
-INLINE void keep_entries(int based, const Selection *of, long piece) {
+INLINE void keep_entries(int kind, const Selection *of, long piece) {
     const Row *row = of->row;
     long from, to, kept = of->entries && piece ? of->kept[piece - 1] : 0;
     bounds_of(row, piece, &from, &to);
     for (long i = from; i < to; i += LANES) {
-        counts same = bucket_of(based, row, i, of->unit) == of->chosen;
+        counts same = bucket_of(kind, row, i, of->unit) == of->chosen;
         int any = of->chosen < 0;
         for (int j = 0; j < LANES; j++) any |= same[j];
         if (!any) continue;
-        reals z = load(row, i), m = mass(based, row, i);
+        reals z = load(kind, row, i), m = mass(kind, row, i);
         for (int j = 0; j < LANES; j++) {
             if (!(same[j] || of->chosen < 0) || m[j] == 0) continue;
             if (of->entries) of->entries[kept] = (Entry){of->sign * z[j], m[j]};
@@ -126,7 +131,12 @@ INLINE void keep_entries(int based, const Selection *of, long piece) {
 
 static void keep(const void *in, long piece) {
     const Selection *of = in;
-    of->row->base ? keep_entries(1, of, piece) : keep_entries(0, of, piece);
+    switch (kind_of(of->row)) {
+        case 0: keep_entries(0, of, piece); break;
+        case BASED: keep_entries(BASED, of, piece); break;
+        case SINGLE: keep_entries(SINGLE, of, piece); break;
+        default: keep_entries(BASED | SINGLE, of, piece);
+    }
 }
 
 static int select_bucketed(const Row *row, double wanted, int from_below, double *found) {
@@ -160,9 +170,10 @@ int select_loss(const Row *row, double wanted, int from_below, double *found) {
     if (row->n > 1024) return select_bucketed(row, wanted, from_below, found);
     Entry entries[1024];
     double sign = from_below ? -1 : 1;
+    const int kind = kind_of(row);
     long count = 0;
     for (long i = 0; i < row->n; i += LANES) {
-        reals z = load(row, i), m = mass(row->base != NULL, row, i);
+        reals z = load(kind, row, i), m = mass(kind, row, i);
         for (int j = 0; j < LANES; j++)
             if (m[j] != 0) entries[count++] = (Entry){sign * z[j], m[j]};
     }
@@ -170,17 +181,23 @@ int select_loss(const Row *row, double wanted, int from_below, double *found) {
     return OK;
 }
 
-INLINE void around(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+typedef struct {
+    double at;
+    int of_losses;
+} Edge;
+
+INLINE void around(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
-    reals at = ALL(*(const double *)in), none = ALL(0.0);
+    const Edge edge = *(const Edge *)in;
+    reals at = ALL(edge.at), none = ALL(0.0);
     reals higher[2] = CLEARED, lower[2] = CLEARED, equal[2] = CLEARED;
     STRETCHES(from, to) {
         PAIRS {
             long i = pair + u * LANES;
-            reals d = depth(based, row, i), m = mass(based, row, i);
-            higher[u] += choose(d > at, m, none);
-            lower[u] += choose(d < at, m, none);
-            equal[u] += choose(d == at, m, none);
+            reals x = edge.of_losses ? load(kind, row, i) : depth(kind, row, i), m = mass(kind, row, i);
+            higher[u] += choose(x > at, m, none);
+            lower[u] += choose(x < at, m, none);
+            equal[u] += choose(x == at, m, none);
         }
         add_pair(&sums->of[0], higher), add_pair(&sums->of[1], lower), add_pair(&sums->of[2], equal);
     }
@@ -188,9 +205,10 @@ INLINE void around(int based, const Row *from_row, const void *in, long from, lo
 
 PASSES(around)
 
-void masses_around(const Row *row, double depth, double *higher, double *lower, double *equal) {
+/* The mass of what lies above an edge, below it and at it. */
+static void masses_around(const Row *row, Edge edge, double *higher, double *lower, double *equal) {
     Sums sums;
-    over_row(row, around_passes, &depth, &sums);
+    over_row(row, around_passes, &edge, &sums);
     *higher = result(sums.of[0]), *lower = result(sums.of[1]), *equal = result(sums.of[2]);
 }
 
@@ -209,7 +227,7 @@ int tail_of(const Row *row, double alpha, Tail *tail) {
         }
     }
     tail->depth = (tail->loss - row->top) * row->scale;
-    masses_around(row, tail->depth, &tail->higher, &lower, &tail->equal);
+    masses_around(row, (Edge){tail->loss, 1}, &tail->higher, &lower, &tail->equal);
     /* The same number twice; near alpha = 1 the second form would cancel. */
     double left_over = alpha > 0.5 ? lower - (1 - alpha) * (all - tail->equal)
                                    : alpha * all - tail->higher - tail->equal * alpha;
@@ -223,17 +241,19 @@ typedef struct {
     double mean, each;
 } Tailed;
 
-INLINE void tail_weights(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void tail_weights(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Tailed of = *(const Tailed *)in;
-    reals at = ALL(of.tail.depth), high = ALL(of.tail.above), level = ALL(of.tail.tied), none = ALL(-1.0);
+    reals at = ALL(of.tail.loss), top = ALL(row->top), low = ALL(row->low), high = ALL(of.tail.above), level = ALL(of.tail.tied), none = ALL(-1.0);
     reals each = ALL(of.each), zero = ALL(0.0), tilted = zero, gained = zero, exceeded = zero;
     STRETCHES(from, to) {
         VECTORS {
-            reals d = depth(based, row, i), m = mass(based, row, i);
-            reals tilt = choose(d > at, high, choose(d == at, level, none));
-            store(row, i, weighed(based, row, i, (tilt + 1.0) * each));
-            reals beyond = (d - at) * m;
+            /* Losses close to the threshold need not differ in depth. */
+            reals z = load(kind, row, i), m = mass(kind, row, i);
+            if (kind & BASED) z = larger(smaller(z, top), low); /* those without base weight */
+            reals tilt = choose(z > at, high, choose(z == at, level, none));
+            store(kind, row, i, weighed(kind, row, i, (tilt + 1.0) * each));
+            reals beyond = (z - at) * row->scale * m;
             tilted += tilt * m;
             gained += tilt * beyond;
             exceeded += larger(beyond, zero);
@@ -265,16 +285,16 @@ typedef struct {
     double depth, tied, at_top, mean, each;
 } Moved;
 
-INLINE void move(int based, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void move(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Moved of = *(const Moved *)in;
     reals at = ALL(of.depth), level = ALL(of.tied), received = ALL(of.at_top), none = ALL(-1.0), zero = ALL(0.0);
     reals mean = ALL(of.mean), each = ALL(of.each), tilted = zero, gained = zero, moved = zero, missed = zero;
     STRETCHES(from, to) {
         VECTORS {
-            reals d = depth(based, row, i), m = mass(based, row, i);
+            reals d = depth(kind, row, i), m = mass(kind, row, i);
             reals tilt = choose(d < at, none, choose(d == at, level, choose(d == 0.0, received, zero)));
-            store(row, i, weighed(based, row, i, (tilt + 1.0) * each));
+            store(kind, row, i, weighed(kind, row, i, (tilt + 1.0) * each));
             reals weighted = tilt * m;
             tilted += weighted;
             gained += weighted * (d - mean);
@@ -299,7 +319,7 @@ int total_variation(Row *row, double radius, double price, Answer *answer) {
         if (status != OK) return status;
         of.depth = (loss - row->top) * row->scale;
     }
-    masses_around(row, of.depth, &higher, &lower, &equal);
+    masses_around(row, (Edge){of.depth, 0}, &higher, &lower, &equal);
     /* Counted from below: a small radius has digits that 1 - radius does not keep. */
     if (price < 0) of.tied = fmin(fmax((lower - radius * all) / equal, -1), 0);
     of.at_top = (lower - of.tied * equal) / (row->share * all);
@@ -313,6 +333,6 @@ int total_variation(Row *row, double radius, double price, Answer *answer) {
     else
         dual += strength * radius;
     *answer = (Answer){gain, dual, -fmin(strength, row->range) / 2, strength, distance, .exactly = NAN};
-    into_ball(row, answer, price >= 0 ? -1 : radius, fabs(surplus) > 4 * DBL_EPSILON ? 1 + surplus : 1);
+    into_ball(row, answer, price >= 0 ? -1 : radius, 1 + surplus);
     return OK;
 }

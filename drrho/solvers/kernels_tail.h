@@ -14,8 +14,6 @@ typedef struct {
 
 /* The largest loss with at least a mass at or above it, or, from below, the largest with at most a mass below it. */
 int select_loss(const Row *row, double wanted, int from_below, double *found);
-/* The mass of the losses above a depth, below it and at it. */
-void masses_around(const Row *row, double depth, double *higher, double *lower, double *equal);
 int tail_of(const Row *row, double alpha, Tail *tail);
 
 #endif
