@@ -217,7 +217,7 @@ void reweigh(const Row *row, double factor, double added);
 /* Makes stored weights sum to one and lie in the ball (radius < 0: there is none), as rounding may have left D outside:
  * it is convex, and zero at the base weights. */
 INLINE void into_ball(const Row *row, Answer *answer, double radius, double total) {
-    double kept = 1, unfelt = row->single ? FLT_EPSILON / 8 : 4 * DBL_EPSILON;
+    double kept = 1, unfelt = row->single ? FLT_EPSILON / 4 : 4 * DBL_EPSILON;
     if (radius >= 0 && answer->distance > radius * (1 + 2 * DBL_EPSILON)) {
         kept = radius / answer->distance;
         answer->gain *= kept, answer->distance = radius;
