@@ -209,17 +209,11 @@ int powers(Row *row, double k, double radius, double price, Answer *answer) {
     if (search.missed && k > 2) return DECLINED; /* the ratios jump between two numbers, and are to be mixed */
     if (!(fabs(foretold) < 600)) foretold = 0;
     Path path = path_at(row, k, exp(x), exp(-foretold) / row->all);
-    /* Ratios are powers over exp(log_factor), t^(k - 1) = 1 + (k - 1) s: a penalty's are those of its own unit. */
-    double log_factor = unit ? log(path.unit / unit) / (1 - k) : path.log_total;
-    double missing = log_factor - path.log_total, shift = expm1((1 - k) * log_factor) / (k - 1);
-    if (!unit) unit = exp((k - 1) * path.log_total) * path.unit;
-    double strength = price >= 0 ? price : fabs(k - 1) * unit;
+    /* t^(k - 1) = exp(log_total)^(1 - k) (1 + y) = 1 + (k - 1) s, and mean phi*(s) = (k - 1) D where mean t = 1. */
+    double shift = expm1((1 - k) * path.log_total) / (k - 1);
+    double strength = price >= 0 ? price : fabs(k - 1) * exp((k - 1) * path.log_total) * path.unit;
     double threshold = path.origin - strength * shift, gain = path.gain + (path.origin - row->mean);
-    /* Of phi*: (mean t^k - 1) / k, about the mean of s */
-    double moment = k * (k - 1) * path.distance, conjugate;
-    conjugate = k && fabs(k) >= 1e-20 ? (k - 1) * path.distance + (1 + moment) * expm1(-k * missing) / k
-                                      : (k - 1) * path.distance - missing;
-    double dual = strength * conjugate + (threshold - row->mean);
+    double dual = strength * ((k - 1) * path.distance - shift) + (path.origin - row->mean);
     *answer = (Answer){gain, dual, threshold, strength, path.distance, .exactly = NAN};
     if (price >= 0)
         answer->gain -= price * path.distance;
