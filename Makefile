@@ -70,7 +70,7 @@ chaos: $(READY)
 	$(BIN)/python experiments/benchmarks/chaos.py
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
-$(READY): pyproject.toml tests/constraints.txt hatch_build.py drrho/solvers/kernels.c
+$(READY): pyproject.toml tests/constraints.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[all]"
 	touch $(READY)

@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
 from drrho.optimum import optimum
 from drrho.ranks import Group
 from drrho.reference import excess_losses
+from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, sample_count
-from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite
+from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite, values_are_readable
 
 
 class RobustRisk(NamedTuple):
@@ -240,6 +242,20 @@ def _unmerged(tensor: Tensor, leading: torch.Size) -> Tensor:
     return tensor if len(leading) <= 1 else tensor.reshape(*leading, *tensor.shape[1:])
 
 
+def _is_read_as_it_is(losses: Tensor, radius: Tensor | None, strength: Tensor | None, problem: Problem) -> bool:
+    """Whether kernels solve the losses, which read float32 and compute in float64, and no derivative is wanted.
+
+    Derivatives are computed in the dtype of the losses that are solved.
+    """
+    if losses.dtype == torch.float64 or algorithm_of(problem.divergence).kernel is None:
+        return False
+    alpha = problem.divergence.tail_fraction
+    inputs = (losses, radius, strength, alpha)
+    recorded = torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
+    plain = not recorded and values_are_readable() and forward_ad._current_level < 0
+    return plain and native.takes(losses, problem)
+
+
 def _risk(
     losses: Tensor,
     divergence: Divergence,
@@ -249,13 +265,16 @@ def _risk(
     group: Group,
     dtype: torch.dtype,
 ) -> RobustRisk:
-    """Solve in ``dtype`` and answer in the losses' own, or float32 if that is narrower."""
+    """Solve in ``dtype``, or where that is not needed as they are, and answer in the losses' own, at least float32."""
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
     shape, n = losses.shape[:-1], losses.shape[-1]
+    problem, precise = Problem(divergence, group), dtype
+    if _is_read_as_it_is(losses, radius, strength, problem):
+        dtype, precise = _answer_dtype(losses), torch.float64
 
     def per_row(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else _cast(_merged(parameter, shape), dtype)
+        return None if parameter is None else _cast(_merged(parameter, shape), precise)
 
     alpha = divergence.tail_fraction
     if isinstance(alpha, Tensor):
@@ -271,14 +290,14 @@ def _risk(
         per_row(radius),
         per_row(strength),
         per_row(alpha),
-        base if base is None else base.to(dtype),
+        base if base is None else base.to(precise),
     )
     try:
         if torch.is_autocast_enabled(losses.device.type):
             with torch.autocast(losses.device.type, enabled=False):
-                solution = optimum(*inputs, Problem(divergence, group))
+                solution = optimum(*inputs, problem)
         else:
-            solution = optimum(*inputs, Problem(divergence, group))
+            solution = optimum(*inputs, problem)
     except ValueError:
         refuse_not_finite(losses.detach(), "losses")  # says where
         raise

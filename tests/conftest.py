@@ -16,6 +16,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--portable"):
-        native.library = None
+        native.library, native.missing = None, ""
     elif native.library is None:
-        raise pytest.UsageError("the CPU kernels were not built: install a C compiler and run make clean, then make")
+        raise pytest.UsageError(f"no CPU kernels, {native.missing}: install a C compiler, run make clean, then make")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from drrho.divergences import KL, ChiSquare, CressieRead, CVaR, Divergence, TotalVariation
+from drrho.divergences import KL, CappedKL, ChiSquare, CressieRead, CVaR, Divergence, TotalVariation
 from drrho.solvers.chi_square import chi_square_ball, chi_square_penalty
 from drrho.solvers.closed import solve_cvar, solve_kl_penalty
 from drrho.solvers.cressie_read import cressie_read_ball, cressie_read_penalty
@@ -54,14 +54,15 @@ _KL = Algorithm(kl_ball, kl_penalty, kernel=1)
 
 def _of_order(divergence: Divergence) -> Algorithm:
     named: dict[float | None, Algorithm] = {1.0: _KL, 2.0: _CHI_SQUARE}
-    return named.get(divergence.cressie_read_order, Algorithm(cressie_read_ball, cressie_read_penalty))
+    return named.get(divergence.cressie_read_order, Algorithm(cressie_read_ball, cressie_read_penalty, kernel=5))
 
 
 _REGISTERED: dict[type[Divergence], Algorithm | Callable[[Divergence], Algorithm]] = {
     KL: _KL._replace(closed_penalty=solve_kl_penalty),
     ChiSquare: _CHI_SQUARE,
     CVaR: Algorithm(closed_ball=solve_cvar, closed_penalty=solve_cvar, kernel=2),
-    TotalVariation: Algorithm(total_variation_ball, total_variation_penalty),
+    TotalVariation: Algorithm(total_variation_ball, total_variation_penalty, kernel=3),
+    CappedKL: Algorithm(kernel=4),
     CressieRead: _of_order,
 }
 

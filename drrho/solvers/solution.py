@@ -49,10 +49,23 @@ def solve(
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
     algorithm = algorithm_of(problem.divergence)
-    if algorithm.kernel is not None and native.takes(z, base, problem):
-        return native.solve_natively(z, radius, strength, alpha, problem.divergence, algorithm.kernel)
+    if algorithm.kernel is not None and native.takes(z, problem):
+        return native.solve_natively(z, radius, strength, alpha, base, problem, algorithm.kernel, solve_by_operations)
+    return solve_by_operations(z, radius, strength, alpha, base, problem)
+
+
+def solve_by_operations(
+    z: Tensor,
+    radius: Tensor | None,
+    strength: Tensor | None,
+    alpha: Tensor | None,
+    base: Tensor | None,
+    problem: Problem,
+) -> Solution:
+    """Solve the same without the compiled kernels."""
+    algorithm = algorithm_of(problem.divergence)
     if z.ndim == 1:
-        return by_rows(solve, z, radius, strength, alpha, base, problem)
+        return by_rows(solve_by_operations, z, radius, strength, alpha, base, problem)
     if alpha is not None:
         refuse(~((alpha > 0) & (alpha <= 1)), alpha, REFUSED_ALPHA)
     if base is not None:

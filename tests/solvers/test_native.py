@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import problems
@@ -13,22 +14,44 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import HARD, value_tolerance
 
-from drrho import KL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, hybrid_risk, penalized_risk
+from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, hybrid_risk, penalized_risk
 from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 
 pytestmark = pytest.mark.skipif("config.getoption('--portable')", reason="needs the kernels")
 
+ORDERS = (1.5, 0.5, 3.0, -1.0, 0.0, -0.1, 1.2, 1.0001, 0.97)
+DIVERGENCES = {
+    "chi-square": ChiSquare(),
+    "KL": KL(),
+    "total variation": TotalVariation(),
+    "capped KL 0.3": CappedKL(0.3),
+    "capped KL 0.95": CappedKL(0.95),
+} | {f"order {order:g}": CressieRead(order) for order in ORDERS}
+
+
+def ball(divergence):
+    return lambda z, x, base=None: constrained_risk(z, divergence, x, base_weights=base)
+
+
+def penalty(divergence):
+    return lambda z, x, base=None: penalized_risk(z, divergence, x, base_weights=base)
+
+
+def hybrid(divergence):
+    return lambda z, x, base=None: hybrid_risk(z, divergence, x, 0.3, base_weights=base)
+
+
 RISKS = {
-    "chi-square ball": lambda z, x: constrained_risk(z, ChiSquare(), x),
-    "chi-square penalty": lambda z, x: penalized_risk(z, ChiSquare(), x),
-    "chi-square hybrid": lambda z, x: hybrid_risk(z, ChiSquare(), x, 0.3),
-    "KL ball": lambda z, x: constrained_risk(z, KL(), x),
-    "KL penalty": lambda z, x: penalized_risk(z, KL(), x),
-    "KL hybrid": lambda z, x: hybrid_risk(z, KL(), x, 0.3),
-    "CVaR": lambda z, x: constrained_risk(z, CVaR(min(1.0, x + 1e-3))),
-}
+    f"{name} {kind.__name__}": kind(divergence)
+    for name, divergence in DIVERGENCES.items()
+    for kind in (ball, penalty, hybrid)
+} | {"CVaR": lambda z, x, base=None: constrained_risk(z, CVaR(min(1.0, x + 1e-3)), base_weights=base)}
 every_risk = pytest.mark.parametrize("solve", RISKS.values(), ids=RISKS)
+#: One that sums powers, one that sums exponentials, and what is found by selection.
+SOME = {name: RISKS[name] for name in ("chi-square ball", "KL ball", "KL penalty", "CVaR", "total variation ball",
+        "capped KL 0.3 ball", "order 1.5 penalty", "order 0.5 ball", "order 1.2 ball", "order 0 ball")}
+some_risks = pytest.mark.parametrize("solve", SOME.values(), ids=SOME)
 
 
 @contextlib.contextmanager
@@ -41,11 +64,11 @@ def torch_alone():
         native.library = built
 
 
-def agree(solve, losses, parameter, dtype=torch.float64):
+def agree(solve, losses, parameter, dtype=torch.float64, base=None):
     z = torch.tensor(losses, dtype=dtype)
-    fast = solve(z, parameter)
+    fast = solve(z, parameter, base)
     with torch_alone():
-        plain = solve(z, parameter)
+        plain = solve(z, parameter, base)
     eps, scale = torch.finfo(dtype).eps, value_tolerance(losses, dtype)
     spread = float(np.ptp(np.float64(z.numpy())))
     torch.testing.assert_close(fast.value, plain.value, rtol=0, atol=scale)
@@ -58,6 +81,14 @@ def agree(solve, losses, parameter, dtype=torch.float64):
     assert fast.gap.abs() <= scale
 
 
+def some_base(n, seed=0):
+    """Base weights of which some are zero, but not all."""
+    rng = np.random.default_rng(seed)
+    base = rng.exponential(size=n) * (rng.random(n) > 0.25)
+    base[rng.integers(n)] = 1.0
+    return base / base.sum()
+
+
 @pytest.mark.slow
 @every_risk
 @pytest.mark.parametrize("losses", thorough_items(HARD, "normal", "tied maxima", "offset 1e8", "scale 1e-150"))
@@ -66,22 +97,122 @@ def test_same_answer_on_hard_rows(solve, losses, parameter):
     agree(solve, losses, parameter)
 
 
-@pytest.mark.slow
 @every_risk
+def test_same_answer(solve):
+    losses = np.random.default_rng(0).normal(size=75)
+    agree(solve, losses, 0.05)
+    agree(solve, losses, 0.05, base=some_base(75))
+
+
+@pytest.mark.slow
+@some_risks
 @pytest.mark.parametrize("n", [*range(1, 20), 255, 256, 257, 511, 512, 513, 2000])
 def test_same_answer_at_any_length(solve, n):
     losses = np.random.default_rng(n).normal(size=n)
     agree(solve, losses, 0.1)
     agree(solve, losses, 0.1, torch.float32)
+    agree(solve, losses, 0.1, base=some_base(n))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RISKS)
+@every_risk
+@pytest.mark.parametrize("parameter", [1e-3, 0.2])
+def test_same_answer_on_a_long_row(solve, parameter):
+    """Where the iteration starts from a part of the losses, and the row is summed in pieces."""
+    losses = np.random.default_rng(0).exponential(size=150_001)
+    agree(solve, losses, parameter)
+
+
+@pytest.mark.slow
+@some_risks
+def test_base_weights_shared_by_rows_or_one_for_each(solve):
+    z = torch.randn(6, 300, dtype=torch.float64)
+    bases = torch.tensor(np.array([some_base(300, seed) for seed in range(6)]))
+    each, shared = solve(z, 0.1, bases), solve(z, 0.1, bases[2])
+    for row in range(6):
+        for risk, base in ((each, bases[row]), (shared, bases[2])):
+            alone = solve(z[row], 0.1, base)
+            assert torch.equal(alone.weights, risk.weights[row])
+            assert alone.value == risk.value[row]
+
+
+@some_risks
+def test_a_loss_without_base_weight_does_not_count(solve):
+    losses, base = [3.0, 1.0, 0.0, 2.0, 0.5], [0.4, 0.0, 0.3, 0.1, 0.2]
+    expected = solve(losses, 0.05, base)
+    for outside in (1e300, -1e300, 0.0):
+        risk = solve([3.0, outside, 0.0, 2.0, 0.5], 0.05, base)
+        assert torch.equal(risk.value, expected.value)
+        assert torch.equal(risk.weights, expected.weights)
+        assert risk.weights[1] == 0
+
+
+@some_risks
+def test_uniform_base_weights_are_none(solve):
+    z = torch.randn(40, dtype=torch.float64)
+    weighted, plain = solve(z, 0.1, torch.full((40,), 1 / 40, dtype=torch.float64)), solve(z, 0.1)
+    torch.testing.assert_close(weighted.value, plain.value, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(weighted.weights, plain.weights, rtol=1e-11, atol=1e-15)
+
+
+@some_risks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_have_weights_equal_in_every_bit(solve, dtype):
+    z = torch.randint(0, 7, (1003,)).to(dtype)
+    weights = solve(z, 0.1).weights
+    for loss in range(7):
+        assert len(torch.unique(weights[z == loss])) == 1
+
+
+@pytest.mark.slow
+@some_risks
+def test_one_long_row_does_not_depend_on_threads(solve):
+    z = torch.randn(2**20 + 77, dtype=torch.float64)
+    base = torch.rand(len(z), dtype=torch.float64)
+    threads, answers = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            answers.append((solve(z, 0.1), solve(z, 0.1, base / base.sum())))
+    finally:
+        torch.set_num_threads(threads)
+    for other in answers[1:]:
+        for first, second in zip(answers[0], other, strict=True):
+            for one, two in zip(first, second, strict=True):
+                assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_float32_losses_are_solved_as_in_float64(name):
+    divergence = DIVERGENCES[name]
+    z = (1e3 + torch.randn(700, dtype=torch.float64)).float()
+    narrow, wide = (constrained_risk(losses, divergence, 1e-3) for losses in (z, z.double()))
+    assert narrow.value.dtype == narrow.weights.dtype == torch.float32
+    torch.testing.assert_close(narrow.value, wide.value.float(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(narrow.premium, wide.premium.float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(narrow.weights, wide.weights.float(), rtol=1e-6, atol=1e-12)
+    tracked = constrained_risk(z.clone().requires_grad_(), divergence, 1e-3)
+    torch.testing.assert_close(tracked.weights, narrow.weights, rtol=1e-6, atol=1e-12)
+
+
+def test_weights_of_a_high_order_that_jump_are_solved_otherwise():
+    """Above order 2 no number has the radius where a loss comes in with an infinite slope."""
+    losses = torch.tensor([[0.0, 0.0, 1.0, 1.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    for radius in (0.05, 0.2, 0.4):
+        fast = constrained_risk(losses, CressieRead(20.0), radius)
+        with torch_alone():
+            plain = constrained_risk(losses, CressieRead(20.0), radius)
+        torch.testing.assert_close(fast.value, plain.value, rtol=1e-10, atol=0)
+        torch.testing.assert_close(fast.weights, plain.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME)
 @settings(max_examples=60, deadline=None)
 @given(losses=problems.rows(min_size=2), parameter=problems.radii(-6, 2))
 def test_same_answer_anywhere(name, losses, parameter):
     if "hybrid" in name:  # where the penalty's weights lie on the ball's edge, the multipliers of both are optimal
-        divergence = KL() if "KL" in name else ChiSquare()
+        divergence = DIVERGENCES[name.removesuffix(" hybrid")]
         ratios = penalized_risk(losses, divergence, 0.3).weights * len(losses)
         assume(abs(divergence.phi(ratios).mean() - parameter) > 1e-9 * parameter)
     agree(RISKS[name], losses, parameter)
@@ -104,8 +235,6 @@ def test_orders_one_and_two_are_kl_and_chi_square(order):
     same = {1.0: KL(), 2.0: ChiSquare()}[order]
     assert algorithm_of(CressieRead(order)).kernel == algorithm_of(same).kernel
     assert torch.equal(constrained_risk(z, CressieRead(order), 0.1).weights, constrained_risk(z, same, 0.1).weights)
-    assert algorithm_of(TotalVariation()).kernel is None
-    assert algorithm_of(CressieRead(1.5)).kernel is None
 
 
 def test_a_subclass_is_not_taken_for_its_parent():
@@ -117,7 +246,7 @@ def test_a_subclass_is_not_taken_for_its_parent():
 
 
 @pytest.mark.slow
-@every_risk
+@some_risks
 def test_rows_are_independent_of_threads_layout_and_neighbors(solve):
     z = torch.randn(1030, 1024, dtype=torch.float64)
     whole = solve(z, 0.1)  # large enough for threads
@@ -162,6 +291,39 @@ def test_overflowing_range_is_refused_in_its_row():
     z[1, 0], z[1, 1] = 1.7e308, -1.7e308
     with pytest.raises(ValueError, match="finite range"):
         constrained_risk(z, KL(), 0.1)
+
+
+def test_a_negative_base_weight_is_refused_inside_a_transform():
+    z = torch.randn(3, 4, dtype=torch.float64)
+    base = torch.tensor([0.5, -0.5, 0.5, 0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="base_weights must be >= 0"):
+        torch.func.vmap(lambda row: constrained_risk(row, KL(), 0.1, base_weights=base).value)(z)
+
+
+def test_missing_kernels_are_said_once(tmp_path, monkeypatch):
+    library, missing = native._load(tmp_path)
+    assert library is None
+    monkeypatch.setattr(native, "library", library)
+    monkeypatch.setattr(native, "missing", missing)
+    with pytest.warns(RuntimeWarning, match="Install a C compiler"):
+        risk = constrained_risk([0.0, 1.0, 2.0], KL(), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = constrained_risk([0.0, 1.0, 2.0], KL(), 0.1)
+    assert risk.value == again.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source, why", [("int drrho_version(void) { return 1; }", "version 1"), ("int other;", "does not load")]
+)
+def test_kernels_of_other_sources_are_not_called(tmp_path, source, why):
+    (tmp_path / "kernels.c").write_text(source)
+    command = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "_kernels_default.so"), str(tmp_path / "kernels.c")]
+    subprocess.run(command, check=True)
+    library, missing = native._load(tmp_path)
+    assert library is None
+    assert why in missing
 
 
 @pytest.mark.slow

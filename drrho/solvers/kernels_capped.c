@@ -1,0 +1,202 @@
+/* KL with capped ratios: balls and penalties (generic.py solves them from phi* alone).
+ *
+ * Ratios are exp(min(s, limit)), s = (d - mean) / strength + offset, limit = log(1 / alpha).
+ */
+
+#include "kernels_elementary.h"
+#include "kernels_tail.h"
+
+typedef struct {
+    double rate, origin, offset, limit;
+    double mean, cap; /* of the row; ratio at the limit, less one */
+} Capped;
+
+/* With e the ratio less one and c = min(s, limit): sums of e, of phi = c e - (exp(c) - 1 - c), and below the limit of
+ * h = exp(c), h c and h c^2. */
+INLINE void capped_moments(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Capped of = *(const Capped *)in;
+    reals rate = ALL(of.rate), origin = ALL(of.origin), offset = ALL(of.offset), limit = ALL(of.limit);
+    reals zero = ALL(0.0), sum[5] = {zero, zero, zero, zero, zero};
+    STRETCHES(from, to) {
+        VECTORS {
+            reals s = (depth(kind, row, i) - origin) * rate + offset, m = mass(kind, row, i);
+            reals c = smaller(s, limit), ratio, e, beyond;
+            exponentials(c, &ratio, &e, &beyond);
+            reals h = choose(s < limit, ratio * m, zero), hc = h * c;
+            sum[0] += e * m;
+            sum[1] += (c * e - beyond) * m;
+            sum[2] += h;
+            sum[3] += hc;
+            sum[4] += hc * c;
+        }
+        for (int j = 0; j < 5; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+}
+
+PASSES(capped_moments)
+
+/* Stores ratios; sums of e, e (d - mean), phi, of phi*(s) - s, and of s - limit where it is positive. */
+INLINE void capped_weights(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Capped of = *(const Capped *)in;
+    reals rate = ALL(of.rate), origin = ALL(of.origin), offset = ALL(of.offset), limit = ALL(of.limit);
+    reals mean = ALL(of.mean), cap = ALL(of.cap), each = ALL(1 / row->all);
+    reals zero = ALL(0.0), sum[5] = {zero, zero, zero, zero, zero};
+    STRETCHES(from, to) {
+        VECTORS {
+            reals d = depth(kind, row, i), s = (d - origin) * rate + offset, m = mass(kind, row, i);
+            reals c = smaller(s, limit), ratio, e, beyond, over = (s - c) * m;
+            exponentials(c, &ratio, &e, &beyond);
+            store(kind, row, i, weighed(kind, row, i, ratio * each));
+            sum[0] += e * m;
+            sum[1] += e * (d - mean) * m;
+            sum[2] += (c * e - beyond) * m;
+            sum[3] += beyond * m + over * cap;
+            sum[4] += over;
+        }
+        for (int j = 0; j < 5; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+}
+
+PASSES(capped_weights)
+
+/* phi(1 + e), near e = 0 by its series. */
+static double phi(double e) {
+    if (fabs(e) > 0.1) return e <= -1 ? 1 : (1 + e) * log1p(e) - e;
+    double total = 0, power = e * e;
+    for (int j = 2; j < 20; j++, power *= -e) total += power / (j * (j - 1.0));
+    return total;
+}
+
+/* At one strength: the offset that makes the ratios' mean one, by Newton on it as a function of exp(offset), which is
+ * concave: from below it stays below. */
+typedef struct {
+    double offset, low, high; /* bounds of the offset at this strength */
+    double surplus, distance, h, hs, hss, step;
+    int tries;
+} Balance;
+
+static void measure(const Row *row, const Capped *of, Balance *at) {
+    Sums sums;
+    over_row(row, capped_moments_passes, of, &sums);
+    double all = row->all;
+    at->surplus = result(sums.of[0]) / all, at->distance = result(sums.of[1]) / all, at->h = result(sums.of[2]) / all;
+    at->hs = result(sums.of[3]) / all, at->hss = result(sums.of[4]) / all;
+    at->step = log1p(-at->surplus / at->h);
+    if (at->surplus > 0)
+        at->high = fmin(at->high, of->offset);
+    else
+        at->low = fmax(at->low, of->offset);
+}
+
+static void bound_offset(const Row *row, double rate, Balance *at) {
+    /* Some ratio is at least one, and some at most. */
+    at->low = rate * row->mean, at->high = rate * (row->range + row->mean), at->tries = 0;
+    at->low -= 4 * DBL_EPSILON * fabs(at->low), at->high += 4 * DBL_EPSILON * at->high;
+}
+
+/* Whether the offset is so near to where the ratios' mean is one that Newton's step leads there. */
+INLINE int balanced(const Balance *at, double enough) {
+    double least = 8 * DBL_EPSILON * fmax(fabs(at->offset), 1e-2);
+    return at->high - at->low <= least || (isfinite(at->step) && at->h > 0 && fabs(at->step) <= fmax(enough, least));
+}
+
+static int collapsed(const Balance *at) {
+    return at->high - at->low <= 8 * DBL_EPSILON * fmax(fabs(at->offset), 1e-2);
+}
+
+/* In x = log strength; a penalty (radius < 0) only balances the offset. */
+static int find_multipliers(const Row *row, double radius, double limit, double tolerance, int iterations,
+                            double least, double *x, double *offset, int *saturated) {
+    const double longest = 4;
+    Search search = open_search(tolerance, iterations, 60, longest, longest, log(least), log(1e290));
+    Balance at = {.offset = *offset};
+    search.close = tolerance > 1e-7 ? 1e-6 : closeness(row), *saturated = 0;
+    bound_offset(row, exp(-*x), &at);
+    at.offset = fmin(fmax(at.offset, at.low), at.high);
+    for (int iteration = 0; iteration < iterations; iteration++) {
+        double rate = exp(-*x), unit = fmin(1, sqrt(row->variance) * rate), enough = 1e-8 * unit;
+        measure(row, &(Capped){rate, row->mean, at.offset, limit, 0, 0}, &at);
+        double step = isfinite(at.step) && !collapsed(&at) ? at.step : 0;
+        double distance = at.distance + at.hs * step; /* at the offset that the step leads to */
+        double value = log(distance > 0 ? distance : at.distance) - log(radius), mean_s = at.hs / at.h;
+        /* D is off by the square of what the offset is: enough to tell on which side of the radius it is. */
+        if (radius >= 0) enough = fmax(enough, fmin(0.1 * fabs(value), 0.1) * unit);
+        if (balanced(&at, enough)) {
+            *offset = at.offset + step;
+            if (radius < 0) return 1;
+            double newton = value * distance / (at.hss - at.hs * mean_s), before = *x;
+            if (!isfinite(newton)) newton = value > 0 ? longest : -longest;
+            int state = advance(&search, x, value, fmin(fmax(newton, -longest), longest), 1);
+            *saturated = search.saturated;
+            if (state == LOST) return 0;
+            /* d offset / d log strength = E_h[s] - offset */
+            double moved = *x - before, followed = *offset + (mean_s - *offset) * moved;
+            if (moved != 0 && isfinite(followed)) *offset = followed;
+            if (state != AGAIN) return 1;
+            bound_offset(row, exp(-*x), &at);
+            at.offset = fmin(fmax(*offset, at.low), at.high);
+            continue;
+        }
+        double proposal = at.offset + at.step;
+        int trusted = proposal > at.low && proposal < at.high && ++at.tries < 40;
+        at.offset = trusted ? proposal : (at.low + at.high) / 2;
+    }
+    return 0;
+}
+
+/* What balances the ratios, and lies in the ball, at a strength of no less; returns whether there is such a thing. */
+static int balance(const Row *row, double alpha, double radius, double price, double least, double *x, double *offset) {
+    double limit = -log(alpha), tolerance = price < 0 ? tolerated(row, radius) : 450 * DBL_EPSILON;
+    int saturated = 0;
+    *x = price >= 0 ? log(price) : fmax(0.5 * log(row->variance / (2 * radius)), log(least));
+    /* From below, but where the strength is so large that hardly a ratio differs from one. */
+    *offset = exp(-*x) * -row->mean > 1 ? exp(-*x) * row->mean : 0;
+    if (price >= 0) radius = -1;
+    Row sample;
+    if (take_sample(row, &sample)) {
+        double rough_x = *x, rough = *offset;
+        int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, &rough_x, &rough, &saturated);
+        if (found && !saturated) *x = rough_x, *offset = rough;
+        free((void *)sample.z);
+    }
+    return find_multipliers(row, radius, limit, tolerance, 400, least, x, offset, &saturated) && !saturated;
+}
+
+int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
+    const double least = 1e-290, usual = 1e-5; /* strengths */
+    double limit = -log(alpha), all = row->all, x, offset;
+    int hard = row->range == 0 || alpha == 1 || price == 0, found = 0;
+    if (!hard && (price >= 0 ? price > 1e280 : radius == 0)) return *answer = at_mean(row), OK;
+    if (!hard) found = balance(row, alpha, radius, price, usual, &x, &offset);
+    if (!found) { /* the maximum under the cap, or next to it */
+        Tail tail = {0};
+        int status = tail_of(row, alpha, &tail);
+        if (status != OK) return status;
+        double lower = fmax(all - tail.higher - tail.equal, 0);
+        double largest = (tail.higher * phi(tail.above) + tail.equal * phi(tail.tied) + lower) / all;
+        if (hard || (price < 0 && radius >= largest)) {
+            status = tail_mean(row, alpha, answer);
+            if (status == OK) answer->distance = largest;
+            return status;
+        }
+        if (!balance(row, alpha, radius, price, least, &x, &offset)) return DECLINED;
+    }
+    double strength = price >= 0 ? price : exp(x);
+    Capped of = {price >= 0 ? 1 / price : exp(-x), row->mean, offset, limit, row->mean, (1 - alpha) / alpha};
+    Sums sums;
+    over_row(row, capped_weights_passes, &of, &sums);
+    double surplus = result(sums.of[0]) / all;
+    double gain = result(sums.of[1]) / all / (1 + surplus), over = result(sums.of[4]) / all;
+    double distance = result(sums.of[2]) / all, dual = strength * (result(sums.of[3]) / all);
+    if (fabs(surplus) > 4 * DBL_EPSILON) distance = fmax(distance - surplus * (gain / strength + offset), 0);
+    if (price >= 0)
+        gain -= price * distance;
+    else
+        dual += strength * radius;
+    *answer = (Answer){gain, dual, row->mean - strength * offset, strength, distance,
+                       -strength * over / (alpha * alpha), .exactly = NAN};
+    into_ball(row, answer, price >= 0 ? -1 : radius, 1 + surplus);
+    return OK;
+}

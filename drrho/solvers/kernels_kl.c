@@ -1,0 +1,141 @@
+/* KL balls and penalties: weights proportional to exp(b d) (kl.py). */
+
+#include "kernels_elementary.h"
+
+typedef struct {
+    double origin;         /* of d in the exponent */
+    double mass, psi;      /* mean of exp(b (d - origin)), and its logarithm */
+    double gain, variance; /* of d under the weights, gain over the mean */
+    double distance, slope; /* D, and d log D / d log b */
+} Path;
+
+typedef struct {
+    double rate, origin;
+    double each; /* by which exponentials are multiplied that are stored; 0: none are */
+} Exponents;
+
+/* With e = exp(b y) - 1 all sums are of positive terms, that of e - b y too. */
+INLINE void about_mean(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Exponents of = *(const Exponents *)in;
+    reals rate = ALL(of.rate), origin = ALL(of.origin), zero = ALL(0.0), sum[3] = {zero, zero, zero};
+    STRETCHES(from, to) {
+        VECTORS {
+            reals y = depth(kind, row, i) - origin, m = mass(kind, row, i), power, e, beyond;
+            exponentials(y * rate, &power, &e, &beyond);
+            if (of.each != 0) store(kind, row, i, weighed(kind, row, i, power * of.each));
+            reals ye = y * (e * m);
+            sum[0] += beyond * m;
+            sum[1] += ye;
+            sum[2] += ye * y;
+        }
+        for (int j = 0; j < 3; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+}
+
+PASSES(about_mean)
+
+INLINE void about_top(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Exponents of = *(const Exponents *)in;
+    reals rate = ALL(of.rate), zero = ALL(0.0), sum[3] = {zero, zero, zero};
+    STRETCHES(from, to) {
+        VECTORS {
+            reals d = depth(kind, row, i), power, r, excess;
+            exponential(d * rate, &power, &r, &excess);
+            reals e = power + power * (r + excess);
+            if (of.each != 0) store(kind, row, i, weighed(kind, row, i, e * of.each));
+            e *= mass(kind, row, i);
+            reals de = d * e;
+            sum[0] += e;
+            sum[1] += de;
+            sum[2] += de * d;
+        }
+        for (int j = 0; j < 3; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+}
+
+PASSES(about_top)
+
+INLINE int is_near(const Row *row, double b) { return b * -row->mean <= 30; }
+
+/* Sums at b: about the mean while that is near enough to the maximum, else about that. */
+static Path tilt_by(const Row *row, double b, double each) {
+    int near = is_near(row, b);
+    double all = row->all;
+    Path path = {.origin = near ? row->mean : 0};
+    Exponents of = {b, path.origin, each};
+    Sums sums;
+    over_row(row, near ? about_mean_passes : about_top_passes, &of, &sums);
+    double first = result(sums.of[0]), second = result(sums.of[1]), third = result(sums.of[2]);
+    if (near) {
+        path.mass = 1 + first / all;
+        path.psi = log1p(first / all);
+        path.gain = second / all / path.mass;
+        path.variance = (third / all + row->variance) / path.mass - path.gain * path.gain;
+        path.distance = b * path.gain - path.psi;
+    } else {
+        path.mass = first / all;
+        path.psi = log(path.mass);
+        double at = second / first;
+        path.gain = at - row->mean;
+        path.variance = third / first - at * at;
+        path.distance = b * at - path.psi;
+    }
+    path.slope = b * b * path.variance / path.distance;
+    return path;
+}
+
+/* Where `psi` is foretold well enough, the weights are right as they are stored. */
+static Answer weighted(const Row *row, double b, double psi, double radius, double price) {
+    Path path = tilt_by(row, b, exp(-psi) / row->all);
+    double strength = price >= 0 ? price : 1 / b;
+    double premium = strength * path.psi + (path.origin - row->mean); /* of second order, about the mean */
+    /* phi* has mean zero at the threshold, so that nothing else is in the dual value. */
+    Answer answer = {price >= 0 ? premium : path.gain, premium, path.origin + strength * path.psi, strength,
+                     path.distance, .exactly = NAN};
+    if (price < 0) answer.dual += strength * radius;
+    into_ball(row, &answer, price >= 0 ? -1 : radius, path.mass * exp(-psi));
+    return answer;
+}
+
+/* Newton on log D in x = log b, which D increases with; returns whether it converged, and foretells psi at x. */
+static int find_rate(const Row *row, double radius, double tolerance, int iterations, double *x, double *psi,
+                     double *curvature, int *saturated) {
+    const double ceiling = 0.97 * log(DBL_MAX);
+    Search search = open_search(tolerance, iterations, 40, INFINITY, 10, -INFINITY, ceiling);
+    search.low = 0.5 * (log(8.0) + log(radius)) - log(row->range), search.close = tolerance > 1e-7 ? 1e-6 : closeness(row);
+    search.curvature = *curvature;
+    *x = fmin(fmax(search.low, *x), ceiling);
+    for (;;) {
+        double at = *x;
+        Path path = tilt_by(row, exp(at), 0);
+        /* D has plateaus in b, between the gaps of close losses. */
+        double value = fmax(log(radius) - log(path.distance), -INFINITY);
+        int state = advance(&search, x, value, value / path.slope, 1);
+        *saturated = search.saturated;
+        if (state == AGAIN) continue;
+        *curvature = search.curvature;
+        int same = is_near(row, exp(*x)) == is_near(row, exp(at));
+        *psi = same ? path.psi + (path.distance + path.psi) * (*x - at) : 0;
+        return state != LOST;
+    }
+}
+
+int kullback_leibler(Row *row, double radius, double price, Answer *answer) {
+    double largest = -log(row->share);
+    if (row->range == 0 || (price >= 0 ? price == 0 : radius >= largest))
+        return *answer = at_maximum(row, largest), OK;
+    if (price >= 0 ? price > 1 / DBL_MIN : radius == 0) return *answer = at_mean(row), OK;
+    if (price >= 0) return *answer = weighted(row, fmin(1 / price, 1e300), 0, 0, price), OK;
+    int saturated;
+    double psi, curvature = NAN, x = 0.5 * (log(2 * radius) - log(row->variance));
+    Row sample;
+    if (take_sample(row, &sample)) {
+        find_rate(&sample, radius, 1e-6, 13, &x, &psi, &curvature, &saturated);
+        free((void *)sample.z);
+    }
+    if (!find_rate(row, radius, tolerated(row, radius), 400, &x, &psi, &curvature, &saturated)) return NOT_CONVERGED;
+    *answer = saturated ? at_maximum(row, largest) : weighted(row, exp(x), psi, radius, -1);
+    return OK;
+}
