@@ -10,6 +10,7 @@ consists of outputs that are differentiable themselves; this gives derivatives o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
+from drrho.solvers import native
+from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
-from drrho.validation import transforms_active
+from drrho.validation import transforms_active, values_are_readable
 
 _KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
@@ -45,9 +48,17 @@ def optimum(
         _refuse_forward_over_forward()
         return by_rows(TransformableOptimum.apply, *inputs, problem)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _solution(Optimum.apply(*inputs, problem))
+        function = NarrowOptimum if is_read_as_it_is(losses, problem) else Optimum
+        return _solution(function.apply(*inputs, problem))
     radius, strength, alpha = (tensor if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
     return solve(losses.detach(), radius, strength, alpha, base, problem)
+
+
+def is_read_as_it_is(losses: Tensor, problem: Problem) -> bool:
+    """Whether kernels solve these losses, which are narrower than float64, as they are: they compute in float64."""
+    if losses.dtype == torch.float64 or algorithm_of(problem.divergence).kernel is None:
+        return False
+    return values_are_readable() and forward_ad._current_level < 0 and native.takes(losses, problem)
 
 
 def _refuse_forward_over_forward() -> None:
@@ -138,6 +149,54 @@ class Optimum(_Derivatives, torch.autograd.Function):
         fields = solve(*inputs)
         _Derivatives.keep(ctx, inputs, fields)
         return fields
+
+
+class NarrowOptimum(torch.autograd.Function):
+    """`solve` of float32 losses by the kernels, with parameters in float64.
+
+    The value's first derivative in the losses are the weights. All others are those of the same losses in float64,
+    which are solved again for them.
+    """
+
+    @staticmethod
+    def forward(ctx, losses, radius, strength, alpha, base, problem: Problem):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve in plain tensors, as `Optimum`."""
+        fields = solve(losses, radius, strength, alpha, base, problem)
+        ctx.mark_non_differentiable(fields.gap, fields.on_ball)
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.save_for_backward(losses, radius, strength, alpha, base, fields.weights)
+        return fields
+
+    @staticmethod
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Pull gradients back to losses and parameters."""
+        *inputs, weights = ctx.saved_tensors
+        by_value, *others = grads
+        is_recorded = torch.is_grad_enabled()
+        if not is_recorded and not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
+            by_row = by_value if by_value is None or weights.ndim == 1 else by_value[:, None]
+            return by_row if by_row is None else by_row * weights, None, None, None, None, None
+        wanted = [place for place, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
+        with torch.enable_grad():
+            if not is_recorded:
+                inputs = [tensor if tensor is None else tensor.detach() for tensor in inputs]
+                for place in wanted:
+                    inputs[place].requires_grad_()
+            wide = [tensor if tensor is None else tensor.to(torch.float64) for tensor in inputs]
+            fields = _solution(Optimum.apply(*wide, ctx.problem))
+            pulled = [(field, grad.to(field)) for field, grad in zip(fields, grads, strict=True) if grad is not None]
+            found = torch.autograd.grad(
+                [field for field, _ in pulled],
+                [cast(Tensor, wide[place]) for place in wanted],
+                [grad for _, grad in pulled],
+                create_graph=is_recorded,
+                allow_unused=True,
+            )
+        answers: list[Tensor | None] = [None] * 6
+        for place, grad in zip(wanted, found, strict=True):
+            answers[place] = None if grad is None else grad.to(inputs[place])
+        return tuple(answers)
 
 
 class TransformableOptimum(_Derivatives, torch.autograd.Function):

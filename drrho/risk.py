@@ -12,16 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from drrho.divergences import Divergence
-from drrho.optimum import optimum
+from drrho.optimum import is_read_as_it_is, optimum
 from drrho.ranks import Group
 from drrho.reference import excess_losses
-from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, sample_count
-from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite, values_are_readable
+from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite
 
 
 class RobustRisk(NamedTuple):
@@ -242,20 +240,6 @@ def _unmerged(tensor: Tensor, leading: torch.Size) -> Tensor:
     return tensor if len(leading) <= 1 else tensor.reshape(*leading, *tensor.shape[1:])
 
 
-def _is_read_as_it_is(losses: Tensor, radius: Tensor | None, strength: Tensor | None, problem: Problem) -> bool:
-    """Whether kernels solve the losses, which read float32 and compute in float64, and no derivative is wanted.
-
-    Derivatives are computed in the dtype of the losses that are solved.
-    """
-    if losses.dtype == torch.float64 or algorithm_of(problem.divergence).kernel is None:
-        return False
-    alpha = problem.divergence.tail_fraction
-    inputs = (losses, radius, strength, alpha)
-    recorded = torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
-    plain = not recorded and values_are_readable() and forward_ad._current_level < 0
-    return plain and native.takes(losses, problem)
-
-
 def _risk(
     losses: Tensor,
     divergence: Divergence,
@@ -270,7 +254,7 @@ def _risk(
         raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
     shape, n = losses.shape[:-1], losses.shape[-1]
     problem, precise = Problem(divergence, group), dtype
-    if _is_read_as_it_is(losses, radius, strength, problem):
+    if is_read_as_it_is(losses, problem):
         dtype, precise = _answer_dtype(losses), torch.float64
 
     def per_row(parameter: Tensor | None) -> Tensor | None:

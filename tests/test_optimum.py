@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from problems import tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from drrho import KL, ChiSquare, CVaR, constrained_risk, penalized_risk
+from drrho import KL, ChiSquare, CressieRead, CVaR, constrained_risk, hybrid_risk, penalized_risk
 
 BALLS = {"kl": KL(), "chi2": ChiSquare()}
 CHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
@@ -231,3 +231,37 @@ def test_a_model_can_be_trained_on_the_value(divergence):
         optimizer.step()
         history.append(value.item())
     assert history[-1] < 0.05 * history[0]
+
+
+# --- float32 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 40)])
+@pytest.mark.parametrize("kind", ["ball", "penalty", "hybrid"])
+@pytest.mark.parametrize("divergence", [KL(), ChiSquare(), CressieRead(1.5)], ids=["kl", "chi2", "order 1.5"])
+def test_derivatives_in_float32_are_those_of_the_same_losses_in_float64(divergence, kind, shape):
+    narrow = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+
+    def derivatives(dtype):
+        z = narrow.to(dtype).requires_grad_()
+        radius, strength = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.2, 0.7))
+        parameters = {"ball": (radius,), "penalty": (strength,), "hybrid": (radius, strength)}[kind]
+        solve = {"ball": constrained_risk, "penalty": penalized_risk, "hybrid": hybrid_risk}[kind]
+        risk = solve(z, divergence, *parameters)
+        assert risk.value.dtype == risk.weights.dtype == dtype
+        inputs = (z, *parameters)
+        only = torch.autograd.grad(solve(z, divergence, *(p.detach() for p in parameters)).value.sum(), z)
+        first = torch.autograd.grad(risk.value.sum(), inputs, create_graph=True)
+        mixed = torch.autograd.grad(
+            (risk.weights * z.detach().sin()).sum() + risk.threshold.sum(), z, retain_graph=True
+        )
+        direction = narrow.to(dtype).cos()
+        second = torch.autograd.grad((first[0] * direction).sum() + first[1].sum(), inputs, allow_unused=True)
+        return [*only, *first, *mixed, *second]
+
+    for found, expected in zip(derivatives(torch.float32), derivatives(torch.float64), strict=True):
+        if expected is None:
+            assert found is None
+            continue
+        scale = expected.abs().max().item() + 1e-3
+        assert (found.double() - expected.double()).abs().max().item() <= 2e-6 * scale
