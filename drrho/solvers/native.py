@@ -108,7 +108,9 @@ def solve_natively(
         radius = None  # it has no effect
     if divergence.tail_fraction is not None and alpha is None:
         alpha = torch.full((rows,), float(divergence.tail_fraction), dtype=torch.float64)
-    radius, strength, alpha, base = (None if tensor is None else _float64(tensor) for tensor in (radius, strength, alpha, base))
+    radius, strength, alpha, base = (
+        None if tensor is None else _float64(tensor) for tensor in (radius, strength, alpha, base)
+    )
     weights = torch.empty_like(z)
     fields = torch.empty(_FIELDS, rows, dtype=torch.float64)
     threads = 1 if rows * n < _SHARED_FROM else torch.get_num_threads()

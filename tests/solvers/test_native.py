@@ -14,7 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import HARD, value_tolerance
 
-from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, hybrid_risk, penalized_risk
+from drrho import (
+    KL,
+    CappedKL,
+    ChiSquare,
+    CressieRead,
+    CVaR,
+    TotalVariation,
+    constrained_risk,
+    hybrid_risk,
+    penalized_risk,
+)
 from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 
@@ -49,8 +59,21 @@ RISKS = {
 } | {"CVaR": lambda z, x, base=None: constrained_risk(z, CVaR(min(1.0, x + 1e-3)), base_weights=base)}
 every_risk = pytest.mark.parametrize("solve", RISKS.values(), ids=RISKS)
 #: One that sums powers, one that sums exponentials, and what is found by selection.
-SOME = {name: RISKS[name] for name in ("chi-square ball", "KL ball", "KL penalty", "CVaR", "total variation ball",
-        "capped KL 0.3 ball", "order 1.5 penalty", "order 0.5 ball", "order 1.2 ball", "order 0 ball")}
+SOME = {
+    name: RISKS[name]
+    for name in (
+        "chi-square ball",
+        "KL ball",
+        "KL penalty",
+        "CVaR",
+        "total variation ball",
+        "capped KL 0.3 ball",
+        "order 1.5 penalty",
+        "order 0.5 ball",
+        "order 1.2 ball",
+        "order 0 ball",
+    )
+}
 some_risks = pytest.mark.parametrize("solve", SOME.values(), ids=SOME)
 
 
