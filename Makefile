@@ -55,6 +55,7 @@ bench-core: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmarks/core.py
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmarks/linear_models.py
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/benchmarks/kernels.py
 
 bench-contrastive: $(READY)
 	$(BIN)/python experiments/benchmarks/contrastive.py

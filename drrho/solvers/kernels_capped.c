@@ -1,6 +1,7 @@
 /* KL with capped ratios: balls and penalties (generic.py solves them from phi* alone).
  *
- * Ratios are exp(min(s, limit)), s = (d - mean) / strength + offset, limit = log(1 / alpha).
+ * Ratios are exp(min(s, limit)), s = (d - origin) / strength + offset, limit = log(1 / alpha). The origin is the mean,
+ * or, where the strength is small, the loss at which the worst alpha ends: the ratios of that need all digits of s.
  */
 
 #include "kernels_elementary.h"
@@ -90,10 +91,10 @@ static void measure(const Row *row, const Capped *of, Balance *at) {
         at->low = fmax(at->low, of->offset);
 }
 
-static void bound_offset(const Row *row, double rate, Balance *at) {
+static void bound_offset(const Row *row, double origin, double rate, Balance *at) {
     /* Some ratio is at least one, and some at most. */
-    at->low = rate * row->mean, at->high = rate * (row->range + row->mean), at->tries = 0;
-    at->low -= 4 * DBL_EPSILON * fabs(at->low), at->high += 4 * DBL_EPSILON * at->high;
+    at->low = rate * origin, at->high = rate * (row->range + origin), at->tries = 0;
+    at->low -= 1e-12 * (1 + fabs(at->low)), at->high += 1e-12 * (1 + at->high);
 }
 
 /* Whether the offset is so near to where the ratios' mean is one that Newton's step leads there. */
@@ -108,16 +109,16 @@ static int collapsed(const Balance *at) {
 
 /* In x = log strength; a penalty (radius < 0) only balances the offset. */
 static int find_multipliers(const Row *row, double radius, double limit, double tolerance, int iterations,
-                            double least, double *x, double *offset, int *saturated) {
+                            double least, double origin, double *x, double *offset, int *saturated) {
     const double longest = 4;
     Search search = open_search(tolerance, iterations, 60, longest, longest, log(least), log(1e290));
     Balance at = {.offset = *offset};
     search.close = tolerance > 1e-7 ? 1e-6 : closeness(row), *saturated = 0;
-    bound_offset(row, exp(-*x), &at);
+    bound_offset(row, origin, exp(-*x), &at);
     at.offset = fmin(fmax(at.offset, at.low), at.high);
     for (int iteration = 0; iteration < iterations; iteration++) {
         double rate = exp(-*x), unit = fmin(1, sqrt(row->variance) * rate), enough = 1e-8 * unit;
-        measure(row, &(Capped){rate, row->mean, at.offset, limit, 0, 0}, &at);
+        measure(row, &(Capped){rate, origin, at.offset, limit, 0, 0}, &at);
         double step = isfinite(at.step) && !collapsed(&at) ? at.step : 0;
         double distance = at.distance + at.hs * step; /* at the offset that the step leads to */
         double value = log(distance > 0 ? distance : at.distance) - log(radius), mean_s = at.hs / at.h;
@@ -135,7 +136,7 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
             double moved = *x - before, followed = *offset + (mean_s - *offset) * moved;
             if (moved != 0 && isfinite(followed)) *offset = followed;
             if (state != AGAIN) return 1;
-            bound_offset(row, exp(-*x), &at);
+            bound_offset(row, origin, exp(-*x), &at);
             at.offset = fmin(fmax(*offset, at.low), at.high);
             continue;
         }
@@ -147,29 +148,31 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
 }
 
 /* What balances the ratios, and lies in the ball, at a strength of no less; returns whether there is such a thing. */
-static int balance(const Row *row, double alpha, double radius, double price, double least, double *x, double *offset) {
+static int balance(const Row *row, double alpha, double radius, double price, double least, double origin, double *x,
+                   double *offset) {
     double limit = -log(alpha), tolerance = price < 0 ? tolerated(row, radius) : 450 * DBL_EPSILON;
     int saturated = 0;
     *x = price >= 0 ? log(price) : fmax(0.5 * log(row->variance / (2 * radius)), log(least));
-    /* From below, but where the strength is so large that hardly a ratio differs from one. */
-    *offset = exp(-*x) * -row->mean > 1 ? exp(-*x) * row->mean : 0;
+    /* From below, but where the strength is so large that hardly a ratio differs from one, or so small that the
+     * threshold is next to the origin. */
+    *offset = origin == row->mean && exp(-*x) * -origin > 1 ? exp(-*x) * origin : 0;
     if (price >= 0) radius = -1;
     Row sample;
     if (take_sample(row, &sample)) {
         double rough_x = *x, rough = *offset;
-        int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, &rough_x, &rough, &saturated);
+        int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, origin, &rough_x, &rough, &saturated);
         if (found && !saturated) *x = rough_x, *offset = rough;
         free((void *)sample.z);
     }
-    return find_multipliers(row, radius, limit, tolerance, 400, least, x, offset, &saturated) && !saturated;
+    return find_multipliers(row, radius, limit, tolerance, 400, least, origin, x, offset, &saturated) && !saturated;
 }
 
 int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
-    const double least = 1e-290, usual = 1e-5; /* strengths */
-    double limit = -log(alpha), all = row->all, x, offset;
+    const double least = 1e-290, usual = 1e-4; /* strengths */
+    double limit = -log(alpha), all = row->all, origin = row->mean, x, offset;
     int hard = row->range == 0 || alpha == 1 || price == 0, found = 0;
     if (!hard && (price >= 0 ? price > 1e280 : radius == 0)) return *answer = at_mean(row), OK;
-    if (!hard) found = balance(row, alpha, radius, price, usual, &x, &offset);
+    if (!hard && (price < 0 || price >= usual)) found = balance(row, alpha, radius, price, usual, origin, &x, &offset);
     if (!found) { /* the maximum under the cap, or next to it */
         Tail tail = {0};
         int status = tail_of(row, alpha, &tail);
@@ -181,21 +184,22 @@ int capped(Row *row, double alpha, double radius, double price, Answer *answer) 
             if (status == OK) answer->distance = largest;
             return status;
         }
-        if (!balance(row, alpha, radius, price, least, &x, &offset)) return DECLINED;
+        origin = tail.depth;
+        if (!balance(row, alpha, radius, price, least, origin, &x, &offset)) return DECLINED;
     }
     double strength = price >= 0 ? price : exp(x);
-    Capped of = {price >= 0 ? 1 / price : exp(-x), row->mean, offset, limit, row->mean, (1 - alpha) / alpha};
+    Capped of = {price >= 0 ? 1 / price : exp(-x), origin, offset, limit, row->mean, (1 - alpha) / alpha};
     Sums sums;
     over_row(row, capped_weights_passes, &of, &sums);
     double surplus = result(sums.of[0]) / all;
     double gain = result(sums.of[1]) / all / (1 + surplus), over = result(sums.of[4]) / all;
     double distance = result(sums.of[2]) / all, dual = strength * (result(sums.of[3]) / all);
-    if (fabs(surplus) > 4 * DBL_EPSILON) distance = fmax(distance - surplus * (gain / strength + offset), 0);
+    if (fabs(surplus) > 4 * DBL_EPSILON) distance = fmax(distance - surplus * ((row->mean + gain - origin) / strength + offset), 0);
     if (price >= 0)
         gain -= price * distance;
     else
         dual += strength * radius;
-    *answer = (Answer){gain, dual, row->mean - strength * offset, strength, distance,
+    *answer = (Answer){gain, dual, origin - strength * offset, strength, distance,
                        -strength * over / (alpha * alpha), .exactly = NAN};
     into_ball(row, answer, price >= 0 ? -1 : radius, 1 + surplus);
     return OK;

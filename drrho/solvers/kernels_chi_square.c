@@ -122,10 +122,7 @@ int chi_square(Row *row, double radius, double price, Answer *answer) {
     over_row(row, tilt_passes, &tilting, &sums);
     double surplus = result(sums.of[0]) / row->all, half_square = result(sums.of[2]) / row->all / 2;
     double gain = result(sums.of[1]) / row->all / (1 + surplus), strength = support.strength;
-    /* D at weights that sum to one, to first order, where phi' is the ratio less one */
-    int felt = fabs(surplus) > 4 * DBL_EPSILON;
-    double slope = (row->mean + gain - support.origin) / strength + support.offset;
-    double distance = felt ? fmax(half_square - surplus * slope, 0) : half_square;
+    double distance = fmax(half_square - surplus * surplus / 2, 0) / ((1 + surplus) * (1 + surplus)); /* of sum one */
     double dual = strength * (surplus + half_square) + ((support.origin - row->mean) - strength * support.offset);
     if (price >= 0)
         gain -= price * distance;
