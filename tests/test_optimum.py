@@ -243,7 +243,7 @@ def test_derivatives_in_float32_are_those_of_the_same_losses_in_float64(divergen
     narrow = torch.randn(shape, generator=torch.Generator().manual_seed(4))
 
     def derivatives(dtype):
-        z = narrow.to(dtype).requires_grad_()
+        z = narrow.to(dtype, copy=True).requires_grad_()
         radius, strength = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.2, 0.7))
         parameters = {"ball": (radius,), "penalty": (strength,), "hybrid": (radius, strength)}[kind]
         solve = {"ball": constrained_risk, "penalty": penalized_risk, "hybrid": hybrid_risk}[kind]
