@@ -192,14 +192,19 @@ class _LinearModel(BaseEstimator):
         for value, name in ((self.l2, "l2"), (self.tol, "tol"), (self.max_iter, "max_iter")):
             if not 0 <= value < np.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        kept, weights = None, None
+        kept, weights, folds = None, None, []
+        if self.cv is not None:
+            splitter: Any = check_cv(self.cv, labels, classifier=isinstance(self, ClassifierMixin))
+            folds = list(splitter.split(x, labels))
         if sample_weight is not None:
             weights = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
             if not weights.sum() > 0:
                 raise ValueError("sample_weight must have a positive sum, got zeros")
             kept = weights > 0
-            x, y, weights, labels = x[kept], y[kept], weights[kept], labels[kept]
+            x, y, weights = x[kept], y[kept], weights[kept]
             reference = reference if reference is None else reference[kept]
+            place = np.cumsum(kept) - 1  # samples without weight are in no fold
+            folds = [tuple(place[rows[kept[rows]]] for rows in fold) for fold in folds]
 
         def fit_rows(rows: Rows | slice, radius_of: Callable[[float], float]) -> tuple[LinearFit, float]:
             own = None if weights is None else weights[rows]
@@ -229,8 +234,7 @@ class _LinearModel(BaseEstimator):
                 values = loss.values(x[held_out] @ fit.coefficients + fit.intercept, y[held_out])
                 return values if weights is None else values * weights[held_out] / weights.mean()
 
-            splitter: Any = check_cv(self.cv, labels, classifier=isinstance(self, ClassifierMixin))
-            self.rho_choice_ = choice = choose_rho(candidates, losses_of, len(x), folds=list(splitter.split(x, labels)))
+            self.rho_choice_ = choice = choose_rho(candidates, losses_of, len(x), folds=folds)
             radius_of = lambda count: choice.rho / count  # noqa: E731
         fit, self.radius_ = fit_rows(slice(None), radius_of)
         self.risk_, self.duality_gap_, self.n_iter_ = fit.risk, fit.duality_gap, max(fit.iterations, 1)

@@ -182,7 +182,7 @@ class NarrowOptimum(torch.autograd.Function):
             if not is_recorded:
                 inputs = [tensor if tensor is None else tensor.detach() for tensor in inputs]
                 for place in wanted:
-                    inputs[place].requires_grad_()
+                    cast(Tensor, inputs[place]).requires_grad_()
             wide = [tensor if tensor is None else tensor.to(torch.float64) for tensor in inputs]
             fields = _solution(Optimum.apply(*wide, ctx.problem))
             pulled = [(field, grad.to(field)) for field, grad in zip(fields, grads, strict=True) if grad is not None]

@@ -22,7 +22,9 @@ def smoothed(k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("loss", [Squared(), Logistic(), "smoothed hinge"], ids=["squared", "logistic", "smoothed hinge"])
+@pytest.mark.parametrize(
+    "loss", [Squared(), Logistic(), "smoothed hinge"], ids=["squared", "logistic", "smoothed hinge"]
+)
 def test_slopes_are_derivatives_of_the_values(loss, k):
     loss = smoothed(k) if loss == "smoothed hinge" else loss
     f, y, h = RNG.normal(size=(7, k)), targets(loss, 7, k), 1e-5
