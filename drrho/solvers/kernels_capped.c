@@ -123,7 +123,7 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
         double distance = at.distance + at.hs * step; /* at the offset that the step leads to */
         double value = log(distance > 0 ? distance : at.distance) - log(radius), mean_s = at.hs / at.h;
         /* D is off by the square of what the offset is: enough to tell on which side of the radius it is. */
-        if (radius >= 0) enough = fmax(enough, fmin(0.1 * fabs(value), 0.1) * unit);
+        if (radius >= 0) enough = fmax(enough, fmin(fabs(value), 0.1) * unit);
         if (balanced(&at, enough)) {
             *offset = at.offset + step;
             if (radius < 0) return 1;
@@ -153,9 +153,9 @@ static int balance(const Row *row, double alpha, double radius, double price, do
     double limit = -log(alpha), tolerance = price < 0 ? tolerated(row, radius) : 450 * DBL_EPSILON;
     int saturated = 0;
     *x = price >= 0 ? log(price) : fmax(0.5 * log(row->variance / (2 * radius)), log(least));
-    /* From below, but where the strength is so large that hardly a ratio differs from one, or so small that the
-     * threshold is next to the origin. */
-    *offset = origin == row->mean && exp(-*x) * -origin > 1 ? exp(-*x) * origin : 0;
+    /* Without a cap, were the losses normal; or from below; or, where the strength is small, next to the origin. */
+    double rate = exp(-*x);
+    *offset = origin != row->mean ? 0 : rate * -origin > 4 ? rate * origin : -0.5 * row->variance * rate * rate;
     if (price >= 0) radius = -1;
     Row sample;
     if (take_sample(row, &sample)) {

@@ -36,8 +36,8 @@ INLINE void exponentials(reals x, reals *all, reals *beyond_one, reals *beyond_l
     *beyond_line = power * excess + ((power * r + (power - 1.0)) - x);
 }
 
-/* log(1 + y) and log(1 + y) - y, for y > -1. */
-INLINE void logarithms(reals y, reals *all, reals *beyond_line) {
+/* log(1 + y), log(1 + y) - y and 1 / (1 + y), for y > -1, by one division. */
+INLINE void logarithms(reals y, reals *all, reals *beyond_line, reals *reciprocal) {
     const double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
     reals g = y + 1.0;
     /* g = 2^e m, m between the square roots of 1/2 and 2 */
@@ -47,7 +47,8 @@ INLINE void logarithms(reals y, reals *all, reals *beyond_line) {
     reals e = (reals)(biased | 0x4330000000000000ULL) - (0x1p52 + 1023);
     reals dropped = choose(y > 1.0, 1.0 - (g - y), y - (g - 1.0)); /* by the rounding of g */
     reals f = choose(e_bits == 0, y, (m - 1.0) + dropped * (reals)(0x3ff0000000000000LL - e_bits));
-    reals s = f / (f + 2.0), z = s * s, w = z * z;
+    reals both = 1.0 / ((f + 2.0) * g), s = f * (both * g), z = s * s, w = z * z;
+    *reciprocal = both * (f + 2.0);
     reals odd = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
     reals even = z * (6.666666666666735130e-01 +
                       w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));

@@ -32,8 +32,8 @@ INLINE Power power_of(int form, int central, const Powers *of, reals y) {
         at.beyond_one = choose(outside, ALL(-1.0), y * (y + 2.0));
         at.beyond_line = choose(outside, -1.0 - 2.0 * y, y * y);
     } else if (form == ROOT) {
-        reals g = larger(y + 1.0, zero), s = root(g), share = 1.0 / (1.0 + s), curve = y * share;
-        at.ratio = s, at.reciprocal = choose(g > 0.0, 1.0 / s, zero);
+        reals s = root(larger(y + 1.0, zero)), both = 1.0 / (s * (1.0 + s)), curve = y * (both * s);
+        at.ratio = s, at.reciprocal = choose(outside, zero, both * (1.0 + s));
         at.beyond_one = choose(outside, ALL(-1.0), curve);
         at.beyond_line = choose(outside, -1.0 - 0.5 * y, -0.5 * curve * curve);
     } else if (form == INVERSE_SQUARE) {
@@ -47,12 +47,12 @@ INLINE Power power_of(int form, int central, const Powers *of, reals y) {
         at.beyond_one = -y * both;
         at.beyond_line = 0.5 * y * y * (s + 2.0) * both * share;
     } else {
-        reals u, bent, beyond_line;
+        reals u, bent, beyond_line, reciprocal;
         reals held = of->power > 0 ? choose(outside, zero, y) : y;
-        logarithms(held, &u, &bent);
+        logarithms(held, &u, &bent, &reciprocal);
         exponentials(u * of->power, &at.ratio, &at.beyond_one, &beyond_line);
         at.beyond_line = beyond_line + bent * of->power;
-        at.reciprocal = at.ratio / (held + 1.0);
+        at.reciprocal = at.ratio * reciprocal;
         if (form == LOGARITHMIC) {
             reals all, beyond, curved;
             exponentials(u * (of->power * of->order), &all, &beyond, &curved);

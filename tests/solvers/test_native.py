@@ -30,7 +30,7 @@ from drrho.solvers.algorithms import algorithm_of
 
 pytestmark = pytest.mark.skipif("config.getoption('--portable')", reason="needs the kernels")
 
-ORDERS = (1.5, 0.5, 3.0, -1.0, 0.0, -0.1, 1.2, 1.0001, 0.97)
+ORDERS = (1.5, 0.5, 3.0, -1.0, 0.0, 1.2, 1.0001)
 DIVERGENCES = {
     "chi-square": ChiSquare(),
     "KL": KL(),
@@ -56,6 +56,7 @@ RISKS = {
     f"{name} {kind.__name__}": kind(divergence)
     for name, divergence in DIVERGENCES.items()
     for kind in (ball, penalty, hybrid)
+    if kind is not hybrid or name in ("chi-square", "KL", "total variation", "order 1.5")
 } | {"CVaR": lambda z, x, base=None: constrained_risk(z, CVaR(min(1.0, x + 1e-3)), base_weights=base)}
 every_risk = pytest.mark.parametrize("solve", RISKS.values(), ids=RISKS)
 #: One that sums powers, one that sums exponentials, and what is found by selection.
