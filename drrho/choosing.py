@@ -138,6 +138,7 @@ def choose_rho(
     *,
     folds: Folds = 5,
     seed: int = 0,
+    sample_weight: ArrayLike | None = None,
 ) -> RhoChoice:
     """Choose rho by cross-validation: the smallest candidate within a standard error of the least held-out loss.
 
@@ -159,6 +160,8 @@ def choose_rho(
         How many folds `folds_of` makes, or the folds, such as those of a splitter of scikit-learn.
     seed : int
         As for `folds_of`.
+    sample_weight : tensor, array or sequence ``[n]``, optional
+        How often each sample counts, >= 0, with a sum above 1; by default once.
 
     Raises
     ------
@@ -183,16 +186,21 @@ def choose_rho(
         return lambda train, test: losses_of(rho, train, test)
 
     held_out = np.stack([cross_fitted(trained_with(rho), n, folds=folds, seed=seed) for rho in rhos])
-    means = held_out.mean(1)
+    counts = np.ones(n) if sample_weight is None else as_row(sample_weight, "sample_weight")[0].numpy()
+    total = float(counts.sum())
+    if counts.shape != (n,) or not (counts >= 0).all() or not total > 1:
+        raise ValueError(f"sample_weight must hold {n} numbers >= 0 with a sum above 1, got a sum of {total}")
+    means = held_out @ counts / total
     best = int(means.argmin())
     apart = held_out - held_out[best]
-    errors = apart.std(1, ddof=1) / math.sqrt(n)
+    behind = apart @ counts / total
+    errors = np.sqrt(np.square(apart - behind[:, None]) @ counts / (total - 1) / total)
     return RhoChoice(
-        rho=rhos[int(np.argmax(apart.mean(1) <= errors))],
+        rho=rhos[int(np.argmax(behind <= errors))],
         best=rhos[best],
         candidates=tuple(rhos),
         means=tuple(means.tolist()),
-        differences=tuple(apart.mean(1).tolist()),
+        differences=tuple(behind.tolist()),
         errors=tuple(errors.tolist()),
         n=n,
     )

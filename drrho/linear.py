@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ class _LinearModel(BaseEstimator):
         for value, name in ((self.l2, "l2"), (self.tol, "tol"), (self.max_iter, "max_iter")):
             if not 0 <= value < np.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        kept, weights, folds = None, None, []
+        kept, weights, folds = None, None, cast(list[tuple[Rows, Rows]], [])
         if self.cv is not None:
             splitter: Any = check_cv(self.cv, labels, classifier=isinstance(self, ClassifierMixin))
             folds = list(splitter.split(x, labels))
@@ -204,7 +204,7 @@ class _LinearModel(BaseEstimator):
             x, y, weights = x[kept], y[kept], weights[kept]
             reference = reference if reference is None else reference[kept]
             place = np.cumsum(kept) - 1  # samples without weight are in no fold
-            folds = [tuple(place[rows[kept[rows]]] for rows in fold) for fold in folds]
+            folds = [(place[train[kept[train]]], place[test[kept[test]]]) for train, test in folds]
 
         def fit_rows(rows: Rows | slice, radius_of: Callable[[float], float]) -> tuple[LinearFit, float]:
             own = None if weights is None else weights[rows]
@@ -231,10 +231,9 @@ class _LinearModel(BaseEstimator):
 
             def losses_of(rho: float, train: Rows, held_out: Rows) -> Array:
                 fit, _ = fit_rows(train, lambda count: rho / count)
-                values = loss.values(x[held_out] @ fit.coefficients + fit.intercept, y[held_out])
-                return values if weights is None else values * weights[held_out] / weights.mean()
+                return loss.values(x[held_out] @ fit.coefficients + fit.intercept, y[held_out])
 
-            self.rho_choice_ = choice = choose_rho(candidates, losses_of, len(x), folds=folds)
+            self.rho_choice_ = choice = choose_rho(candidates, losses_of, len(x), folds=folds, sample_weight=weights)
             radius_of = lambda count: choice.rho / count  # noqa: E731
         fit, self.radius_ = fit_rows(slice(None), radius_of)
         self.risk_, self.duality_gap_, self.n_iter_ = fit.risk, fit.duality_gap, max(fit.iterations, 1)

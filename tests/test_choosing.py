@@ -172,3 +172,20 @@ def test_without_an_interval_all_of_the_reference_is_kept_where_it_helps():
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_weights_count_as_repetitions():
+    rng = np.random.default_rng(3)
+    held = rng.exponential(size=(3, 20)) + np.array([0.1, 0.0, 0.05])[:, None]
+    counts = rng.integers(1, 4, size=20)
+    own = {0.0: held[0], 1.0: held[1], 2.0: held[2]}
+    splits = folds_of(20, 4)
+    weighted = choose_rho(list(own), lambda rho, train, test: own[rho][test], 20, folds=splits, sample_weight=counts)
+    copies = np.repeat(np.arange(20), counts)
+    folds = [(np.flatnonzero(np.isin(copies, train)), np.flatnonzero(np.isin(copies, test))) for train, test in splits]
+    repeated = choose_rho(list(own), lambda rho, train, test: own[rho][copies[test]], len(copies), folds=folds)
+    assert weighted.rho == repeated.rho
+    for field in ("means", "differences", "errors"):
+        assert getattr(weighted, field) == pytest.approx(getattr(repeated, field), rel=1e-12)
+    with pytest.raises(ValueError, match="sample_weight must hold 20 numbers"):
+        choose_rho(list(own), lambda rho, train, test: own[rho][test], 20, sample_weight=-counts)
