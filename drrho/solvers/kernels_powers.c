@@ -161,17 +161,22 @@ static Path path_at(const Row *row, double k, double v, double each) {
     return path;
 }
 
+/* What is zero at the solution of a ball or, where there is a unit, of a penalty. */
+static double residual(const Path *path, double k, double radius, double unit) {
+    return unit ? log(unit / path->unit) - (k - 1) * path->log_total : log(path->distance) - log(radius);
+}
+
 /* In x = log v, of a ball or, where there is a unit, which is price / |k - 1|, of a penalty. Foretells log_total at x. */
 static int find_pole(const Row *row, double k, double radius, double unit, double tolerance, int iterations, double *x,
-                     double *log_total, double curvature, Search *search) {
+                     double *log_total, double curvature, int to_the_end, Search *search) {
     const double longest = 10;
     *search = open_search(tolerance, iterations, 50, longest, longest, log(1e-290), log(1e290));
     search->from_above = 1, search->curvature = curvature;
-    search->close = k > 2 ? 0 : tolerance > 1e-7 ? 1e-6 : closeness(row); /* above order 2 no slope tells of losses that come in */
+    search->close = to_the_end ? 0 : tolerance > 1e-7 ? 1e-6 : closeness(row);
     for (;;) {
         double at = *x;
         Path path = path_at(row, k, exp(at), 0);
-        double value = unit ? log(unit / path.unit) - (k - 1) * path.log_total : log(path.distance) - log(radius);
+        double value = residual(&path, k, radius, unit);
         double slope = unit ? -path.mean_slope : path.slope;
         int state = advance(search, x, fmax(value, -INFINITY), -value / slope, 1);
         *log_total = path.log_total + path.total_slope * (*x - at);
@@ -200,15 +205,21 @@ int powers(Row *row, double k, double radius, double price, Answer *answer) {
     Search search;
     x = starting_point(row, k, unit ? unit : sqrt(row->variance) / away);
     if (take_sample(row, &sample)) {
-        find_pole(&sample, k, radius, unit, 1e-6, 41, &x, &foretold, NAN, &search);
+        find_pole(&sample, k, radius, unit, 1e-6, 41, &x, &foretold, NAN, k > 2, &search);
         curvature = search.curvature;
         free((void *)sample.z);
     }
-    if (!find_pole(row, k, radius, unit, tolerance, 400, &x, &foretold, curvature, &search)) return DECLINED;
-    if (search.saturated) return *answer = at_maximum(row, largest), OK;
-    if (search.missed && k > 2) return DECLINED; /* the ratios jump between two numbers, and are to be mixed */
-    if (!(fabs(foretold) < 600)) foretold = 0;
-    Path path = path_at(row, k, exp(x), exp(-foretold) / row->all);
+    Path path;
+    for (int to_the_end = k > 2;; to_the_end = 1) { /* above order 2 no slope tells of losses that come in */
+        if (!find_pole(row, k, radius, unit, tolerance, 400, &x, &foretold, curvature, to_the_end, &search))
+            return DECLINED;
+        if (search.saturated) return *answer = at_maximum(row, largest), OK;
+        if (search.missed && k > 2) return DECLINED; /* the ratios jump between two numbers, and are to be mixed */
+        if (!(fabs(foretold) < 600)) foretold = 0;
+        path = path_at(row, k, exp(x), exp(-foretold) / row->all);
+        /* A slope that has cancelled, as next to a far outlier, may have misled the last step. */
+        if (to_the_end || search.missed || fabs(residual(&path, k, radius, unit)) <= 8 * tolerance) break;
+    }
     /* t^(k - 1) = exp(log_total)^(1 - k) (1 + y) = 1 + (k - 1) s, and mean phi*(s) = (k - 1) D where mean t = 1. */
     double shift = expm1((1 - k) * path.log_total) / (k - 1);
     double strength = price >= 0 ? price : fabs(k - 1) * exp((k - 1) * path.log_total) * path.unit;
