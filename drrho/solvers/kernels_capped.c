@@ -132,8 +132,8 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
             int state = advance(&search, x, value, fmin(fmax(newton, -longest), longest), 1);
             *saturated = search.saturated;
             if (state == LOST) return 0;
-            /* d offset / d log strength = E_h[s] - offset */
-            double moved = *x - before, followed = *offset + (mean_s - *offset) * moved;
+            /* So that E_h[s] stays: d offset / d log strength = E_h[s] - offset. */
+            double moved = *x - before, followed = *offset - (mean_s - *offset) * expm1(-moved);
             if (moved != 0 && isfinite(followed)) *offset = followed;
             if (state != AGAIN) return 1;
             bound_offset(row, origin, exp(-*x), &at);
@@ -170,7 +170,7 @@ static int balance(const Row *row, double alpha, double radius, double price, do
 int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
     const double least = 1e-290, usual = 1e-4; /* strengths */
     double limit = -log(alpha), all = row->all, origin = row->mean, x, offset;
-    int hard = row->range == 0 || alpha == 1 || price == 0, found = 0;
+    int hard = row->range == 0 || alpha == 1 || (price >= 0 && price < least), found = 0;
     if (!hard && (price >= 0 ? price > 1e280 : radius == 0)) return *answer = at_mean(row), OK;
     if (!hard && (price < 0 || price >= usual)) found = balance(row, alpha, radius, price, usual, origin, &x, &offset);
     if (!found) { /* the maximum under the cap, or next to it */
