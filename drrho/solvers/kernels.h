@@ -219,7 +219,9 @@ void reweigh(const Row *row, double factor, double added);
 INLINE void into_ball(const Row *row, Answer *answer, double radius, double total) {
     double kept = 1, unfelt = row->single ? FLT_EPSILON / 4 : 4 * DBL_EPSILON;
     if (radius >= 0 && answer->distance > radius * (1 + 2 * DBL_EPSILON)) {
-        kept = radius / answer->distance;
+        /* Its slope towards them, mean (t - 1) phi'(t), is gain / strength, which no more than a little of them needs. */
+        double excess = answer->distance - radius, slope = answer->gain / answer->strength;
+        kept = 1 - fmin(excess / answer->distance, excess < 1e-9 * radius ? 1.001 * excess / slope : 1);
         answer->gain *= kept, answer->distance = radius;
     }
     /* By weak duality, what exceeds the bound does so by the rounding of D at the weights. */
@@ -243,7 +245,7 @@ INLINE double closeness(const Row *row) { return row->single ? 1e-8 : 1e-16; }
 typedef struct {
     double tolerance, longest_down, longest_up, least, largest;
     int iterations, newton_iterations;
-    double close;           /* error of x with which a step is the last; 0: the function is wanted at the root */
+    double close;           /* error of x after which a step is the last; 0: the function is wanted at the root */
     double curvature;       /* second derivative, NaN where unknown */
     double x, slope;        /* of the last value */
     double low, high;       /* of x */

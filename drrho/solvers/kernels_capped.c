@@ -109,11 +109,11 @@ static int collapsed(const Balance *at) {
 
 /* In x = log strength; a penalty (radius < 0) only balances the offset. */
 static int find_multipliers(const Row *row, double radius, double limit, double tolerance, int iterations,
-                            double least, double origin, double *x, double *offset, int *saturated) {
+                            double least, double origin, int to_the_end, double *x, double *offset, int *saturated) {
     const double longest = 4;
     Search search = open_search(tolerance, iterations, 60, longest, longest, log(least), log(1e290));
     Balance at = {.offset = *offset};
-    search.close = tolerance > 1e-7 ? 1e-6 : closeness(row), *saturated = 0;
+    search.close = to_the_end ? 0 : tolerance > 1e-7 ? 1e-6 : closeness(row), *saturated = 0;
     bound_offset(row, origin, exp(-*x), &at);
     at.offset = fmin(fmax(at.offset, at.low), at.high);
     for (int iteration = 0; iteration < iterations; iteration++) {
@@ -132,8 +132,8 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
             int state = advance(&search, x, value, fmin(fmax(newton, -longest), longest), 1);
             *saturated = search.saturated;
             if (state == LOST) return 0;
-            /* d offset / d log strength = E_h[s] - offset */
-            double moved = *x - before, followed = *offset + (mean_s - *offset) * moved;
+            /* So that E_h[s] stays: d offset / d log strength = E_h[s] - offset. */
+            double moved = *x - before, followed = *offset - (mean_s - *offset) * expm1(-moved);
             if (moved != 0 && isfinite(followed)) *offset = followed;
             if (state != AGAIN) return 1;
             bound_offset(row, origin, exp(-*x), &at);
@@ -148,8 +148,8 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
 }
 
 /* What balances the ratios, and lies in the ball, at a strength of no less; returns whether there is such a thing. */
-static int balance(const Row *row, double alpha, double radius, double price, double least, double origin, double *x,
-                   double *offset) {
+static int balance(const Row *row, double alpha, double radius, double price, double least, double origin,
+                   int to_the_end, double *x, double *offset) {
     double limit = -log(alpha), tolerance = price < 0 ? tolerated(row, radius) : 450 * DBL_EPSILON;
     int saturated = 0;
     *x = price >= 0 ? log(price) : fmax(0.5 * log(row->variance / (2 * radius)), log(least));
@@ -160,19 +160,20 @@ static int balance(const Row *row, double alpha, double radius, double price, do
     Row sample;
     if (take_sample(row, &sample)) {
         double rough_x = *x, rough = *offset;
-        int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, origin, &rough_x, &rough, &saturated);
+        int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, origin, 0, &rough_x, &rough, &saturated);
         if (found && !saturated) *x = rough_x, *offset = rough;
         free((void *)sample.z);
     }
-    return find_multipliers(row, radius, limit, tolerance, 400, least, origin, x, offset, &saturated) && !saturated;
+    return find_multipliers(row, radius, limit, tolerance, 400, least, origin, to_the_end, x, offset, &saturated) &&
+           !saturated;
 }
 
-int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
+static int capped_to(Row *row, double alpha, double radius, double price, int to_the_end, Answer *answer) {
     const double least = 1e-290, usual = 1e-4; /* strengths */
     double limit = -log(alpha), all = row->all, origin = row->mean, x, offset;
-    int hard = row->range == 0 || alpha == 1 || price == 0, found = 0;
+    int hard = row->range == 0 || alpha == 1 || (price >= 0 && price < least), found = 0;
     if (!hard && (price >= 0 ? price > 1e280 : radius == 0)) return *answer = at_mean(row), OK;
-    if (!hard && (price < 0 || price >= usual)) found = balance(row, alpha, radius, price, usual, origin, &x, &offset);
+    if (!hard && (price < 0 || price >= usual)) found = balance(row, alpha, radius, price, usual, origin, to_the_end, &x, &offset);
     if (!found) { /* the maximum under the cap, or next to it */
         Tail tail = {0};
         int status = tail_of(row, alpha, &tail);
@@ -185,7 +186,7 @@ int capped(Row *row, double alpha, double radius, double price, Answer *answer) 
             return status;
         }
         origin = tail.depth;
-        if (!balance(row, alpha, radius, price, least, origin, &x, &offset)) return DECLINED;
+        if (!balance(row, alpha, radius, price, least, origin, to_the_end, &x, &offset)) return DECLINED;
     }
     double strength = price >= 0 ? price : exp(x);
     Capped of = {price >= 0 ? 1 / price : exp(-x), origin, offset, limit, row->mean, (1 - alpha) / alpha};
@@ -195,6 +196,8 @@ int capped(Row *row, double alpha, double radius, double price, Answer *answer) 
     double gain = result(sums.of[1]) / all / (1 + surplus), over = result(sums.of[4]) / all;
     double distance = result(sums.of[2]) / all, dual = strength * (result(sums.of[3]) / all);
     if (fabs(surplus) > 4 * DBL_EPSILON) distance = fmax(distance - surplus * ((row->mean + gain - origin) / strength + offset), 0);
+    if (price < 0 && !to_the_end && !(fabs(log(distance) - log(radius)) <= 8 * tolerated(row, radius)))
+        return capped_to(row, alpha, radius, price, 1, answer); /* its last step was misled */
     if (price >= 0)
         gain -= price * distance;
     else
@@ -203,4 +206,8 @@ int capped(Row *row, double alpha, double radius, double price, Answer *answer) 
                        -strength * over / (alpha * alpha), .exactly = NAN};
     into_ball(row, answer, price >= 0 ? -1 : radius, 1 + surplus);
     return OK;
+}
+
+int capped(Row *row, double alpha, double radius, double price, Answer *answer) {
+    return capped_to(row, alpha, radius, price, 0, answer);
 }

@@ -348,24 +348,27 @@ int advance(Search *s, double *x, double value, double step, int ready) {
     s->saturated = ready && (*x <= s->least || *x >= s->largest);
     int reached = fabs(value) <= s->tolerance, bounded = isfinite(s->low) && isfinite(s->high);
     int collapsed = s->high - s->low <= 4 * DBL_EPSILON * fmax(fabs(*x), 1);
-    if ((ready && (reached || collapsed)) || s->saturated) {
-        s->missed = !reached && bounded && !s->saturated;
-        if (!s->missed || !below || !s->from_above) return FOUND;
-        *x = s->high;
-        return LAST;
-    }
-    double slope = -value / step, bent = step, error = step * step;
+    double slope = -value / step, bent = step, size = fabs(step), error = size * size;
     if (isfinite(slope) && slope < 0) {
         double between = (slope - s->slope) / (*x - s->x);
         if (isfinite(between) && ready) s->curvature = between;
         s->x = *x, s->slope = slope;
         double factor = 1 + 0.5 * step * s->curvature / slope; /* Halley's step, if the curvature is known */
-        if (factor > 0.5 && factor < 2) bent = step / factor, error = 0.1 * fabs(bent - step) + fabs(step * step * step);
+        if (factor > 0.5 && factor < 2) {
+            bent = step / factor;
+            error = 0.1 * fabs(bent - step) + fmax(1e-3, size) * size * size;
+        }
     }
-    double newton = *x + bent, size = fabs(bent);
+    double newton = *x + bent;
     int inside = newton > s->low && newton < s->high;
-    if (ready && inside && error <= s->close) {
+    if (ready && inside && !s->saturated && (error <= s->close || (reached && s->close > 0))) {
         *x = newton;
+        return LAST;
+    }
+    if ((ready && (reached || collapsed)) || s->saturated) {
+        s->missed = !reached && bounded && !s->saturated;
+        if (!s->missed || !below || !s->from_above) return FOUND;
+        *x = s->high;
         return LAST;
     }
     if (++s->iteration >= s->iterations) return LOST;
