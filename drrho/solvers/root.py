@@ -4,14 +4,14 @@ A divergence gives a function of ``x`` ``[rows]`` that says how far each row is 
 method would go; here it is decided whether that is believed. The functions may have plateaus, where a flat slope
 must not throw x out of reach, and rounding near the root can let Newton creep, while halving a bracket cannot.
 
-The iteration ends. While a side of the bracket is open, a step that is not trusted goes a fixed length to that side, so
-that the other bound, or an end of what x may be, is met after finitely many. Once both bounds are known, let w be their
-distance and e the distance at which they count as one. Every second step that is not trusted halves the bracket, which
-can happen ``log2(w / e)`` times. Between two of these, a trusted step is at most half as long as the one before the last
-(the rule of Dekker and Brent), so that after ``2 log2(w / e)`` of them in a row a step is shorter than e: it meets the
-root to rounding, or leaves the bracket and is not trusted. So there are at most about ``4 log2(w / e)^2`` passes; where
-Newton's method converges, it is followed, and the error squares. A limit on the passes, far below that bound, is set by
-the caller; what is found within it is judged by its certificate (``certificate.py``), not by the limit.
+The iteration ends. While a side of the bracket is open, a step that is not trusted goes a fixed length to that side,
+so that the other bound, or an end of what x may be, is met after finitely many. Once both bounds are known, let w be
+their distance and e the distance at which they count as one. Every second step that is not trusted halves the bracket,
+which can happen ``log2(w / e)`` times. Between two of these, a trusted step is at most half as long as the one before
+the last (the rule of Dekker and Brent), so that after ``2 log2(w / e)`` of them in a row a step is shorter than e: it
+meets the root to rounding, or leaves the bracket and is not trusted. So there are at most about ``4 log2(w / e)^2``
+passes; where Newton's method converges, it is followed, and the error squares. A limit on the passes, far below that
+bound, is set by the caller; what is found within it is judged by its certificate (``certificate.py``).
 """
 
 from __future__ import annotations
