@@ -20,7 +20,7 @@ def training(loss, seed=0, split="train"):
         loss=loss,
         optimization=Optimization(epochs=4, batch_size=32, warmup=2),
         seed=seed,
-        keeping=CheckpointPolicy(checkpoint_minutes=0.005),
+        keeping=CheckpointPolicy(checkpoint_minutes=0.0005),
         validations=2,
     )
 
