@@ -38,10 +38,11 @@ from experiments.clip.glyphs.dataset import GlyphPair, write_dataset
 from experiments.clip.glyphs.drawing import glyph_splits
 from experiments.clip.io import files
 from experiments.clip.run import main as run
-from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint, step_folders, step_number
 
 RESULTS = Path(__file__).parent / "results" / "chaos.md"
 PAIRS, SHARD = 300, 60
+PART = "part-0-of-1.safetensors"
 STAGES = ("data", "catalog", "features", "train")
 TRAIN = ("--method", "drrho", "--temperature", "0.1", "--temperature-scheme", "individual", "--rho", "0.1")
 TRAIN = (*TRAIN, "--epochs", "4", "--batch-size", "48", "--warmup", "5", "--ema", "0.9", "--validations", "2")
@@ -401,20 +402,29 @@ class Trials:
         (status,) = begun.finish()
         return self.compared(begun.folder, "went on" if status == 0 else f"NOT CLEAR: {begun.said()}", 1, True)
 
-    def damaged_checkpoint(self) -> Verdict:
-        """The last checkpoint is cut off, as by a file system that loses data; it is refused until it is deleted."""
+    def damaged_checkpoint(self, damage: Callable[[Path, Path], object]) -> Verdict:
+        """The last checkpoint of two is not as it was written; the run resumes from the one before, and says so."""
         begun = self.in_training()
+        folder = begun.folder / "out" / "checkpoints"
+        begun.wait_for(lambda: len(step_folders(folder)) > 1)
         begun.signal(signal.SIGKILL)
         begun.finish()
-        last = latest_checkpoint(begun.folder / "out" / "checkpoints")
-        assert last is not None
-        path = last / "part-0-of-1.safetensors"
-        os.truncate(path, self.random.randrange(path.stat().st_size))
-        again = Run(begun.folder, self.splits)
-        (status,) = again.finish()
-        is_clear = status == 2 and any("is damaged" in line for line in again.said())
-        shutil.rmtree(last)
-        return self.verdict(begun.folder, "status 2, one line" if is_clear else f"NOT CLEAR: {again.said()}")
+        before, last = sorted(step_folders(folder), key=step_number)[-2:]
+        damage(before / PART, last / PART)
+        (status,) = Run(begun.folder, self.splits).finish()
+        is_clear = status == 0 and (folder / f"damaged-{last.name}").is_dir()
+        return self.compared(begun.folder, "set aside, went on" if is_clear else f"NOT CLEAR: {status}", 1, True)
+
+    def cut(self, before: Path, last: Path) -> None:
+        """Cut a file, as a file system that loses data does."""
+        os.truncate(last, self.random.randrange(last.stat().st_size))
+
+    def flipped(self, before: Path, last: Path) -> None:
+        """Change one bit of a file."""
+        with last.open("r+b") as file:
+            place = self.random.randrange(last.stat().st_size)
+            (byte,) = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << self.random.randrange(8)]), place)
 
     def lost_rank(self, number: int) -> Verdict:
         """One of two ranks is killed, or stopped so that it hangs."""
@@ -507,7 +517,9 @@ def main(arguments: Sequence[str]) -> int:
             "reads that fail for good": lambda: trials.failing_reads(10**9),
             "writes that fail for a while": lambda: trials.failing_writes(4),
             "writes that fail for good": lambda: trials.failing_writes(10**9),
-            "last checkpoint damaged": trials.damaged_checkpoint,
+            "last checkpoint cut off": lambda: trials.damaged_checkpoint(trials.cut),
+            "a bit of the last checkpoint changed": lambda: trials.damaged_checkpoint(trials.flipped),
+            "last checkpoint of two steps": lambda: trials.damaged_checkpoint(shutil.copy),
             "SIGTERM": lambda: trials.signalled(signal.SIGTERM, os.EX_TEMPFAIL),
             "SIGUSR1": lambda: trials.signalled(signal.SIGUSR1, os.EX_TEMPFAIL),
             "SIGINT": lambda: trials.signalled(signal.SIGINT, 130),

@@ -22,7 +22,14 @@ from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed, ensure_writable, write_json
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.export import export_checkpoint, export_model
-from experiments.clip.training.checkpoint import MODEL, Checkpoint, latest_checkpoint, step_folder
+from experiments.clip.training.checkpoint import (
+    MODEL,
+    Checkpoint,
+    check_sound,
+    latest_checkpoint,
+    set_aside_damaged,
+    step_folder,
+)
 from experiments.clip.training.logs import Logs, Record
 from experiments.clip.training.towers import full_tensor
 from experiments.clip.training.trainer import Trainer, best_record
@@ -88,6 +95,8 @@ def train_model(
     )
     identity = _identity(options, models, data.identity, chosen)
     checkpoints = options.out / "checkpoints"
+    for path, moved_to, fault in set_aside_damaged(checkpoints, ranks):
+        console.print(f"training   {path} is damaged ({fault}): it is now {moved_to.name}")
     if (found := latest_checkpoint(checkpoints)) is not None:
         console.print(f"training   resuming from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
@@ -154,5 +163,7 @@ def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) 
             export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
     if (best := best_record(trained.history, options.keeping.best)) is not None:
-        checkpoint = Checkpoint(step_folder(options.out / "checkpoints", int(best["step"])))
+        path = step_folder(options.out / "checkpoints", int(best["step"]))
+        check_sound(path)
+        checkpoint = Checkpoint(path)
         export_model(clip, options.out / "model-best", dtype, checkpoint.full_tensors(MODEL))

@@ -2,8 +2,9 @@
 
 ``step-00000120/`` holds ``part-K-of-N.safetensors``: what rank K has of the model, optimizer and averages (its shards
 where they are sharded, every N-th tensor where all ranks have them) and its own rows of running state. A step's folder
-is written under another name and renamed when every rank is done, so that a folder of this name is complete. A run on
-any number of ranks can resume from it: each rank reads the rows that it keeps.
+is written under another name and renamed when every rank is done, so that a folder of this name is complete. Its
+``manifest.json`` has the checksums of the parts: what a disk has changed since, or parts of two steps, are damage, and
+the run resumes from the checkpoint before. A run on any number of ranks can resume: each rank reads the rows it keeps.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.files import retry_with_backoff
+from experiments.clip.io.checksums import fault_of
+from experiments.clip.io.files import retry_with_backoff, writing
 
 #: What a checkpoint holds and under which names; another number where that changes.
-FORMAT = "1"
+FORMAT = "2"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.safetensors")
@@ -57,6 +61,68 @@ def step_number(path: Path) -> int:
 def step_folder(folder: Path, step: int) -> Path:
     """Return where the checkpoint after ``step`` steps is kept."""
     return folder / f"step-{step:08d}"
+
+
+class Damaged(UserError):
+    """A checkpoint's files are not as they were written."""
+
+
+class SetAside(NamedTuple):
+    """A damaged checkpoint: where it was, where it is now, and what is wrong with it."""
+
+    path: Path
+    moved_to: Path
+    fault: str
+
+
+def set_aside_damaged(folder: Path, ranks: Ranks) -> list[SetAside]:
+    """Rename the last checkpoints that are damaged, so that a run resumes from the last sound one (collective).
+
+    Every rank reads its part of the files.
+
+    Raises
+    ------
+    UserError
+        If none is sound of those that there are, or if one cannot be read.
+    """
+    found: list[SetAside] = []
+    while (path := latest_checkpoint(folder)) is not None:
+        fault = ranks.run_on_all_or_fail(lambda path=path: _fault(path, ranks))
+        if not ranks.max_over_ranks(int(bool(fault))):
+            return found
+        moved_to = folder / f"damaged-{path.name}"
+        found.append(SetAside(path, moved_to, fault or "another rank found it"))
+        ranks.run_on_all_or_fail(lambda path=path, to=moved_to: _rename(path, to) if ranks.leads else None)
+        ranks.wait()
+    if found:
+        last = found[-1]
+        raise UserError(
+            f"checkpoint {last.path} is damaged ({last.fault}), and there is none before it: start anew in another "
+            f"--out; what is left of it is in {last.moved_to}"
+        )
+    return found
+
+
+def check_sound(path: Path) -> None:
+    """Raise `Damaged` if the checkpoint's files are not as they were written."""
+    if fault := _fault(path, Ranks()):
+        raise Damaged(f"checkpoint {path} is damaged ({fault}): delete it, or copy it again")
+
+
+def _fault(path: Path, ranks: Ranks) -> str:
+    """Return what is wrong with this rank's part of a checkpoint, empty if nothing is."""
+    try:
+        checkpoint = Checkpoint(path)
+        return checkpoint.guarded(lambda: fault_of(path, checkpoint.parts, ranks.rank, ranks.count))
+    except Damaged as error:
+        return str(error.__cause__)
+
+
+def _rename(path: Path, to: Path) -> None:
+    with writing(to):
+        if to.exists():
+            shutil.rmtree(to)
+        os.rename(path, to)
 
 
 def chunk_of(value: Tensor) -> tuple[Tensor, list[int]]:
@@ -131,9 +197,11 @@ class Checkpoint:
         self._counts: list[dict[str, int]] = []
         self.progress: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
-        self._guarded(self._open)
+        self.guarded(self._open)
 
-    def _guarded(self, action: Callable[[], Any]) -> Any:
+    def guarded(self, action: Callable[[], Any]) -> Any:
+        """Return what an action that reads the checkpoint returns; its errors become those of the checkpoint."""
+
         def attempt() -> Any:
             with system_errors():
                 return action()
@@ -141,9 +209,7 @@ class Checkpoint:
         try:
             return retry_with_backoff(attempt)
         except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"checkpoint {self._path} is damaged ({error}): delete it to resume from the one before"
-            ) from error
+            raise Damaged(f"checkpoint {self._path} is damaged ({error}): resume from the one before") from error
         except OSError as error:
             raise UserError(
                 f"cannot read checkpoint {self._path} ({error.strerror}): check the storage, then resume"
@@ -162,6 +228,8 @@ class Checkpoint:
             chunks = json.loads(metadata["chunks"])
             self._counts.append(json.loads(metadata["counts"]))
             self.progress, self.settings = json.loads(metadata["progress"]), json.loads(metadata["settings"])
+            if self.progress["step"] != step_number(self._path):
+                raise ValueError(f"{part.name} is of step {self.progress['step']}")
             own: list[str] = []
             for key in file.keys():
                 if key.startswith(OWN):
@@ -177,7 +245,15 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         """Return the files of all ranks, in order; a missing one is an error."""
         found = [match for path in self._path.iterdir() if (match := _PART.fullmatch(path.name))]
-        return part_paths(self._path, int(found[0][2]) if found else 1)
+        counts = sorted({int(match[2]) for match in found}) or [1]
+        if len(counts) > 1:
+            raise ValueError(f"it has parts of {counts[0]} and of {counts[1]} ranks")
+        return part_paths(self._path, counts[0])
+
+    @property
+    def parts(self) -> list[str]:
+        """Return the names of the files of all ranks, in order."""
+        return [path.name for path in self._files()]
 
     def has(self, prefix: str) -> bool:
         """Whether there is a tensor whose name begins with ``prefix``."""
@@ -186,7 +262,7 @@ class Checkpoint:
     @property
     def own(self) -> list[dict[str, Tensor]]:
         """Return every rank's own tensors, in order; rows that are not read stay on the disk."""
-        return self._guarded(
+        return self.guarded(
             lambda: [{key.removeprefix(OWN): file.get_tensor(key) for key in keys} for file, keys in self._own]
         )
 
@@ -198,7 +274,7 @@ class Checkpoint:
     def full_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with ``prefix``, from all ranks' parts, by the rest of their names."""
         names = [name for name in self._pieces if name.startswith(prefix)]
-        found = {name.removeprefix(prefix): self._guarded(lambda name=name: self._empty(name)) for name in names}
+        found = {name.removeprefix(prefix): self.guarded(lambda name=name: self._empty(name)) for name in names}
         self.fill({f"{prefix}{key}": value for key, value in found.items()})
         return found
 
@@ -215,7 +291,7 @@ class Checkpoint:
             If the checkpoint lacks one, or a part of one.
         """
         for name, value in tensors.items():
-            self._guarded(lambda name=name, value=value: self._fill(name, value))
+            self.guarded(lambda name=name, value=value: self._fill(name, value))
 
     @torch.no_grad()
     def _fill(self, name: str, value: Tensor) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.files import retry_with_backoff, share_permissions, sync, writing
+from experiments.clip.io.checksums import checksum, write_manifest
+from experiments.clip.io.files import retry_with_backoff, share_permissions, sync, write_atomically, writing
 from experiments.clip.training.checkpoint import (
     FORMAT,
     OWN,
@@ -143,7 +145,10 @@ class CheckpointWriter:
             with system_errors():
                 save_file(tensors, path, metadata)
             share_permissions(path)  # safetensors writes files that only their owner may read
-            sync(path)
+            with ThreadPoolExecutor(1) as other:  # the checksum is computed while the disk is busy
+                computed = other.submit(checksum, path)
+                sync(path)
+                write_atomically(_checksum_path(path), computed.result().encode())
             sync(path.parent)
 
         try:
@@ -189,6 +194,10 @@ class CheckpointWriter:
 
         try:
             with writing(final):
+                sums = {part.name: _checksum_path(part) for part in (own, *others)}
+                write_manifest(partial, {name: path.read_text() for name, path in sums.items()})
+                for path in sums.values():
+                    path.unlink()
                 retry_with_backoff(publish)
         except UserError:
             _recover(self._folder)
@@ -199,6 +208,11 @@ class CheckpointWriter:
         for path in steps[: -self._keep]:
             if step_number(path) not in spared:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum_path(part: Path) -> Path:
+    """Return where a rank leaves the checksum of its part for the one that publishes the checkpoint."""
+    return part.with_suffix(".sha256")
 
 
 def _copy(value: Tensor) -> Tensor:

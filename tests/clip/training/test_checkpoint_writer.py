@@ -52,7 +52,7 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(pairs, tmp_path):
     run(pairs, contrastive(len(pairs)), tmp_path / "c")  # nothing is left to do; its last step is written again
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-00000006", "step-00000010"]
     files = {path.name for path in latest_checkpoint(tmp_path / "c").iterdir()}
-    assert files == {"part-0-of-1.safetensors"}
+    assert files == {"part-0-of-1.safetensors", "manifest.json"}
 
 
 @pytest.mark.slow
