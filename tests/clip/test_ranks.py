@@ -188,7 +188,7 @@ def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_
 
 @pytest.mark.parametrize("number, lost", [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
 def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, lost, alone, glyph_cache, tmp_path):
-    options = (*OPTIONS, "--cache", glyph_cache, "--out", tmp_path, "--epochs", "5000", "--exchange-minutes", "0.1")
+    options = (*OPTIONS, "--cache", glyph_cache, "--out", tmp_path, "--epochs", "5000", "--exchange-minutes", "0.2")
     processes = launch(3, "train", *options)
     deadline = time.monotonic() + 300
     while not (tmp_path / "log.jsonl").is_file():
