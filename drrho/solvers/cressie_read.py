@@ -135,7 +135,7 @@ def _solve(
         if unit is None:
             unit = np.exp((k - 1) * path.log_total) * path.unit
         strength = abs(k - 1) * unit
-    threshold = path.origin - strength * offset
+        threshold = path.origin - strength * offset
     return Found(_tilt(k, path), Dual(threshold, strength, path.distance, saturated, (path.origin, offset)))
 
 

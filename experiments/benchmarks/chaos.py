@@ -201,7 +201,11 @@ def end_of(folder: Path) -> dict[str, torch.Tensor]:
     last = latest_checkpoint(folder / "out" / "checkpoints")
     assert last is not None
     files = [folder / "out" / name / "open_clip_model.safetensors" for name in ("model", "model-ema")]
-    return {f"{path.name}/{k}": v for path in (*files, *sorted(last.glob("*.safetensors"))) for k, v in load_file(path).items()}
+    return {
+        f"{path.name}/{k}": v
+        for path in (*files, *sorted(last.glob("*.safetensors")))
+        for k, v in load_file(path).items()
+    }
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -376,3 +376,11 @@ def test_wheel_holds_the_kernels(tmp_path, pytestconfig):
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", built], capture_output=True, text=True).stdout
     assert "_kernels_default.so" in names
     assert "py3-none-any" not in built
+
+
+def test_a_maximum_that_no_ball_holds_is_no_answer():
+    """The maximum has a base weight of 1e-7: at order 50 its D overflows, far beyond the radius."""
+    base = np.array([0.999999914, 8.58180748e-08, 4.65637183e-11])
+    losses = [-3.82446509e-11, -3.73308179e-16, -1.42945362e-14]
+    with pytest.raises(RuntimeError, match="no certified risk"):
+        constrained_risk(losses, CressieRead(49.686840001623125), 1.12, base_weights=base / base.sum())
