@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import fault_of
+from experiments.clip.io.checksums import MANIFEST, fault_of
 from experiments.clip.io.files import retry_with_backoff, writing
 
 #: What a checkpoint holds and under which names; another number where that changes.
@@ -87,8 +87,12 @@ def set_aside_damaged(folder: Path, ranks: Ranks) -> list[SetAside]:
     """
     found: list[SetAside] = []
     while (path := latest_checkpoint(folder)) is not None:
-        fault = ranks.run_on_all_or_fail(lambda path=path: _fault(path, ranks))
-        if not ranks.max_over_ranks(int(bool(fault))):
+        # A changed bit may be one of the format's number: what a part says of itself is believed once all are sound.
+        for look in (_fault_of_files, _fault_of_content):
+            fault = ranks.run_on_all_or_fail(lambda path=path, look=look: look(path, ranks))
+            if is_damaged := ranks.max_over_ranks(int(bool(fault))):
+                break
+        if not is_damaged:
             return found
         moved_to = folder / f"damaged-{path.name}"
         found.append(SetAside(path, moved_to, fault or "another rank found it"))
@@ -105,17 +109,27 @@ def set_aside_damaged(folder: Path, ranks: Ranks) -> list[SetAside]:
 
 def check_sound(path: Path) -> None:
     """Raise `Damaged` if the checkpoint's files are not as they were written."""
-    if fault := _fault(path, Ranks()):
+    if fault := _fault_of_files(path, Ranks()) or _fault_of_content(path, Ranks()):
         raise Damaged(f"checkpoint {path} is damaged ({fault}): delete it, or copy it again")
 
 
-def _fault(path: Path, ranks: Ranks) -> str:
-    """Return what is wrong with this rank's part of a checkpoint, empty if nothing is."""
+def _fault_of_files(path: Path, ranks: Ranks) -> str:
+    """Return what is wrong with this rank's share of a checkpoint's files, empty if nothing is."""
     try:
-        checkpoint = Checkpoint(path)
-        return checkpoint.guarded(lambda: fault_of(path, checkpoint.parts, ranks.rank, ranks.count))
+        if not (path / MANIFEST).exists():
+            Checkpoint(path)  # which may be of another version
+        return guarded(path, lambda: fault_of(path, [each.name for each in files_of(path)], ranks.rank, ranks.count))
     except Damaged as error:
         return str(error.__cause__)
+
+
+def _fault_of_content(path: Path, ranks: Ranks) -> str:
+    """Return what is wrong with what the files say of themselves, empty if nothing is."""
+    try:
+        Checkpoint(path)
+    except Damaged as error:
+        return str(error.__cause__)
+    return ""
 
 
 def _rename(path: Path, to: Path) -> None:
@@ -171,6 +185,30 @@ def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return {"state": {}, **found}
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return the files of all ranks in a step's folder, in order; a missing one is an error."""
+    found = [match for each in path.iterdir() if (match := _PART.fullmatch(each.name))]
+    counts = sorted({int(match[2]) for match in found}) or [1]
+    if len(counts) > 1:
+        raise ValueError(f"it has parts of {counts[0]} and of {counts[1]} ranks")
+    return part_paths(path, counts[0])
+
+
+def guarded(path: Path, action: Callable[[], Any]) -> Any:
+    """Return what an action that reads the checkpoint returns; its errors become those of the checkpoint."""
+
+    def attempt() -> Any:
+        with system_errors():
+            return action()
+
+    try:
+        return retry_with_backoff(attempt)
+    except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise Damaged(f"checkpoint {path} is damaged ({error}): resume from the one before") from error
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path} ({error.strerror}): check the storage, then resume") from error
+
+
 class _Piece(NamedTuple):
     """What a file has of a tensor."""
 
@@ -197,27 +235,11 @@ class Checkpoint:
         self._counts: list[dict[str, int]] = []
         self.progress: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
-        self.guarded(self._open)
-
-    def guarded(self, action: Callable[[], Any]) -> Any:
-        """Return what an action that reads the checkpoint returns; its errors become those of the checkpoint."""
-
-        def attempt() -> Any:
-            with system_errors():
-                return action()
-
-        try:
-            return retry_with_backoff(attempt)
-        except (SafetensorError, FileNotFoundError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise Damaged(f"checkpoint {self._path} is damaged ({error}): resume from the one before") from error
-        except OSError as error:
-            raise UserError(
-                f"cannot read checkpoint {self._path} ({error.strerror}): check the storage, then resume"
-            ) from error
+        guarded(self._path, self._open)
 
     def _open(self) -> None:
         self._pieces, self._shapes, self._own, self._counts = {}, {}, [], []  # it may be another attempt
-        for part in self._files():
+        for part in files_of(self._path):
             file = safe_open(part, "pt")
             metadata = file.metadata()
             if (stored := metadata.get("format")) != FORMAT:
@@ -242,19 +264,6 @@ class Checkpoint:
                 self._shapes[name] = chunk["shape"]
             self._own.append((file, own))
 
-    def _files(self) -> list[Path]:
-        """Return the files of all ranks, in order; a missing one is an error."""
-        found = [match for path in self._path.iterdir() if (match := _PART.fullmatch(path.name))]
-        counts = sorted({int(match[2]) for match in found}) or [1]
-        if len(counts) > 1:
-            raise ValueError(f"it has parts of {counts[0]} and of {counts[1]} ranks")
-        return part_paths(self._path, counts[0])
-
-    @property
-    def parts(self) -> list[str]:
-        """Return the names of the files of all ranks, in order."""
-        return [path.name for path in self._files()]
-
     def has(self, prefix: str) -> bool:
         """Whether there is a tensor whose name begins with ``prefix``."""
         return any(name.startswith(prefix) for name in self._pieces)
@@ -262,8 +271,9 @@ class Checkpoint:
     @property
     def own(self) -> list[dict[str, Tensor]]:
         """Return every rank's own tensors, in order; rows that are not read stay on the disk."""
-        return self.guarded(
-            lambda: [{key.removeprefix(OWN): file.get_tensor(key) for key in keys} for file, keys in self._own]
+        return guarded(
+            self._path,
+            lambda: [{key.removeprefix(OWN): file.get_tensor(key) for key in keys} for file, keys in self._own],
         )
 
     @property
@@ -274,7 +284,7 @@ class Checkpoint:
     def full_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with ``prefix``, from all ranks' parts, by the rest of their names."""
         names = [name for name in self._pieces if name.startswith(prefix)]
-        found = {name.removeprefix(prefix): self.guarded(lambda name=name: self._empty(name)) for name in names}
+        found = {name.removeprefix(prefix): guarded(self._path, lambda name=name: self._empty(name)) for name in names}
         self.fill({f"{prefix}{key}": value for key, value in found.items()})
         return found
 
@@ -291,7 +301,7 @@ class Checkpoint:
             If the checkpoint lacks one, or a part of one.
         """
         for name, value in tensors.items():
-            self.guarded(lambda name=name, value=value: self._fill(name, value))
+            guarded(self._path, lambda name=name, value=value: self._fill(name, value))
 
     @torch.no_grad()
     def _fill(self, name: str, value: Tensor) -> None:

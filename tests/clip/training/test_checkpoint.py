@@ -123,6 +123,7 @@ def flip(path, place=-3):
 DAMAGE = {
     "a bit": lambda one, two: flip(two / PART),
     "a bit of the header": lambda one, two: flip(two / PART, 30),
+    "a bit of the format": lambda one, two: flip(two / PART, (two / PART).read_bytes().index(b'"format"') + 3),
     "zeros at the end": lambda one, two: (two / PART).write_bytes((two / PART).read_bytes()[:-512] + bytes(512)),
     "cut": lambda one, two: (two / PART).write_bytes((two / PART).read_bytes()[:-512]),
     "a part of another step": lambda one, two: shutil.copy(one / PART, two / PART),
@@ -132,6 +133,7 @@ DAMAGE = {
     "a manifest of something else": lambda one, two: (two / MANIFEST).write_text('{"sha256": [1, {}]}'),
     "no manifest": lambda one, two: (two / MANIFEST).unlink(),
     "no part": lambda one, two: (two / PART).unlink(),
+    "nothing": lambda one, two: [path.unlink() for path in two.iterdir()],
     "another part": lambda one, two: shutil.copy(two / PART, two / "part-0-of-2.safetensors"),
 }
 
