@@ -104,6 +104,10 @@ def set_aside_damaged(folder: Path, ranks: Ranks) -> list[SetAside]:
             f"checkpoint {last.path} is damaged ({last.fault}), and there is none before it: start anew in another "
             f"--out; what is left of it is in {last.moved_to}"
         )
+    if earlier := sorted(folder.glob("damaged-step-*")):  # the command was given again
+        raise UserError(
+            f"the last checkpoint is damaged, {earlier[0]}, and there is no other: start anew in another --out"
+        )
     return found
 
 

@@ -154,6 +154,8 @@ def test_damage_is_named_and_the_checkpoint_before_is_the_last(damage, two_steps
     flip(one / PART)
     with pytest.raises(UserError, match=r"step-00000001 is damaged .*, and there is none before it"):
         set_aside_damaged(two_steps, ONE_PROCESS)
+    with pytest.raises(UserError, match=r"the last checkpoint is damaged, .*damaged-step-00000001"):
+        set_aside_damaged(two_steps, ONE_PROCESS)  # nor does it start from nothing when it is given again
 
 
 @pytest.mark.parametrize("rank", [0, 1])
