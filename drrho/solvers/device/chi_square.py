@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from drrho.solvers.device.answers import answer_of, into_ball, share_of, store_ratios, with_ends
-from drrho.solvers.device.tiles import depth, mass, places, rough_depth, three_sums
+from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, three_sums
 
 _FLAT = tl.constexpr(2.0**1022)  # strength in units of the range at which no weight differs from the base weights
 
@@ -101,9 +101,9 @@ def _active_set(
 def _tilted(row, support, share, hard, chosen, TILE: tl.constexpr):
     """Store weights; return the means of the tilts, of them times ``d - mean``, and of their squares."""
     held = support.strength.to(tl.int64, bitcast=True) >> 52
-    bits = tl.where(held > 0, 2046 - held, 2046) << 52
+    bits = tl.where(held > 0, tl.maximum(2046 - held, 0), 2046) << 52
     near = bits.to(tl.float64, bitcast=True)  # two factors, as one might overflow; a division would take longer
-    rest = 1 / (support.strength * near)
+    rest = tl.where(support.strength == INFINITY, 0.0, 1 / (support.strength * near))
     tilted = tl.zeros([row.z.shape[0], TILE], tl.float64)
     gained, squared = tl.zeros_like(tilted), tl.zeros_like(tilted)
     for begin in range(0, row.n, TILE):
@@ -156,9 +156,9 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
     held = Support(
         support.eta,
         support.threshold,
-        tl.where(hard | flat, 1.0, support.strength),
+        tl.where(hard | flat, INFINITY, support.strength),
         support.origin,
-        support.offset,
+        tl.where(hard | flat, 0.0, support.offset),
         support.saturated,
     )
     surplus, gain, square = _tilted(row, held, share, hard, chosen, TILE)

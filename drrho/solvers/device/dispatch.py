@@ -23,8 +23,14 @@ def _is_there() -> bool:
 
 def takes(z: Tensor, problem: Problem, kernel: int) -> bool:
     """Whether the kernels solve rows like these, of the divergence with that number."""
-    known = z.is_cuda and problem.group is None and kernel in _DIVERGENCES and z.shape[-1] <= _LONGEST
-    return known and not torch.compiler.is_compiling() and _is_there()
+    if not z.is_cuda or problem.group is not None or torch.compiler.is_compiling():
+        return False
+    return solves(z, kernel) and _is_there()
+
+
+def solves(z: Tensor, kernel: int) -> bool:
+    """Whether there are kernels for rows of that length, and the divergence with that number."""
+    return kernel in _DIVERGENCES and z.shape[-1] <= _LONGEST
 
 
 def solve_on_device(

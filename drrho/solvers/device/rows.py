@@ -11,7 +11,7 @@ from drrho.solvers.device.answers import chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
 from drrho.solvers.device.kl import kl
 from drrho.solvers.device.tail import tail_mean
-from drrho.solvers.device.tiles import EPS, INFINITY, look
+from drrho.solvers.device.tiles import EPS, INFINITY, Row, look
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _CHI_SQUARE = tl.constexpr(0)
@@ -111,7 +111,9 @@ def _solve_rows(
     # The last program may solve its last row several times, and stores the same.
     index = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), count - 1)
     at = index.to(tl.int64)[:, None]
-    row, good = look(z + at * n, None if base is None else base + at * base_stride, weights + at * n, n, ROWS, TILE)
+    q = None if base is None else base + at * base_stride
+    first, top, low, scale, span, all, mean, variance, share, good = look(z + at * n, q, n, ROWS, TILE)
+    row = Row(z + at * n, q, weights + at * n, n, first, top, low, scale, span, all, mean, variance, share)
     answer, good, s, paid, on_ball = _answered(row, radius, strength, alpha, order, index, good, KIND, TILE)
     gap = tl.where(answer.strength == INFINITY, 0.0, answer.dual - answer.gain)
     CLOSE: tl.constexpr = 1e-9 if z.dtype.element_ty == tl.float64 else 1e-7

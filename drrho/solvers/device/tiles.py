@@ -121,8 +121,8 @@ def _scale_of(span):
 
 
 @triton.jit
-def look(z, base, weights, n, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Return rows with what follows from losses, base weights and n, and which of them can be solved."""
+def look(z, base, n, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Return what follows from losses, base weights and n, in the order of `Row`, and which rows can be solved."""
     WORK: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     first = tl.load(z)
     start = first.to(WORK)
@@ -154,19 +154,20 @@ def look(z, base, weights, n, ROWS: tl.constexpr, TILE: tl.constexpr):
     scale = _scale_of(span)
     range_, mean = span * scale, (sum / all + (tl.sum(start, 1).to(tl.float64) - top)) * scale
     mean = tl.where((mean <= 0) & (mean >= -range_), mean, -0.5 * range_)
-    row = Row(z, base, weights, n, first, top, low, scale, range_, all, mean, tl.zeros_like(mean), tl.zeros_like(mean))
-    return _spread_out(row, ROWS, TILE), good
+    row = Row(z, base, z, n, first, top, low, scale, range_, all, mean, mean, mean)
+    mean, variance, share = _spread_out(row, TILE)
+    return first, top, low, scale, range_, all, mean, variance, share, good
 
 
 @triton.jit
-def _spread_out(row, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Fill in mean and variance of d, about a mean that is nearly right, and the share of ties at the maximum."""
+def _spread_out(row, TILE: tl.constexpr):
+    """Return mean and variance of d, about a mean that is nearly right, and the share of ties at the maximum."""
     mean, variance, share = row.mean, row.variance, row.share
     attempt = 0
     going = 1
     while going > 0:
-        sum, square = tl.zeros([ROWS, TILE], tl.float64), tl.zeros([ROWS, TILE], tl.float64)
-        tied = tl.zeros([ROWS, TILE], tl.float64)
+        sum, square = tl.zeros([row.z.shape[0], TILE], tl.float64), tl.zeros([row.z.shape[0], TILE], tl.float64)
+        tied = tl.zeros_like(sum)
         for begin in range(0, row.n, TILE):
             i = places(begin, TILE)
             d, m = depth(row, i), mass(row, i)
@@ -182,19 +183,4 @@ def _spread_out(row, ROWS: tl.constexpr, TILE: tl.constexpr):
         attempt += 1
         canceled = tl.where(shift * shift <= variance / 16, 0, 1)
         going = tl.where(attempt < 2, tl.max(canceled, 0), 0)
-    row = Row(
-        row.z,
-        row.base,
-        row.weights,
-        row.n,
-        row.first,
-        row.top,
-        row.low,
-        row.scale,
-        row.range,
-        row.all,
-        mean,
-        variance,
-        share,
-    )
-    return row
+    return mean, variance, share
