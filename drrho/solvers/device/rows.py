@@ -128,14 +128,18 @@ def _solve_rows(
 
 
 def _shape(rows: int, n: int) -> tuple[int, int, int]:
-    """Return rows and tile of a program, and its warps."""
+    """Return rows and tile of a program, and its warps.
+
+    The iteration's own arithmetic is done by every warp of a program, so that few of them do more rows at a time;
+    more where there are too few rows for all processors.
+    """
     if n <= 64:
         return 4, 32, 1
-    if n <= 256:
-        return 1, 128, 1
-    if n <= 2048:
-        return 1, 256, 1 if rows >= 1024 else 4
-    return 1, 512, 4
+    many = rows >= 1024
+    for warps in (1, 2, 4):
+        if n <= 2048 * warps**2 // (1 if many else 8):
+            return 1, 128 * warps, warps
+    return 1, 1024, 8
 
 
 def solve_rows(
