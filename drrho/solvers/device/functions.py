@@ -5,6 +5,10 @@ forms are those of ``kernels_elementary.h`` and of the C kernels beside it: diff
 from the parts of which a power is made, so that a small tilt has as many digits as a large one.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton
