@@ -89,7 +89,7 @@ def solve_on_device(
 
     divergence, is_long = problem.divergence, _is_long(z)
     radius = radius if divergence.has_radius else None
-    if is_long and (base is not None or (radius is not None and strength is not None)):
+    if is_long and base is not None:
         return _by_operations(z, radius, strength, alpha, base, problem=problem, portable=portable)
     order = divergence.cressie_read_order or 0.0
     if divergence.tail_fraction is not None and alpha is None:
