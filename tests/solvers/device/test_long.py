@@ -256,6 +256,7 @@ import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from drrho.solvers.device import long_passes, long_rows, long_tail
 
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 TYPES = dict.fromkeys(("n", "parts", "turn", "passes"), "i32") | {"work": "*fp64", "order": "fp64", "alpha": "*fp64"}
