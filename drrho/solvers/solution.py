@@ -10,6 +10,7 @@ from drrho.divergences import Divergence
 from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.certificate import Bound, certified
+from drrho.solvers.device import dispatch
 from drrho.solvers.dual import Found
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
 from drrho.solvers.problem import (
@@ -50,8 +51,12 @@ def solve(
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
     algorithm = algorithm_of(problem.divergence)
-    if algorithm.kernel is not None and native.takes(z, problem):
-        return native.solve_natively(z, radius, strength, alpha, base, problem, algorithm.kernel, solve_by_operations)
+    if algorithm.kernel is not None:
+        given = (z, radius, strength, alpha, base, problem, algorithm.kernel, solve_by_operations)
+        if native.takes(z, problem):
+            return native.solve_natively(*given)
+        if dispatch.takes(z, problem, algorithm.kernel):
+            return dispatch.solve_on_device(*given)
     return solve_by_operations(z, radius, strength, alpha, base, problem)
 
 
@@ -63,7 +68,7 @@ def solve_by_operations(
     base: Tensor | None,
     problem: Problem,
 ) -> Solution:
-    """Solve the same without the compiled kernels."""
+    """Solve the same without kernels."""
     algorithm = algorithm_of(problem.divergence)
     if z.ndim == 1:
         return by_rows(solve_by_operations, z, radius, strength, alpha, base, problem)
