@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from drrho.contrastive import check_pairs, temperature_of
 from drrho.ranks import Group, sum_to_owners
 from drrho.tiles import Pairs, SimilarityTiles, TensorPair, not_compiled
+from drrho.validation import Checks
 
 
 @not_compiled
@@ -55,12 +56,14 @@ def distillation_loss(
     -----
     Sources: CLIP-KD (Yang et al., 2024), contrastive relational distillation; MobileCLIP (Vasu et al., 2024).
     """
-    check_pairs(image, text, "image", "text", alone=group is None)
-    check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
+    checks = Checks()
+    check_pairs(image, text, "image", "text", checks, alone=group is None)
+    check_pairs(*reference, "reference[0]", "reference[1]", checks, alone=group is None)
     if len(reference[0]) != len(image):
         raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
-    tau = temperature_of(temperature, image)
-    reference_tau = tau if reference_temperature is None else temperature_of(reference_temperature, image)
+    tau = temperature_of(temperature, image, checks)
+    reference_tau = tau if reference_temperature is None else temperature_of(reference_temperature, image, checks)
+    tau, reference_tau = checks.close(tau, reference_tau)
     reference_rate = 1 / reference_tau.detach()
     if tau.ndim or reference_tau.ndim:
         raise ValueError("temperature and reference_temperature must be single numbers, got one per anchor")
