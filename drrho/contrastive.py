@@ -11,6 +11,7 @@ the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -70,12 +71,13 @@ def contrastive_risk(
     eps: float = 0.0,
     divergence: Divergence = _KL,
     threshold: TensorPair | None = None,
-    coefficient: float = 1.0,
+    coefficient: float | Tensor = 1.0,
     include_positive: bool = False,
     rho: float = 0.0,
     per_temperature: bool = False,
     published_temperature_gradient: bool = False,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> ContrastiveStep:
     """Compute the batch's ``mean_i F_i``, with an estimate of the full-data objective's gradient.
 
@@ -109,7 +111,7 @@ def contrastive_risk(
         Running dual variables of the anchors, NaN for those never visited, for divergences other than KL. With
         gamma < 1 they lag as u does; the value is then the dual objective, an upper bound on the batch's risk. An
         anchor for which that is infinite (phi* has a pole for orders below 1) takes the batch's threshold.
-    coefficient : float
+    coefficient : float or scalar tensor
         Factor c of the reference's margins: 1 is DRRho-CLIP, 0 ignores the reference.
     include_positive : bool
         Whether an anchor's own pair (of loss 0) counts among its negatives.
@@ -125,6 +127,8 @@ def contrastive_risk(
         Ranks over which the batch is spread, any number of pairs each: every rank passes its own pairs, which
         are compared with all ranks' negatives. ``value`` is that of the batch of all ranks; gradients are those of
         this one value with respect to this rank's features. Every rank must call the function, and backward.
+    counts : sequence of int, optional
+        The number of pairs of every rank, where the caller knows them; otherwise they are exchanged.
 
     Raises
     ------
@@ -148,7 +152,7 @@ def contrastive_risk(
         raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
     checks = Checks()
     before = None if log_u is None else _visited(log_u, image, text, checks)
-    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, checks)
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, checks)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
             anchors = kl_anchors(pairs)
@@ -179,8 +183,9 @@ def info_nce(
     temperature: Temperature,
     *,
     reference: TensorPair | None = None,
-    coefficient: float = 1.0,
+    coefficient: float | Tensor = 1.0,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Compute CLIP's loss, the cross-entropy of the pairs in the batch: ``mean_i log sum_j exp(l_ij / tau)``.
 
@@ -192,7 +197,7 @@ def info_nce(
     ----------
     temperature : float or scalar tensor
         tau = 1 / logit scale; it may require a gradient.
-    image, text, reference, coefficient, group
+    image, text, reference, coefficient, group, counts
         As for `contrastive_risk`.
 
     Returns
@@ -205,6 +210,7 @@ def info_nce(
     ValueError
         As for `contrastive_risk`.
     """
+    counts = row_counts(len(image), group, image.device) if counts is None else counts
     step = contrastive_risk(
         image,
         text,
@@ -214,8 +220,9 @@ def info_nce(
         include_positive=True,
         per_temperature=True,
         group=group,
+        counts=counts,
     )
-    return step.value + math.log(sum(row_counts(len(image), group, image.device)))
+    return step.value + math.log(sum(counts))
 
 
 @not_compiled
@@ -225,16 +232,17 @@ def anchor_values(
     temperature: Temperature,
     *,
     reference: TensorPair | None = None,
-    coefficient: float = 1.0,
+    coefficient: float | Tensor = 1.0,
     include_positive: bool = False,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> TensorPair:
     """Return the KL risks F_i of image and text anchors, ``[b]`` each, in memory linear in the batch.
 
     They are differentiable once with respect to the features, for example to be weighted; `contrastive_risk` is their
     mean. Parameters and errors are those of `contrastive_risk`; the temperature is a constant here.
     """
-    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, Checks())
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, Checks())
     with torch.autocast(image.device.type, enabled=False):
         log_g = kl_anchors(pairs).log_g
     return taus[0].detach() * log_g[0], taus[1].detach() * log_g[1]
@@ -252,6 +260,7 @@ def two_level_risk(
     reference_temperature: Temperature | None = None,
     include_positive: bool = False,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> RobustRisk:
     """Maximize ``sum_i p_i e_i`` over weights of samples, where ``e_i`` is the excess of a sample's contrastive risk.
 
@@ -270,7 +279,7 @@ def two_level_risk(
         At least one must be given, except for CVaR, which needs neither.
     reference_temperature : float, optional
         Temperature of the reference; by default that of the target.
-    image, text, temperature, include_positive, group
+    image, text, temperature, include_positive, group, counts
         As for `contrastive_risk`, but with a group every rank needs at least one pair. The returned weights are those
         of this rank's samples; the divergence is that of all ranks' weights.
 
@@ -286,7 +295,7 @@ def two_level_risk(
     """
     if radius is None and strength is None and outer.has_radius:
         raise ValueError("give radius, strength or both: without either the weights are not bounded")
-    options = {"include_positive": include_positive, "group": group}
+    options = {"include_positive": include_positive, "group": group, "counts": counts}
     own = anchor_values(image, text, temperature, **options)
     with torch.no_grad():
         reference_tau = temperature if reference_temperature is None else reference_temperature
@@ -351,13 +360,16 @@ def _prepared(
     text: Tensor,
     temperature: Temperature,
     reference: TensorPair | None,
-    coefficient: float,
+    coefficient: float | Tensor,
     include_positive: bool,
     group: Group,
+    counts: Sequence[int] | None,
     checks: Checks,
 ) -> tuple[TensorPair, Pairs]:
     """Check the arguments and return temperatures and pairs."""
-    if not abs(coefficient) < math.inf:
+    if isinstance(coefficient, Tensor):
+        checks.refuse(~(coefficient.abs() < math.inf), coefficient, "coefficient must be finite, got {}")
+    elif not abs(coefficient) < math.inf:
         raise ValueError(f"coefficient must be finite, got {coefficient}")
     check_pairs(image, text, "image", "text", checks, alone=group is None)
     if reference is not None:
@@ -365,10 +377,17 @@ def _prepared(
         if len(reference[0]) != len(image):
             raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
         reference = reference[0].detach(), reference[1].detach()
-    of_images, of_texts = checks.close(*_temperatures(temperature, image, checks))
-    taus = of_images, of_texts
-    rates = 1 / taus[0].detach(), 1 / taus[1].detach()
-    return taus, Pairs(image, text, rates, reference, coefficient, include_positive, group)
+        if isinstance(coefficient, Tensor):  # a factor of the features, as products of matrices take numbers alone
+            wide = torch.promote_types(reference[0].dtype, torch.float32)
+            reference = reference[0].to(wide) * coefficient, reference[1]
+    first, second = _temperatures(temperature, image, checks)
+    is_one = first is second  # tiles know a rate that all anchors share by being one tensor
+    first, second = checks.close(first, second)
+    second = first if is_one else second
+    rate = 1 / first.detach()
+    rates = rate, rate if is_one else 1 / second.detach()
+    factor = 1.0 if isinstance(coefficient, Tensor) else coefficient
+    return (first, second), Pairs(image, text, rates, reference, factor, include_positive, group, counts)
 
 
 def _running_term(
@@ -406,7 +425,8 @@ def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> Te
         raise ValueError(
             f"temperature must be a pair of image and text anchors' temperatures, got {len(given)} of them"
         )
-    return temperature_of(given[0], image, checks), temperature_of(given[1], image, checks)
+    first = temperature_of(given[0], image, checks)
+    return first, first if given[0] is given[1] else temperature_of(given[1], image, checks)
 
 
 def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Tensor:
