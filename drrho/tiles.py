@@ -10,7 +10,7 @@ columns; the normalizers of columns and the gradients of texts are reduced over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -53,7 +53,8 @@ class Pairs(NamedTuple):
     """Features of the pairs and how they are compared.
 
     ``reference`` holds the reference's features or None, and ``coefficient`` multiplies its similarities.
-    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars.
+    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars. ``counts`` are the numbers
+    of pairs of all ranks; without them they are exchanged.
     """
 
     image: Tensor
@@ -63,12 +64,13 @@ class Pairs(NamedTuple):
     coefficient: float = 1.0
     include_positive: bool = False
     group: Group = None
+    counts: Sequence[int] | None = None
 
 
 def kl_anchors(pairs: Pairs) -> Anchors:
     """Return the `Anchors` of the pairs; ``log_g`` is differentiable once with respect to the features."""
     reference = pairs.reference or (None, None)
-    settings = (pairs.coefficient, pairs.include_positive, pairs.group)
+    settings = (pairs.coefficient, pairs.include_positive, pairs.group, pairs.counts)
     *log_g, image_mean, text_mean = _Tiled.apply(pairs.image, pairs.text, *pairs.rates, *reference, settings)  # pyright: ignore[reportGeneralTypeIssues]
     return Anchors((log_g[0], log_g[1]), (image_mean, text_mean))
 
@@ -113,11 +115,11 @@ class SimilarityTiles:
     """The similarities of this rank's images with all texts, in tiles of rows."""
 
     def __init__(self, pairs: Pairs) -> None:
-        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group = pairs
+        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group, counts = pairs
         self.group = group
         self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         self.image, own_text = image.to(self.dtype), text.to(self.dtype)
-        self.counts = row_counts(len(image), group, image.device)
+        self.counts = row_counts(len(image), group, image.device) if counts is None else counts
         self.first, self.count = first_row(self.counts, group), sum(self.counts)
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
@@ -131,7 +133,7 @@ class SimilarityTiles:
         self.image_rate = image_rate.to(self.dtype).expand(len(image))
         self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
         #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.
-        self.shared = image_rate.ndim == 0 and text_rate.ndim == 0 and bool(image_rate == text_rate)
+        self.shared = image_rate is text_rate and image_rate.ndim == 0
         self.unshifted = self.shared and self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
 
     def _bound(self) -> float:
@@ -271,7 +273,9 @@ def robust_anchors(
     is given by the ratios ``t = phi*'((l - threshold) / tau)``: the weights ``t / count`` for the losses, and
     ``-mean phi(t)`` for ``taus``, scalars or ``[b]``.
     """
-    counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
+    counts = pairs.counts
+    if counts is None:
+        counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
     if sum(counts) < 2:
         raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {sum(counts)}")
     dtype = torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
