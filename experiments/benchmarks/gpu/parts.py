@@ -1,0 +1,61 @@
+"""The parts of the measurement: what each measures, how long it may take, and the function that does it."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.benchmarks.gpu.cases import Setting, missing_packages
+from experiments.benchmarks.gpu.record import FINISHED, LEFT_OUT, Record
+from experiments.benchmarks.measure import provenance
+
+_PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "webdataset", "nvidia-nccl-cu13")
+_TRAINER = ("open_clip", "tyro", "rich", "braceexpand", "ftfy")
+_THEIRS = (*_TRAINER, "open_clip_train", "webdataset")
+
+
+class Part(NamedTuple):
+    """One part, in a process of its own.
+
+    Attributes
+    ----------
+    seconds : int
+        How long it may take.
+    run : str
+        ``module:function`` that measures it.
+    needs : tuple
+        Packages without which it is left out.
+    """
+
+    title: str
+    seconds: int
+    run: str
+    needs: tuple[str, ...] = ()
+
+
+PARTS = {
+    "correct": Part("Correct: the device against the CPU in float64", 115, "correct:run"),
+    "core": Part("The risks", 110, "core:run"),
+    "calls": Part("A call of a risk", 90, "calls:run"),
+    "contrastive": Part("The contrastive risk", 110, "contrastive:run"),
+}
+
+
+def run_part(name: str, device: str, small: bool, out: Path) -> int:
+    """Measure a part in this process; return 1 if something failed."""
+    part = PARTS[name]
+    words = f"python -m experiments.benchmarks.gpu --only {name}{' --device cpu' * (device == 'cpu')}"
+    record = Record.new(out, name, provenance(words + " --small" * small, _PACKAGES))
+    missing = missing_packages(*part.needs)
+    if missing:
+        record.end(LEFT_OUT, f"it needs {', '.join(missing)}: see --packages")
+        return 0
+    module, _, function = part.run.partition(":")
+    with tempfile.TemporaryDirectory() as scratch:
+        getattr(import_module(f"experiments.benchmarks.gpu.{module}"), function)(
+            Setting(device, small, Path(scratch)), record
+        )
+    record.end(FINISHED)
+    return int(not record.is_good)
