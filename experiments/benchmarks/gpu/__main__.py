@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +25,12 @@ import torch
 
 from experiments.benchmarks.gpu.page import page, records_in
 from experiments.benchmarks.gpu.parts import PARTS, run_part
-from experiments.benchmarks.gpu.record import FAILED, FINISHED, Record, path_of
+from experiments.benchmarks.gpu.record import FAILED, FINISHED, RUNNING, Record, path_of
 from experiments.benchmarks.measure import ROOT, first_sentence, provenance
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+_GRACE = 5.0  # seconds for a part to end the programs that it has started
+_SHOWN = 4000  # characters of what a part that failed has said
 _LEAST_SECONDS = 10  # with less left, no part is started
 _SLOWER = 4  # how much longer a part may take on the CPU, on two cores
 
@@ -104,18 +108,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(options: Options) -> int:
-    """Run the parts that are wanted; return 1 if one failed."""
-    deadline, failed = time.monotonic() + 60 * options.minutes, []
-    for name in PARTS:
-        if name not in options.only or (options.resume and _is_finished(options.out, name)):
-            continue
-        print(f"== {name}: {PARTS[name].title}", flush=True)
-        reason = _run(name, options, deadline - time.monotonic())
-        if reason:
-            _note_failure(name, options.out, reason)
-        record = Record.load(options.out, name)
-        if record is None or not record.is_good:
-            failed.append(name)
+    """Run the parts that are wanted, those in which nothing is timed first and at once; return 1 if one failed."""
+    deadline = time.monotonic() + 60 * options.minutes
+    wanted = [
+        name for name in PARTS if name in options.only and not (options.resume and _is_finished(options.out, name))
+    ]
+    at_once = [name for name in wanted if PARTS[name].at_once]
+    for names in (at_once, *([name] for name in wanted if name not in at_once)):
+        with ThreadPoolExecutor(max(1, len(names))) as pool:
+            list(pool.map(lambda name: _run(name, options, deadline), names))
+    failed = [name for name in wanted if not _is_good(options.out, name)]
     print(f"== {'failed: ' + ', '.join(failed) if failed else 'nothing failed'}", flush=True)
     return int(bool(failed))
 
@@ -125,11 +127,26 @@ def _is_finished(out: Path, name: str) -> bool:
     return record is not None and record.kept["state"] == FINISHED
 
 
-def _run(name: str, options: Options, left: float) -> str:
-    """Run a part in a process; return why it did not come to its end, or nothing."""
+def _is_good(out: Path, name: str) -> bool:
+    record = Record.load(out, name)
+    return record is not None and record.is_good
+
+
+def _run(name: str, options: Options, deadline: float) -> None:
+    """Run a part in a process; write down why it did not come to its end, if it did not."""
+    print(f"== {name}: {PARTS[name].title}", flush=True)
     path_of(options.out, name).unlink(missing_ok=True)
-    if left < _LEAST_SECONDS:
-        return "there was no time left for it: run it again with --only, or with --resume"
+    left = deadline - time.monotonic()
+    reason = _attempt(name, options, left) if left > _LEAST_SECONDS else "there was no time left: go on with --resume"
+    if reason:
+        record = Record.load(options.out, name) or Record.new(
+            options.out, name, provenance(f"--only {name}", ("torch",))
+        )
+        record.end(FAILED, reason)
+
+
+def _attempt(name: str, options: Options, left: float) -> str:
+    """Run a part in a process; return why it did not come to its end, or nothing."""
     limit = min(left, PARTS[name].seconds * (_SLOWER if options.device == "cpu" else 1))
     command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--part", name, "--out", str(options.out)]
     command += ["--device", options.device, *(["--small"] if options.small else [])]
@@ -144,9 +161,9 @@ def _run(name: str, options: Options, left: float) -> str:
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip()
     record = Record.load(options.out, name)
-    if record is not None and record.kept["state"] != "running":
+    if record is not None and record.kept["state"] != RUNNING:
         return ""
-    print(said[-4000:], file=sys.stderr, flush=True)
+    print(said[-_SHOWN:], file=sys.stderr, flush=True)
     return f"its process ended with status {status}: {first_sentence((said.splitlines() or ['no word'])[-1])}"
 
 
@@ -158,17 +175,13 @@ def _environment(options: Options) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a part's process and everything that it has started."""
-    try:
+    """End a part's process, which then ends the programs that it has started, and all that is left of its group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
-
-
-def _note_failure(name: str, out: Path, reason: str) -> None:
-    record = Record.load(out, name) or Record.new(out, name, provenance(f"--only {name}", ("torch",)))
-    record.end(FAILED, reason)
 
 
 def write_page(out: Path) -> None:
