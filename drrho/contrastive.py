@@ -148,31 +148,20 @@ def contrastive_risk(
     taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
-            anchors = kl_anchors(pairs)
+            anchors, tau = kl_anchors(pairs), _stacked(taus)
             slopes = 2 if published_temperature_gradient else 1
-            step = [
-                _running_term(*part, gamma, log_step, eps, slopes, per_temperature, f"log_u[{side}]")
-                for side, part in enumerate(
-                    zip(
-                        anchors.log_g,
-                        anchors.mean_exponent,
-                        taus,
-                        log_u or [torch.full_like(anchors.log_g[0], -torch.inf)] * 2,
-                        strict=True,
-                    )
-                )
-            ]
-            terms, after = [term for term, _ in step], (step[0][1], step[1][1])
-            risks = tuple((tau * log_g).detach() for tau, log_g in zip(taus, anchors.log_g, strict=True))
-            distances = tuple(
-                mean - log_g.detach() for mean, log_g in zip(anchors.mean_exponent, anchors.log_g, strict=True)
-            )
-            state = {"log_u": after, "threshold": None}
+            terms, after = _running_terms(*anchors, tau, log_u, gamma, log_step, eps, slopes, per_temperature)
+            log_g = anchors.log_g.detach()
+            risks, distances = tau.detach() * log_g, anchors.mean_exponent - log_g
+            state = {"log_u": (after[0], after[1]), "threshold": None}
         else:
-            terms, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
-            risks = tuple(term.detach() for term in terms)
+            both, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
+            terms = torch.stack(both)
+            risks = terms.detach()
             state = {"log_u": None, "threshold": after}
-    value = mean_over_ranks(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
+    if rho > 0:
+        terms = terms + rho * _stacked(taus)
+    value = mean_over_ranks(terms.flatten(), group)
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
 
 
@@ -364,37 +353,47 @@ def _prepared(
             raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
         reference = reference[0].detach(), reference[1].detach()
     taus = _temperatures(temperature, image)
-    rates = 1 / taus[0].detach(), 1 / taus[1].detach()
+    rate = 1 / taus[0].detach()
+    rates = rate, rate if taus[1] is taus[0] else 1 / taus[1].detach()
     return taus, Pairs(image, text, rates, reference, coefficient, include_positive, group)
 
 
-def _running_term(
+def _running_terms(
     log_g: Tensor,
     mean_exponent: Tensor,
     tau: Tensor,
-    log_u: Tensor,
+    log_u: TensorPair | None,
     gamma: float,
     log_step: float | None,
     eps: float,
     slopes: int,
     per_temperature: bool,
-    name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the anchors' risks ``[b]`` with the estimator's gradient, and log u after the step.
+    """Return the anchors' risks ``[2, b]`` with the estimator's gradient, and log u after the step.
 
     The gradient with respect to features is ``g / (eps + u)`` times that of the risk; with respect to the temperature
     it is ``log(eps + u) - g / (eps + u) E_p[l / tau]``, without the logarithm for the risk per temperature.
     """
     value = log_g.detach()
-    after = _averaged(log_u, value, gamma, log_step, name)
-    smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
+    after = value if log_u is None else _averaged(log_u, value, gamma, log_step)
+    smoothed = after if eps == 0 else torch.logaddexp(after, after.new_full((), math.log(eps)))
     scale = torch.exp(value - smoothed)  # at most 1 / rate, since u >= rate * g
+    terms = value + scale * (log_g - value)
     fixed = tau.detach()
+    if not per_temperature:
+        terms = fixed * terms
+    if not tau.requires_grad:
+        return terms, after
     by_similarity = slopes * scale * mean_exponent
     if per_temperature:
-        return value + scale * (log_g - value) - (tau / fixed - 1) * by_similarity, after
-    by_temperature = smoothed - by_similarity
-    return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
+        return terms - (tau / fixed - 1) * by_similarity, after
+    return terms + (tau - fixed) * (smoothed - by_similarity), after
+
+
+def _stacked(pair: TensorPair) -> Tensor:
+    """Return the temperatures of both directions, one for all or ``[2, b]``."""
+    first, second = pair
+    return first if first is second else torch.stack(torch.broadcast_tensors(first, second))
 
 
 def _temperatures(temperature: Temperature, image: Tensor) -> TensorPair:
@@ -404,7 +403,8 @@ def _temperatures(temperature: Temperature, image: Tensor) -> TensorPair:
         raise ValueError(
             f"temperature must be a pair of image and text anchors' temperatures, got {len(given)} of them"
         )
-    return temperature_of(given[0], image), temperature_of(given[1], image)
+    first = temperature_of(given[0], image)
+    return first, first if given[1] is given[0] else temperature_of(given[1], image)
 
 
 def temperature_of(values: float | Tensor, image: Tensor) -> Tensor:
@@ -466,12 +466,18 @@ def _margins(similarity: Tensor, include_positive: bool) -> Tensor:
     return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)
 
 
-def _averaged(log_u: Tensor, log_g: Tensor, gamma: float, log_step: float | None, name: str) -> Tensor:
-    if log_u.shape != log_g.shape:
-        raise ValueError(f"{name} must have shape {list(log_g.shape)}, one entry per pair, got {list(log_u.shape)}")
-    old = log_u.to(log_g)
-    if bool((torch.isnan(old) | (old == torch.inf)).any()):
-        raise ValueError(f"{name} must be finite, or -inf where never visited; it holds NaN or +inf")
+def _averaged(log_u: TensorPair, log_g: Tensor, gamma: float, log_step: float | None) -> Tensor:
+    """Return the running estimates ``[2, b]`` after the step."""
+    for side, part in enumerate(log_u):
+        if part.shape != log_g[side].shape:
+            raise ValueError(
+                f"log_u[{side}] must have shape {list(log_g[side].shape)}, one entry per pair, got {list(part.shape)}"
+            )
+    old = torch.stack([part.to(log_g) for part in log_u])
+    invalid = torch.isnan(old) | (old == torch.inf)
+    if bool(invalid.any()):
+        side = int(invalid.any(1).nonzero()[0])
+        raise ValueError(f"log_u[{side}] must be finite, or -inf where never visited; it holds NaN or +inf")
     if log_step is not None:
         return moving_average(old, log_g, *adaptive_log_rates(old, log_step))
     return moving_average(old, log_g, math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
+from importlib.util import find_spec
 from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ TensorPair: TypeAlias = tuple[Tensor, Tensor]
 
 TILE = 2**21  # similarities in a tile
 ROWS = 512  # rows of a tile, at least: products of flatter tiles are slower
+KERNEL_DEVICES = frozenset({"cuda"})  # where Triton's kernels take the place of torch's operations
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp overflows
 
 
@@ -39,14 +42,14 @@ def not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 class Anchors(NamedTuple):
-    """Results for this rank's anchors, ``[b]`` for each direction.
+    """Results for this rank's anchors, ``[2, b]``: image anchors, then text anchors.
 
     ``log_g`` is ``log mean exp(l_ij / tau)`` over the negatives. ``mean_exponent`` is ``sum_j p_ij l_ij / tau`` under
     the weights of the anchor's risk, whose KL divergence is ``mean_exponent - log_g``.
     """
 
-    log_g: TensorPair
-    mean_exponent: TensorPair
+    log_g: Tensor
+    mean_exponent: Tensor
 
 
 class Pairs(NamedTuple):
@@ -67,42 +70,53 @@ class Pairs(NamedTuple):
 
 def kl_anchors(pairs: Pairs) -> Anchors:
     """Return the `Anchors` of the pairs; ``log_g`` is differentiable once with respect to the features."""
-    reference = pairs.reference or (None, None)
-    settings = (pairs.coefficient, pairs.include_positive, pairs.group)
-    *log_g, image_mean, text_mean = _Tiled.apply(pairs.image, pairs.text, *pairs.rates, *reference, settings)  # pyright: ignore[reportGeneralTypeIssues]
-    return Anchors((log_g[0], log_g[1]), (image_mean, text_mean))
+    return Anchors(*_Tiled.apply(pairs.image, pairs.text, pairs))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, image_rate, text_rate, reference_image, reference_text, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, image, text, pairs):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return normalizers and mean exponents of both directions."""
-        reference = None if reference_image is None else (reference_image, reference_text)
-        matrix = SimilarityTiles(Pairs(image, text, (image_rate, text_rate), reference, *settings))
-        rows, columns = matrix.sums()
         # The gathered rows stay with the matrix; the features are saved so that autograd notices a change in place.
-        ctx.matrix = matrix
-        ctx.save_for_backward(image, text, *rows, *columns)
-        outputs = (*(total.log_mean for total in (rows, columns)), *(total.mean for total in (rows, columns)))
-        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.matrix = _matrix(pairs._replace(image=image, text=text))
+        totals = ctx.matrix.sums(keep=any(ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(image, text, totals.log_sum)
+        ctx.mark_non_differentiable(totals.mean)
         ctx.set_materialize_grads(False)
-        return outputs
+        return totals.log_mean, totals.mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Recompute the weights and multiply them with the features."""
-        image, text, *saved = ctx.saved_tensors
-        by_row, by_column = (
-            torch.zeros(len(image), dtype=ctx.matrix.dtype, device=image.device) if grad is None else grad
-            for grad in grads[:2]
-        )
-        to_image, to_text = ctx.matrix.gradients(_Total(*saved[:3]), _Total(*saved[3:]), by_row, by_column)
-        return to_image.to(image.dtype), to_text.to(text.dtype), *[None] * 5
+    def backward(ctx, by_log_mean, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compute the weights and multiply them with the features."""
+        image, text, log_sum = ctx.saved_tensors
+        if by_log_mean is None:
+            return None, None, None
+        to_image, to_text = ctx.matrix.gradients(log_sum, by_log_mean)
+        return to_image.to(image.dtype), to_text.to(text.dtype), None
 
 
-class _Total(NamedTuple):
-    """Results of one direction: log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau."""
+def _matrix(pairs: Pairs) -> SimilarityTiles:
+    """Return the similarities as their device computes them: by fused kernels where there are such, or by torch."""
+    if has_kernels(pairs.image.device) and _wide(pairs) == torch.float32:
+        from drrho.fused_tiles import FusedTiles  # Triton is loaded where it is used
+
+        return FusedTiles(pairs)
+    return SimilarityTiles(pairs)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether tiles on the device are computed by Triton's kernels."""
+    return device.type in KERNEL_DEVICES and find_spec("triton") is not None
+
+
+def _wide(pairs: Pairs) -> torch.dtype:
+    """Return the type in which the features are compared: their own, float32 at least."""
+    return torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
+
+
+class Totals(NamedTuple):
+    """Log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau: ``[2, b]`` each."""
 
     log_sum: Tensor
     log_mean: Tensor
@@ -114,25 +128,36 @@ class SimilarityTiles:
 
     def __init__(self, pairs: Pairs) -> None:
         image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group = pairs
-        self.group = group
-        self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-        self.image, own_text = image.to(self.dtype), text.to(self.dtype)
+        self.group, self.dtype = group, _wide(pairs)
+        self.image, self.own_text = image.to(self.dtype), text.to(self.dtype)
         self.counts = row_counts(len(image), group, image.device)
         self.first, self.count = first_row(self.counts, group), sum(self.counts)
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
-        self.text = self.gathered(own_text)
+        self.text = self.gathered(self.own_text)
         self.reference = None
-        self.positive = (self.image * own_text).sum(1)
         if reference is not None and self.coefficient != 0:
-            own_reference = reference[1].to(self.dtype)
-            self.reference = reference[0].to(self.dtype), self.gathered(own_reference)
-            self.positive = self.positive - self.coefficient * (self.reference[0] * own_reference).sum(1)
+            self.own_reference = reference[0].to(self.dtype), reference[1].to(self.dtype)
+            self.reference = self.own_reference[0], self.gathered(self.own_reference[1])
+        #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.
+        self.shared = image_rate is text_rate and image_rate.ndim == 0
         self.image_rate = image_rate.to(self.dtype).expand(len(image))
         self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
-        #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.
-        self.shared = image_rate.ndim == 0 and text_rate.ndim == 0 and bool(image_rate == text_rate)
-        self.unshifted = self.shared and self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """Excess similarities of this rank's pairs, ``[b]``."""
+        positive = (self.image * self.own_text).sum(1)
+        if self.reference is None:
+            return positive
+        return positive - self.coefficient * (self.own_reference[0] * self.own_reference[1]).sum(1)
+
+    @cached_property
+    def unshifted(self) -> bool:
+        """Whether exponents are so small that their exponentials neither overflow nor vanish; not asked of a device."""
+        if not self.shared or self.image.device.type != "cpu":
+            return False
+        return self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
 
     def _bound(self) -> float:
         """Return an upper bound on the exponents of all ranks."""
@@ -171,8 +196,11 @@ class SimilarityTiles:
             place = torch.arange(rows.stop - first, device=self.image.device)
             yield rows, parts, (place, place + self.first + first)
 
-    def sums(self) -> tuple[_Total, _Total]:
-        """Compute the sums of both directions in one pass over the matrix."""
+    def sums(self, keep: bool = False) -> Totals:
+        """Compute the sums of both directions in one pass over the matrix.
+
+        ``keep``: they are followed by `gradients`, for which a form that can may keep what it has computed.
+        """
         b, anchors = len(self.image), self.count
         row_sum, row_mean = self.image.new_empty(2, b).unbind()
         top = self.image.new_full((anchors,), 0.0 if self.unshifted else -torch.inf)
@@ -213,24 +241,25 @@ class SimilarityTiles:
             (column_sum, column_mean), top = both, highest
         count = math.log(anchors if self.include_positive else anchors - 1)
         column_log = self._own(top + column_sum.log())
-        own = self.positive * self.image_rate, self.positive * self._own(self.text_rate)
-        return (
-            _Total(row_sum, row_sum - own[0] - count, row_mean - own[0]),
-            _Total(column_log, column_log - own[1] - count, self._own(column_mean / column_sum) - own[1]),
-        )
+        log_sum = torch.stack([row_sum, column_log])
+        mean = torch.stack([row_mean, self._own(column_mean / column_sum)])
+        own = self.positive * torch.stack([self.image_rate, self._own(self.text_rate)])
+        return Totals(log_sum, log_sum - own - count, mean - own)
 
-    def gradients(self, rows: _Total, columns: _Total, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of images and texts in a second pass over the matrix."""
+    def gradients(self, log_sum: Tensor, by_log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of images and texts in a second pass over the matrix.
+
+        ``log_sum`` and ``by_log_mean`` are those of `Totals` and the gradient with respect to its log means.
+        """
         to_image = torch.empty_like(self.image)
         to_text = self.image.new_zeros(self.count, self.image.shape[1])
-        column_log, column_scale = (self.gathered(part) for part in (columns.log_sum, by_column))
-        column_scale = column_scale * self.text_rate
-        row_scale = by_row * self.image_rate
+        column_log, column_scale = self.gathered(log_sum[1]), self.gathered(by_log_mean[1]) * self.text_rate
+        row_scale = by_log_mean[0] * self.image_rate
         at_positive = -(row_scale + self._own(column_scale))
         for place, (x, e), positives in self.tiles(2):
             if self.shared:
                 x.mul_(self.image_rate[0])
-            scale, shift = row_scale[place, None], rows.log_sum[place, None]
+            scale, shift = row_scale[place, None], log_sum[0][place, None]
             own = x[positives] if self.include_positive else None
             if self.unshifted:
                 torch.exp(x, out=e)
