@@ -121,7 +121,8 @@ def merge_parts(
     total = tl.load(totals_ptr + anchors, mask=inside, other=0.0)
     moment = tl.load(totals_ptr + 2 * anchors, mask=inside, other=0.0)
     plane = slots.to(tl.int64) * size
-    for slot in range(0, slots, PARTS):
+    slot = 0  # a while loop, since the interpreter of Triton 3.6 takes no range over an argument
+    while slot < slots:
         slot_of = slot + tl.arange(0, PARTS)
         at = parts_ptr + slot_of.to(tl.int64)[:, None] * size + place[None, :]
         mask = (slot_of < slots)[:, None] & inside[None, :]
@@ -136,6 +137,7 @@ def merge_parts(
         moment += tl.sum((all_kept * (moments + tl.where(all_kept > 0, all_moved, 0.0) * sums)).to(tl.float64), 0)
         total = kept * total + tl.sum((all_kept * sums).to(tl.float64), 0)
         top = higher
+        slot += PARTS
     tl.store(totals_ptr, top.to(tl.float64), mask=inside)
     tl.store(totals_ptr + anchors, total, mask=inside)
     tl.store(totals_ptr + 2 * anchors, moment, mask=inside)
