@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
+from drrho.negatives import robust_anchors
 from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled, robust_anchors
+from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled
 from drrho.validation import ArrayLike, as_numbers
 
 _KL = KL()

@@ -1,6 +1,6 @@
-"""Risks of all anchors in both directions from tiles of the similarity matrix, with memory linear in the batch.
+"""KL risks of all anchors in both directions from tiles of the similarity matrix, with memory linear in the batch.
 
-For KL, the matrix of ``x_ij = (s_ij - c r_ij) / tau`` is computed twice, a few rows at a time. The forward pass sums
+The matrix of ``x_ij = (s_ij - c r_ij) / tau`` is computed twice, a few rows at a time. The forward pass sums
 the normalizers of its rows (image anchors) and columns (text anchors); the backward pass computes the weights
 ``exp(x_ij - log row_i)`` and ``exp(x_ij - log column_j)``. This takes four matrix products, six with a reference;
 keeping the matrix would take three and four. With a group, every rank computes the rows of its own images and all
@@ -20,9 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drrho.divergences import Divergence
-from drrho.ranks import Group, first_row, gathered, gathered_with_gradient, row_counts, sum_to_owners
-from drrho.risk import penalized_risk
+from drrho.ranks import Group, first_row, gathered, row_counts, sum_to_owners
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -30,10 +28,17 @@ _R = TypeVar("_R")
 #: A tensor for the images and one for the texts.
 TensorPair: TypeAlias = tuple[Tensor, Tensor]
 
-TILE = 2**21  # similarities in a tile
+TILE = 2**21  # similarities in a tile on the CPU
+DEVICE_TILE = 2**25  # on other devices, whose products and solvers want many rows
 ROWS = 512  # rows of a tile, at least: products of flatter tiles are slower
 KERNEL_DEVICES = frozenset({"cuda"})  # where Triton's kernels take the place of torch's operations
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp overflows
+
+
+def tile_rows(own: int, count: int, device: torch.device) -> int:
+    """Return the number of rows of a tile of ``own`` rows and ``count`` columns."""
+    size = TILE if device.type == "cpu" else DEVICE_TILE
+    return max(1, min(own, max(ROWS, size // count)))
 
 
 def not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -98,7 +103,7 @@ class _Tiled(torch.autograd.Function):
 
 def _matrix(pairs: Pairs) -> SimilarityTiles:
     """Return the similarities as their device computes them: by fused kernels where there are such, or by torch."""
-    if has_kernels(pairs.image.device) and _wide(pairs) == torch.float32:
+    if has_kernels(pairs.image.device) and wide_dtype(pairs) == torch.float32:
         from drrho.fused_tiles import FusedTiles  # Triton is loaded where it is used
 
         return FusedTiles(pairs)
@@ -110,7 +115,7 @@ def has_kernels(device: torch.device) -> bool:
     return device.type in KERNEL_DEVICES and find_spec("triton") is not None
 
 
-def _wide(pairs: Pairs) -> torch.dtype:
+def wide_dtype(pairs: Pairs) -> torch.dtype:
     """Return the type in which the features are compared: their own, float32 at least."""
     return torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
 
@@ -128,7 +133,7 @@ class SimilarityTiles:
 
     def __init__(self, pairs: Pairs) -> None:
         image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group = pairs
-        self.group, self.dtype = group, _wide(pairs)
+        self.group, self.dtype = group, wide_dtype(pairs)
         self.image, self.own_text = image.to(self.dtype), text.to(self.dtype)
         self.counts = row_counts(len(image), group, image.device)
         self.first, self.count = first_row(self.counts, group), sum(self.counts)
@@ -185,7 +190,7 @@ class SimilarityTiles:
 
         The first buffer holds the excess similarities; the contents of the others are undefined.
         """
-        height = _height(len(self.image), self.count)
+        height = tile_rows(len(self.image), self.count, self.image.device)
         held = [self.image.new_empty(height, self.count) for _ in range(buffers)]
         for first in range(0, len(self.image), height):
             rows = slice(first, min(first + height, len(self.image)))
@@ -281,146 +286,3 @@ class SimilarityTiles:
 def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
     """Return ``sum e x``, where ``0 * -inf`` counts as 0."""
     return torch.where(e > 0, e * x, 0.0).sum(dim)
-
-
-def _height(own: int, count: int) -> int:
-    """Return the number of rows of a tile."""
-    return max(1, min(own, max(ROWS, TILE // count)))
-
-
-def robust_anchors(
-    pairs: Pairs, taus: TensorPair, divergence: Divergence, thresholds: TensorPair | None, gamma: float
-) -> tuple[TensorPair, TensorPair, TensorPair]:
-    """Return risks, thresholds after the step and distances D of this rank's anchors, ``[b]`` each, for any divergence.
-
-    One tile of anchors is solved at a time, and solved again in the backward pass. Thresholds of earlier batches (NaN
-    where there are none) move to ``(1 - gamma) threshold + gamma (that of the batch)``, or start anew from that of the
-    batch where phi* is infinite at one of its losses. The anchor's risk is then its
-    dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``. At the threshold held fixed its gradient
-    is given by the ratios ``t = phi*'((l - threshold) / tau)``: the weights ``t / count`` for the losses, and
-    ``-mean phi(t)`` for ``taus``, scalars or ``[b]``.
-    """
-    counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
-    if sum(counts) < 2:
-        raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {sum(counts)}")
-    dtype = torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
-    image, text = (
-        pairs.image.to(dtype),
-        pairs.text.to(dtype),
-    )  # converted here, so that gradients add up in the wider type
-    results = []
-    for side in range(2):
-        anchor, other = (image, text) if side == 0 else (text, image)
-        reference = None
-        if pairs.reference is not None:
-            reference = pairs.reference[side], gathered(pairs.reference[1 - side], counts, pairs.group)
-        before = None if thresholds is None else thresholds[side]
-        rows = _Rows(
-            divergence,
-            pairs.rates[side],
-            reference,
-            pairs.coefficient,
-            pairs.include_positive,
-            before,
-            gamma,
-            first_row(counts, pairs.group),
-        )
-        results.append(_Solved.apply(anchor, gathered_with_gradient(other, counts, pairs.group), rows))
-        risk, *_, cost = results[-1]
-        results[-1] = (risk - (taus[side] - taus[side].detach()) * cost, *results[-1][1:])
-    first, second = results
-    return (first[0], second[0]), (first[1], second[1]), (first[2], second[2])
-
-
-class _Rows(NamedTuple):
-    """How the anchors of one direction are solved; ``first`` is the position of the first among all ranks' anchors."""
-
-    divergence: Divergence
-    rate: Tensor
-    reference: TensorPair | None
-    coefficient: float
-    include_positive: bool
-    before: Tensor | None
-    gamma: float
-    first: int
-
-    def tiles(self, anchor: Tensor, other: Tensor) -> Iterator[tuple[slice, _SolvedRows, Tensor, TensorPair]]:
-        """Yield the rows of a tile, their solution, the mask of negatives and the indices of positives."""
-        height = _height(len(anchor), len(other))
-        rate = self.rate.to(anchor.dtype).expand(len(anchor))
-        for first in range(0, len(anchor), height):
-            rows = slice(first, min(first + height, len(anchor)))
-            excess = anchor[rows] @ other.T
-            if self.reference is not None:
-                reference, others = (part.to(anchor.dtype) for part in self.reference)
-                excess = excess.addmm_(reference[rows], others.T, alpha=-self.coefficient)
-            place = torch.arange(rows.stop - first, device=excess.device)
-            positives = place, place + first + self.first
-            excess = excess - excess[positives][:, None]
-            negatives = torch.ones_like(excess, dtype=torch.bool)
-            if not self.include_positive:
-                negatives[positives] = False
-            losses, tau = excess[negatives].view(len(excess), -1), 1 / rate[rows]
-            before = None if self.before is None else self.before[rows]
-            yield rows, self._solved(losses, tau, before), negatives, positives
-
-    def _solved(self, losses: Tensor, tau: Tensor, before: Tensor | None) -> _SolvedRows:
-        risk = penalized_risk(losses, self.divergence, tau)
-        distance = ((risk.weights * losses).sum(1) - risk.value) / tau
-        exact = _SolvedRows(risk.value, risk.threshold, distance, distance, risk.weights)
-        if before is None or self.gamma == 1:
-            return exact
-        old = before.to(exact.threshold)
-        threshold = old + self.gamma * (exact.threshold - old)
-        s = (losses - threshold[:, None]) / tau[:, None]
-        value = threshold + tau * self.divergence.conjugate(s).mean(1)
-        cost, weights = self.divergence.cost(s).mean(1), self.divergence.conjugate_gradient(s) / losses.shape[1]
-        lags = torch.isfinite(value)
-        return _SolvedRows(
-            torch.where(lags, value, exact.risk),
-            torch.where(lags, threshold, exact.threshold),
-            distance,
-            torch.where(lags, cost, distance),
-            torch.where(lags[:, None], weights, exact.weights),
-        )
-
-
-class _SolvedRows(NamedTuple):
-    """The solution of a tile of anchors, with the threshold after the step.
-
-    ``cost`` is the mean of phi at the ratios that the gradient uses: the distance D, unless the threshold lags.
-    """
-
-    risk: Tensor
-    threshold: Tensor
-    distance: Tensor
-    cost: Tensor
-    weights: Tensor
-
-
-class _Solved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, anchor, other, rows):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return risks, thresholds, distances and costs of one direction."""
-        ctx.save_for_backward(anchor, other)
-        ctx.rows = rows
-        parts = [solved[:4] for _, solved, *_ in rows.tiles(anchor, other)] or [(anchor.new_empty(0),) * 4]
-        value, threshold, distance, cost = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(threshold, distance, cost)
-        return value, threshold, distance, cost
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, by_value, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve each tile again to get its weights."""
-        anchor, other = ctx.saved_tensors
-        to_anchor, to_other = torch.empty_like(anchor), torch.zeros_like(other)
-        for rows, solved, negatives, positives in ctx.rows.tiles(anchor, other):
-            scaled = by_value[rows, None] * solved.weights
-            full = scaled.new_zeros(negatives.shape)
-            full[negatives] = scaled.flatten()
-            full[positives] -= scaled.sum(1)
-            full = full.to(anchor.dtype)
-            to_anchor[rows] = full @ other
-            to_other.addmm_(full.T, anchor[rows])
-        return to_anchor, to_other, None
