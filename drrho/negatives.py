@@ -33,7 +33,9 @@ def robust_anchors(
     gradient is given by the ratios ``t = phi*'((l - threshold) / tau)``: the weights ``t / count`` for the losses, and
     ``-mean phi(t)`` for ``taus``, scalars or ``[b]``.
     """
-    counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
+    counts = pairs.counts
+    if counts is None:
+        counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
     if sum(counts) < 2:
         raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {sum(counts)}")
     dtype, first = wide_dtype(pairs), first_row(counts, pairs.group)

@@ -23,7 +23,7 @@ from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
-from drrho.validation import transforms_active, values_are_readable
+from drrho.validation import transforms_active
 
 _KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
@@ -58,7 +58,7 @@ def is_read_as_it_is(losses: Tensor, problem: Problem) -> bool:
     """Whether kernels solve these losses, which are narrower than float64, as they are: they compute in float64."""
     if losses.dtype == torch.float64 or algorithm_of(problem.divergence).kernel is None:
         return False
-    return values_are_readable() and forward_ad._current_level < 0 and native.takes(losses, problem)
+    return not transforms_active() and forward_ad._current_level < 0 and native.takes(losses, problem)
 
 
 def _refuse_forward_over_forward() -> None:

@@ -10,7 +10,7 @@ columns; the normalizers of columns and the gradients of texts are reduced over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
@@ -61,7 +61,8 @@ class Pairs(NamedTuple):
     """Features of the pairs and how they are compared.
 
     ``reference`` holds the reference's features or None, and ``coefficient`` multiplies its similarities.
-    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars.
+    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars. ``counts`` are the numbers
+    of pairs of all ranks; without them they are exchanged.
     """
 
     image: Tensor
@@ -71,6 +72,7 @@ class Pairs(NamedTuple):
     coefficient: float = 1.0
     include_positive: bool = False
     group: Group = None
+    counts: Sequence[int] | None = None
 
 
 def kl_anchors(pairs: Pairs) -> Anchors:
@@ -132,10 +134,10 @@ class SimilarityTiles:
     """The similarities of this rank's images with all texts, in tiles of rows."""
 
     def __init__(self, pairs: Pairs) -> None:
-        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group = pairs
+        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group, counts = pairs
         self.group, self.dtype = group, wide_dtype(pairs)
         self.image, self.own_text = image.to(self.dtype), text.to(self.dtype)
-        self.counts = row_counts(len(image), group, image.device)
+        self.counts = row_counts(len(image), group, image.device) if counts is None else counts
         self.first, self.count = first_row(self.counts, group), sum(self.counts)
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")

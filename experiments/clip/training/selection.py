@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.ranks import row_counts
 from drrho.selection import PairFeatures, joint_selection_from_features, pair_losses, top_k
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
@@ -62,8 +61,12 @@ class Selector:
         #: Pairs scored for each that is trained on.
         self.candidates = selection.candidates
 
-    def choose(self, step: int, candidates: Batch, target: PairFeatures, reference: Features | None) -> Chosen:
+    def choose(
+        self, step: int, candidates: Batch, total: int, target: PairFeatures, reference: Features | None
+    ) -> Chosen:
         """Choose among the candidates, of which both models' features are given; every rank calls.
+
+        ``total`` is the number of all ranks' candidates.
 
         Raises
         ------
@@ -75,7 +78,6 @@ class Selector:
                 "reference must hold the reference's features of the candidates: give the trainer a reference"
             )
         of_reference = PairFeatures(*reference, self._temperature, self._bias)
-        total = sum(row_counts(len(candidates.index), self._ranks.group, self._ranks.device))
         size = -(-total // self.candidates)
         least = max(2, self._selection.select_chunks) if self._selection.is_joint else 2
         if size < least:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
+from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
 from experiments.clip.models.clip import Clip, at_least_one
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
+from experiments.clip.training.numbers import packed
 from experiments.clip.training.options import Execution
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,45 +48,59 @@ class Towers:
                 register_fsdp_forward_method(model, method)
         elif ranks.group is not None:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=devices)
+            # Statistics of batches are kept with the weights, and are those of the first rank; others are constants.
+            has_statistics = model.state_dict().keys() != dict(model.named_parameters()).keys()
+            self.model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=has_statistics)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
         return torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def backward(
-        self, method: Method, batch: Batch, reference: Features | None, parts: int, epoch: int, scale: float
+        self,
+        method: Method,
+        batch: Batch,
+        samples: BatchIndex,
+        reference: Features | None,
+        parts: int,
+        epoch: int,
+        scale: float | Tensor,
     ) -> tuple[MethodLoss, Features]:
         """Return the batch's loss and features, after a backward pass of ``scale`` times the loss.
 
-        The gradient is in the parameters; DistributedDataParallel and FSDP2 average it over ranks.
+        The gradient is in the parameters; DistributedDataParallel and FSDP2 average it over ranks. ``samples`` are
+        those of all ranks' batches.
         """
         kept: list[Tensor] = []
 
         def loss(image: Tensor, text: Tensor, *head: Tensor) -> MethodLoss:
-            self._refuse_not_finite(image, text)
             kept[:] = image.detach(), text.detach()
-            return method.loss((image, text), batch.index, Head(*head), epoch, reference)
+            return method.loss((image, text), samples, Head(*head), epoch, reference)
 
         with self.autocast():
-            chunks = self._chunks(batch, parts)
+            chunks = _chunks(batch, samples, parts)
             found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
         return found, (kept[0], kept[1])
 
     @torch.no_grad()
-    def pairs(self, method: Method, batch: Batch, parts: int) -> PairFeatures:
-        """Return the batch's features without a graph, as in training, and how the method compares them."""
+    def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> PairFeatures:
+        """Return the batch's features without a graph, as in training, and how the method compares them.
+
+        Raises
+        ------
+        NotFinite
+            On every rank, if the features of one are not finite.
+        """
         with self.autocast():
-            encoded = [self._encode(chunk) for chunk in self._chunks(batch, parts)]
+            encoded = [self._encode(chunk) for chunk in _chunks(batch, samples, parts)]
         images, texts, *heads = zip(*encoded, strict=True)
         image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
-        self._refuse_not_finite(image, text, *head)
-        return PairFeatures(image, text, *method.logits_at(Head(*head)))
-
-    def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
-        """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
-        parts = min(parts, max(1, self._ranks.max_over_ranks(len(batch.index)))) if parts > 1 else 1
-        return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+        temperature, bias = method.logits_at(Head(*head))
+        faulty = self._ranks.sum(are_not_finite(image, text, *head))
+        read = packed([faulty, torch.as_tensor(temperature), torch.as_tensor(bias)]).tolist()
+        if read[0]:
+            raise NotFinite(NOT_FINITE)
+        return PairFeatures(image, text, *read[1:])
 
     def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
         inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
@@ -93,10 +108,20 @@ class Towers:
         count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
         return [image[:count], text[:count], *(number.reshape(()) for number in head)]
 
-    def _refuse_not_finite(self, *features: Tensor) -> None:
-        # All ranks say it together: one that raised alone would leave the others waiting in the loss.
-        if self._ranks.max_over_ranks(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
-            raise NotFinite("the features are not finite")
+
+#: What is said of features that are not finite.
+NOT_FINITE = "the features are not finite"
+
+
+def are_not_finite(*features: Tensor) -> Tensor:
+    """Return 1 if some of the features, or their sum, are not finite, else 0: a scalar on the device."""
+    return (~torch.isfinite(torch.stack([part.sum() for part in features]))).any().double()
+
+
+def _chunks(batch: Batch, samples: BatchIndex, parts: int) -> list[tuple[Tensor, Tensor]]:
+    """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
+    parts = min(parts, max(1, *samples.counts))
+    return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -106,11 +131,13 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
-def clipped_norm(model: torch.nn.Module, limit: float | None) -> float:
-    """Return the gradient's norm, and scale the gradient down to ``limit`` where it is larger."""
+def clipped_norm(model: torch.nn.Module, limit: float | None) -> Tensor:
+    """Return the gradient's norm, a scalar on the device; scale the gradient down to ``limit`` where it is larger."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-    return float(full_tensor(norm))
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # pyright: ignore[reportArgumentType]
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return full_tensor(norm)
 
 
 def full_tensor(value: Tensor) -> Tensor:

@@ -39,9 +39,11 @@ def test_the_moving_average_is_that_of_the_weights_and_is_resumed(pairs, tmp_pat
     assert not all(moved)
     # Against its definition, on two steps of one number.
     average = MovingAverage({"w": torch.tensor(0.0)}, 0.9)
-    average.update({"w": torch.tensor(1.0)})
+    average.update({"w": torch.tensor(1.0)}, torch.tensor(True))
     assert float(average.average["w"]) == pytest.approx(0.9)  # the first decay is 1 / 10
-    average.update({"w": torch.tensor(0.0)})
+    average.update({"w": torch.tensor(7.0)}, torch.tensor(False))
+    assert float(average.average["w"]) == pytest.approx(0.9)
+    average.update({"w": torch.tensor(0.0)}, torch.tensor(True))
     assert float(average.average["w"]) == pytest.approx(0.9 * 2 / 11)
 
 

@@ -29,7 +29,7 @@ def remembering(method):
     class Remembering(type(method)):
         def loss(self, own, index, head, epoch, reference):
             loss = super().loss(own, index, head, epoch, reference)
-            steps.append(index.tolist())
+            steps.append(index.own.tolist())
             losses.append(loss.value.item())
             return loss
 
