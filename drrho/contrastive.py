@@ -84,14 +84,14 @@ def contrastive_risk(
 
     For KL, ``u_i <- (1 - gamma) u_i + gamma g_i`` tracks ``g_i = mean_{j != i} exp(l_ij / tau)``, and the gradient
     is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is the gradient of the batch's
-    value. The similarity matrix is never kept: its tiles are computed in the forward pass, and again in the backward
-    pass.
+    value. The similarity matrix is not kept: its tiles are computed in the forward pass, and again in the backward
+    pass. (On a GPU, a matrix that is a single tile is kept.)
 
     Parameters
     ----------
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target, b >= 2; row i of both is one pair. Similarities are computed in float32 or
-        wider, also under autocast.
+        wider, also under autocast; on a GPU their products are as precise as `torch.set_float32_matmul_precision` says.
     temperature : float, scalar tensor, or pair of tensors ``[b]``
         tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
         respect to it is that of ``F_i + rho tau``, which is ``rho - D_i`` without running estimates, and is taken at
@@ -381,8 +381,8 @@ def _prepared(
     is_one = first is second  # tiles know a rate that all anchors share by being one tensor
     first, second = checks.close(first, second)
     second = first if is_one else second
-    rate = 1 / first.detach()
-    rates = rate, rate if is_one else 1 / second.detach()
+    rate = first.detach().reciprocal()
+    rates = rate, rate if is_one else second.detach().reciprocal()
     factor = 1.0 if isinstance(coefficient, Tensor) else coefficient
     return (first, second), Pairs(image, text, rates, reference, factor, include_positive, group, counts)
 
@@ -438,7 +438,12 @@ def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> Te
 
 def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Tensor:
     """Return a temperature as a tensor, a scalar or ``[b]``, in float32 or wider; it is checked with the others."""
-    tau = as_numbers(values, "temperature").to(image.device, torch.promote_types(image.dtype, torch.float32))
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if isinstance(values, float | int):  # checked here; filled on the device, as a copy to it would wait
+        if not 0 < values < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, got {values}")
+        return torch.full((), values, dtype=dtype, device=image.device)
+    tau = as_numbers(values, "temperature").to(image.device, dtype)
     if tau.numel() == 1:
         tau = tau.reshape(())
     elif tau.shape != image.shape[:1]:
@@ -458,8 +463,8 @@ def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, ch
             f"{image_name} and {text_name} must both have shape [b, d] with b >= {least} (an anchor needs a negative), "
             f"got {list(image.shape)} and {list(text.shape)}"
         )
-    total = (image.sum() + text.sum()).detach()
-    checks.refuse(~torch.isfinite(total), total, f"{image_name} and {text_name} must be finite, but their sums are not")
+    total = image.detach().sum() + text.detach().sum()
+    checks.refuse(total * 0 != 0, total, f"{image_name} and {text_name} must be finite, but their sums are not")
 
 
 def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> Tensor:
