@@ -84,10 +84,10 @@ class _Rows(NamedTuple):
             excess = held[: rows.stop - first]
             torch.mm(self.anchor[rows], self.other.T, out=excess)
             own = self.positives(excess, rows)
-            excess.sub_(own.clone()[:, None])
+            at_positive = own.clone()
             if not self.include_positive:
                 own.copy_(excess[:, -1].clone())  # the last column takes the place of the positives
-            yield rows, self.negatives(excess), excess
+            yield rows, self.negatives(excess) - at_positive[:, None], excess
 
     def matrix(self, height: int) -> Tensor:
         """Return a new matrix of that many rows, for a tile."""
