@@ -1,5 +1,9 @@
 """Answers of rows on the device: the ends of a parameter's range, and weights that lie in the ball."""
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -7,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from drrho.solvers.device.tiles import EPS, INFINITY, depth, places, store
+from drrho.solvers.device.tiles import EPS, INFINITY, depth, mass, places, store
 
 
 class Answer(NamedTuple):
@@ -70,29 +74,29 @@ def chosen_of(where, one, other):
     )
 
 
-class Share(NamedTuple):
-    """What turns ratios into weights: ``mass * (each * ratio + added)``, ``[rows]``."""
-
-    each: Any
-    added: Any
+@triton.jit
+def store_ties(row, hard, TILE: tl.constexpr):
+    """Store the weights of rows at their maximum: the base weights restricted to the ties."""
+    if tl.max(hard.to(tl.int32), 0) > 0:
+        each = 1 / (row.share * row.all)
+        for begin in range(0, row.n, TILE):
+            i = places(begin, TILE)
+            store(row, i, tl.where(depth(row, i) == 0, mass(row, i) * each[:, None], 0.0), hard)
 
 
 @triton.jit
-def share_of(row, hard):
-    """Return what turns ratios of mean one into weights, and those of the ties of rows at their maximum."""
-    return Share(1 / (row.all * tl.where(hard, row.share, 1.0)), tl.zeros_like(row.all))
+def _reweigh(row, factor, added, chosen, TILE: tl.constexpr):
+    """Multiply stored weights of chosen rows by a factor, and add a multiple of the base weights."""
+    tl.debug_barrier()  # so that what others have stored is there
+    for begin in range(0, row.n, TILE):
+        i = places(begin, TILE)
+        weights = tl.load(row.weights + i, mask=i < row.n, other=0.0).to(tl.float64)
+        store(row, i, weights * factor[:, None] + mass(row, i) * added[:, None], chosen)
 
 
 @triton.jit
-def store_ratios(row, i, d, m, ratio, share, hard, chosen):
-    """Store the weights of a tile of ratios; rows at their maximum have the ties' alone."""
-    ratio = tl.where(hard[:, None], tl.where(d == 0, 1.0, 0.0), ratio)
-    store(row, i, (ratio * share.each[:, None] + share.added[:, None]) * m, chosen)
-
-
-@triton.jit
-def into_ball(row, answer, radius, total, share, BALL: tl.constexpr):
-    """Return an answer whose weights sum to one and lie in the ball, how they are shared then, and if that changes.
+def into_ball(row, answer, radius, total, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
+    """Make the stored weights of chosen rows sum to one and lie in the ball; return what answer they give.
 
     Rounding may have left D outside: it is convex, and zero at the base weights, with the slope ``gain / strength``
     towards them, which no more than a little of them needs.
@@ -110,11 +114,10 @@ def into_ball(row, answer, radius, total, share, BALL: tl.constexpr):
     if BALL:
         kept = tl.where(above, kept * (answer.dual / gain), kept)
     gain = tl.where(above, answer.dual, gain)
-    changed = (tl.abs(total - 1) > UNFELT) | (1 - kept > UNFELT)
-    share = Share(
-        tl.where(changed, share.each * (kept / total), share.each), tl.where(changed, (1 - kept) / row.all, 0.0)
-    )
-    answer = Answer(
+    changed = chosen & ((tl.abs(total - 1) > UNFELT) | (1 - kept > UNFELT))
+    if tl.max(changed.to(tl.int32), 0) > 0:
+        _reweigh(row, kept / total, (1 - kept) / row.all, changed, TILE)
+    return Answer(
         gain,
         answer.dual,
         answer.threshold,
@@ -125,7 +128,6 @@ def into_ball(row, answer, radius, total, share, BALL: tl.constexpr):
         answer.exactly,
         answer.failed,
     )
-    return answer, share, changed
 
 
 @triton.jit

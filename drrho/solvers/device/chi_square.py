@@ -1,5 +1,9 @@
 """Chi-square balls and penalties on the device: a monotone active set (``kernels_chi_square.c``)."""
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -7,8 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from drrho.solvers.device.answers import answer_of, into_ball, share_of, store_ratios, with_ends
-from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, three_sums
+from drrho.solvers.device.answers import answer_of, into_ball, store_ties, with_ends
+from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, store, three_sums
 
 _FLAT = tl.constexpr(2.0**1022)  # strength in units of the range at which no weight differs from the base weights
 
@@ -98,12 +102,13 @@ def _active_set(
 
 
 @triton.jit
-def _tilted(row, support, share, hard, chosen, TILE: tl.constexpr):
+def _tilted(row, support, chosen, TILE: tl.constexpr):
     """Store weights; return the means of the tilts, of them times ``d - mean``, and of their squares."""
     held = support.strength.to(tl.int64, bitcast=True) >> 52
     bits = tl.where(held > 0, tl.maximum(2046 - held, 0), 2046) << 52
     near = bits.to(tl.float64, bitcast=True)  # two factors, as one might overflow; a division would take longer
     rest = tl.where(support.strength == INFINITY, 0.0, 1 / (support.strength * near))
+    each = 1 / row.all
     tilted = tl.zeros([row.z.shape[0], TILE], tl.float64)
     gained, squared = tl.zeros_like(tilted), tl.zeros_like(tilted)
     for begin in range(0, row.n, TILE):
@@ -111,7 +116,7 @@ def _tilted(row, support, share, hard, chosen, TILE: tl.constexpr):
         d, m = depth(row, i), mass(row, i)
         t = (d - support.origin[:, None]) * near[:, None] * rest[:, None] + support.offset[:, None]
         t = tl.maximum(t, -1.0)
-        store_ratios(row, i, d, m, t + 1, share, hard, chosen)
+        store(row, i, (t + 1) * (m * each[:, None]), chosen)
         weighted = t * m
         tilted += weighted
         gained += weighted * (d - row.mean[:, None])
@@ -152,7 +157,7 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
             )
     support = _active_set(row, r, p, support, zero, live, TILE, BALL, True)
     hard = hard | (live & support.saturated)
-    share = share_of(row, hard)
+    inner = chosen & ~hard
     held = Support(
         support.eta,
         support.threshold,
@@ -161,7 +166,8 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
         tl.where(hard | flat, 0.0, support.offset),
         support.saturated,
     )
-    surplus, gain, square = _tilted(row, held, share, hard, chosen, TILE)
+    surplus, gain, square = _tilted(row, held, inner, TILE)
+    store_ties(row, chosen & hard, TILE)
     half, gain = square / 2, gain / (1 + surplus)
     distance = tl.maximum(half - surplus * surplus / 2, 0.0) / ((1 + surplus) * (1 + surplus))  # of sum one
     dual = held.strength * (surplus + half) + ((held.origin - row.mean) - held.strength * held.offset)
@@ -170,8 +176,5 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
     else:
         gain -= price * distance
     answer = answer_of(gain, dual, held.threshold, held.strength, distance, (hard & ~hard).to(tl.int32))
-    answer, again, changed = into_ball(row, answer, radius, 1 + surplus, share, BALL)
-    changed = changed & chosen & ~hard & ~flat
-    if tl.max(changed.to(tl.int32), 0) > 0:
-        _tilted(row, held, again, hard, changed, TILE)
+    answer = into_ball(row, answer, radius, 1 + surplus, inner & ~flat, TILE, BALL)
     return with_ends(answer, row, hard, flat, largest)

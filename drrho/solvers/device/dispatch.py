@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,32 @@ from drrho.validation import values_are_readable
 
 _DIVERGENCES = (0, 1, 2)  # that there are kernels for, by their numbers in kernels.c
 _LONGEST = 2**17  # losses of a row that one program solves
+
+
+class _Failed(threading.local):
+    """A number in the memory of the host, which kernels set where a row is not solved: one for each thread."""
+
+    @functools.cached_property
+    def flag(self) -> Tensor:
+        """The number, ``[1]``."""
+        return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+
+    @functools.cached_property
+    def seen(self) -> np.ndarray:
+        """The same as it lies in memory."""
+        return self.flag.numpy()
+
+    def is_set(self, z: Tensor) -> bool:
+        """Wait for the device of a tensor, and return whether the number was set; it is cleared."""
+        if z.is_cuda:
+            torch.cuda.current_stream(z.device).synchronize()
+        failed = bool(self.seen[0])
+        if failed:
+            self.seen[0] = 0
+        return failed
+
+
+_failed = _Failed()
 
 
 @functools.cache
@@ -62,18 +90,17 @@ def solve_on_device(
     if divergence.tail_fraction is not None and alpha is None:
         order = float(divergence.tail_fraction)
     readable = values_are_readable() and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
-    failed = torch.zeros(1, dtype=torch.int32, device=z.device) if readable else None
     weights, fields = solve_rows(
         z.contiguous(),
         _float64(radius) if divergence.has_radius else None,
         *map(_float64, (strength, alpha, base)),
-        failed,
+        _failed.flag if readable else None,
         kernel,
         order,
     )
     value, *others = fields.unbind()
     solution = Solution(value, weights, *others)
-    if failed is not None and failed.item():
+    if readable and _failed.is_set(z):
         solve_declined(solution, z, radius, strength, alpha, base, problem, portable)
     return solution
 

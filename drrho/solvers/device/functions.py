@@ -5,6 +5,10 @@ forms are those of ``kernels_elementary.h`` and of the C kernels beside it: diff
 from the parts of which a power is made, so that a small tilt has as many digits as a large one.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton
@@ -14,8 +18,11 @@ import triton.language as tl
 
 
 @triton.jit
-def exponential_parts(x):
-    """Return power, r and excess with ``exp(x) = power * (1 + r + excess)``, float64 or float32; 0 on underflow."""
+def exponential_parts(x, SHORT: tl.constexpr = False):
+    """Return power, r and excess with ``exp(x) = power * (1 + r + excess)``, float64 or float32; 0 on underflow.
+
+    Where that is to be short, float64 is good to 1e-11, which is enough for losses that are narrower.
+    """
     if x.dtype == tl.float64:
         held = tl.maximum(x, -708.0)
         shifted = held * 1.4426950408889634 + 6755399441055744.0  # 1.5 * 2^52: the integer is left in the low bits
@@ -26,10 +33,12 @@ def exponential_parts(x):
         fourth = square * square
         low = (0.5 + r * (1 / 6)) + square * (1 / 24 + r * (1 / 120))
         middle = (1 / 720 + r * (1 / 5040)) + square * (1 / 40320 + r * (1 / 362880))
-        high = (1 / 3628800 + r * (1 / 39916800)) + square * (
-            1 / 479001600 + r * (1 / 6227020800) + square * (1 / 87178291200)
-        )
-        excess = square * (low + fourth * (middle + fourth * high))
+        if not SHORT:
+            high = (1 / 3628800 + r * (1 / 39916800)) + square * (
+                1 / 479001600 + r * (1 / 6227020800) + square * (1 / 87178291200)
+            )
+            middle += fourth * high
+        excess = square * (low + fourth * middle)
         power = ((shifted.to(tl.int64, bitcast=True) << 52) + 0x3FF0000000000000).to(tl.float64, bitcast=True)
         power = tl.where(x < -708.0, 0.0, power)
     else:
@@ -47,11 +56,20 @@ def exponential_parts(x):
 
 
 @triton.jit
-def exponentials(x):
+def exponentials(x, SHORT: tl.constexpr = False):
     """Return ``exp(x)``, ``exp(x) - 1`` and ``exp(x) - 1 - x`` for x below the overflow, float64 or float32."""
-    power, r, excess = exponential_parts(x)
+    power, r, excess = exponential_parts(x, SHORT)
     grown = power * (r + excess)
     return power + grown, grown + (power - 1.0), power * excess + ((power * r + (power - 1.0)) - x)
+
+
+@triton.jit
+def rough_exponentials(x):
+    """Return the same of float32, by the processor's own power: to a few units of 1e-7, next to one of 1e-6."""
+    ratio = tl.exp2(x * 1.4426950408889634)
+    excess = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
+    near = tl.abs(x) < 0.5
+    return ratio, tl.where(near, x + excess, ratio - 1.0), tl.where(near, excess, (ratio - 1.0) - x)
 
 
 @triton.jit

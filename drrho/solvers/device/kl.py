@@ -1,5 +1,9 @@
 """KL balls and penalties on the device: weights proportional to ``exp(b d)`` (``kernels_kl.c``)."""
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -8,17 +12,15 @@ import triton
 import triton.language as tl
 
 from drrho.solvers.device.answers import (
-    Share,
     answer_of,
     into_ball,
-    share_of,
-    store_ratios,
+    store_ties,
     tolerated,
     with_ends,
 )
-from drrho.solvers.device.functions import exponentials, log1p
+from drrho.solvers.device.functions import exponentials, log1p, rough_exponentials
 from drrho.solvers.device.search import AGAIN, LOST, Limits, advance, open_search
-from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, three_sums
+from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, store, three_sums
 
 _FLAT = tl.constexpr(2.0**1022)  # strength in units of the range at which no weight differs from the base weights
 _CEILING = tl.constexpr(688.49)  # of log b
@@ -41,27 +43,37 @@ class Path(NamedTuple):
 
 
 @triton.jit
-def _path(row, b, share, hard, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr, STORE: tl.constexpr):
+def _path(row, b, each, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr, STORE: tl.constexpr):
     """Return the path at b, by sums about the mean while that is near enough to the maximum, else about that.
 
-    With ``e = exp(b y) - 1`` all sums about the mean are of positive terms, that of ``e - b y`` too.
+    With ``e = exp(b y) - 1`` all sums about the mean are of positive terms, that of ``e - b y`` too. Exponentials of
+    chosen rows are stored, times a factor.
     """
     WORK: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    NARROW: tl.constexpr = row.z.dtype.element_ty != tl.float64
     near = b * -row.mean <= _FAR
-    origin = tl.where(near, row.mean, 0.0).to(WORK)
-    rate = b.to(WORK)[:, None]
+    origin, rate = tl.where(near, row.mean, 0.0).to(WORK), b.to(WORK)[:, None]
     first = tl.zeros([row.z.shape[0], TILE], WORK)
     second, third = tl.zeros_like(first), tl.zeros_like(first)
     for begin in range(0, row.n, TILE):
         i = places(begin, TILE)
-        m = mass(row, i)
         d = depth(row, i) if PRECISE else rough_depth(row, i)
         y = d - origin[:, None]
-        ratio, tilt, beyond = exponentials(y * rate)
+        if PRECISE:
+            ratio, tilt, beyond = exponentials(y * rate, NARROW)
+        else:
+            ratio, tilt, beyond = rough_exponentials(y * rate)
+        one, e = tl.where(near[:, None], beyond, ratio), tl.where(near[:, None], tilt, ratio)
+        if row.base is None:
+            inside = i < row.n
+            one, e = tl.where(inside, one, 0.0), tl.where(inside, e, 0.0)
+        else:
+            m = mass(row, i)
+            ratio, one, e = ratio * m, one * m.to(WORK), e * m.to(WORK)
         if STORE:
-            store_ratios(row, i, d, m, ratio, share, hard, chosen)
-        first += tl.where(near[:, None], beyond, ratio) * m.to(WORK)
-        ye = y * (tl.where(near[:, None], tilt, ratio) * m.to(WORK))
+            store(row, i, ratio * each[:, None], chosen)
+        ye = y * e
+        first += one
         second += ye
         third += ye * y
     first, second, third = three_sums(first, second, third)
@@ -83,10 +95,9 @@ def _find_rate(row, radius, x, curvature, limits, chosen, TILE: tl.constexpr, PR
     search = open_search(low, curvature)
     x = tl.minimum(tl.maximum(low, x), _CEILING)
     psi, state = tl.zeros_like(x), tl.where(chosen, AGAIN, LOST)
-    nothing = Share(psi, psi)
     going = tl.max((state == AGAIN).to(tl.int32), 0)
     while going > 0:
-        path = _path(row, tl.exp(x), nothing, chosen, chosen, TILE, PRECISE, False)
+        path = _path(row, tl.exp(x), psi, chosen, TILE, PRECISE, False)
         value = tl.log(radius) - tl.log(path.distance)  # D has plateaus in b, between the gaps of close losses
         value = tl.where(value == value, value, -INFINITY)
         found, moved, reached = advance(search, limits, x, value, value / path.slope)
@@ -129,16 +140,12 @@ def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
         b = tl.where(hard | flat, 0.0, tl.minimum(1 / price, 1e300))
         strength = price
     # Where psi is foretold well enough, the weights are right as they are stored.
-    share = share_of(row, hard)
-    foretold = tl.exp(-psi)
-    share = Share(share.each * foretold, share.added)
-    path = _path(row, b, share, hard, chosen, TILE, True, True)
+    foretold, inner = tl.exp(-psi), chosen & ~hard
+    path = _path(row, b, foretold / row.all, inner, TILE, True, True)
+    store_ties(row, chosen & hard, TILE)
     premium = strength * path.psi + (path.origin - row.mean)  # of second order, about the mean
     # phi* has mean zero at the threshold, so that nothing else is in the dual value.
     gain, dual = path.gain if BALL else premium, premium + strength * radius if BALL else premium
     answer = answer_of(gain, dual, path.origin + strength * path.psi, strength, path.distance, failed.to(tl.int32))
-    answer, again, changed = into_ball(row, answer, radius, path.mass * foretold, share, BALL)
-    changed = changed & chosen & ~hard & ~flat
-    if tl.max(changed.to(tl.int32), 0) > 0:
-        _path(row, b, again, hard, changed, TILE, True, True)
+    answer = into_ball(row, answer, radius, path.mass * foretold, inner & ~flat, TILE, BALL)
     return with_ends(answer, row, hard, flat, largest)

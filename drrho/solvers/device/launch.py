@@ -1,39 +1,44 @@
-"""Launches that cost the host little: what a kernel is compiled to is looked up by a key of the caller's."""
+"""Launches of Triton kernels that are already compiled, without looking at all arguments again."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
-_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+#: Compiled kernels by device, function, constants, warps, and the kinds of the arguments.
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
-class Launcher(NamedTuple):
-    """Launches kernels on one device's current stream.
+def launch(
+    function: Any,
+    programs: int,
+    arguments: tuple[Tensor | int | float | None, ...],
+    constants: tuple[int, ...],
+    warps: int,
+) -> None:
+    """Run ``function[(programs,)](*arguments, *constants, num_warps=warps)`` on the device of the first argument.
 
-    ``key`` tells apart all calls that differ in dtype, in the alignment of a pointer, or in which arguments are None.
+    Triton's own look at the arguments and at all global constants takes several times as long as the launch.
     """
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return launch(function, programs, arguments, constants, warps)
+    key = (first.device, function, constants, warps, *map(_kind, arguments))
+    kernel = _compiled.get(key)
+    if kernel is None:
+        _compiled[key] = function[(programs,)](*arguments, *constants, num_warps=warps)
+    else:
+        kernel[(programs, 1, 1)](*arguments, *constants)
 
-    key: Hashable
-    stream: int | None
 
-    @classmethod
-    def on(cls, device: torch.device, *key: Hashable) -> Launcher:
-        """Return a launcher for the device; on the CPU Triton's interpreter runs the kernels."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        return cls((device, *key), stream)
-
-    def __call__(self, kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
-        """Launch a kernel whose compile-time arguments are the last, and given by name, like Triton's own options."""
-        key = (kernel, self.key, *options.values())
-        found = _compiled.get(key)
-        if found is None:
-            compiled = kernel[grid](*arguments, **options)
-            if self.stream is not None:
-                constants = kernel.arg_names[len(arguments) :]
-                _compiled[key] = compiled, tuple(options[name] for name in constants)
-            return
-        compiled, constants = found
-        compiled[(*grid, 1)](*arguments, *constants, stream=self.stream)
+def _kind(argument: Tensor | int | float | None) -> object:
+    """Return what a compiled kernel depends on: types, the alignment of pointers, and what divides numbers."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if argument is None or isinstance(argument, float):
+        return type(argument)
+    return argument == 1, argument % 16 == 0, argument >= 2**31

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drrho.solvers.device import long_passes, long_rows, long_tail
-from drrho.solvers.device.launch import Launcher
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _TAIL = 2  # CVaR's number
@@ -19,10 +19,17 @@ _INTERPRETED = 3  # programs that share a row where they run one after the other
 _VECTOR = 16  # bytes that a thread reads at once
 
 
-class _Call(NamedTuple):
-    """What the launches for some rows share; the grid is of passes, whose programs are the parts of a row."""
+#: Compiled kernels, and the constants that follow their arguments, by kernel, key of the call and options.
+_compiled: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
 
-    launch: Launcher
+
+class _Call(NamedTuple):
+    """What the launches for some rows share; the grid is of passes, whose programs are the parts of a row.
+
+    ``key`` tells apart calls that differ in device, in dtype, in the alignment of a pointer, or in which arguments are
+    None; ``stream`` is None where Triton's interpreter runs the kernels.
+    """
+
     z: Tensor
     weights: Tensor
     fields: Tensor
@@ -30,6 +37,8 @@ class _Call(NamedTuple):
     work: Tensor
     parts: int
     aligned: bool
+    key: Hashable
+    stream: int | None
 
     @property
     def rows(self) -> int:
@@ -46,15 +55,32 @@ class _Call(NamedTuple):
     def tiles(self, held: int) -> dict[str, Any]:
         """Return the options of a pass whose threads hold so many losses of a tile."""
         width = 256 * _VECTOR // self.z.element_size()
+        held = held if self.z.is_cuda else 4 * held  # the interpreter's tiles may be larger
         return {"ROWS": held * 256 // width, "LANES": width, "ALIGNED": self.aligned, "num_warps": 8, "maxnreg": 128}
 
     def over_rows(self, kernel: Any, *arguments: Any, held: int, **options: Any) -> None:
         """Launch a pass."""
-        self.launch(kernel, (self.parts, self.rows), *arguments, **options, **self.tiles(held))
+        self._launch(kernel, (self.parts, self.rows), *arguments, **options, **self.tiles(held))
 
     def for_rows(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """Launch one program a row."""
-        self.launch(kernel, (1, self.rows), *arguments, **options, num_warps=8)
+        self._launch(kernel, (1, self.rows), *arguments, **options, num_warps=8)
+
+    def _launch(self, kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
+        """Launch a kernel, the last of whose arguments are constants.
+
+        Triton's own look at the arguments takes several times as long as the launch.
+        """
+        key = (kernel.fn, self.key, *options.values())
+        found = _compiled.get(key)
+        if found is not None:
+            compiled, constants = found
+            compiled[(*grid, 1)](*arguments, *constants, stream=self.stream)
+            return
+        compiled = kernel[grid](*arguments, **options)
+        if self.stream is not None:
+            constants = kernel.arg_names[len(arguments) :]
+            _compiled[key] = compiled, tuple(options[name] for name in constants)
 
 
 def solve_long_rows(
@@ -77,12 +103,12 @@ def solve_long_rows(
     weights = torch.empty(z.shape, dtype=answer, device=z.device)
     fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
     z = z.view(rows, n).to(answer)
-    tile = 8 * 256
-    parts = min(-(-n // tile), _PROGRAMS if z.is_cuda else _INTERPRETED)
+    parts = min(-(-n // (8 * 256)), _PROGRAMS if z.is_cuda else _INTERPRETED)
     work = torch.empty(rows * long_rows.room(parts), dtype=torch.float64, device=z.device)
-    given = radius is not None, strength is not None, alpha is not None, failed is not None
-    launch = Launcher.on(z.device, z.dtype, z.data_ptr() % _VECTOR, kernel, given)
-    call = _Call(launch, z, weights, fields, failed, work, parts, rows == 1 or n % 16 == 0)
+    given = tuple(argument is None for argument in (radius, strength, alpha, failed))
+    key = z.device, z.dtype, z.data_ptr() % _VECTOR == 0, kernel, given
+    stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else None
+    call = _Call(z, weights, fields, failed, work, parts, rows == 1 or n % 16 == 0, key, stream)
     if kernel == _TAIL:
         _solve_tail(call, strength, alpha, order)
     else:

@@ -30,8 +30,8 @@ from drrho.solvers.device.long_rows import (
     looked_at,
     places,
     put_total,
-    read,
     row_of,
+    sampled,
     state_at,
     store_tile,
     sums_at,
@@ -175,10 +175,15 @@ def _write_search(state, search):
 @triton.jit
 def _kl_moved(source, target, sums, parts, n, tolerance, close, PARTS: tl.constexpr):
     """Move x by the sums of a pass; return x, psi (thrice), the mode and whether that is all."""
-    x, radius, price, mean = read(source, _X), read(source, RADIUS), read(source, PRICE), read(source, MEAN)
-    variance, mode = read(source, VARIANCE), read(source, MODE)
-    psi, done = read(source, _PSI), read(source, DONE)
-    if (done == 0) & (read(source, FRESH) == 0):
+    x, radius, price, mean = (
+        tl.load(source + _X),
+        tl.load(source + RADIUS),
+        tl.load(source + PRICE),
+        tl.load(source + MEAN),
+    )
+    variance, mode = tl.load(source + VARIANCE), tl.load(source + MODE)
+    psi, done = tl.load(source + _PSI), tl.load(source + DONE)
+    if (done == 0) & (tl.load(source + FRESH) == 0):
         first, second = total(sums, 0, parts, PARTS) / n, total(sums, 1, parts, PARTS) / n
         third = total(sums, 2, parts, PARTS) / n
         search = _read_search(source)
@@ -205,22 +210,22 @@ def _kl_moved(source, target, sums, parts, n, tolerance, close, PARTS: tl.conste
 
 
 @triton.jit
-def _kl_start(state, sample, count, radius, mean, variance, span):
+def _kl_start(state, sample, share, radius, mean, variance, span):
     """Solve a sample for x, nearly and in float32, and begin the search on the row."""
-    own_mean = tl.sum(sample, 0) / count
+    own_mean = tl.sum(sample * share, 0)
     y = sample - own_mean
-    own_variance = tl.sum(y * y, 0) / count
-    sample, everywhere = sample.to(tl.float32), sample <= 0
+    own_variance = tl.sum(y * y * share, 0)
     begun = tl.maximum(0.5 * (tl.log(2.0 * radius) - tl.log(variance)), 0.5 * tl.log(8.0 * radius) - tl.log(span))
     begun = tl.minimum(begun, _CEILING)
     search, step, x = _open_search(radius, span), 0, begun
+    sample, share, everywhere = sample.to(tl.float32), share.to(tl.float32), sample <= 0
     while (step < 14) & (x < 60.0):
         b = tl.exp(x)
         near = _is_near(b, own_mean)
         origin = tl.where(near, own_mean, 0.0).to(tl.float32)
         _, first, second, third = _kl_terms(sample, b.to(tl.float32), origin, near, everywhere)
-        first, second = tl.sum(first, 0).to(tl.float64) / count, tl.sum(second, 0).to(tl.float64) / count
-        third = tl.sum(third, 0).to(tl.float64) / count
+        first, second = tl.sum(first * share, 0).to(tl.float64), tl.sum(second * share, 0).to(tl.float64)
+        third = tl.sum(third * share, 0).to(tl.float64)
         search, x, found, _, _ = _kl_step(search, x, first, second, third, radius, own_mean, own_variance, 1e-3, 1e-4)
         step = tl.where(found, 14, step + 1)
     _, _, _, _, _, _, curvature, _, _, _ = search
@@ -269,18 +274,18 @@ def _write_support(state, floor, nu, strength, center, offset):
 
 @triton.jit
 def _chi_square_moved(source, target, sums, parts, n, close, PARTS: tl.constexpr):
-    """Move the support by the sums of a pass; return its floor, center, strength, offset, mode and whether that is all."""
-    floor, center, done = read(source, _FLOOR), read(source, _CENTER), read(source, DONE)
-    strength, offset, nu = read(source, _STRENGTH), read(source, _OFFSET), read(source, _NU)
-    safe, before, mode = read(source, _SAFE), read(source, _BEFORE), read(source, MODE)
-    if (done == 0) & (read(source, FRESH) == 0):
+    """Move the support by the sums of a pass; return floor, center, strength, offset, mode and whether that is all."""
+    floor, center, done = tl.load(source + _FLOOR), tl.load(source + _CENTER), tl.load(source + DONE)
+    strength, offset, nu = tl.load(source + _STRENGTH), tl.load(source + _OFFSET), tl.load(source + _NU)
+    safe, before, mode = tl.load(source + _SAFE), tl.load(source + _BEFORE), tl.load(source + MODE)
+    if (done == 0) & (tl.load(source + FRESH) == 0):
         count = total(sums, 0, parts, PARTS)
         first, second = total(sums, 1, parts, PARTS), total(sums, 2, parts, PARTS)
         kept, dropped, mean, variance = _moments(count, first, second, center, n)
         shift = mean - center
         canceled = shift * shift > 64.0 * variance
         valid, following, new_nu, new_strength, new_offset, spread = _supported(
-            read(source, RADIUS), read(source, PRICE), kept, dropped, mean, variance
+            tl.load(source + RADIUS), tl.load(source + PRICE), kept, dropped, mean, variance
         )
         again = canceled & valid
         stuck = (valid == 0) & (floor <= safe)  # nothing smaller than a support that holds the answer's
@@ -289,7 +294,7 @@ def _chi_square_moved(source, target, sums, parts, n, close, PARTS: tl.constexpr
         done = ((found & (again == 0)) | stuck).to(tl.float64)
         mode = tl.where(stuck, 1.0, mode)
         safe = tl.where(valid & (following >= floor) & (again == 0), tl.maximum(safe, floor), safe)
-        moved = tl.where(valid, tl.maximum(following, safe), safe)
+        moved = tl.where(valid, tl.maximum(following, safe), (safe + floor) / 2)
         floor = tl.where(again, floor, tl.minimum(moved, 0.0))
         before = tl.where(again, before, count)
         strength, offset = tl.where(valid, new_strength, strength), tl.where(valid, new_offset, offset)
@@ -305,22 +310,21 @@ def _chi_square_moved(source, target, sums, parts, n, close, PARTS: tl.constexpr
 
 
 @triton.jit
-def _chi_square_start(state, sample, count, radius, price, mean, variance, span):
+def _chi_square_start(state, sample, share, radius, price, mean, variance, span):
     """Begin with the support of a sample; return whether the support is the whole row."""
-    n = count * 1.0
-    valid, safe, nu, strength, offset, _ = _supported(radius, price, n / n, 0.0 * n, mean, variance)
+    one = span * 0.0 + 1.0
+    valid, safe, nu, strength, offset, _ = _supported(radius, price, one, 0.0 * one, mean, variance)
     safe = tl.where(valid, safe, -span)
-    center = tl.sum(sample, 0) / n
+    center = tl.sum(sample * share, 0)
     y = sample - center
-    _, floor, _, _, _, _ = _supported(radius, price, n / n, 0.0 * n, center, tl.sum(y * y, 0) / n)
-    floor, step, before = tl.maximum(floor, safe), 0, n * 0.0
-    while step < 14:
+    _, floor, _, _, _, _ = _supported(radius, price, one, 0.0 * one, center, tl.sum(y * y * share, 0))
+    floor, step, before = tl.maximum(floor, safe), 0, 0.0 * one
+    while step < 20:
         inside, first, second = _above(sample, floor, center)
-        held = tl.sum(inside, 0)
-        kept, dropped, middle, spread = _moments(held, tl.sum(first, 0), tl.sum(second, 0), center, n)
+        held, first, second = tl.sum(inside * share, 0), tl.sum(first * share, 0), tl.sum(second * share, 0)
+        kept, dropped, middle, spread = _moments(held, first, second, center, one)
         usable, following, _, _, _, _ = _supported(radius, price, kept, dropped, middle, spread)
-        usable = usable & (held > 1)
-        step = tl.where(usable & (held != before), step + 1, 14)
+        step = tl.where(usable & (held != before), step + 1, 20)
         before = held
         floor, center = tl.where(usable, tl.maximum(following, floor), floor), tl.where(usable, middle, center)
     whole = valid & (safe <= -span)
@@ -363,14 +367,11 @@ def start(
     state = state_at(here, 1)
     done = refused | (mode != 0)
     if done == 0:
-        step = n // SAMPLE
-        at = tl.arange(0, SAMPLE).to(tl.int64) * step + step // 2
-        sample = (tl.load(row_of(z, n, ALIGNED) + at).to(tl.float64) - top) * scale
-        count = tl.sum((sample <= 0).to(tl.float64), 0)
+        sample, held = sampled(z, here, parts, n, top, scale, SAMPLE, PARTS, ALIGNED)
         if FAMILY == _CHI_SQUARE:
-            done = _chi_square_start(state, sample, count, radius, price, mean, variance, span)
+            done = _chi_square_start(state, sample, held, radius, price, mean, variance, span)
         elif BALL:
-            _kl_start(state, sample, count, radius, mean, variance, span)
+            _kl_start(state, sample, held, radius, mean, variance, span)
         else:
             tl.store(state + _X, 0.0)
             tl.store(state + _PSI, 0.0)
@@ -396,7 +397,7 @@ def _moved(here, turn, parts, n, FAMILY: tl.constexpr, PARTS: tl.constexpr, SING
     if tl.program_id(0) == 0:
         copy_state(source, target)
         tl.debug_barrier()
-    radius = tl.maximum(read(source, RADIUS), 0.0)
+    radius = tl.maximum(tl.load(source + RADIUS), 0.0)
     if FAMILY == _CHI_SQUARE:
         found = _chi_square_moved(source, target, sums, parts, n, 1e-7 if SINGLE else 1e-10, PARTS)
     else:
@@ -415,8 +416,8 @@ def step(
     one, other, _, _, _, done = _moved(here, turn, parts, n, FAMILY, PARTS, SINGLE)
     if done == 0:
         state, sums, TILE = state_at(here, turn), sums_at(here, turn + 1, parts), ROWS * LANES
-        top, scale, mean = read(state, TOP), read(state, SCALE), read(state, MEAN)
-        rate = _rate(one, read(state, PRICE))
+        top, scale, mean = tl.load(state + TOP), tl.load(state + SCALE), tl.load(state + MEAN)
+        rate = _rate(one, tl.load(state + PRICE))
         near = _is_near(rate, mean)
         origin = tl.where(near, mean, 0.0)
         row, lanes = row_of(z, n, ALIGNED), places(ROWS, LANES)
@@ -429,7 +430,7 @@ def step(
             if FAMILY == _CHI_SQUARE:
                 a, b, c = _above(tl.where(inside, d, -_INFINITY), one, other)
             else:
-                power, a, b, c = _kl_terms(d, rate, origin, near, inside)
+                _power, a, b, c = _kl_terms(d, rate, origin, near, inside)
             first += tl.sum(a, 0)
             second += tl.sum(b, 0)
             third += tl.sum(c, 0)
@@ -447,13 +448,13 @@ def weigh(
     here = workspace(work, parts)
     one, other, strength, offset, mode, _ = _moved(here, turn, parts, n, FAMILY, PARTS, SINGLE)
     state, sums, TILE = state_at(here, turn), sums_at(here, turn + 1, parts), ROWS * LANES
-    top, scale, mean = read(state, TOP), read(state, SCALE), read(state, MEAN)
-    rate = _rate(one, read(state, PRICE))
+    top, scale, mean = tl.load(state + TOP), tl.load(state + SCALE), tl.load(state + MEAN)
+    rate = _rate(one, tl.load(state + PRICE))
     near = _is_near(rate, mean)
     origin = tl.where(near, mean, 0.0)
     each = 1.0 / n.to(tl.float64)
     steady = tl.where(mode == 2, each, 0.0)
-    tied = tl.where(mode == 1, each / read(state, SHARE), steady)
+    tied = tl.where(mode == 1, each / tl.load(state + SHARE), steady)
     each = each if FAMILY == _CHI_SQUARE else each * tl.exp(-other)
     near_one = 1.0 / strength
     row, lanes, into = row_of(z, n, ALIGNED), places(ROWS, LANES), row_of(weights, n, ALIGNED)
@@ -485,7 +486,7 @@ def weigh(
 @triton.jit
 def _kl_answer(state, first, second, third, radius, price, mean, variance):
     """Return gain, dual value, threshold, strength and D at the weights, and what these sum to."""
-    b = _rate(read(state, _X), price)
+    b = _rate(tl.load(state + _X), price)
     near = _is_near(b, mean)
     mass, psi, gain, distance, _ = _kl_path(first, second, third, b, near, mean, variance)
     strength = tl.where(price >= 0, price, 1.0 / b)
@@ -493,19 +494,21 @@ def _kl_answer(state, first, second, third, radius, price, mean, variance):
     premium = strength * psi + (origin - mean)  # of second order, about the mean; phi* has mean zero at the threshold
     dual = tl.where(price >= 0, premium, premium + strength * radius)
     gain = tl.where(price >= 0, premium, gain)
-    return gain, dual, origin + strength * psi, strength, distance, mass * tl.exp(-read(state, _PSI))
+    return gain, dual, origin + strength * psi, strength, distance, mass * tl.exp(-tl.load(state + _PSI))
 
 
 @triton.jit
 def _chi_square_answer(state, first, second, third, radius, price, mean):
     """Return the same of chi-square."""
-    strength, surplus, half_square = read(state, _STRENGTH), first, third / 2
+    strength, surplus, half_square = tl.load(state + _STRENGTH), first, third / 2
     gain = second / (1.0 + surplus)
     distance = tl.maximum(half_square - surplus * surplus / 2, 0.0) / ((1.0 + surplus) * (1.0 + surplus))
-    dual = strength * (surplus + half_square) + ((read(state, _CENTER) - mean) - strength * read(state, _OFFSET))
+    dual = strength * (surplus + half_square) + (
+        (tl.load(state + _CENTER) - mean) - strength * tl.load(state + _OFFSET)
+    )
     dual = tl.where(price >= 0, dual, dual + strength * radius)
     gain = tl.where(price >= 0, gain - price * distance, gain)
-    return gain, dual, read(state, _NU), strength, distance, 1.0 + surplus
+    return gain, dual, tl.load(state + _NU), strength, distance, 1.0 + surplus
 
 
 @triton.jit
@@ -531,29 +534,34 @@ def finish(
     state, sums = state_at(here, turn), sums_at(here, turn, parts)
     first, second = total(sums, 0, parts, PARTS) / n, total(sums, 1, parts, PARTS) / n
     third = total(sums, 2, parts, PARTS) / n
-    mean, radius, price, share = read(state, MEAN), read(state, RADIUS), read(state, PRICE), read(state, SHARE)
+    mean, radius, price, share = (
+        tl.load(state + MEAN),
+        tl.load(state + RADIUS),
+        tl.load(state + PRICE),
+        tl.load(state + SHARE),
+    )
     if FAMILY == _CHI_SQUARE:
         answer = _chi_square_answer(state, first, second, third, radius, price, mean)
         largest = (1.0 / share - 1.0) / 2
     else:
-        answer = _kl_answer(state, first, second, third, radius, price, mean, read(state, VARIANCE))
+        answer = _kl_answer(state, first, second, third, radius, price, mean, tl.load(state + VARIANCE))
         largest = -tl.log(share)
     gain, dual, threshold, strength, distance, mass = answer
     gain, distance, kept = _into_ball(gain, dual, strength, distance, radius, price)
-    hard, flat = read(state, MODE) == 1, read(state, MODE) == 2
+    hard, flat = tl.load(state + MODE) == 1, tl.load(state + MODE) == 2
     at_end = hard | flat
     unfelt = 3e-8 if SINGLE else 9e-16
     felt = (at_end == 0) & ((tl.abs(mass - 1.0) > unfelt) | (1.0 - kept > unfelt))
     gain = tl.where(hard, -mean, tl.where(flat, 0.0, gain))
     gap = tl.where(at_end, 0.0, dual - gain)
-    certain = tl.abs(gap) <= (1e-7 if SINGLE else 1e-9) * tl.abs(gain) + 1.5e-14 * read(state, RANGE)
-    certain = certain & (read(state, REFUSED) == 0)
+    certain = tl.abs(gap) <= (1e-7 if SINGLE else 1e-9) * tl.abs(gain) + 1.5e-14 * tl.load(state + RANGE)
+    certain = certain & (tl.load(state + REFUSED) == 0)
     write_outcome(state, failed, tl.where(felt, kept / mass, 1.0), tl.where(felt, (1.0 - kept) / n, 0.0), certain)
     distance = tl.where(hard, largest, tl.where(flat, 0.0, distance))
     threshold = tl.where(hard, 0.0, tl.where(flat, mean, threshold))
     strength = tl.where(hard, 0.0, tl.where(flat, _INFINITY, strength))
-    top, scale = read(state, TOP), read(state, SCALE)
-    highest = (read(state, RANGE) == 0) | (hard & (BALL | (price == 0)))
+    top, scale = tl.load(state + TOP), tl.load(state + SCALE)
+    highest = (tl.load(state + RANGE) == 0) | (hard & (BALL | (price == 0)))
     if BALL:
         strength = strength / scale
     else:

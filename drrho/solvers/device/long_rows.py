@@ -9,10 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# --- a workspace for each row, float64: two states, which launches read and write in turn, then two sets of sums -----
+# --- a workspace for each row, float64: two states, which launches read and write in turn, two sets of sums, peaks ---
 
 STATES = 40  # numbers in a state
 SUMS = 8  # numbers that a program stores in a pass
+PEAKS = 8  # maxima that it finds in the first one, each of a part of its losses
 
 REFUSED = tl.constexpr(0)  # whether there is a loss or a parameter for which there is no answer
 TOP = tl.constexpr(1)
@@ -33,23 +34,18 @@ OWN = tl.constexpr(16)  # the first number of what belongs to a divergence
 
 _STATES = tl.constexpr(STATES)
 _SUMS = tl.constexpr(SUMS)
+_PEAKS = tl.constexpr(PEAKS)
 
 
 def room(programs: int) -> int:
     """Return the float64 numbers of a row's workspace."""
-    return 2 * STATES + 2 * SUMS * programs
+    return 2 * STATES + (2 * SUMS + PEAKS) * programs
 
 
 @triton.jit
 def workspace(work, parts):
     """Return where the workspace of this program's row begins, for passes of so many programs."""
-    return work + tl.program_id(1).to(tl.int64) * (2 * _STATES + 2 * _SUMS * parts)
-
-
-@triton.jit
-def read(state, place):
-    """Return a number of a state."""
-    return tl.load(state + place)
+    return work + tl.program_id(1).to(tl.int64) * (2 * _STATES + (2 * _SUMS + _PEAKS) * parts)
 
 
 @triton.jit
@@ -62,6 +58,12 @@ def state_at(here, turn):
 def sums_at(here, turn, parts):
     """Return the sums that are read at a turn."""
     return here + 2 * _STATES + _SUMS * parts * (turn % 2)
+
+
+@triton.jit
+def peaks_at(here, parts):
+    """Return the peaks of all programs."""
+    return here + 2 * _STATES + 2 * _SUMS * parts
 
 
 @triton.jit
@@ -136,7 +138,7 @@ def store_tile(row, tile, n, x, lanes, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def look(z, work, n, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store each program's extremes, ties at its maximum, moments about an origin of its own, and what is not finite."""
+    """Store each program's extremes, ties at its maximum, moments about an origin of its own, and peaks."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     here = workspace(work, parts)
     row = row_of(z, n, ALIGNED)
@@ -178,11 +180,16 @@ def look(z, work, n, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.conste
     tl.store(at + 5, origin)
     put_total(sums, 6, sum)
     put_total(sums, 7, square)
+    peaks = tl.max(tl.reshape(high, (_PEAKS, LANES // _PEAKS)), 1).to(tl.float64)
+    tl.store(peaks_at(here, parts) + part * _PEAKS + tl.arange(0, _PEAKS), peaks)
 
 
 @triton.jit
 def looked_at(here, parts, n, PARTS: tl.constexpr):
-    """Return whether losses are refused, maximum, minimum, scale, range, mean, variance and share of ties from what `look` has stored."""
+    """Add up what `look` has stored.
+
+    Return whether losses are refused, their maximum, minimum, scale, range, mean, variance and share of ties.
+    """
     part = tl.arange(0, PARTS)
     there = part < parts
     at = sums_at(here, 0, parts) + part * _SUMS
@@ -206,6 +213,32 @@ def looked_at(here, parts, n, PARTS: tl.constexpr):
     variance = tl.sum(tl.maximum(inner, 0.0) * scale * scale + count * apart * apart, 0) / n
     share = tl.sum(tl.where(high == top, tied, 0.0), 0) / n
     return refused, top, low, scale, span * scale, mean, variance, share
+
+
+@triton.jit
+def sampled(z, here, parts, n, top, scale, SAMPLE: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a sample of d and the share of the row that each of its losses stands for.
+
+    Of its first half, a loss at equal distances, those up to a cut stand for all others up to it. Above the cut, the
+    mean of the peaks, the peaks stand for what is there: of the parts of the row, ``exp(-m)`` have no loss above it
+    where these have m on average.
+    """
+    HALF: tl.constexpr = SAMPLE // 2
+    i = tl.arange(0, SAMPLE)
+    step = n // HALF
+    plain, count = i < HALF, parts * _PEAKS
+    peak = (i >= HALF) & (i < HALF + count)
+    x = tl.load(row_of(z, n, ALIGNED) + i.to(tl.int64) * step + step // 2, mask=plain, other=0.0).to(tl.float64)
+    x = tl.where(plain, x, tl.load(peaks_at(here, parts) + (i - HALF), mask=peak, other=0.0))
+    d = tl.where(plain | peak, (x - top) * scale, 0.0)
+    cut = tl.sum(tl.where(peak, d, 0.0), 0) / count
+    over = peak & (d > cut)
+    number = tl.sum(over.to(tl.float64), 0)
+    some = (number > 0) & (number < count)
+    mass = tl.minimum(-tl.log(tl.where(some, 1.0 - number / count, 1.0)) * count / n, 0.5)
+    under = plain & (d <= tl.where(some, cut, 0.0))
+    each = (1.0 - mass) / tl.maximum(tl.sum(under.to(tl.float64), 0), 1.0)
+    return d, tl.where(under, each, tl.where(over, mass / tl.maximum(number, 1.0), 0.0))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -234,7 +267,7 @@ def write_outcome(state, failed, factor, added, certain):
 def reweigh(weights, work, n, turn, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
     """Multiply the stored weights by a factor and add a number to each, where the state says so."""
     state = state_at(workspace(work, tl.num_programs(0)), turn)
-    factor, added = read(state, FACTOR), read(state, ADDED)
+    factor, added = tl.load(state + FACTOR), tl.load(state + ADDED)
     if (factor != 1.0) | (added != 0.0):
         row = row_of(weights, n, ALIGNED)
         TILE: tl.constexpr = ROWS * LANES

@@ -26,7 +26,6 @@ from drrho.solvers.device.long_rows import (
     looked_at,
     places,
     put_total,
-    read,
     row_of,
     state_at,
     store_tile,
@@ -41,8 +40,8 @@ BINS = 2048
 _BINS = tl.constexpr(BINS)
 _DIGITS = tl.constexpr(11)
 
-# Integers of a state, int64: the first key of the bracket and the keys that a bin holds, as a power of two; the keys of
-# the sample; the largest and least key; how many losses lie in the tail; the threshold, how many exceed it and equal it.
+# Integers of a state, int64: the first key of the bracket, and the keys of a bin, as a power of two; the sample's keys;
+# the largest and least key; how many losses are in the tail; the threshold's key, and what exceeds it and equals it.
 _FIRST = tl.constexpr(OWN.value)
 _SHIFT = tl.constexpr(OWN.value + 1)
 _SAMPLED = tl.constexpr(OWN.value + 2)  # three
@@ -86,7 +85,7 @@ def _unsigned(difference):
 
 @triton.jit
 def _ranked(keys, ranks, bits: tl.constexpr):
-    """Return the keys ``[SAMPLE]`` of given ranks ``[4]`` from the largest: bit by bit, the largest with enough above."""
+    """Return those of the keys that have given ranks ``[4]`` from the largest, bit by bit."""
     found = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= ranks, 0, -(1 << (bits - 1)))
     found = found.to(tl.int64)
     for place in range(bits - 1):
@@ -162,10 +161,10 @@ def _narrowed(here, counts, turn, parts, PARTS: tl.constexpr):
         copy_state(source, target)
         tl.debug_barrier()
     integers = _integers(source)
-    first, shift, done = tl.load(integers + _FIRST), tl.load(integers + _SHIFT), read(source, DONE)
+    first, shift, done = tl.load(integers + _FIRST), tl.load(integers + _SHIFT), tl.load(source + DONE)
     threshold, higher = tl.load(integers + _THRESHOLD), tl.load(integers + _HIGHER)
     equal = tl.load(integers + _EQUAL)
-    if (done == 0) & (read(source, FRESH) == 0):
+    if (done == 0) & (tl.load(source + FRESH) == 0):
         wanted = tl.load(integers + _WANTED)
         bins = tl.arange(0, _BINS)
         held = tl.load(counts + (turn - 2) * _BINS + bins).to(tl.int64)
@@ -254,10 +253,10 @@ def weigh_tail(
     state, sums, TILE = state_at(here, turn), sums_at(here, turn + 1, parts), ROWS * LANES
     row, lanes, into = row_of(z, n, ALIGNED), places(ROWS, LANES), row_of(weights, n, ALIGNED)
     threshold = number_of(key.to(key_of(tl.load(row)).dtype))
-    above, tied = _tilts(read(state, _ALPHA), higher.to(tl.float64), equal.to(tl.float64), n)
+    above, tied = _tilts(tl.load(state + _ALPHA), higher.to(tl.float64), equal.to(tl.float64), n)
     each = 1.0 / n.to(tl.float64)
     above, tied = ((above + 1.0) * each).to(into.dtype.element_ty), ((tied + 1.0) * each).to(into.dtype.element_ty)
-    at, scale = threshold.to(tl.float64), read(state, SCALE)
+    at, scale = threshold.to(tl.float64), tl.load(state + SCALE)
     exceeded = tl.zeros((LANES,), tl.float64)
     missed = tl.zeros((LANES,), tl.float64)
     for tile in range(tl.program_id(0), tl.cdiv(n, TILE), parts):
@@ -287,7 +286,12 @@ def finish_tail(
     """Write fields and status of each row by one program."""
     here = workspace(work, parts)
     state, sums = state_at(here, turn), sums_at(here, turn, parts)
-    alpha, mean, top, scale = read(state, _ALPHA), read(state, MEAN), read(state, TOP), read(state, SCALE)
+    alpha, mean, top, scale = (
+        tl.load(state + _ALPHA),
+        tl.load(state + MEAN),
+        tl.load(state + TOP),
+        tl.load(state + SCALE),
+    )
     integers = _integers(state)
     higher, equal = tl.load(integers + _HIGHER).to(tl.float64), tl.load(integers + _EQUAL).to(tl.float64)
     threshold = number_of(tl.load(integers + _THRESHOLD).to(key_of(tl.load(z)).dtype)).to(tl.float64)
@@ -299,8 +303,8 @@ def finish_tail(
     from_mean = depth - mean
     gain = (above * exceeded - missed) + from_mean * surplus  # as if taken about the mean
     gap = from_mean + exceeded / alpha - gain
-    certain = tl.abs(gap) <= (1e-7 if SINGLE else 1e-9) * tl.abs(gain) + 1.5e-14 * read(state, RANGE)
-    certain = certain & (read(state, DONE) != 0) & (read(state, REFUSED) == 0)
+    certain = tl.abs(gap) <= (1e-7 if SINGLE else 1e-9) * tl.abs(gain) + 1.5e-14 * tl.load(state + RANGE)
+    certain = certain & (tl.load(state + DONE) != 0) & (tl.load(state + REFUSED) == 0)
     write_outcome(state, failed, nothing + 1.0, nothing, certain)
     write_field(fields, 0, tl.where(depth == 0, top, top + (mean + gain) / scale), certain)
     write_field(fields, 1, gain / scale, certain)

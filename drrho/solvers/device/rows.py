@@ -1,5 +1,9 @@
 """Short rows on the device: one program solves some rows or one, with its whole iteration, and stores the answer."""
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 from drrho.solvers.device.answers import chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
 from drrho.solvers.device.kl import kl
+from drrho.solvers.device.launch import launch
 from drrho.solvers.device.tail import tail_mean
 from drrho.solvers.device.tiles import EPS, INFINITY, Row, look
 
@@ -124,18 +129,22 @@ def _solve_rows(
     if tl.min(certified.to(tl.int32), 0) == 0:
         fill(row, float("nan"), ~certified, TILE)
         if failed is not None:
-            tl.atomic_max(failed, 1)
+            tl.store(failed, 1)
 
 
 def _shape(rows: int, n: int) -> tuple[int, int, int]:
-    """Return rows and tile of a program, and its warps."""
+    """Return rows and tile of a program, and its warps.
+
+    The iteration's own arithmetic is done by every warp of a program, so that few of them do more rows at a time;
+    more where there are too few rows for all processors.
+    """
     if n <= 64:
         return 4, 32, 1
-    if n <= 256:
-        return 1, 128, 1
-    if n <= 2048:
-        return 1, 256, 1 if rows >= 1024 else 4
-    return 1, 512, 4
+    many = rows >= 1024
+    for warps in (1, 2, 4):
+        if n <= 2048 * warps**2 // (1 if many else 8):
+            return 1, 128 * warps, warps
+    return 1, 1024, 8
 
 
 def solve_rows(
@@ -159,22 +168,6 @@ def solve_rows(
     fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
     together, tile, warps = _shape(rows, n)
     stride = 0 if base is None or len(base) == 1 else n
-    _solve_rows[(triton.cdiv(rows, together),)](
-        z,
-        base,
-        radius,
-        strength,
-        alpha,
-        weights,
-        fields,
-        failed,
-        rows,
-        n,
-        stride,
-        order,
-        KIND=kernel,
-        ROWS=together,
-        TILE=tile,
-        num_warps=warps,
-    )
+    arguments = (z, base, radius, strength, alpha, weights, fields, failed, rows, n, stride, order)
+    launch(_solve_rows, -(-rows // together), arguments, (kernel, together, tile), warps)
     return weights, fields

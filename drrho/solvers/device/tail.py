@@ -1,5 +1,9 @@
 """CVaR on the device: the worst alpha of each row, by selection without sorting (``kernels_tail.c``)."""
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton
@@ -123,6 +127,7 @@ def tail_of(row, alpha, chosen, TILE: tl.constexpr):
 def tail_mean(row, alpha, chosen, TILE: tl.constexpr):
     """Solve CVaR: store weights of chosen rows, and return the answer."""
     at, _, _, above, tied = tail_of(row, alpha, chosen, TILE)
+    each = 1 / row.all
     tilted = tl.zeros([row.z.shape[0], TILE], tl.float64)
     gained, exceeded = tl.zeros_like(tilted), tl.zeros_like(tilted)
     for begin in range(0, row.n, TILE):
@@ -133,7 +138,7 @@ def tail_mean(row, alpha, chosen, TILE: tl.constexpr):
         # Losses close to the threshold need not differ in depth.
         beyond = z - at[:, None]
         tilt = tl.where(beyond > 0, above[:, None], tl.where(beyond == 0, tied[:, None], -1.0))
-        store(row, i, (tilt + 1) * (m / row.all[:, None]), chosen)
+        store(row, i, (tilt + 1) * (m * each[:, None]), chosen)
         weighted = beyond * row.scale[:, None] * m
         tilted += tilt * m
         gained += tilt * weighted

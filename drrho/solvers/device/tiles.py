@@ -6,6 +6,10 @@ As in ``kernels.h``, losses are read as ``d = (z - maximum) * 2^j`` in float64, 
 the losses are narrower, `rough` reads them in float32, for iterations that only look for a place to begin at.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
