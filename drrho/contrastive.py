@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
+from drrho.negatives import robust_anchors
 from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled, robust_anchors
+from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled
 from drrho.validation import ArrayLike, Checks, as_numbers, checks_are_deferred
 
 _KL = KL()
@@ -83,14 +84,14 @@ def contrastive_risk(
 
     For KL, ``u_i <- (1 - gamma) u_i + gamma g_i`` tracks ``g_i = mean_{j != i} exp(l_ij / tau)``, and the gradient
     is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is the gradient of the batch's
-    value. The similarity matrix is never kept: its tiles are computed in the forward pass, and again in the backward
-    pass.
+    value. The similarity matrix is not kept: its tiles are computed in the forward pass, and again in the backward
+    pass. (On a GPU, a matrix that is a single tile is kept.)
 
     Parameters
     ----------
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target, b >= 2; row i of both is one pair. Similarities are computed in float32 or
-        wider, also under autocast.
+        wider, also under autocast; on a GPU their products are as precise as `torch.set_float32_matmul_precision` says.
     temperature : float, scalar tensor, or pair of tensors ``[b]``
         tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
         respect to it is that of ``F_i + rho tau``, which is ``rho - D_i`` without running estimates, and is taken at
@@ -155,24 +156,20 @@ def contrastive_risk(
     taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, checks)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
-            anchors = kl_anchors(pairs)
+            anchors, tau = kl_anchors(pairs), _stacked(taus)
             slopes = 2 if published_temperature_gradient else 1
-            before = before or [torch.full_like(anchors.log_g[0], -torch.inf)] * 2
-            step = [
-                _running_term(*part, gamma, log_step, eps, slopes, per_temperature)
-                for part in zip(anchors.log_g, anchors.mean_exponent, taus, before, strict=True)
-            ]
-            terms, after = [term for term, _ in step], (step[0][1], step[1][1])
-            risks = tuple((tau * log_g).detach() for tau, log_g in zip(taus, anchors.log_g, strict=True))
-            distances = tuple(
-                mean - log_g.detach() for mean, log_g in zip(anchors.mean_exponent, anchors.log_g, strict=True)
-            )
-            state = {"log_u": after, "threshold": None}
+            terms, after = _running_terms(*anchors, tau, before, gamma, log_step, eps, slopes, per_temperature)
+            log_g = anchors.log_g.detach()
+            risks, distances = tau.detach() * log_g, anchors.mean_exponent - log_g
+            state = {"log_u": (after[0], after[1]), "threshold": None}
         else:
-            terms, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
-            risks = tuple(term.detach() for term in terms)
+            both, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
+            terms = torch.stack(both)
+            risks = terms.detach()
             state = {"log_u": None, "threshold": after}
-    value = mean_over_ranks(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
+    if rho > 0:
+        terms = terms + rho * _stacked(taus)
+    value = mean_over_ranks(terms.flatten(), group)
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
 
 
@@ -384,38 +381,48 @@ def _prepared(
     is_one = first is second  # tiles know a rate that all anchors share by being one tensor
     first, second = checks.close(first, second)
     second = first if is_one else second
-    rate = 1 / first.detach()
-    rates = rate, rate if is_one else 1 / second.detach()
+    rate = first.detach().reciprocal()
+    rates = rate, rate if is_one else second.detach().reciprocal()
     factor = 1.0 if isinstance(coefficient, Tensor) else coefficient
     return (first, second), Pairs(image, text, rates, reference, factor, include_positive, group, counts)
 
 
-def _running_term(
+def _running_terms(
     log_g: Tensor,
     mean_exponent: Tensor,
     tau: Tensor,
-    log_u: Tensor,
+    log_u: Tensor | None,
     gamma: float,
     log_step: float | None,
     eps: float,
     slopes: int,
     per_temperature: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the anchors' risks ``[b]`` with the estimator's gradient, and log u after the step.
+    """Return the anchors' risks ``[2, b]`` with the estimator's gradient, and log u after the step.
 
     The gradient with respect to features is ``g / (eps + u)`` times that of the risk; with respect to the temperature
     it is ``log(eps + u) - g / (eps + u) E_p[l / tau]``, without the logarithm for the risk per temperature.
     """
     value = log_g.detach()
-    after = _averaged(log_u, value, gamma, log_step)
-    smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
+    after = value if log_u is None else _averaged(log_u, value, gamma, log_step)
+    smoothed = after if eps == 0 else torch.logaddexp(after, after.new_full((), math.log(eps)))
     scale = torch.exp(value - smoothed)  # at most 1 / rate, since u >= rate * g
+    terms = value + scale * (log_g - value)
     fixed = tau.detach()
+    if not per_temperature:
+        terms = fixed * terms
+    if not tau.requires_grad:
+        return terms, after
     by_similarity = slopes * scale * mean_exponent
     if per_temperature:
-        return value + scale * (log_g - value) - (tau / fixed - 1) * by_similarity, after
-    by_temperature = smoothed - by_similarity
-    return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
+        return terms - (tau / fixed - 1) * by_similarity, after
+    return terms + (tau - fixed) * (smoothed - by_similarity), after
+
+
+def _stacked(pair: TensorPair) -> Tensor:
+    """Return the temperatures of both directions, one for all or ``[2, b]``."""
+    first, second = pair
+    return first if first is second else torch.stack(torch.broadcast_tensors(first, second))
 
 
 def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> TensorPair:
@@ -431,7 +438,12 @@ def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> Te
 
 def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Tensor:
     """Return a temperature as a tensor, a scalar or ``[b]``, in float32 or wider; it is checked with the others."""
-    tau = as_numbers(values, "temperature").to(image.device, torch.promote_types(image.dtype, torch.float32))
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if isinstance(values, float | int):  # checked here; filled on the device, as a copy to it would wait
+        if not 0 < values < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, got {values}")
+        return torch.full((), values, dtype=dtype, device=image.device)
+    tau = as_numbers(values, "temperature").to(image.device, dtype)
     if tau.numel() == 1:
         tau = tau.reshape(())
     elif tau.shape != image.shape[:1]:
@@ -451,12 +463,12 @@ def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, ch
             f"{image_name} and {text_name} must both have shape [b, d] with b >= {least} (an anchor needs a negative), "
             f"got {list(image.shape)} and {list(text.shape)}"
         )
-    total = (image.sum() + text.sum()).detach()
-    checks.refuse(~torch.isfinite(total), total, f"{image_name} and {text_name} must be finite, but their sums are not")
+    total = image.detach().sum() + text.detach().sum()
+    checks.refuse(total * 0 != 0, total, f"{image_name} and {text_name} must be finite, but their sums are not")
 
 
-def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> list[Tensor]:
-    """Return the running estimates before the step in the dtype of the result; they are checked with the others."""
+def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> Tensor:
+    """Return the running estimates before the step, ``[2, b]``, in the dtype of the result; they are checked too."""
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     found = []
     for side, given in enumerate(log_u):
@@ -469,7 +481,7 @@ def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> 
         message = f"{name} must be finite, or -inf where never visited; it holds NaN or +inf"
         checks.refuse(~(old < torch.inf), old, message)
         found.append(old)
-    return found
+    return torch.stack(found)
 
 
 def _excess_pair_losses(

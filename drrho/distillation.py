@@ -86,7 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
             for *features, own_rate in ((image, text, rate), (reference_image, reference_text, reference_rate))
         )
         normalizers = [
-            (rows.log_sum, m.gathered(columns.log_sum)) for m in (target, reference) for rows, columns in [m.sums()]
+            (log_sum[0], m.gathered(log_sum[1])) for m in (target, reference) for log_sum in [m.sums().log_sum]
         ]
         (row, column), (reference_row, reference_column) = normalizers
         wanted = any(ctx.needs_input_grad[:3])

@@ -1,12 +1,16 @@
 """Runs the tests on the compiled CPU kernels, or with ``--portable`` on torch operations alone."""
 
+import os
 from multiprocessing import set_forkserver_preload
 
 import pytest
+import torch
 from processes import PRELOADED
 
 from drrho.solvers import native
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is loaded: its kernels run on CPU tensors
 set_forkserver_preload(PRELOADED)  # the tests of the trainer preload more
 
 
