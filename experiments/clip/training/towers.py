@@ -19,14 +19,9 @@ from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
-from experiments.clip.training.numbers import packed
 from experiments.clip.training.options import Execution
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class NotFinite(Exception):
-    """A step that cannot be taken, on every rank: the message says what is not finite."""
 
 
 class _Part(NamedTuple):
@@ -97,24 +92,17 @@ class Towers:
         return found, (kept[0], kept[1])
 
     @torch.no_grad()
-    def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> PairFeatures:
+    def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> tuple[PairFeatures, Tensor]:
         """Return the batch's features without a graph, as in training, and how the method compares them.
 
-        Raises
-        ------
-        NotFinite
-            On every rank, if the features of one are not finite.
+        Second comes how many ranks have features that are not finite, a scalar on the device.
         """
         with self.autocast():
             encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
         images, texts, *heads = zip(*encoded, strict=True)
         image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
-        temperature, bias = method.logits_at(Head(*head))
-        faulty = self._ranks.sum(are_not_finite(image, text, *head))
-        read = packed([faulty, torch.as_tensor(temperature), torch.as_tensor(bias)]).tolist()
-        if read[0]:
-            raise NotFinite(NOT_FINITE)
-        return PairFeatures(image, text, *read[1:])
+        wrong = self._ranks.sum(are_not_finite(image, text, *head))
+        return PairFeatures(image, text, *method.logits_at(Head(*head))), wrong
 
     def _chunks(self, batch: Batch, samples: BatchIndex, parts: int) -> list[_Part]:
         """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
@@ -128,10 +116,6 @@ class Towers:
         image, text, *head = self.model(*(_filled_up(each, part.rows) for each in inputs))
         count = len(part.image)  # 0 where a rank's samples were all skipped, or none chosen
         return [image[:count], text[:count], *(number.reshape(()) for number in head)]
-
-
-#: What is said of features that are not finite.
-NOT_FINITE = "the features are not finite"
 
 
 def are_not_finite(*features: Tensor) -> Tensor:
