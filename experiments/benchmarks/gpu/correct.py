@@ -34,7 +34,7 @@ WITH_BASE = ((1000,), (64, 1024))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _SMALL = 1100  # losses, at most, in a dry run
 _SECONDS = 95.0
-_WORKERS = 12
+_WORKERS = 10
 #: Largest difference of value and gap, relative to the range of the losses, and of weights times n, relative to the
 #: largest of them, or to 1: orders of magnitude above what rounding leaves.
 TOLERANCES = {
