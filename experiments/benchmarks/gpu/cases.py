@@ -33,6 +33,9 @@ class Setting(NamedTuple):
     scratch: Path
 
 
+#: Packages that the trainer needs beside torch.
+TRAINER = ("open_clip", "tyro", "rich", "braceexpand", "ftfy", "safetensors")
+
 #: A risk of losses ``[..., n]``.
 Risk = Callable[..., RobustRisk]
 

@@ -17,6 +17,7 @@ from experiments.benchmarks.gpu import correct_losses, correct_methods
 from experiments.benchmarks.gpu.agreement import Check, agree
 from experiments.benchmarks.gpu.cases import (
     DIVERGENCES,
+    TRAINER,
     Setting,
     drawn,
     dtype_name,
@@ -34,7 +35,7 @@ WITH_BASE = ((1000,), (64, 1024))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _SMALL = 1100  # losses, at most, in a dry run
 _SECONDS = 95.0
-_WORKERS = 12
+_WORKERS = 10
 #: Largest difference of value and gap, relative to the range of the losses, and of weights times n, relative to the
 #: largest of them, or to 1: orders of magnitude above what rounding leaves.
 TOLERANCES = {
@@ -82,8 +83,8 @@ def run(setting: Setting, record: Record) -> None:
     for (kind, subject, dtype), row in sorted(worst.items()):
         record.row("Checks", kind=kind, subject=subject, dtype=dtype, **row)
     record.row("Count", checks=count, failures=failures)
-    if setting.device == "cuda" and missing_packages("open_clip"):
-        record.text("Count", "The training methods were left out: open_clip is missing, see --packages.")
+    if missing := missing_packages(*TRAINER):
+        record.text("Count", f"The training methods were left out: they need {missing[0]}, see --packages.")
 
 
 def _keep_worst(row: dict[str, Any], check: Check) -> None:
@@ -99,8 +100,8 @@ def units(setting: Setting) -> list[Unit]:
         Unit("risk", (name, form), *place) for name, divergence in DIVERGENCES.items() for form in forms_of(divergence)
     ]
     found = [Unit("contrastive", (name,), *place) for name in correct_losses.DIVERGENCES]
-    if not missing_packages("open_clip"):
-        found += [Unit("method", (name,), *place) for name in correct_methods.names()]
+    if not missing_packages(*TRAINER):
+        found += [Unit("method", (name,), *place) for name in correct_methods.names(setting.small)]
     return found + risks + [Unit("refusal", (name,), *place) for name in ("KL", "chi-square", "CVaR .1", "a user's")]
 
 

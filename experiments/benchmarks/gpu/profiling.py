@@ -68,14 +68,7 @@ def run_towers(setting: Setting, record: Record) -> None:
     workers = 0 if setting.small else max(1, min(16, os.cpu_count() or 1) - 2)
     for method in ("openclip", "drrho"):
         words = ["--catalog", catalog, "--batch-size", batch, "--workers", workers, "--epochs", 1, "--method", method]
-        words += [
-            "--model",
-            "glyph-micro" if setting.small else "ViT-B-32",
-            "--log-every",
-            10,
-            "--device",
-            setting.device,
-        ]
+        words += ["--model", "glyph-micro" if setting.small else "ViT-B-32", "--log-every", 10]
         words += ["--precision", "float32" if setting.small else "bfloat16", "--checkpoint-minutes", 1000]
         if method == "drrho":
             words += ["--temperature", 0.05]
@@ -89,7 +82,7 @@ def run_glyphs(setting: Setting, record: Record) -> None:
     steps = Steps(2, 1, 1) if setting.small else Steps(30, 40, 10)
     for preset in ("glyph-steered", "glyph-unsteered"):
         words: list[Any] = ["--preset", preset, "--cache", setting.scratch / "cache", "--size", "small"]
-        words += ["--device", setting.device, "--checkpoint-minutes", 1000]
+        words += ["--checkpoint-minutes", 1000]
         if setting.small:
             words += ["--model", "glyph-micro", "--batch-size", 8, "--fraction", 0.02, "--epochs", 1]
         record.attempt(preset, lambda w=words, n=preset: profile(n, w, steps, setting, record, None))
@@ -101,7 +94,7 @@ def profile(
     """Train as the words say, and write down what is seen in the steps."""
     import torch
 
-    from experiments.benchmarks.gpu.training import Training
+    from experiments.benchmarks.gpu.training import train
     from experiments.clip.distributed import Ranks
 
     record.text(
@@ -111,8 +104,7 @@ def profile(
         "reads of a value by the host, copies and their bytes. In the JSON file: the kernels that take longest.",
     )
     watch = Watch(steps)
-    ranks = Ranks(device=torch.device(setting.device))
-    Training(list(map(str, words)), setting.scratch / name.replace("/", "-"), ranks, watch).fit()
+    train(words, setting.scratch / name.replace("/", "-"), Ranks(device=torch.device(setting.device)), watch)
     assert watch.trace is not None, "the training ended before the steps that are traced"
     found = watch.trace.per(steps.traced)
     share = found["busy"] / 1e6 / watch.timed

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-_RUNTIME = ("cuda_runtime", "cuda_driver")
+from experiments.benchmarks.gpu.clock import synchronize
+
+_MARK = "traced"
+_HOST = ("cuda_runtime", "cuda_driver", "cpu_op")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _WAITS = re.compile("cuda(Stream|Event|Device)Synchronize")
+_LAUNCHES = re.compile("cu(da)?LaunchKernel|cudaGraphLaunch")
 _ITEM = "aten::_local_scalar_dense"
 _TOP = 15
 _LONGEST_NAME = 90
@@ -74,16 +79,17 @@ class Tracer:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
+        self._profile, self._mark = profile(activities=activities), record_function(_MARK)
 
     def start(self) -> None:
         """Begin."""
         self._profile.__enter__()
+        self._mark.__enter__()
 
     def stop(self) -> Trace:
         """End, and return what was seen."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        self._mark.__exit__(None, None, None)
+        synchronize()
         self._profile.__exit__(None, None, None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
@@ -91,28 +97,24 @@ class Tracer:
             return read(json.loads(path.read_text())["traceEvents"])
 
 
-def traced(call: Callable[[], Any], calls: int = 1) -> Trace:
-    """Return the trace of so many calls, the last wait left out: it is the tracer's own."""
+def traced(call: Callable[[], Any]) -> Trace:
+    """Return the trace of a call."""
     tracer = Tracer()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     tracer.start()
-    for _ in range(calls):
-        call()
-    found = tracer.stop()
-    own = found.waits.get("cudaDeviceSynchronize")
-    if own is not None:
-        own[0] -= 1
-    return found
+    call()
+    return tracer.stop()
 
 
-def read(events: Iterable[Mapping[str, Any]]) -> Trace:
-    """Summarize the events of a trace in Chrome's format."""
+def read(events: Sequence[Mapping[str, Any]]) -> Trace:
+    """Summarize the events of a trace in Chrome's format: of the host, those between `Tracer.start` and its stop."""
+    marks = [event for event in events if event.get("cat") == "user_annotation" and event.get("name") == _MARK]
+    first = min((float(mark["ts"]) for mark in marks), default=-math.inf)
+    last = max((float(mark["ts"]) + float(mark["dur"]) for mark in marks), default=math.inf)
     trace, intervals = Trace(), []
     kernels: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     waits: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     copies: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    counted: Counter[str] = Counter()
     for event in events:
         kind, name, time = event.get("cat", ""), event.get("name", ""), float(event.get("dur", 0.0))
         if kind in _DEVICE:
@@ -121,14 +123,12 @@ def read(events: Iterable[Mapping[str, Any]]) -> Trace:
             _add(kernels[name[:_LONGEST_NAME]], 1, time)
         elif kind == "gpu_memcpy":
             _add(copies[name], 1, float(event.get("args", {}).get("bytes", 0)), time)
-        elif kind in _RUNTIME and _WAITS.fullmatch(name):
-            _add(waits[name], 1, time)
-        elif kind in _RUNTIME:
-            counted["launches"] += "LaunchKernel" in name or "GraphLaunch" in name
-        elif name == _ITEM:
-            counted["items"] += 1
-    trace.busy, trace.launches, trace.items = _union(intervals), counted["launches"], counted["items"]
-    trace.waits, trace.copies = dict(waits), dict(copies)
+        elif kind in _HOST and first <= float(event["ts"]) <= last:
+            if _WAITS.fullmatch(name):
+                _add(waits[name], 1, time)
+            trace.launches += bool(_LAUNCHES.search(name))
+            trace.items += name == _ITEM
+    trace.busy, trace.waits, trace.copies = _union(intervals), dict(waits), dict(copies)
     longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:_TOP]
     trace.kernels = [(name, int(count), time) for name, (count, time) in longest]
     return trace
