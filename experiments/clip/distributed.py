@@ -185,7 +185,7 @@ def set_float32_products(device: torch.device, full: bool) -> None:
 
 
 @contextmanager
-def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
+def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
     """Initialize the process group of this launch, and destroy it when the block ends.
 
     Parameters

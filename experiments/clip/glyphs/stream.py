@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -23,14 +22,15 @@ from torch import Tensor
 from experiments.clip.cli.terminal import console
 from experiments.clip.data.batch import Batch
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import Manifest, read_samples
+from experiments.clip.glyphs.dataset import GlyphShard, Manifest, read_samples, read_shard
 from experiments.clip.io.files import write_atomically
+from experiments.clip.io.workers import spread
 from experiments.clip.models.clip import Clip
+from experiments.clip.models.pixels import Transform, cut
 from experiments.clip.reference.cache import CachedReference
 
 _PREPARED_FORMAT = 1
 _RESIZING = ("size", "resize_mode", "interpolation")
-_BLOCK = 256
 
 
 class PreparedPairs:
@@ -69,7 +69,8 @@ class PreparedPairs:
 
     def batch(self, index: Tensor, size: int = 0) -> Batch:
         """Return the samples ``index`` ``[b]`` of a stream whose largest batch has ``size``."""
-        return Batch(self.pixels[index], self._tokens[index], index, size=size)
+        pixels, tokens = (part.index_select(0, index) for part in (self.pixels, self._tokens))
+        return Batch(pixels, tokens, index, size=size)
 
     def image_batches(self, size: int = 512) -> Iterator[Tensor]:
         """Yield all images, in bytes, in order of their index."""
@@ -96,36 +97,40 @@ def _prepared_path(manifest: Manifest, split: str, config: dict[str, Any]) -> Pa
 def _prepare(
     manifest: Manifest, split: str, config: dict[str, Any], progress: Callable[[int], None] | None
 ) -> _Prepared:
-    # With is_train False it returns one transform, not the three that its annotation allows.
-    transform = cast(
-        Callable[[Image.Image], Tensor],
-        open_clip.image_transform(
+    if split not in manifest.splits:
+        read_samples(manifest, split)  # which says so
+    parts: list[_Prepared] = []
+    done = 0
+    for part in spread(_ShardDecoder(manifest, config), manifest.splits[split].shards):
+        parts.append(part)
+        done += len(part.captions)
+        if progress is not None:
+            progress(done)
+    pixels, captions, names = zip(*parts, strict=True)
+    return _Prepared(torch.cat(pixels), list(itertools.chain(*captions)), list(itertools.chain(*names)))
+
+
+class _ShardDecoder:
+    """Decodes a shard and resizes its images as ``config`` says, in this process or in another."""
+
+    def __init__(self, manifest: Manifest, config: dict[str, Any]) -> None:
+        self._manifest = manifest
+        transform = open_clip.image_transform(
             config["size"],
             is_train=False,
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
             resize_mode=config["resize_mode"],
             interpolation=config["interpolation"],
-        ),
-    )
-    total = manifest.splits[split].samples if split in manifest.splits else 0
-    blocks: list[Tensor] = []
-    captions: list[str] = []
-    names: list[str] = []
-    samples = read_samples(manifest, split)
-    while block := list(itertools.islice(samples, _BLOCK)):
-        for sample in block:
-            if sample.index != len(captions):
-                raise UserError(
-                    f"{split} yields sample {sample.index} where {len(captions)} is due: prepare the data again"
-                )
-            captions.append(sample.caption)
-            names.append(sample.meta.get("name", sample.caption))
-        images = torch.stack([transform(sample.image) for sample in block])
-        blocks.append((images * 255).round().to(torch.uint8))
-        if progress is not None:
-            progress(min(total, len(captions)))
-    return _Prepared(torch.cat(blocks), captions, names)
+        )
+        # With is_train False it returns one transform, not the three that its annotation allows.
+        self._in_bytes, _ = cut(cast(Transform, transform))
+
+    def __call__(self, shard: GlyphShard) -> _Prepared:
+        samples = list(read_shard(self._manifest, shard))
+        return _Prepared(
+            torch.stack([self._in_bytes(sample.image) for sample in samples]),
+            [sample.caption for sample in samples],
+            [sample.meta.get("name", sample.caption) for sample in samples],
+        )
 
 
 def _save_prepared(path: Path, prepared: _Prepared) -> None:
