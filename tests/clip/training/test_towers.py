@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_runs import SHORT, built, contrastive, run
 
+from drrho.routes import BatchIndex
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted
 from experiments.clip.models.clip import new_model
@@ -59,7 +60,7 @@ def shapes_and_gradient(clip, batch, parts=1):
     """Return the shapes that the towers are given in a step, its loss, and its gradient."""
     towers, shapes = Towers(clip, Execution(), Ranks()), []
     clip.model.register_forward_pre_hook(lambda model, inputs: shapes.append([len(part) for part in inputs]))
-    loss, (image, text) = towers.backward(OpenCLIP(), batch, None, parts, 0, 1.0)
+    loss, (image, text) = towers.backward(OpenCLIP(), batch, BatchIndex.gathered(batch.index), None, parts, 0, 1.0)
     assert len(image) == len(text) == len(batch.index)
     return shapes, loss.value.item(), torch.cat([p.grad.flatten() for p in clip.model.parameters()])
 
@@ -79,7 +80,8 @@ def test_rows_that_fill_a_batch_up_leave_loss_and_gradient_as_they_are(parts, pa
 def test_a_batch_without_a_sample_is_filled_up_too(pairs):
     batch = pairs.batch(torch.arange(0))._replace(size=4)
     towers = Towers(new_model("glyph-micro", 0), Execution(), Ranks())
-    found = towers.pairs(OpenCLIP(), batch, 1)
+    found, wrong = towers.pairs(OpenCLIP(), batch, BatchIndex.gathered(batch.index), 1)
+    assert not wrong
     assert found.image.shape == found.text.shape == (0, 32)
 
 
