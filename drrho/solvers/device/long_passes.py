@@ -4,6 +4,10 @@ The algorithms are those of ``kernels_kl.c`` and ``kernels_chi_square.c``. A lau
 launch before it and by moving the multipliers, in every program alike; what has converged is not read again.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton

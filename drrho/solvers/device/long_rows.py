@@ -4,6 +4,10 @@ A row is read by all programs of a launch, a tile at a time. Each program stores
 of the next launch add them up, all in the same order and so to the same bits: nothing waits for the host.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,10 @@ into the bin that holds the threshold, until a bin is a single number. Few losse
 counted one by one; those equal to the sample's own order statistics, which may be many, are counted together.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton

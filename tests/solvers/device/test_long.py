@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, by_device_kernels
 
-from drrho import KL, ChiSquare, CVaR, constrained_risk, penalized_risk
+from drrho import KL, ChiSquare, CVaR, constrained_risk, hybrid_risk, penalized_risk
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Solution
 
@@ -65,9 +65,10 @@ def agree(found, expected, dtype):
 
 BALLS = [(ChiSquare(), r) for r in (1e-8, 0.3, 20.0)] + [(KL(), r) for r in (1e-8, 0.3, 5.0)]
 PENALTIES = [(divergence, s) for divergence in (ChiSquare(), KL()) for s in (1e-3, 0.5, 1e4)]
-SHAPES = ["normal", "shifted by 1e6", "log-normal", "tied"]
-HARD = ["tiny", "Cauchy", "two values", "sorted", "outlier first"]
-hard = [pytest.param(name, marks=pytest.mark.slow) for name in HARD]
+HARD = ["tied", "shifted by 1e6", "log-normal", "tiny", "Cauchy", "two values", "sorted", "outlier first"]
+of_any_shape = pytest.mark.parametrize(
+    "name", ["normal", *(pytest.param(name, marks=pytest.mark.slow) for name in HARD)]
+)
 
 
 def named(case):
@@ -75,7 +76,7 @@ def named(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", SHAPES + hard)
+@of_any_shape
 @pytest.mark.parametrize("case", BALLS, ids=named)
 def test_balls_are_those_of_the_cpu(case, name, dtype):
     z = torch.tensor(losses_like(name), dtype=dtype)
@@ -85,7 +86,7 @@ def test_balls_are_those_of_the_cpu(case, name, dtype):
     agree(found, constrained_risk(z.double(), divergence, radius), dtype)
 
 
-@pytest.mark.parametrize("name", SHAPES + hard)
+@of_any_shape
 @pytest.mark.parametrize("case", PENALTIES, ids=named)
 def test_penalties_are_those_of_the_cpu(case, name):
     divergence, strength = case
@@ -97,7 +98,7 @@ def test_penalties_are_those_of_the_cpu(case, name):
         agree(found, penalized_risk(z.double(), divergence, strength), dtype)
 
 
-@pytest.mark.parametrize("name", SHAPES + hard)
+@of_any_shape
 @pytest.mark.parametrize("alpha", [1e-4, 0.1, 0.7])
 def test_tail_means_are_those_of_the_cpu(alpha, name):
     z = torch.tensor(losses_like(name), dtype=torch.float32)
@@ -200,6 +201,36 @@ def test_a_sample_that_misses_the_threshold():
     found, failed = solved(z, CVaR(0.4))
     assert not failed
     agree(found, constrained_risk(torch.tensor(z), CVaR(0.4)), torch.float64)
+
+
+def test_risks_are_solved_so():
+    z = torch.tensor(losses_like("normal"), dtype=torch.float32, device=DEVICE)
+    base = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    base = base / base.sum()
+    risks = {
+        "ball": lambda x: constrained_risk(x, KL(), 0.3),
+        "penalty": lambda x: penalized_risk(x, ChiSquare(), 0.5),
+        "tail mean": lambda x: constrained_risk(x, CVaR(0.1)),
+        "hybrid": lambda x: hybrid_risk(x, ChiSquare(), 0.1, 0.3),
+        "base weights": lambda x: constrained_risk(x, KL(), 0.3, base_weights=base.to(x.device)),
+    }
+    for name, risk in risks.items():
+        with by_device_kernels():
+            found = risk(z)
+        expected = risk(z.cpu().double())
+        for field, by_cpu in zip(found, expected, strict=True):
+            assert field.dtype == torch.float32, name
+            torch.testing.assert_close(field.cpu().double(), by_cpu, rtol=3e-7, atol=1e-8)
+
+
+def test_refusals_name_what_is_refused():
+    z = torch.tensor(losses_like("normal"), device=DEVICE)
+    with by_device_kernels():
+        with pytest.raises(ValueError, match="radius must be finite and >= 0, got -1"):
+            constrained_risk(z, KL(), torch.tensor(-1.0))
+        z[7] = torch.nan
+        with pytest.raises(ValueError, match="losses must be finite"):
+            constrained_risk(z, ChiSquare(), 0.1)
 
 
 # --- the kernels as a GPU's compiler sees them, which allows less than the interpreter --------------------------------
