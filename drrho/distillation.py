@@ -85,10 +85,9 @@ class _CrossEntropy(torch.autograd.Function):
             )
             for *features, own_rate in ((image, text, rate), (reference_image, reference_text, reference_rate))
         )
-        normalizers = [
-            (log_sum[0], m.gathered(log_sum[1])) for m in (target, reference) for log_sum in [m.sums().log_sum]
-        ]
-        (row, column), (reference_row, reference_column) = normalizers
+        own = [log_sum for m in (target, reference) for log_sum in m.sums().log_sum]
+        row, reference_row = own[0], own[2]
+        column, reference_column = target.gathered(own[1], own[3])
         wanted = any(ctx.needs_input_grad[:3])
         to_image, to_text = torch.empty_like(target.image), torch.zeros_like(target.text)
         scores, slope = target.image.new_zeros(2).unbind()

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from drrho import tile_kernels
-from drrho.ranks import sum_to_owners
+from drrho.ranks import sum_to_owners, terms_for_owners
 from drrho.tile_kernels import BLOCK_COLUMNS, BLOCK_ROWS, MERGED, PARTS
 from drrho.tiles import ALIGNED, KERNEL_TILE, Pairs, SimilarityTiles, Totals
 
@@ -93,7 +92,7 @@ class FusedTiles(SimilarityTiles):
     def gradients(self, log_sum: Tensor, by_log_mean: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of images and texts in a second pass over the matrix."""
         by_log_mean = by_log_mean.contiguous()
-        column_log, by_column = self.gathered(log_sum[1]), self.gathered(by_log_mean[1])
+        column_log, by_column = (part.contiguous() for part in self.gathered(log_sum[1], by_log_mean[1]))
         to_image = torch.empty_like(self.image)
         to_text = torch.empty_like(self.text) if len(self.image) else torch.zeros_like(self.text)
         places, kept = self._places(), self._kept
@@ -154,17 +153,15 @@ class FusedTiles(SimilarityTiles):
         return place.pitch, *place.shape, row, column, self.first + row - column, *strides, int(self.include_positive)
 
     def _sum_over_ranks(self, totals: Tensor) -> None:
-        """Add up the totals ``[3, b]`` of columns that every rank has from its rows."""
+        """Add up the totals ``[3, n]`` of columns that every rank has from its rows: for this rank's own columns."""
         if self.group is None:
             return
-        top = totals[0].clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        moved = torch.where(totals[0] == -torch.inf, 0.0, totals[0] - top)
-        totals[2] += moved * totals[1]
-        totals[1:] *= torch.exp(moved)
-        sums = totals[1:].contiguous()
-        dist.all_reduce(sums, group=self.group)
-        totals[0], totals[1:] = top, sums
+        tops, sums, means = terms_for_owners(totals.T.contiguous(), self.counts, self.group).unbind(2)
+        top = tops.amax(0)
+        moved = torch.where(tops == -torch.inf, 0.0, tops - top)
+        share = torch.exp(moved)
+        own = torch.stack([top, (share * sums).sum(0), (share * (means + moved * sums)).sum(0)])
+        totals[:, self.first : self.first + len(self.image)] = own
 
     def _finished(self, totals: Tensor, positive: Tensor) -> Totals:
         """Return the results of this rank's anchors."""

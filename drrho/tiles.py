@@ -16,11 +16,10 @@ from importlib.util import find_spec
 from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drrho.ranks import Group, first_row, gathered, row_counts, sum_to_owners
+from drrho.ranks import Group, first_row, gathered_together, row_counts, sum_to_owners, terms_for_owners
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -143,15 +142,19 @@ class SimilarityTiles:
         self.first, self.count = first_row(self.counts, group), sum(self.counts)
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
-        self.text = self.gathered(self.own_text)
-        self.reference = None
-        if reference is not None and self.coefficient != 0:
-            self.own_reference = reference[0].to(self.dtype), reference[1].to(self.dtype)
-            self.reference = self.own_reference[0], self.gathered(self.own_reference[1])
         #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.
         self.shared = image_rate is text_rate and image_rate.ndim == 0
-        self.image_rate = image_rate.to(self.dtype).expand(len(image))
-        self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
+        self.image_rate, text_rate = image_rate.to(self.dtype).expand(len(image)), text_rate.to(self.dtype)
+        self.reference, sent = None, [self.own_text]
+        if reference is not None and self.coefficient != 0:
+            self.own_reference = reference[0].to(self.dtype), reference[1].to(self.dtype)
+            sent.append(self.own_reference[1])
+        if text_rate.ndim:
+            sent.append(text_rate)
+        self.text, *others = self.gathered(*sent)
+        self.text_rate = others.pop().contiguous() if text_rate.ndim else text_rate.expand(self.count)
+        if others:
+            self.reference = self.own_reference[0], others[0]
 
     @cached_property
     def positive(self) -> Tensor:
@@ -169,21 +172,17 @@ class SimilarityTiles:
         return self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
 
     def _bound(self) -> float:
-        """Return an upper bound on the exponents of all ranks."""
+        """Return an upper bound on the exponents of this rank."""
         norms = [tensor.norm(dim=1) for tensor in (self.image, self.text, *(self.reference or ()))]
         largest = [norm.amax() if len(norm) else norm.sum() for norm in norms]  # a rank may have no pairs
-        if self.group is not None:
-            together = torch.stack(largest)
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
-            largest = list(together)
         bound = largest[0] * largest[1]
         if self.reference is not None:
             bound = bound + abs(self.coefficient) * largest[2] * largest[3]
         return float(bound * self.text_rate[0])
 
-    def gathered(self, own: Tensor) -> Tensor:
-        """Return all ranks' rows in the order of ranks."""
-        return gathered(own, self.counts, self.group)
+    def gathered(self, *own: Tensor) -> list[Tensor]:
+        """Return all ranks' rows of each tensor in the order of ranks, after one exchange."""
+        return gathered_together(own, self.counts, self.group)
 
     def _own(self, entries: Tensor) -> Tensor:
         """Return this rank's part of entries of all ranks' pairs."""
@@ -243,15 +242,13 @@ class SimilarityTiles:
             column_sum = column_sum * shrunk + e.sum(0)
             column_mean = column_mean * shrunk + _weighted(e, x, 0)
         if self.group is not None:
-            highest = top.clone()
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
-            both = torch.stack([column_sum, column_mean]) * torch.exp(top - highest).nan_to_num_(nan=1.0)
-            dist.all_reduce(both, group=self.group)
-            (column_sum, column_mean), top = both, highest
+            terms = terms_for_owners(torch.stack([top, column_sum, column_mean], 1), self.counts, self.group)
+            top = terms[..., 0].amax(0)
+            shrunk = torch.exp(terms[..., 0] - top).nan_to_num_(nan=1.0)
+            column_sum, column_mean = (terms[..., 1:] * shrunk[..., None]).sum(0).unbind(1)
         count = math.log(anchors if self.include_positive else anchors - 1)
-        column_log = self._own(top + column_sum.log())
-        log_sum = torch.stack([row_sum, column_log])
-        mean = torch.stack([row_mean, self._own(column_mean / column_sum)])
+        log_sum = torch.stack([row_sum, top + column_sum.log()])
+        mean = torch.stack([row_mean, column_mean / column_sum])
         own = self.positive * torch.stack([self.image_rate, self._own(self.text_rate)])
         return Totals(log_sum, log_sum - own - count, mean - own)
 
@@ -262,7 +259,8 @@ class SimilarityTiles:
         """
         to_image = torch.empty_like(self.image)
         to_text = self.image.new_zeros(self.count, self.image.shape[1])
-        column_log, column_scale = self.gathered(log_sum[1]), self.gathered(by_log_mean[1]) * self.text_rate
+        column_log, by_column = self.gathered(log_sum[1], by_log_mean[1])
+        column_scale = by_column * self.text_rate
         row_scale = by_log_mean[0] * self.image_rate
         at_positive = -(row_scale + self._own(column_scale))
         for place, (x, e), positives in self.tiles(2):

@@ -17,23 +17,25 @@ from experiments.clip.models.clip import load_model
 def evaluate(options: Evaluate) -> None:
     """Print the scores of one model on the embedded held-out pairs, or on zero-shot tasks."""
     clip = load_model(options.model, options.weights)
-    if not options.tasks:
-        console.print(embedded_pairs().scores_table(options.data, options.split, clip))
-    for name, value in task_scores(clip, options.tasks):
-        console.print(f"{name:<48} {value:.4f}")
+    with joined_ranks(options.device) as ranks:
+        clip.model.to(ranks.device)
+        if not options.tasks:
+            console.print(embedded_pairs().scores_table(options.data, options.split, clip))
+        for name, value in task_scores(clip, options.tasks):
+            console.print(f"{name:<48} {value:.4f}")
 
 
 def cache_reference(options: CacheReference) -> None:
     """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
     reference = load_model(options.reference, options.reference_weights)
-    if options.catalog is None:
-        if launched(os.environ)[1] > 1:
-            raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
-        embedded_pairs().cache_features(options.data, reference)
-        return
+    if options.catalog is None and launched(os.environ)[1] > 1:
+        raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
         reference.model.to(ranks.device)
+        if options.catalog is None:
+            embedded_pairs().cache_features(options.data, reference)
+            return
         reference_features(
             options.out,
             reference,

@@ -211,6 +211,8 @@ class Evaluate:
     """Which held-out pairs."""
     tasks: tuple[Path, ...] = ()
     """Folders of zero-shot tasks in CLIP_benchmark's layout, instead of the held-out pairs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)

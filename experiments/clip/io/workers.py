@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -108,6 +109,21 @@ class Workers(Generic[Key, Result]):
             raise UserError(
                 f"a data worker died ({reason}): look for a lack of memory, or use fewer workers"
             ) from error
+
+
+def spare_cores() -> int:
+    """Return how many cores this process may use beside its own."""
+    return len(os.sched_getaffinity(0)) - 1
+
+
+def spread(task: Callable[[Key], Result], keys: Sequence[Key]) -> Iterator[Result]:
+    """Yield ``task(key)`` in the order of the keys, computed by as many processes as this one may use cores."""
+    count = min(len(keys) - 1, spare_cores()) + 1
+    workers: Workers[Key, Result] = Workers(task, count if count > 1 else 0)
+    try:
+        yield from workers.map(keys)
+    finally:
+        workers.close()
 
 
 class _Keys:

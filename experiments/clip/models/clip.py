@@ -14,17 +14,16 @@ from typing import Any, cast
 
 import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
 
 from experiments.clip.errors import UserError
+from experiments.clip.models.pixels import Normalization, Transform, cut
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _CONFIGS = Path(__file__).parent / "configs"
 _SIGMOID_BIAS = -10.0
 
-Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
@@ -44,6 +43,8 @@ class Clip:
         Identifies weights, preprocessing and tokenizer of a model that was loaded; empty for a new one.
     augment : callable
         The preprocessing for training, with random crops.
+    normalization : Normalization, optional
+        The last steps of ``preprocess``, which `prepared` does; None where they cannot be told apart.
     """
 
     name: str
@@ -52,15 +53,37 @@ class Clip:
     tokenize: Tokenizer
     fingerprint: str
     augment: Transform
+    normalization: Normalization | None = None
 
     @property
     def device(self) -> torch.device:
         """The device of the model's weights."""
         return self.model.logit_scale.device
 
+    def in_bytes(self, transform: Transform) -> Transform:
+        """Return ``preprocess`` or ``augment`` without the normalization, which `prepared` does; else as it is."""
+        shorter, normalization = cut(transform)
+        return transform if normalization is None or normalization != self.normalization else shorter
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Return images ``[b, 3, h, w]``, in bytes or normalized, as the model takes them: on its device, normalized.
+
+        Bytes become floats of autocast's type where that is on.
+        """
+        images = images.to(self.device, non_blocking=True)
+        if self.normalization is None or images.dtype != torch.uint8:
+            return images
+        kind = self.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return self.normalization(images, narrow)
+
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return unit features ``[b, d]`` of preprocessed images ``[b, 3, h, w]``."""
-        return self.model.encode_image(at_least_one(images.to(self.device)), normalize=True)[: len(images)]
+        """Return unit features ``[b, d]`` of images ``[b, 3, h, w]`` in bytes or normalized, see `prepared`."""
+        return self.model.encode_image(at_least_one(self.prepared(images)), normalize=True)[: len(images)]
+
+    def prepared_tokens(self, tokens: Tensor) -> Tensor:
+        """Return tokens ``[b, length]``, in integers of any size, as the model takes them."""
+        return tokens.to(self.device, non_blocking=True).to(torch.int64)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Return unit features ``[b, d]`` of captions."""
@@ -68,7 +91,7 @@ class Clip:
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return unit features ``[b, d]`` of tokenized captions ``[b, length]``."""
-        return self.model.encode_text(at_least_one(tokens.to(self.device)), normalize=True)[: len(tokens)]
+        return self.model.encode_text(at_least_one(self.prepared_tokens(tokens)), normalize=True)[: len(tokens)]
 
 
 def at_least_one(inputs: Tensor) -> Tensor:
@@ -169,7 +192,8 @@ def _create(name: str, location: str, fingerprint: str, **options: Any) -> Clip:
     model, augment, preprocess = open_clip.create_model_and_transforms(location, **options)
     tokenize = cast(Tokenizer, open_clip.get_tokenizer(location))
     model = cast(open_clip.CLIP, model)
-    return Clip(name, model, cast(Transform, preprocess), tokenize, fingerprint, cast(Transform, augment))
+    transforms = cast(tuple[Transform, Transform], (preprocess, augment))
+    return Clip(name, model, transforms[0], tokenize, fingerprint, transforms[1], cut(transforms[0])[1])
 
 
 def _digest(*paths: Path) -> str:

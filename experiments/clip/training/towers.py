@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
@@ -15,16 +17,19 @@ from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.models.clip import Clip, at_least_one
+from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
-from experiments.clip.training.numbers import packed
 from experiments.clip.training.options import Execution
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class NotFinite(Exception):
-    """A step that cannot be taken, on every rank: the message says what is not finite."""
+class _Part(NamedTuple):
+    """Images and tokens of some of a batch's pairs, and the number of rows to give to the towers."""
+
+    image: Tensor
+    text: Tensor
+    rows: int
 
 
 class Towers:
@@ -33,7 +38,9 @@ class Towers:
     def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
         model = clip.model.to(ranks.device)
         model.train()
-        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
+        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
+        # Statistics over a batch must not count rows that only fill it up.
+        self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:
             model.set_grad_checkpointing()
         if execution.compile:
@@ -50,7 +57,9 @@ class Towers:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             # Statistics of batches are kept with the weights, and are those of the first rank; others are constants.
             has_statistics = model.state_dict().keys() != dict(model.named_parameters()).keys()
-            self.model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=has_statistics)
+            self.model = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=has_statistics, gradient_as_bucket_view=True
+            )
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
@@ -78,39 +87,35 @@ class Towers:
             return method.loss((image, text), samples, Head(*head), epoch, reference)
 
         with self.autocast():
-            chunks = _chunks(batch, samples, parts)
+            chunks = self._chunks(batch, samples, parts)
             found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
         return found, (kept[0], kept[1])
 
     @torch.no_grad()
-    def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> PairFeatures:
+    def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> tuple[PairFeatures, Tensor]:
         """Return the batch's features without a graph, as in training, and how the method compares them.
 
-        Raises
-        ------
-        NotFinite
-            On every rank, if the features of one are not finite.
+        Second comes how many ranks have features that are not finite, a scalar on the device.
         """
         with self.autocast():
-            encoded = [self._encode(chunk) for chunk in _chunks(batch, samples, parts)]
+            encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
         images, texts, *heads = zip(*encoded, strict=True)
         image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
-        temperature, bias = method.logits_at(Head(*head))
-        faulty = self._ranks.sum(are_not_finite(image, text, *head))
-        read = packed([faulty, torch.as_tensor(temperature), torch.as_tensor(bias)]).tolist()
-        if read[0]:
-            raise NotFinite(NOT_FINITE)
-        return PairFeatures(image, text, *read[1:])
+        wrong = self._ranks.sum(are_not_finite(image, text, *head))
+        return PairFeatures(image, text, *method.logits_at(Head(*head))), wrong
 
-    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
-        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
-        image, text, *head = self.model(*inputs)
-        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
+    def _chunks(self, batch: Batch, samples: BatchIndex, parts: int) -> list[_Part]:
+        """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
+        parts = min(parts, max(1, *samples.counts))
+        rows = -(-batch.size // parts) if self._may_pad else 0
+        pairs = zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True)
+        return [_Part(image, text, max(1, rows)) for image, text in pairs]
+
+    def _encode(self, part: _Part) -> list[Tensor]:
+        inputs = self._clip.prepared(part.image), self._clip.prepared_tokens(part.text)
+        image, text, *head = self.model(*(_filled_up(each, part.rows) for each in inputs))
+        count = len(part.image)  # 0 where a rank's samples were all skipped, or none chosen
         return [image[:count], text[:count], *(number.reshape(()) for number in head)]
-
-
-#: What is said of features that are not finite.
-NOT_FINITE = "the features are not finite"
 
 
 def are_not_finite(*features: Tensor) -> Tensor:
@@ -118,10 +123,13 @@ def are_not_finite(*features: Tensor) -> Tensor:
     return (~torch.isfinite(torch.stack([part.sum() for part in features]))).any().double()
 
 
-def _chunks(batch: Batch, samples: BatchIndex, parts: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
-    parts = min(parts, max(1, *samples.counts))
-    return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+def _filled_up(inputs: Tensor, rows: int) -> Tensor:
+    """Return inputs ``[b, ...]`` with the first repeated at their end, up to so many rows; zeros if there is none."""
+    lacking = rows - len(inputs)
+    if lacking <= 0:
+        return inputs
+    more = inputs[:1] if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
+    return torch.cat([inputs, more.expand(lacking, *inputs.shape[1:])])
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

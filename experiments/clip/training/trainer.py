@@ -47,18 +47,12 @@ from experiments.clip.training.numbers import (
 )
 from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
-from experiments.clip.training.selection import Selector
-from experiments.clip.training.towers import (
-    NOT_FINITE,
-    NotFinite,
-    Towers,
-    are_not_finite,
-    clipped_norm,
-    full_tensor,
-)
+from experiments.clip.training.selection import Chosen, Selector
+from experiments.clip.training.towers import Towers, are_not_finite, clipped_norm, full_tensor
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
+_FEATURES = "the features are not finite"
 # Names of a checkpoint's tensors beside weights and optimizer.
 EMA, _SCALER = "ema.", "scaler."
 
@@ -315,19 +309,16 @@ class Trainer:
         # Dropout is a function of seed, step and rank, so that a resumed run needs no generators' states.
         torch.manual_seed(int(np.random.SeedSequence([self._seed, state.step, self._ranks.rank]).generate_state(1)[0]))
         state.optimizer.zero_grad(set_to_none=True)
-        scored = self._samples_of_ranks(candidates.index)
-        reference = self._reference_features(candidates)
-        lr = self._set_learning_rate()
-        underway, batch = Underway(state.step, scored, scored, candidates.skipped, {"lr": lr}), candidates
-        try:
-            if self._selector is not None:
-                batch, reference = self._select(self._selector, candidates, scored, reference)
-                underway = underway._replace(trained=self._samples_of_ranks(batch.index))
-        except NotFinite:
-            self._late.put(None, lambda _: self._skip(underway, NOT_FINITE))
-        else:
-            with deferred_checks():
-                self._train(batch, underway, reference, epoch)
+        scored, lr = self._samples_of_ranks(candidates.index), self._set_learning_rate()
+        underway = Underway(state.step, scored, scored, candidates.skipped, {"lr": lr})
+        with deferred_checks():
+            chosen = self._chosen(candidates, scored)
+            if chosen is None:
+                self._late.put(None, lambda _: self._skip(underway, _FEATURES))
+            else:
+                batch, reference, self._learnability = chosen
+                trained = scored if batch is candidates else self._samples_of_ranks(batch.index)
+                self._train(batch, underway._replace(trained=trained), reference, epoch)
         state.step += 1
 
     def _train(self, batch: Batch, underway: Underway, reference: Features | None, epoch: int) -> None:
@@ -372,15 +363,14 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _select(
-        self, selector: Selector, candidates: Batch, scored: BatchIndex, reference: Features | None
-    ) -> tuple[Batch, Features | None]:
-        """Return the pairs to train on, with the reference's features of them."""
+    def _chosen(self, candidates: Batch, scored: BatchIndex) -> Chosen | None:
+        """Return the pairs to train on; None if that depends on features that are not finite."""
+        reference, selector = self._reference_features(candidates), self._selector
+        if selector is None:
+            return Chosen(candidates, reference, dict)
         parts = self._optimization.accumulation * selector.candidates
-        target = self._towers.pairs(self.state.method, candidates, scored, parts)
-        total = sum(scored.counts)
-        batch, reference, self._learnability = selector.choose(self.state.step, candidates, total, target, reference)
-        return batch, reference
+        target, wrong = self._towers.pairs(self.state.method, candidates, scored, parts)
+        return selector.choose(self.state.step, candidates, sum(scored.counts), target, wrong, reference)
 
     def _gradient_norm(self) -> Tensor:
         """Return the norm of the gradient before it was clipped."""
@@ -426,7 +416,7 @@ class Trainer:
                 f"{problem} at step {underway.step}, whose samples are in {path}: look at them, lower --lr, set "
                 "--clip-norm, or allow for such steps by --nonfinite-limit"
             )
-        trained = 0 if problem == NOT_FINITE else sum(underway.trained.counts)
+        trained = 0 if problem == _FEATURES else sum(underway.trained.counts)
         self._finish(underway, trained, {"lr": underway.log["lr"]})  # pyright: ignore[reportArgumentType]
 
     def _finish(self, underway: Underway, trained: int, log: Record) -> None:
@@ -498,7 +488,7 @@ class Trainer:
 def _problem(are_features_wrong: bool, loss: float, norm: float, scales: bool) -> str:
     """Return what is not finite in a step; with a loss scale a gradient may overflow."""
     if are_features_wrong:
-        return NOT_FINITE
+        return _FEATURES
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     return "" if scales or math.isfinite(norm) else f"the gradient's norm is {norm}"
