@@ -89,7 +89,7 @@ def test_a_matrix_of_many_tiles(pairs, tile, side, monkeypatch):
 
     image, text, reference, taus = problem(pairs, True, True)
     once = answers(image, text, reference, taus, torch.float32)
-    monkeypatch.setattr(fused_tiles, "TILE", tile)
+    monkeypatch.setattr(fused_tiles, "KERNEL_TILE", tile)
     monkeypatch.setattr(fused_tiles, "SIDE", side)
     found = answers(image, text, reference, taus, torch.float32)
     check(answers(image, text, reference, taus, torch.float64), found, 2.0, 1.0)

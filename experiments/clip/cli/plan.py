@@ -13,7 +13,7 @@ import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from drrho.tiles import ROWS, TILE
+from drrho.tiles import KERNEL_TILE, ROWS, TILE
 from experiments.clip.cli.options import Plan
 from experiments.clip.cli.terminal import console
 from experiments.clip.models.clip import new_model
@@ -141,7 +141,7 @@ def estimated(
     activations = part * cost.kept_bytes
     rows = -(-samples // ranks)
     state = rows * (8 * running + 28 * individual_temperatures)
-    tile = max(TILE, ROWS * batch_size) * 2
+    tile = max(2 * max(TILE, ROWS * batch_size), min(own * batch_size, KERNEL_TILE))  # CPU, GPU
     columns = batch_size * (cost.width * 2 + reference_width) + own * (cost.width * 4 + 2 * reference_width)
     loss = _FLOAT * (tile + columns)
     parts = {
