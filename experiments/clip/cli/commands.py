@@ -43,6 +43,7 @@ def cache_reference(options: CacheReference) -> None:
             ranks,
             views=options.views,
             precision=options.precision,
+            towers=options.towers,
             batch_size=options.batch_size,
             workers=options.workers,
             skip_limit=options.skip_limit,

@@ -181,6 +181,8 @@ class CacheReference:
     by turns, which the target is then shown too."""
     precision: Annotated[FeaturePrecision, _OF_A_CATALOG] = "float16"
     """Precision of the features on disk."""
+    towers: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the reference's towers, by autocast."""
     batch_size: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 256
     """Samples that go through the reference at a time."""
     workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0

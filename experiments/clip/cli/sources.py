@@ -124,6 +124,8 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
         console.print(f"features   {folder}, views of a sample: {cached.views}")
         return cached, cached.views
     reference.model.to(ranks.device)
+    if options.execution.compile:
+        reference.compile()
     parts = options.optimization.accumulation * options.selection.scored_per_pair
     console.print("features   computed while training: `run.py cache-reference` computes them once")
     return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.clip.errors import UserError
 
+#: Results that each worker computes before they are requested: so many times the workers are in shared memory at most.
+AHEAD = 2
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
@@ -39,7 +42,9 @@ class Workers(Generic[Key, Result]):
         Whether tensors of the results are put into page-locked memory, which makes copies to a GPU faster.
     """
 
-    def __init__(self, task: Callable[[Key], Result], count: int, *, ahead: int = 2, pin_memory: bool = False) -> None:
+    def __init__(
+        self, task: Callable[[Key], Result], count: int, *, ahead: int = AHEAD, pin_memory: bool = False
+    ) -> None:
         self._task, self._count, self._ahead, self._pin_memory = task, count, ahead, pin_memory
         self._keys = _Keys()
         self._loader: DataLoader | None = None

@@ -60,6 +60,11 @@ class Clip:
         """The device of the model's weights."""
         return self.model.logit_scale.device
 
+    def compile(self) -> None:
+        """Compile the towers where features are computed, for a model that is not trained."""
+        for name in ("encode_image", "encode_text"):
+            setattr(self.model, name, torch.compile(getattr(self.model, name)))
+
     def in_bytes(self, transform: Transform) -> Transform:
         """Return ``preprocess`` or ``augment`` without the normalization, which `prepared` does; else as it is."""
         shorter, normalization = cut(transform)

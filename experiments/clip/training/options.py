@@ -264,8 +264,9 @@ class Execution:
     full_float32: bool = False
     """Keep products and convolutions of float32 on a GPU in full precision, and cuDNN to its usual algorithms; without
     it they run in TF32, and cuDNN tries which algorithm is fastest, as open_clip trains."""
-    compile: bool = False
-    """Compile the towers with torch.compile."""
+    compile: bool | Literal["reduce-overhead"] = False
+    """Compile the towers with torch.compile; with reduce-overhead, a GPU replays them as CUDA graphs, for small models
+    whose steps consist of launches."""
     activation_checkpointing: bool = False
     """Keep the inputs of blocks alone and compute them again in the backward pass."""
     exchange_minutes: Annotated[float, Positive] = 10.0

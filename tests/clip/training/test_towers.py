@@ -99,3 +99,26 @@ def test_statistics_over_a_batch_count_no_row_that_fills_it_up(pairs):
     plain, full = (shapes_and_gradient(with_batch_norm(), batch._replace(size=size)) for size in (0, 16))
     assert plain[0] == full[0] == [[11, 11]]
     assert plain[1] == full[1] and torch.equal(plain[2], full[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 0])
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_compiled_towers_are_not_compiled_again_for_batches_of_other_sizes(mode, size, pairs, monkeypatch):
+    """With a size to fill up to, and without one. The graph is torch's own; no code is generated for it here."""
+    torch.compiler.reset()
+    given = []
+
+    def compile_without_generating_code(model, mode):
+        given.append(mode)
+        model._compiled_call_impl = torch.compile(model._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_generating_code)
+    plain = Towers(new_model("glyph-micro", 0), Execution(), Ranks())
+    compiled = Towers(new_model("glyph-micro", 0), Execution(compile=mode), Ranks())
+    assert given == [None if mode is True else mode]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (12, 16, 9, 11):
+            batch = pairs.batch(torch.arange(count))._replace(size=size)
+            found, expected = (each.backward(OpenCLIP(), batch, None, 1, 0, 1.0)[0] for each in (compiled, plain))
+            assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
