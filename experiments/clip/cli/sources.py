@@ -98,7 +98,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
     loader = Loader(
         catalog,
-        clip.augment,
+        clip.in_bytes(clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,

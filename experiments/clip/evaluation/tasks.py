@@ -128,7 +128,8 @@ def _encode_batches(
     A rank without a batch in the last round encodes a blank image and yields no rows.
     """
     own = ranks.own_indices(len(task.batches))
-    loader = iter(DataLoader(DecodedBatches(task, clip.preprocess), batch_size=None, sampler=own, num_workers=workers))
+    decoded = DecodedBatches(task, clip.in_bytes(clip.preprocess))
+    loader = iter(DataLoader(decoded, batch_size=None, sampler=own, num_workers=workers))
     for turn in range(ranks.rounds(len(task.batches))):
         item = next(loader) if turn < len(own) else None
         ranks.raise_on_all(item if isinstance(item, UserError) else None)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,8 +56,6 @@ class PreparedPairs:
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
         tokens = clip.tokenize(list(distinct)).to(torch.int32)
         self._tokens = tokens[torch.tensor([distinct[caption] for caption in self.captions])]
-        self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
-        self._std = torch.tensor(config["std"]).view(3, 1, 1)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -68,18 +67,13 @@ class PreparedPairs:
         part.captions, part.names = self.captions[:count], self.names[:count]
         return part
 
-    def images(self, index: Tensor) -> Tensor:
-        """Return the normalized images ``[b, 3, h, w]`` of samples ``index`` ``[b]``."""
-        return (self.pixels[index].to(torch.float32) / 255 - self._mean) / self._std
-
-    def batch(self, index: Tensor) -> Batch:
-        """Return the samples ``index`` ``[b]``."""
-        return Batch(self.images(index), self._tokens[index].to(torch.int64), index)
+    def batch(self, index: Tensor, size: int = 0) -> Batch:
+        """Return the samples ``index`` ``[b]`` of a stream whose largest batch has ``size``."""
+        return Batch(self.pixels[index], self._tokens[index], index, size=size)
 
     def image_batches(self, size: int = 512) -> Iterator[Tensor]:
-        """Yield all images in order of their index."""
-        for index in torch.arange(len(self)).split(size):
-            yield self.images(index)
+        """Yield all images, in bytes, in order of their index."""
+        yield from self.pixels.split(size)
 
 
 class _Prepared(NamedTuple):
@@ -196,11 +190,12 @@ class MemoryStream:
         self._pairs, self._batch_size, self._seed, self._features = pairs, batch_size, seed, features
         self._rank, self._ranks = rank, ranks
         self.steps_per_epoch = steps_per_epoch(len(pairs), batch_size)
+        self._size = math.ceil(math.ceil(len(pairs) / self.steps_per_epoch) / ranks)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
-            batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
+            batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank], self._size)
             yield batch if self._features is None else batch._replace(reference_inputs=self._features.rows(batch.index))
 
     def state_dict(self) -> dict[str, int]:

@@ -20,11 +20,11 @@ import torch
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from torch import Tensor
 
 from experiments.clip.errors import UserError
 from experiments.clip.models.config import CONFIG_FILE, Config, checked_preprocess, write_config
+from experiments.clip.models.pixels import Normalization, Transform, cut
 from experiments.clip.models.published import OPENAI, preprocess_of_file, quick_gelu_note
 from experiments.clip.models.sources import WEIGHTS_FILE, Source, find_source, is_quick
 from experiments.clip.models.tokenizers import folder_tokenizer, registered_tokenizer, text_tower_config
@@ -34,7 +34,6 @@ _SIGMOID_BIAS = -10.0
 # How many numbers more than its weights take bytes a model may have: buffers, and biases that are added.
 _MORE_NUMBERS = 2**24
 
-Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
@@ -54,6 +53,8 @@ class Clip:
         Identifies weights, preprocessing and tokenizer of a model that was loaded; empty for a new one.
     augment : callable
         The preprocessing for training, with random crops.
+    normalization : Normalization, optional
+        The last steps of ``preprocess``, which `prepared` does; None where they cannot be told apart.
     config : Config
         The architecture, as exports describe it.
     vocabulary : sequence of paths
@@ -68,6 +69,7 @@ class Clip:
     tokenize: Tokenizer
     fingerprint: str
     augment: Transform
+    normalization: Normalization | None
     config: Config
     vocabulary: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
@@ -77,9 +79,30 @@ class Clip:
         """The device of the model's weights."""
         return self.model.logit_scale.device
 
+    def in_bytes(self, transform: Transform) -> Transform:
+        """Return ``preprocess`` or ``augment`` without the normalization, which `prepared` does; else as it is."""
+        shorter, normalization = cut(transform)
+        return transform if normalization is None or normalization != self.normalization else shorter
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Return images ``[b, 3, h, w]``, in bytes or normalized, as the model takes them: on its device, normalized.
+
+        Bytes become floats of autocast's type where that is on.
+        """
+        images = images.to(self.device, non_blocking=True)
+        if self.normalization is None or images.dtype != torch.uint8:
+            return images
+        kind = self.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return self.normalization(images, narrow)
+
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return unit features ``[b, d]`` of preprocessed images ``[b, 3, h, w]``."""
-        return self.model.encode_image(at_least_one(images.to(self.device)), normalize=True)[: len(images)]
+        """Return unit features ``[b, d]`` of images ``[b, 3, h, w]`` in bytes or normalized, see `prepared`."""
+        return self.model.encode_image(at_least_one(self.prepared(images)), normalize=True)[: len(images)]
+
+    def prepared_tokens(self, tokens: Tensor) -> Tensor:
+        """Return tokens ``[b, length]``, in integers of any size, as the model takes them."""
+        return tokens.to(self.device, non_blocking=True).to(torch.int64)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Return unit features ``[b, d]`` of captions."""
@@ -87,7 +110,7 @@ class Clip:
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return unit features ``[b, d]`` of tokenized captions ``[b, length]``."""
-        return self.model.encode_text(at_least_one(tokens.to(self.device)), normalize=True)[: len(tokens)]
+        return self.model.encode_text(at_least_one(self.prepared_tokens(tokens)), normalize=True)[: len(tokens)]
 
 
 def at_least_one(inputs: Tensor) -> Tensor:
@@ -169,13 +192,15 @@ def _build(source: Source, image: dict[str, Any], **options: Any) -> Clip:
     preprocess = {**asdict(PreprocessCfg()), **preprocess, "size": model.visual.image_size}
     set_model_preprocess_cfg(model, preprocess)
     shown = PreprocessCfg(**preprocess)
+    plain = cast(Transform, image_transform_v2(shown, is_train=False))
     return Clip(
         source.name,
         model,
-        cast(Transform, image_transform_v2(shown, is_train=False)),
+        plain,
         tokenize,
         _fingerprint(source, preprocess, size=size, length=length),
         cast(Transform, image_transform_v2(shown, is_train=True, aug_cfg=augmentation)),
+        cut(plain)[1],
         config,
         source.vocabulary,
         source.notes + notes,

@@ -234,7 +234,7 @@ class _InputMaker:
     def __init__(self, reader: Reader, clip: Clip, views: int) -> None:
         self._reader, self._views = reader, views
         self._tokenize = clip.tokenize
-        self._preprocess, self._augment = clip.preprocess, clip.augment
+        self._transform = clip.in_bytes(clip.preprocess if views == 1 else clip.augment)
 
     def __call__(self, key: tuple[int, int]) -> _Inputs:
         indices: list[int] = []
@@ -251,7 +251,7 @@ class _InputMaker:
                 for view, pair in enumerate(pairs):
                     assert not isinstance(pair, Skip)
                     view_draws(raw.index, view).seed_generators()
-                    images.append((self._preprocess if self._views == 1 else self._augment)(pair.image))
+                    images.append(self._transform(pair.image))
                     captions.append(pair.caption)
         if not indices:
             return _Inputs([], torch.empty(0), torch.empty(0), dict(skipped))

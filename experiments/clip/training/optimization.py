@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from experiments.clip.errors import UserError
 from experiments.clip.training.options import Optimization
@@ -62,17 +63,20 @@ class MovingAverage:
         self._decay = decay
         self._steps = 0
         self.average = {key: _wide(value.detach().clone()) for key, value in weights.items()}
+        self._averaged = [key for key, value in self.average.items() if value.is_floating_point()]
+        self._copied = [key for key in self.average if key not in set(self._averaged)]
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Update the average with the weights after a step."""
+        """Update the average with the weights after a step, all tensors in a few kernels."""
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         self._steps += 1
-        for key, average in self.average.items():
-            if average.is_floating_point():
-                average.lerp_(weights[key].detach().to(average.dtype), 1 - decay)
-            else:
-                average.copy_(weights[key])
+        if self._averaged:
+            new = [_wide(_own_part(weights[key])) for key in self._averaged]
+            own = [_own_part(self.average[key]) for key in self._averaged]
+            torch._foreach_lerp_(own, new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        for key in self._copied:
+            self.average[key].copy_(weights[key])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average and the number of steps."""
@@ -83,6 +87,11 @@ class MovingAverage:
         self._steps = int(state["steps"])
         for key, average in self.average.items():
             average.copy_(state[key])
+
+
+def _own_part(value: Tensor) -> Tensor:
+    """Return what this rank has of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value.detach()
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -261,6 +261,9 @@ class Execution:
     """Over ranks (torchrun or srun): a copy of the model on each, or its parameters sharded (FSDP2)."""
     precision: TowerPrecision = "float32"
     """Precision of the towers, by autocast; float16 scales the loss. Similarities and losses are always float32."""
+    full_float32: bool = False
+    """Keep products and convolutions of float32 on a GPU in full precision, and cuDNN to its usual algorithms; without
+    it they run in TF32, and cuDNN tries which algorithm is fastest, as open_clip trains."""
     compile: bool = False
     """Compile the towers with torch.compile."""
     activation_checkpointing: bool = False

@@ -85,7 +85,7 @@ class Selector:
             )
         rows = self._rows(step, size, target, of_reference)
         learnability = partial(self._learnability, rows, target, of_reference)
-        return Chosen(candidates.rows(rows.cpu()), (reference[0][rows], reference[1][rows]), learnability)
+        return Chosen(candidates.rows(rows), (reference[0][rows], reference[1][rows]), learnability)
 
     def _rows(self, step: int, size: int, target: PairFeatures, of_reference: PairFeatures) -> Tensor:
         """Return the chosen among this rank's rows."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.models.clip import Clip, at_least_one
+from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
 from experiments.clip.training.options import Execution
 
@@ -26,13 +28,23 @@ class NotFinite(Exception):
     """A step that cannot be taken, on every rank: the message says what is not finite."""
 
 
+class _Part(NamedTuple):
+    """Images and tokens of some of a batch's pairs, and the number of rows to give to the towers."""
+
+    image: Tensor
+    text: Tensor
+    rows: int
+
+
 class Towers:
     """The model as it runs; every rank has one."""
 
     def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
         model = clip.model.to(ranks.device)
         model.train()
-        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
+        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
+        # Statistics over a batch must not count rows that only fill it up.
+        self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:
             model.set_grad_checkpointing()
         if execution.compile:
@@ -47,7 +59,7 @@ class Towers:
                 register_fsdp_forward_method(model, method)
         elif ranks.group is not None:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=devices)
+            self.model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
@@ -82,21 +94,32 @@ class Towers:
         self._refuse_not_finite(image, text, *head)
         return PairFeatures(image, text, *method.logits_at(Head(*head)))
 
-    def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
+    def _chunks(self, batch: Batch, parts: int) -> list[_Part]:
         """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
         parts = min(parts, max(1, self._ranks.max_over_ranks(len(batch.index)))) if parts > 1 else 1
-        return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+        rows = -(-batch.size // parts) if self._may_pad else 0
+        pairs = zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True)
+        return [_Part(image, text, max(1, rows)) for image, text in pairs]
 
-    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
-        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
-        image, text, *head = self.model(*inputs)
-        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
+    def _encode(self, part: _Part) -> list[Tensor]:
+        inputs = self._clip.prepared(part.image), self._clip.prepared_tokens(part.text)
+        image, text, *head = self.model(*(_filled_up(each, part.rows) for each in inputs))
+        count = len(part.image)  # 0 where a rank's samples were all skipped, or none chosen
         return [image[:count], text[:count], *(number.reshape(()) for number in head)]
 
     def _refuse_not_finite(self, *features: Tensor) -> None:
         # All ranks say it together: one that raised alone would leave the others waiting in the loss.
         if self._ranks.max_over_ranks(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
             raise NotFinite("the features are not finite")
+
+
+def _filled_up(inputs: Tensor, rows: int) -> Tensor:
+    """Return inputs ``[b, ...]`` with the first repeated at their end, up to so many rows; zeros if there is none."""
+    lacking = rows - len(inputs)
+    if lacking <= 0:
+        return inputs
+    more = inputs[:1] if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
+    return torch.cat([inputs, more.expand(lacking, *inputs.shape[1:])])
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
