@@ -91,10 +91,9 @@ def _find_model(name: str) -> Source:
         return Source(name, read_config(path), None, {}, path, path.parent, path.parent)
     register_models()
     if path.is_dir() and name not in open_clip.list_models():
-        raise UserError(
-            f"{path} has no {CONFIG_FILE}: name a folder written by `run.py train` or open_clip, "
-            "or a registered model with a file of weights"
-        )
+        within = path / "model"
+        advice = f"name {within}" if (within / CONFIG_FILE).is_file() else "name a run's model/, or a registered model"
+        raise UserError(f"{path} has no {CONFIG_FILE}: {advice}")
     check_registered(name)
     return Source(name, registered_config(name), None, {}, is_registered=True)
 

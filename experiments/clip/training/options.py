@@ -34,7 +34,7 @@ MethodName = Literal["openclip", "siglip", "fastclip", "drrho", "two-level"]
 DivergenceName = Literal["kl", "chi-square", "cvar"]
 TemperatureSchedule = Literal["constant", "model", "threshold"]
 TowerPrecision = Literal["float32", "bfloat16", "float16"]
-LogName = Literal["jsonl", "tensorboard", "wandb"]
+LogName = Literal["text", "jsonl", "tensorboard", "wandb"]
 
 _WITHOUT_LOG_STEP = OnlyWith("--method fastclip or drrho, without --log-step", lambda loss: loss.log_step is None)
 _LEARNED = OnlyWith("a learned --temperature-scheme", lambda loss: loss.learns_temperature)
@@ -283,5 +283,5 @@ class CheckpointPolicy:
     keep: Annotated[int, AtLeast(1)] = 2
     """How many of the last checkpoints are kept."""
     best: str | None = None
-    """Metric of the validations, such as naming_top1: the checkpoint of its highest value is kept too, and exported as
-    model-best."""
+    """Metric of the validations, such as naming_top1 or held_out/loss: the checkpoint of its best value (the lowest of
+    a loss or a rank, else the highest) is kept too, and exported as model-best."""

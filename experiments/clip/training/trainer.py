@@ -352,10 +352,11 @@ class Trainer:
     def validate(self, log: Record) -> bool:
         """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
         state = self.state
-        record = {"step": state.step, **state.seen, **log, **self._steering(), **self._validate()}
+        scores = self._validate()
+        record = {"step": state.step, **state.seen, **log, **self._steering(), **scores}
         state.history.append(record)
-        if self._logs is not None:
-            self._logs.write(state.step, {f"validation/{key}": value for key, value in record.items()})
+        if self._logs is not None and scores:
+            self._logs.write(state.step, {f"validation/{key}": value for key, value in scores.items()})
         return self._policy.best is not None and best_record(state.history, self._policy.best) is record
 
     def _checkpoint_if_due(self, is_best: bool) -> None:
@@ -394,7 +395,9 @@ class Trainer:
 
 
 def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
-    """Return the validation of the highest value of a metric, the first of equals; None without a metric or validation.
+    """Return the validation of the best value of a metric, the first of equals; None without a metric or validation.
+
+    The best is the lowest of a loss or a rank, and the highest of all else.
 
     Raises
     ------
@@ -406,4 +409,5 @@ def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
     for record in history:
         if metric not in record:
             raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
-    return max(history, key=lambda record: (record[metric], -record["step"]))
+    sign = -1 if metric.endswith(("loss", "_rank")) else 1
+    return max(history, key=lambda record: (sign * record[metric], -record["step"]))
