@@ -9,6 +9,7 @@ from typing import Any
 
 import open_clip
 
+from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
@@ -191,6 +192,7 @@ def _stored_json(path: Path) -> dict[str, Any]:
 def cache_reference(options: CacheReference) -> None:
     """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
     reference = load_model(options.reference, options.reference_weights)
+    say_notes(reference)
     if options.catalog is None:
         if launched(os.environ)[1] > 1:
             raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")

@@ -164,6 +164,11 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     if folder is not None:
         cached = open_features(reference, catalog, folder)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
+        if cached.views > 1 and options.inputs.aug_cfg:
+            raise UserError(
+                f"--aug-cfg does not fit {folder}: its {cached.views} crops of an image are the reference's own, which "
+                "the target is shown too; leave it out, or the reference features"
+            )
         return cached, cached.views
     reference.model.to(ranks.device)
     parts = options.optimization.accumulation * options.selection.scored_per_pair

@@ -192,7 +192,8 @@ def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) 
         if state:
             export_model(clip, options.out / name, dtype, state)
             path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
-            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
+            architecture = clip.config.model
+            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype, config=architecture)
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
     if (best := best_record(trained.history, options.keeping.best)) is not None:
         path = step_folder(options.out / "checkpoints", int(best["step"]))

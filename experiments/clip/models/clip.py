@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -143,6 +144,8 @@ def new_model(
     """
     head = {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(10)} if sigmoid else {}
     source = find_source(str(name), None if weights is None else str(weights))
+    if "multimodal_cfg" in source.config.model:
+        raise UserError(f"{name} writes captions (CoCa), which is not trained here: choose a model of two towers")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         return _build(source, dict(image or {}), **head, **options)
@@ -176,7 +179,7 @@ def _build(source: Source, image: dict[str, Any], **options: Any) -> Clip:
     size, length = options.pop("force_image_size", None), options.pop("force_context_length", None)
     config = _resized(source.config, size, length)
     weights, of_weights, notes = _read(source)
-    forced = checked_preprocess(image)
+    forced = checked_preprocess({key: value for key, value in image.items() if value is not None})
     preprocess = {**config.preprocess, **of_weights, **forced}
     try:
         model = _created(source, config, **options)
@@ -199,12 +202,20 @@ def _build(source: Source, image: dict[str, Any], **options: Any) -> Clip:
         plain,
         tokenize,
         _fingerprint(source, preprocess, size=size, length=length),
-        cast(Transform, image_transform_v2(shown, is_train=True, aug_cfg=augmentation)),
+        _augmenting(shown, augmentation),
         cut(plain)[1],
         config,
         source.vocabulary,
         source.notes + notes,
     )
+
+
+def _augmenting(config: PreprocessCfg, augmentation: Mapping[str, Any] | None) -> Transform:
+    with warnings.catch_warnings():
+        # open_clip warns of what belongs to a part that it has used.
+        warnings.simplefilter("ignore")
+        made = image_transform_v2(config, is_train=True, aug_cfg=dict(augmentation) if augmentation else None)
+    return cast(Transform, made)
 
 
 def _resized(config: Config, size: int | None, length: int | None) -> Config:

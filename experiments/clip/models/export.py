@@ -102,6 +102,7 @@ def export_checkpoint(
     *,
     epoch: int,
     dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a file that ``open_clip.create_model_and_transforms(name, pretrained=PATH)`` loads.
 
@@ -111,7 +112,7 @@ def export_checkpoint(
 
     Parameters
     ----------
-    name, state, preprocess, dtype
+    name, state, preprocess, dtype, config
         As for `export_bundle`.
     path
         The file, named ``epoch_K.pt`` by convention.
@@ -119,7 +120,7 @@ def export_checkpoint(
         Number of epochs that the weights have been trained.
     """
     plain = plain_state(state, dtype)
-    if "init_logit_bias" not in _config(name):
+    if "init_logit_bias" not in (config or _config(name)):
         plain.pop("logit_bias", None)
     data = io.BytesIO()
     torch.save({"state_dict": plain, "epoch": epoch, "name": name, "preprocess_cfg": dict(preprocess)}, data)

@@ -28,6 +28,16 @@ from torch import Tensor
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 # What an archive of OpenAI has beside weights.
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
+_STORAGES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+}
 _MOST_NAMES = 10**6
 _POSITIONS = "text.transformer.embeddings.position_ids"  # which older versions of transformers stored
 
@@ -65,11 +75,10 @@ def read_weights(path: Path) -> Weights:
         start = file.read(9)
     if start[:2] == b"PK":
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
-                raise ValueError("it is compressed, which torch's files are not")
-            if any("/code/" in name for name in names):
+            if any("/code/" in name for name in archive.namelist()):
                 return Weights(_plain(_archive_tensors(archive)), {}, is_archive=True)
+            for member in archive.infolist():
+                _refuse_compressed(member)
     elif start[8:] == b"{":
         return Weights(_plain(load_file(path)), {})
     stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -144,16 +153,16 @@ class _ArchiveReader(pickle.Unpickler):
     """Reads the attributes in a TorchScript archive: its classes become `_Object`, and no other code is looked up."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
         self._archive, self._folder = archive, folder
+        super().__init__(io.BytesIO(self._member("data.pkl")))
         self._storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in for what the archive names, or refuse it."""
         if module == "__torch__" or module.startswith("__torch__."):
             return _Object
-        if module == "torch" and name.endswith("Storage") and isinstance(getattr(torch, name, None), type):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
         known: dict[tuple[str, str], Callable[..., Any]] = {
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("collections", "OrderedDict"): OrderedDict,
@@ -173,9 +182,20 @@ class _ArchiveReader(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("it has something else than tensors")
         if key not in self._storages:
-            content = bytearray(self._archive.read(f"{self._folder}/data/{key}"))
+            content = self._member(f"data/{key}")
             self._storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         return self._storages[key]
+
+    def _member(self, name: str) -> bytearray:
+        member = self._archive.getinfo(f"{self._folder}/{name}")
+        _refuse_compressed(member)
+        return bytearray(self._archive.read(member))
+
+
+def _refuse_compressed(member: zipfile.ZipInfo) -> None:
+    # A small file could hold more than the memory.
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename[:80]} in it is compressed, as torch compresses no tensors")
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:

@@ -118,10 +118,10 @@ class Loss:
     ] = False
     """The target's softmax has the temperature of --method instead, learned where that is, as in MobileCLIP."""
     reference: Path = SHIPPED_REFERENCE
-    """The reference model: a folder in open_clip's local-dir layout, such as a run's model/; or, with
-    --reference-weights, a registered open_clip model."""
+    """The reference model: a folder in open_clip's local-dir layout, such as a run's model/; hf-hub:OWNER/NAME; or a
+    registered open_clip model with --reference-weights."""
     reference_weights: Path | None = None
-    """File of the reference's weights, safetensors or torch's."""
+    """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
 
     @property
     def is_running(self) -> bool:
