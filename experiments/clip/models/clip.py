@@ -182,14 +182,16 @@ def _build(source: Source, image: dict[str, Any], **options: Any) -> Clip:
     forced = checked_preprocess({key: value for key, value in image.items() if value is not None})
     preprocess = {**config.preprocess, **of_weights, **forced}
     try:
+        tokenize = _tokenizer(source, config.model["text_cfg"])
         model = _created(source, config, **options)
         if source.weights is not None:
             _fill(model, source, weights)
         if size is not None:
             _check_size(model, size, source.name)
-        tokenize = _tokenizer(source, config.model["text_cfg"])
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(f"{source.name} needs another package ({_reason(error)}): install it") from error
     except Exception as error:  # open_clip, timm and transformers pass on whatever they meet
         raise UserError(f"{_described(source)} ({_reason(error)})") from error
     preprocess = {**asdict(PreprocessCfg()), **preprocess, "size": model.visual.image_size}
@@ -259,7 +261,7 @@ def _created(source: Source, config: Config, **options: Any) -> open_clip.CLIP:
         write_config(Path(place), Config(written, config.preprocess))
         create = functools.partial(open_clip.create_model, f"local-dir:{place}", **options)
         if source.weights is None:
-            return cast(open_clip.CLIP, create())
+            return cast(open_clip.CLIP, create(pretrained_text=source.is_registered))
         if not source.is_registered:
             with torch.device("meta"):
                 _refuse_larger_than_weights(create(pretrained_text=False, device="meta"), source.weights)

@@ -22,6 +22,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from experiments.clip.io.files import write_atomically
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.sources import WEIGHTS_FILE, check_registered
+from experiments.clip.models.tokenizers import TEXT_CONFIG
 from experiments.clip.models.weights import plain_name
 
 
@@ -135,6 +137,10 @@ def export_model(
     preprocess = open_clip.get_model_preprocess_cfg(clip.model)
     architecture = clip.config.model
     export_bundle(clip.name, state, preprocess, folder, dtype, config=architecture, vocabulary=clip.vocabulary)
+    if isinstance(clip.tokenize, HFTokenizer) and not clip.vocabulary:
+        clip.tokenize.save_pretrained(str(folder))
+    if (tower := getattr(getattr(clip.model, "text", None), "config", None)) is not None:  # one of transformers
+        write_atomically(folder / TEXT_CONFIG, tower.to_json_string().encode())
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ tag such as ``openai``. What is there under a name goes before what open_clip kn
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,13 +85,15 @@ def find_source(name: str, weights: str | None) -> Source:
 def _find_model(name: str) -> Source:
     if "\0" in name:
         raise UserError(f"{name!r} cannot be the name of a model")
-    path = Path(name)
-    if name.startswith(HUB) or (path.is_dir() and (path / CONFIG_FILE).is_file()):
+    # `Path.is_dir` raises an error for names that are too long.
+    path, is_folder = Path(name), os.path.isdir(name)
+    if name.startswith(HUB) or (is_folder and (path / CONFIG_FILE).is_file()):
         return _find_in_folder(name)
-    if path.is_file() and path.suffix == ".json":
-        return Source(name, read_config(path), None, {}, path, path.parent, path.parent)
+    if path.suffix == ".json" and os.path.isfile(path):
+        config, place = read_config(path), path.parent
+        return Source(name, config, None, {}, path, place, place, _vocabulary(place, config))
     register_models()
-    if path.is_dir() and name not in open_clip.list_models():
+    if is_folder and name not in open_clip.list_models():
         within = path / "model"
         advice = f"name {within}" if (within / CONFIG_FILE).is_file() else "name a run's model/, or a registered model"
         raise UserError(f"{path} has no {CONFIG_FILE}: {advice}")
@@ -103,20 +106,23 @@ def _find_in_folder(name: str) -> Source:
     config, weights = read_config(folder / CONFIG_FILE), weights_in(folder)
     if weights is None:
         raise UserError(f"{name} has no {WEIGHTS_FILE}: copy the weights there too")
-    text = config.model["text_cfg"]
     tower = folder
-    if (hf_name := text.get("hf_model_name")) and name.startswith(HUB):
+    if (hf_name := config.model["text_cfg"].get("hf_model_name")) and name.startswith(HUB):
         tower = hub_text_config(hf_name)
-    vocabulary = tuple(vocabulary_files(folder)) if text.get("hf_tokenizer_name") else ()
+    vocabulary = _vocabulary(folder, config)
     return Source(name, config, weights, config.preprocess, folder / CONFIG_FILE, folder, tower, vocabulary)
+
+
+def _vocabulary(folder: Path, config: Config) -> tuple[Path, ...]:
+    return tuple(vocabulary_files(folder)) if config.model["text_cfg"].get("hf_tokenizer_name") else ()
 
 
 def _with_weights(source: Source, weights: str) -> Source:
     """Return a model with other weights: a file, a folder, a repository of the hub, or a tag of its name."""
-    name, path = source.name, Path(weights)
-    if "\0" not in weights and path.is_file():
-        return source._replace(weights=path, preprocess=None)
-    if weights.startswith(HUB) or ("\0" not in weights and path.is_dir()):
+    name = source.name
+    if os.path.isfile(weights):
+        return source._replace(weights=Path(weights), preprocess=None)
+    if weights.startswith(HUB) or os.path.isdir(weights):
         found = _find_in_folder(weights)
         note = quick_gelu_note(name, is_quick(found.config), is_quick(source.config), weights)
         source = source._replace(weights=found.weights, preprocess=found.preprocess, notes=(note,) * bool(note))
