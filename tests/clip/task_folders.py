@@ -8,6 +8,10 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.clip.distributed import ONE_PROCESS
+from experiments.clip.evaluation.encoding import Encoder
+from experiments.clip.evaluation.tasks import evaluate_task, open_tasks
+
 CLASSES = ["latin small letter a", "greek capital letter omega", "comma", "digit two", "snowman", "black square"]
 TEMPLATES = ["{c}", "a drawing of {c}", "{c} in bold"]
 
@@ -75,6 +79,12 @@ def multilabel(folder):
 
 
 TASKS = {"classification": classification, "retrieval": retrieval, "multilabel": multilabel}
+
+
+def evaluate(clip, folder, ranks=ONE_PROCESS, progress=None, **options):
+    """Open a task and score a model on it."""
+    (task,) = ranks.run_on_all_or_fail(lambda: open_tasks([folder]))
+    return evaluate_task(Encoder(clip, ranks, **options), task, progress)
 
 
 class Largest(TorchDispatchMode):

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
+from experiments.clip.cli.building import input_options
 from experiments.clip.cli.options import Plan
 from experiments.clip.cli.terminal import console
 from experiments.clip.io.workers import AHEAD
@@ -27,7 +28,7 @@ def run(options: Plan) -> None:
     """Print what a run would take."""
     train, loss = options.train, options.train.loss
     estimate = estimated(
-        cost_of(train.model, checkpointing=train.execution.activation_checkpointing),
+        cost_of(train.model, checkpointing=train.execution.activation_checkpointing, **input_options(train.inputs)),
         samples=options.samples,
         samples_seen=(train.shards.epoch_samples or options.samples) * train.optimization.epochs,
         batch_size=train.optimization.batch_size,
@@ -87,7 +88,7 @@ class Estimate:
     gpu_hours: float
 
 
-def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
+def cost_of(name: str, *, checkpointing: bool = False, **options: Any) -> Cost:
     """Count one pair through a registered open_clip model.
 
     Parameters
@@ -96,9 +97,11 @@ def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
         As open_clip registers it.
     checkpointing : bool
         Whether blocks keep their inputs alone.
+    options
+        As for `experiments.clip.models.clip.new_model`.
     """
     with torch.device("meta"):
-        model = new_model(name, 0, device="meta").model
+        model = new_model(name, 0, device="meta", **options).model
     model.set_grad_checkpointing(checkpointing)
     config = open_clip.get_model_preprocess_cfg(model)
     height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2

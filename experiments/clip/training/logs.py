@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from drrho.coefficient import covariances_within_anchors
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, printable
 from experiments.clip.io.files import append_line
 from experiments.clip.training.methods import Features
 from experiments.clip.training.numbers import Record
@@ -28,7 +29,7 @@ class Logs:
     Parameters
     ----------
     folder : Path
-        Where ``log.jsonl`` and TensorBoard's events go.
+        Where ``log.txt``, ``log.jsonl`` and TensorBoard's events go.
     names : sequence of str
         Which logs to write.
     settings : dict
@@ -36,6 +37,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path, names: Sequence[LogName], settings: dict[str, Any]) -> None:
+        self._text = folder / "log.txt" if "text" in names else None
         self._lines = folder / "log.jsonl" if "jsonl" in names else None
         self._board = self._wandb = None
         if "tensorboard" in names:
@@ -53,11 +55,15 @@ class Logs:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""
+        if self._text is not None:
+            now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            numbers = (f"{printable(name)} {value:.6g}" for name, value in values.items())
+            append_line(self._text, f"{now}  step {step}  {'  '.join(numbers)}")
         if self._lines is not None:
             append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(printable(name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 

@@ -26,6 +26,7 @@ from task_folders import (
     TEMPLATES,
     Largest,
     classification,
+    evaluate,
     multilabel,
     picture,
     retrieval,
@@ -35,8 +36,7 @@ from task_folders import (
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation import encoding, tasks
-from experiments.clip.evaluation.tasks import evaluate_task
+from experiments.clip.evaluation import encoding, metrics
 from experiments.clip.models.clip import load_model
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
@@ -80,7 +80,7 @@ def class_vectors(clip):
 @pytest.mark.parametrize("name", ["glyph-names", "glyph-base-letter", "glyph-retrieval", *TASKS])
 def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, reference, tmp_path):
     recorded = json.loads(RECORDED.read_text())["results"][name]
-    scores = evaluate_task(reference, TASKS[name](tmp_path / name) if name in TASKS else glyph_tasks[name])
+    scores = evaluate(reference, TASKS[name](tmp_path / name) if name in TASKS else glyph_tasks[name])
     assert (scores.name, scores.task) == (name, recorded["task"])
     expected = {key: value for key, value in recorded["metrics"].items() if value is not None}
     assert expected.keys() <= scores.metrics.keys()
@@ -95,7 +95,7 @@ def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, referenc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_classification_is_the_definition(batch_size, workers, reference, tmp_path):
     steps = []
-    scores = evaluate_task(
+    scores = evaluate(
         reference,
         classification(tmp_path / "noise"),
         batch_size=batch_size,
@@ -119,11 +119,11 @@ def test_classification_is_the_definition(batch_size, workers, reference, tmp_pa
 
 def test_fewer_than_five_classes_have_no_acc5(reference, tmp_path):
     write_task(tmp_path / "few", [samples([b"0", b"3"], "cls")], classes=CLASSES[:4])
-    assert evaluate_task(reference, tmp_path / "few").metrics.keys() == {"acc1", "mean_per_class_recall"}
+    assert evaluate(reference, tmp_path / "few").metrics.keys() == {"acc1", "mean_per_class_recall"}
 
 
 def test_retrieval_is_the_definition(reference, tmp_path):
-    scores = evaluate_task(reference, retrieval(tmp_path / "captions"), batch_size=3)
+    scores = evaluate(reference, retrieval(tmp_path / "captions"), batch_size=3)
     images = image_features(reference, len(CAPTIONS))
     with torch.no_grad():
         texts = reference.encode_text([caption for some in CAPTIONS for caption in some])
@@ -141,7 +141,7 @@ def test_retrieval_is_the_definition(reference, tmp_path):
 
 
 def test_multilabel_is_the_mean_of_average_precisions(reference, tmp_path):
-    scores = evaluate_task(reference, multilabel(tmp_path / "many"), batch_size=3)
+    scores = evaluate(reference, multilabel(tmp_path / "many"), batch_size=3)
     logits = image_features(reference, len(LABELS)) @ class_vectors(reference).T
     precisions = []
     for column, targets in zip(logits.T, TARGETS.T, strict=True):
@@ -157,8 +157,8 @@ def test_classes_of_one_name_tie_and_the_first_wins(reference, tmp_path):
     chosen = logits.argmax(dim=1).tolist()
     for folder, labels in (("first", chosen), ("second", [6 if label == 0 else label for label in chosen])):
         write_task(tmp_path / folder, [samples([str(n).encode() for n in labels], "cls")], classes=classes)
-    assert evaluate_task(reference, tmp_path / "first", batch_size=2).metrics["acc1"] == 1
-    second = evaluate_task(reference, tmp_path / "second", batch_size=2).metrics["acc1"]
+    assert evaluate(reference, tmp_path / "first", batch_size=2).metrics["acc1"] == 1
+    second = evaluate(reference, tmp_path / "second", batch_size=2).metrics["acc1"]
     assert second == pytest.approx(1 - chosen.count(0) / 11)
 
 
@@ -169,7 +169,7 @@ def test_model_is_scored_in_evaluation_mode_and_left_as_it_was(task):
     clip.model.visual.register_forward_hook(lambda module, *_: modes.append(module.training))
     for training in (True, False):
         clip.model.train(training)
-        evaluate_task(clip, task)
+        evaluate(clip, task)
         assert clip.model.training is training
     assert not any(modes)
 
@@ -220,8 +220,8 @@ def tiny(reference):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, suffix", [("classification", "cls"), ("retrieval", "txt")])
 def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_QUERIES", 32)
-    monkeypatch.setattr(tasks, "_ITEMS", 64)
+    monkeypatch.setattr(metrics, "_QUERIES", 32)
+    monkeypatch.setattr(metrics, "TILE", 64)
     monkeypatch.setattr(encoding, "_BLOCK", 32)
     image, few, many, batch = picture(0), 128, 1024, 64
     made, kept = [], []
@@ -237,12 +237,13 @@ def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix
                 last.append(held() - before)
 
         with Largest() as largest:
-            evaluate_task(tiny, folder, batch_size=batch, progress=look)
+            evaluate(tiny, folder, batch_size=batch, progress=look)
         made.append(largest.size)
         kept += last
     if kind == "classification":
         assert made[0] == made[1]
-        assert kept[0] == kept[1]
+        # Of each sample: its class, the wrong classes ahead of it, the class that scores highest.
+        assert kept[1] - kept[0] == (many - few) * 3 * 8
     else:
         assert made[1] == max(made[0], many * WIDTH)  # and no square
         # Of each sample: two features, the number of its captions, whether this rank has them.
@@ -291,7 +292,7 @@ def answers(clip, folder, batch_size, ranks):
     found = {}
     for name in TASKS:
         steps = []
-        scores = evaluate_task(
+        scores = evaluate(
             clip,
             folder / name,
             ranks,
@@ -300,7 +301,7 @@ def answers(clip, folder, batch_size, ranks):
         )
         found[name] = (*scores, steps[-1])
     try:
-        evaluate_task(clip, folder / "damaged", ranks, batch_size=batch_size)
+        evaluate(clip, folder / "damaged", ranks, batch_size=batch_size)
     except UserError as error:
         found["damaged"] = str(error)
     return found
@@ -309,7 +310,7 @@ def answers(clip, folder, batch_size, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("world, batch_size", [(2, 2), (3, 6)])
 def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, rank_answers):
-    alone = {name: evaluate_task(reference, rank_answers / name, batch_size=batch_size) for name in TASKS}
+    alone = {name: evaluate(reference, rank_answers / name, batch_size=batch_size) for name in TASKS}
     found = [torch.load(rank_answers / f"{world}-{rank}.pt") for rank in range(world)]
     for name in TASKS:
         for of_rank in found:
@@ -327,4 +328,4 @@ def test_model_that_diverged_is_refused(parameter, kind, task):
     with torch.no_grad():
         clip.model.get_parameter(parameter).fill_(torch.nan)
     with pytest.raises(UserError, match=f"{kind} features that are not finite"):
-        evaluate_task(clip, task)
+        evaluate(clip, task)
