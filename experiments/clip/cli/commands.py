@@ -29,14 +29,14 @@ from experiments.clip.models.sources import register_models
 
 def evaluate(options: Evaluate) -> None:
     """Print the scores of one model, and write them: on tasks and held-out pairs, or on the embedded pairs."""
+    if not options.tasks and options.val_data is None:
+        _evaluate_embedded(options)
+        return
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
         with ranks.leader_first():
             if ranks.leads and options.out is not None:
                 ensure_writable(options.out.absolute().parent)
-        if not options.tasks and options.val_data is None:
-            _evaluate_embedded(options, ranks)
-            return
         validation = ranks.run_on_all_or_fail(lambda: open_validation(options.tasks, options.val_data))
         if options.datacomp:
             check_datacomp(validation.tasks)
@@ -148,7 +148,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _evaluate_embedded(options: Evaluate, ranks: Ranks) -> None:
+def _evaluate_embedded(options: Evaluate) -> None:
     """Score a model of the embedded pairs on those that are held out."""
     is_there = options.weights is not None or (options.model / CONFIG_FILE).is_file()
     if is_there and not _is_of_embedded_pairs(options.model, options.weights):
@@ -156,11 +156,12 @@ def _evaluate_embedded(options: Evaluate, ranks: Ranks) -> None:
             f"{options.model} was not trained on the embedded pairs, whose names would say nothing of it: give --tasks "
             "FOLDER or --val-data CATALOG"
         )
-    if ranks.count > 1:
+    if launched(os.environ)[1] > 1:
         raise UserError("the embedded pairs take one process: start evaluate without torchrun or srun")
     clip = load_model(options.model, options.weights)
-    clip.model.to(ranks.device)
-    found, table = embedded_pairs().scores(options.data, options.split, clip)
+    with joined_ranks(options.device, options.exchange_minutes) as ranks:
+        clip.model.to(ranks.device)
+        found, table = embedded_pairs().scores(options.data, options.split, clip)
     console.print(table)
     if options.out is not None:
         write_json(options.out, {"settings": {"model": clip.fingerprint, "split": options.split}, "scores": found})

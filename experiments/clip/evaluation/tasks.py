@@ -128,8 +128,8 @@ def check_datacomp(tasks: Sequence[Task]) -> None:
     missing, repeated = missing_and_repeated(task.entry for task in tasks if task.entry is not None)
     if missing:
         raise UserError(
-            f"--datacomp needs all of DataComp's tasks, {len(missing)} are missing ({', '.join(missing)}): name their "
-            "folders with --tasks, or leave out --datacomp"
+            f"--datacomp needs all of DataComp's tasks, and --tasks has no folder of {', '.join(missing)}: name the "
+            "missing ones, or leave out --datacomp"
         )
     if repeated:
         raise UserError(f"--tasks has {repeated[0]} twice, which has one part in DataComp's average: leave one out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from experiments.clip.io.files import append_line
 from experiments.clip.training.methods import Features
 from experiments.clip.training.numbers import Record
 from experiments.clip.training.options import LogName
+
+# What a page could take for markup, and a terminal for a command, in the name of a number.
+_MARKUP = re.compile(r"[^\w ./:@+-]")
 
 
 class Logs:
@@ -63,7 +67,7 @@ class Logs:
             append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(printable(name), value, step)
+                self._board.add_scalar(_MARKUP.sub("_", name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 

@@ -20,23 +20,30 @@ from sklearn.metrics import balanced_accuracy_score
 from task_folders import (
     CAPTIONS,
     CLASSES,
+    DATACOMP,
     LABELS,
     TARGETS,
     TASKS,
     TEMPLATES,
+    UNUSABLE,
     Largest,
+    class_folders,
     classification,
     evaluate,
     multilabel,
     picture,
     retrieval,
     samples,
+    write_catalog,
     write_task,
 )
 
-from experiments.clip.distributed import Ranks
+from experiments.clip.data.catalog import open_catalog
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation import encoding, metrics
+from experiments.clip.evaluation.encoding import Encoder
+from experiments.clip.evaluation.held_out import evaluate_pairs
 from experiments.clip.models.clip import load_model
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
@@ -255,7 +262,9 @@ def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix
 
 @pytest.fixture(scope="module")
 def rank_answers(tmp_path_factory):
-    """What 2 ranks with batches of 2, and 3 with batches of 6, say of each task; all in one start of three processes.
+    """What 2 ranks with batches of 2, and 3 with batches of 6, say of each task and of held-out pairs.
+
+    All in one start of three processes.
 
     Of 6, the captions are fewer batches than ranks.
     """
@@ -264,6 +273,9 @@ def rank_answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name, write in TASKS.items():
         write(folder / name)
+    for write in (*DATACOMP.values(), class_folders):
+        write(folder)
+    write_catalog(folder, damaged=UNUSABLE)
     damaged = classification(folder / "damaged")
     write_task(folder / "other", [samples([b"1", b"6", b"1"], "cls")])
     shutil.copy(folder / "other" / "test" / "0.tar", damaged / "test" / "1.tar")
@@ -288,9 +300,16 @@ def work(rank, folder):
         dist.destroy_process_group()
 
 
+ALL = (*TASKS, *DATACOMP, "val")
+
+
+def pairs(clip, folder, ranks, batch_size):
+    return evaluate_pairs(Encoder(clip, ranks, batch_size), open_catalog(folder / "catalog"))
+
+
 def answers(clip, folder, batch_size, ranks):
-    found = {}
-    for name in TASKS:
+    found = {"pairs": pairs(clip, folder, ranks, batch_size)}
+    for name in ALL:
         steps = []
         scores = evaluate(
             clip,
@@ -310,10 +329,12 @@ def answers(clip, folder, batch_size, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("world, batch_size", [(2, 2), (3, 6)])
 def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, rank_answers):
-    alone = {name: evaluate(reference, rank_answers / name, batch_size=batch_size) for name in TASKS}
-    found = [torch.load(rank_answers / f"{world}-{rank}.pt") for rank in range(world)]
-    for name in TASKS:
-        for of_rank in found:
+    alone = {name: evaluate(reference, rank_answers / name, batch_size=batch_size) for name in ALL}
+    found = [torch.load(rank_answers / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    of_pairs = pairs(reference, rank_answers, ONE_PROCESS, batch_size)
+    for of_rank in found:
+        assert of_rank["pairs"] == of_pairs
+        for name in ALL:
             assert of_rank[name] == (*alone[name], (alone[name].samples,) * 2)
     messages = [of_rank["damaged"] for of_rank in found]
     (stopped,) = [rank for rank, message in enumerate(messages) if "s0000001.cls" in message]
