@@ -16,6 +16,7 @@ from drrho.validation import values_are_readable
 
 _DIVERGENCES = (0, 1, 2)  # that there are kernels for, by their numbers in kernels.c
 _LONG = 2**17  # losses of a row from which all programs share it
+_TOO_LONG, _TOO_MANY = 2**31, 2**16  # losses of a long row, and long rows, that kernels cannot count
 _FEW, _LONG_OF_FEW = 16, 2**15  # the same where rows are so few that programs would be idle
 
 
@@ -89,19 +90,15 @@ def solve_on_device(
 
     divergence, is_long = problem.divergence, _is_long(z)
     radius = radius if divergence.has_radius else None
-    if is_long and base is not None:
-        return _by_operations(z, radius, strength, alpha, base, problem=problem, portable=portable)
+    if is_long and (base is not None or z.shape[-1] >= _TOO_LONG or z.shape[:-1].numel() >= _TOO_MANY):
+        return _by_operations(z, radius, strength, alpha, base, problem, portable)
     order = divergence.cressie_read_order or 0.0
     if divergence.tail_fraction is not None and alpha is None:
         order = float(divergence.tail_fraction)
     readable = values_are_readable() and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
-    weights, fields = (solve_long_rows if is_long else solve_rows)(
-        z.contiguous(),
-        *map(_float64, (radius, strength, alpha, base)),
-        _failed.flag if readable else None,
-        kernel,
-        order,
-    )
+    failed, solve = _failed.flag if readable else None, solve_long_rows if is_long else solve_rows
+    given = _float64(radius), _float64(strength), _float64(alpha), _float64(base)
+    weights, fields = solve(z.contiguous(), *given, failed, kernel, order)
     value, *others = fields.unbind()
     solution = Solution(value, weights, *others)
     if readable and _failed.is_set(z):
@@ -109,9 +106,18 @@ def solve_on_device(
     return solution
 
 
-def _by_operations(z: Tensor, *given: Tensor | None, problem: Problem, portable: Portable) -> Solution:
+def _by_operations(
+    z: Tensor,
+    radius: Tensor | None,
+    strength: Tensor | None,
+    alpha: Tensor | None,
+    base: Tensor | None,
+    problem: Problem,
+    portable: Portable,
+) -> Solution:
     """Solve rows that there is no kernel for in float64, and answer in float32 where they are narrower."""
-    found = portable(z.to(torch.float64), *map(_float64, given), problem)
+    radius, strength, alpha, base = (_float64(tensor) for tensor in (radius, strength, alpha, base))
+    found = portable(z.to(torch.float64), radius, strength, alpha, base, problem)
     answer = torch.float64 if z.dtype == torch.float64 else torch.float32
     return Solution(*(field.to(answer) for field in found))
 

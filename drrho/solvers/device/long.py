@@ -13,9 +13,10 @@ from drrho.solvers.device import long_passes, long_rows, long_tail
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _KL, _TAIL = 1, 2  # the numbers of KL and CVaR
-_STEPS = 8  # of Newton's method on a row: two or three are made where a sample tells where to begin
+_STEPS = 6, 8  # of Newton's method on rows of float32 and float64: most rows need two or three; hybrids twice as many
 _SAMPLE = 4096
-_PROGRAMS = 256  # that share a row: two for each multiprocessor of an H100
+_PROGRAMS = 256  # that share a row at most: two for each multiprocessor of an H100
+_ALL_PROGRAMS, _FEWEST = 1024, 8  # for all rows, and for each of many
 _INTERPRETED = 3  # programs that share a row where they run one after the other
 _VECTOR = 16  # bytes that a thread reads at once
 
@@ -91,7 +92,8 @@ def solve_long_rows(
     fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
     z = z.view(-1, z.shape[-1]).to(answer)
     rows, n = z.shape
-    parts = min(-(-n // (8 * 256)), _PROGRAMS if z.is_cuda else _INTERPRETED)
+    parts = min(-(-n // (8 * 256)), _PROGRAMS, max(_FEWEST, _ALL_PROGRAMS // rows))
+    parts = parts if z.is_cuda else _INTERPRETED
     work = torch.empty(rows * long_rows.room(parts), dtype=torch.float64, device=z.device)
     key = kernel, *(argument is None for argument in (radius, strength, alpha, failed))
     with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
@@ -118,7 +120,8 @@ def _solve(
     n, parts, turn = z.shape[1], call.parts, 1
     call.over_rows(long_rows.look, 8, z, work, n)
     call.for_rows(long_passes.start, z, work, radius, strength, n, parts, FAMILY=kernel)
-    for _ in range(1 if kernel == _KL and radius is None else _STEPS):
+    steps = 1 if kernel == _KL and radius is None else _STEPS[not call.single]
+    for _ in range(2 * steps if radius is not None and strength is not None else steps):
         call.over_rows(long_passes.step, 8, z, work, n, parts, turn, FAMILY=kernel)
         turn += 1
     call.over_rows(long_passes.weigh, 4 if kernel == _KL else 8, z, weights, work, n, parts, turn, FAMILY=kernel)

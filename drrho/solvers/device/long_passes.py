@@ -7,6 +7,7 @@ launch before it and by moving the multipliers, in every program alike; what has
 # Triton's language is checked by its compiler:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def _open_search(radius, span):
 def _advance(search, x, value, step, tolerance, close):
     """Return the search, x, whether it is found and whether it is beyond reach: `advance` of ``kernels_rows.c``.
 
-    The value decreases in x; ``step`` is Newton's. What is found is at x, or a step away from where it was measured.
+    The value decreases in x; ``step`` is Newton's. A step is the last, and nothing is measured at its end, where the
+    value is expected to be no more than ``close`` there.
     """
     low, high, at_low, at_high, x_before, slope_before, curvature, last, before, fallen = search
     below = value > 0
@@ -133,7 +135,7 @@ def _advance(search, x, value, step, tolerance, close):
     newton = x + bent
     inside = (newton > low) & (newton < high)
     reached = (tl.abs(value) <= tolerance) | (high - low <= 1e-15 * tl.maximum(tl.abs(x), 1.0))
-    jump = inside & ((error <= close) | reached)
+    jump = inside & ((error * tl.abs(slope) <= close) | reached)
     found = jump | reached | saturated
     trusted = inside & (bent <= 10.0) & ((2.0 * size <= before) | (bounded == 0))
     chord = low + (high - low) * (at_low / (at_low - at_high))
@@ -246,7 +248,7 @@ def _kl_start(state, sample, share, radius, mean, variance, span):
         _, first, second, third = _kl_terms(sample, b.to(tl.float32), origin, near, everywhere)
         first, second = tl.sum(first * share, 0).to(tl.float64), tl.sum(second * share, 0).to(tl.float64)
         third = tl.sum(third * share, 0).to(tl.float64)
-        search, x, found, _, _ = _kl_step(search, x, first, second, third, radius, own_mean, own_variance, 1e-3, 1e-4)
+        search, x, found, _, _ = _kl_step(search, x, first, second, third, radius, own_mean, own_variance, 1e-3, 1e-3)
         step = tl.where(found, 14, step + 1)
     _, _, _, _, _, _, curvature, _, _, _ = search
     low, high, nothing, _, _, _, _, last, before, fallen = _open_search(radius, span)
@@ -355,7 +357,8 @@ def _chi_square_start(state, sample, share, radius, price, mean, variance, span)
     center = tl.sum(sample * share, 0)
     y = sample - center
     _, floor, _, _, _, _ = _supported(radius, price, one, 0.0 * one, center, tl.sum(y * y * share, 0))
-    floor, step, before = tl.maximum(floor, safe), 0, 0.0 * one
+    whole = valid & (safe <= -span)
+    floor, step, before = tl.maximum(floor, safe), tl.where(whole, 20, 0), 0.0 * one
     while step < 20:
         inside, first, second = _above(sample, floor, center)
         held, first, second = tl.sum(inside * share, 0), tl.sum(first * share, 0), tl.sum(second * share, 0)
@@ -364,7 +367,6 @@ def _chi_square_start(state, sample, share, radius, price, mean, variance, span)
         step = tl.where(usable & (held != before), step + 1, 20)
         before = held
         floor, center = tl.where(usable, tl.maximum(following, floor), floor), tl.where(usable, middle, center)
-    whole = valid & (safe <= -span)
     _write_support(state, tl.where(whole, safe, floor), nu, strength, tl.where(whole, mean, center), offset)
     tl.store(state + _SAFE, safe)
     tl.store(state + _BEFORE, -1.0)
@@ -451,7 +453,7 @@ def _moved(here, turn, parts, n, FAMILY: tl.constexpr, PARTS: tl.constexpr, SING
         found = _chi_square_moved(source, target, sums, parts, n, 1e-7 if SINGLE else 1e-10, PARTS)
     else:
         tolerance = (1e-8 if SINGLE else 1e-13) + 9e-16 / tl.maximum(tl.sqrt(radius), 1e-3)
-        found = _kl_moved(source, target, sums, parts, n, tolerance, 1e-8 if SINGLE else 1e-16, PARTS)
+        found = _kl_moved(source, target, sums, parts, n, tolerance, 2e-8 if SINGLE else 1e-15, PARTS)
     return found
 
 

@@ -8,6 +8,7 @@ counted one by one; those equal to the sample's own order statistics, which may 
 # Triton's language is checked by its compiler:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ def solved(z, divergence, radius=None, strength=None):
         for number in (radius, strength)
     )
     kernel, fraction = algorithm_of(divergence).kernel, divergence.tail_fraction or 0.0
+    assert kernel is not None
     with np.errstate(all="ignore"):  # the interpreter warns of what a GPU does not
         weights, fields = solve_long_rows(z, radius, strength, None, None, failed, kernel, fraction)
     value, *others = fields.cpu().unbind()
@@ -58,7 +59,9 @@ def agree(found, expected, dtype):
     torch.testing.assert_close(found.premium.double(), expected.premium, rtol=close, atol=0)
     torch.testing.assert_close(found.value.double(), expected.value, rtol=0, atol=close * abs(value) + close * spread)
     torch.testing.assert_close(found.strength.double(), expected.strength, rtol=close, atol=0)
-    torch.testing.assert_close(found.weights.double(), expected.weights, rtol=0, atol=close * expected.weights.max())
+    torch.testing.assert_close(
+        found.weights.double(), expected.weights, rtol=0, atol=close * expected.weights.max().item()
+    )
     assert abs(found.gap.item()) <= 1e-7 * expected.premium.item()
     assert found.weights.double().sum().item() == pytest.approx(1, abs=0.1 * close + 4e-8 * (dtype == torch.float32))
 
@@ -216,7 +219,8 @@ def test_hybrids_are_those_of_the_cpu(divergence, radius, strength):
     for name in ("value", "premium", "threshold", "strength"):
         mine, other = getattr(found, name).double(), getattr(expected, name)
         torch.testing.assert_close(mine, other, rtol=3e-7, atol=1e-8 * spread, msg=name)
-    torch.testing.assert_close(found.weights.double(), expected.weights, rtol=0, atol=3e-7 * expected.weights.max())
+    largest = expected.weights.max().item()
+    torch.testing.assert_close(found.weights.double(), expected.weights, rtol=0, atol=3e-7 * largest)
 
 
 def test_risks_are_solved_so():
