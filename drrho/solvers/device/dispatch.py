@@ -14,7 +14,7 @@ from drrho.solvers.native import Portable, solve_declined
 from drrho.solvers.problem import Problem, Solution
 from drrho.validation import values_are_readable
 
-_DIVERGENCES = (0, 1, 2)  # that there are kernels for, by their numbers in kernels.c
+_DIVERGENCES = (0, 1, 2, 3, 5)  # that there are kernels for, by their numbers in kernels.c
 _LONGEST = 2**17  # losses of a row that one program solves
 
 
@@ -93,7 +93,9 @@ def solve_on_device(
     weights, fields = solve_rows(
         z.contiguous(),
         _float64(radius) if divergence.has_radius else None,
-        *map(_float64, (strength, alpha, base)),
+        _float64(strength),
+        _float64(alpha),
+        _float64(base),
         _failed.flag if readable else None,
         kernel,
         order,
