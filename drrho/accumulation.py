@@ -36,7 +36,7 @@ def accumulate(
     loss: Callable[..., Loss],
     *,
     model: nn.Module,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Tensor = 1.0,
 ) -> Loss:
     """Add the gradient of ``loss(*features)`` over the features of all chunks to ``.grad``; return the loss's result.
 
@@ -57,7 +57,7 @@ def accumulate(
     model : torch.nn.Module
         The model that ``encode`` runs. If it is wrapped in DistributedDataParallel or by ``fully_shard``, gradients are
         reduced over ranks once, with the last chunk.
-    gradient_scale : float
+    gradient_scale : float or scalar tensor
         Factor of every gradient. Wrappers average gradients over ranks, as if each rank had its own loss. The gradients
         of `drrho.contrastive.contrastive_risk` with a group have to be summed over ranks instead: pass the number of
         ranks. Gradients of parameters outside the model are not reduced.
@@ -103,7 +103,7 @@ def accumulate(
     """
     if len(chunks) == 0:
         raise ValueError("chunks must hold at least one chunk, got none: cut the batch along its first dimension")
-    if not 0 < gradient_scale < math.inf:
+    if not isinstance(gradient_scale, Tensor) and not 0 < gradient_scale < math.inf:
         raise ValueError(f"gradient_scale must be finite and > 0, got {gradient_scale}")
     if len(chunks) == 1:
         result = loss(*_encoded(encode, chunks[0]))
@@ -184,13 +184,13 @@ def _cut(feature: Tensor, sizes: list[int]) -> Sequence[Tensor | None]:
     return feature.grad.split(sizes)
 
 
-def _backward_of_loss(result: object, scale: float) -> None:
+def _backward_of_loss(result: object, scale: float | Tensor) -> None:
     value = result if isinstance(result, Tensor) else getattr(result, "value", None)
     if not isinstance(value, Tensor):
         raise ValueError(f"loss must return a scalar tensor, or have one as its value, got {type(result).__name__}")
     if value.numel() != 1:
         raise ValueError(f"loss must return a scalar, got shape {list(value.shape)}: take the mean over samples")
-    _backward([(value, torch.full_like(value, scale))])
+    _backward([(value, torch.ones_like(value) * scale)])
 
 
 def _backward(cotangents: Sequence[tuple[Tensor, Tensor]]) -> None:

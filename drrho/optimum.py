@@ -24,7 +24,7 @@ from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.device import dispatch
 from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
-from drrho.validation import transforms_active, values_are_readable
+from drrho.validation import transforms_active
 
 _KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
@@ -58,12 +58,11 @@ def optimum(
 def dtype_read(losses: Tensor, problem: Problem) -> torch.dtype:
     """Return the dtype in which losses are solved: a narrow one where kernels read that and compute in float64."""
     kernel = algorithm_of(problem.divergence).kernel
-    if losses.dtype != torch.float64 and kernel is not None and forward_ad._current_level < 0:
-        if values_are_readable() and native.takes(losses, problem):
-            return torch.float32
-        if not transforms_active() and dispatch.takes(losses, problem, kernel):
-            return losses.dtype
-    return torch.float64
+    if losses.dtype == torch.float64 or kernel is None or transforms_active() or forward_ad._current_level >= 0:
+        return torch.float64
+    if native.takes(losses, problem):
+        return torch.float32
+    return losses.dtype if dispatch.takes(losses, problem, kernel) else torch.float64
 
 
 def _refuse_forward_over_forward() -> None:

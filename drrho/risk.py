@@ -19,7 +19,14 @@ from drrho.ranks import Group
 from drrho.reference import excess_losses
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, sample_count
-from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite
+from drrho.validation import (
+    ArrayLike,
+    as_base_weights,
+    as_losses,
+    as_parameter,
+    checks_are_deferred,
+    refuse_not_finite,
+)
 
 
 class RobustRisk(NamedTuple):
@@ -284,6 +291,8 @@ def _risk(
         else:
             solution = optimum(*inputs, problem)
     except ValueError:
+        if checks_are_deferred():  # from a solver that reads values where that waits for nothing
+            return _invalid(losses, _answer_dtype(losses))
         refuse_not_finite(losses.detach(), "losses")  # says where
         raise
     value, weights, premium, threshold, strength, gap, *_ = solution
@@ -292,3 +301,10 @@ def _risk(
     if len(shape) > 1 or answer != value.dtype:
         fields = (_cast(_unmerged(field, shape), answer) for field in fields)
     return RobustRisk(*fields)
+
+
+def _invalid(losses: Tensor, dtype: torch.dtype) -> RobustRisk:
+    """Return the answer for losses that are refused where no error may be raised."""
+    value = _cast(losses, dtype).sum(-1) * torch.nan
+    field, weights = value.detach(), _cast(losses.detach(), dtype) * torch.nan
+    return RobustRisk(value, weights, field, field, field, field)

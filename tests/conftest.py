@@ -26,3 +26,12 @@ def pytest_configure(config):
         native.library, native.missing = None, ""
     elif native.library is None:
         raise pytest.UsageError(f"no CPU kernels, {native.missing}: install a C compiler, run make clean, then make")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skipped = pytest.mark.skip(reason="needs a GPU that torch sees")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skipped)

@@ -11,6 +11,7 @@ from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.certificate import Bound, certified
 from drrho.solvers.device import dispatch
+from drrho.solvers.dual import Found
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
 from drrho.solvers.problem import (
     REFUSED,
@@ -167,9 +168,18 @@ def _one_bound(
         with np.errstate(over="ignore"):
             bound, solver = Bound(divergence, strength / rows.scale, strength), algorithm.penalty
         ends = ends_of_penalty(span, bound.parameter, maximizer)
-    found, chosen = None, ends.open
-    if some(chosen):
-        found = solver(divergence, rows.select(chosen), bound.parameter[chosen])
-    if found is None or some(~chosen) or some(found.dual.saturated):
-        found, ends = with_ends(rows, ends, found, maximizer)
-    return certified(rows, span, bound, found, ends, maximizer, refuse=True)
+    chosen = ends.open
+    found = solver(divergence, rows.select(chosen), bound.parameter[chosen]) if some(chosen) else None
+
+    def certified_solution(found: Found | None) -> Solution | None:
+        everywhere, reached = found, ends
+        if everywhere is None or some(~chosen) or some(everywhere.dual.saturated):
+            everywhere, reached = with_ends(rows, ends, found, maximizer)
+        return certified(rows, span, bound, everywhere, reached, maximizer, refuse=True)
+
+    solution = certified_solution(found)
+    if solution is None:
+        assert found is not None and found.better is not None
+        solution = certified_solution(found.better())
+    assert solution is not None
+    return solution

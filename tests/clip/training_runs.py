@@ -41,6 +41,7 @@ def run(
     selector=None,
     patch_dropout=0.0,
     clip=None,
+    logs=("jsonl",),
     **options,
 ):
     sigmoid = isinstance(method, SigLIP)
@@ -64,7 +65,7 @@ def run(
         settings={"method": type(method).__name__, "seed": seed},
         validate=validate,
         validations=validations,
-        logs=Logs(checkpoints.parent, ("jsonl",), {}),
+        logs=Logs(checkpoints.parent, logs, {}),
         log_every=3,
         on_step=on_step,
         stop=stop,

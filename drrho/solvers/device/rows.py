@@ -43,7 +43,7 @@ def _solved(row, order, radius, price, chosen, KIND: tl.constexpr, TILE: tl.cons
     elif KIND == _TOTAL_VARIATION:
         answer = total_variation(row, radius, price, chosen, TILE, BALL)
     else:
-        answer = powers(row, order, radius, price, chosen, TILE, KIND - _POWER, BALL)
+        answer = powers(row, order + tl.zeros_like(row.mean), radius, price, chosen, TILE, KIND - _POWER, BALL)
     return answer
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from drrho.coefficient import within_anchors
+from drrho.coefficient import covariances_within_anchors
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, printable
 from experiments.clip.io.files import append_line
 from experiments.clip.training.methods import Features
+from experiments.clip.training.numbers import Record
 from experiments.clip.training.options import LogName
 
-#: Numbers by name.
-Record = dict[str, float]
+# What a page could take for markup, and a terminal for a command, in the name of a number.
+_MARKUP = re.compile(r"[^\w ./:@+-]")
 
 
 class Logs:
@@ -30,7 +33,7 @@ class Logs:
     Parameters
     ----------
     folder : Path
-        Where ``log.jsonl`` and TensorBoard's events go.
+        Where ``log.txt``, ``log.jsonl`` and TensorBoard's events go.
     names : sequence of str
         Which logs to write.
     settings : dict
@@ -38,6 +41,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path, names: Sequence[LogName], settings: dict[str, Any]) -> None:
+        self._text = folder / "log.txt" if "text" in names else None
         self._lines = folder / "log.jsonl" if "jsonl" in names else None
         self._board = self._wandb = None
         if "tensorboard" in names:
@@ -55,11 +59,15 @@ class Logs:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""
+        if self._text is not None:
+            now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            numbers = (f"{printable(name)} {value:.6g}" for name, value in values.items())
+            append_line(self._text, f"{now}  step {step}  {'  '.join(numbers)}")
         if self._lines is not None:
             append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(_MARKUP.sub("_", name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -78,13 +86,13 @@ def steering_measures(features: Features, reference: Features | None, ranks: Ran
     Pooled over both directions, and by side: over an image's negative texts, over a text's negative images.
     """
     own = features[0].float(), features[1].float()
-    variance = _by_side(within_anchors(own, own, ranks.group))
+    others = own if reference is None else (reference[0].to(own[0]), reference[1].to(own[1]))
+    models = [(own, own)] if reference is None else [(own, own), (own, others), (others, others)]
+    variance, *of_both = map(_by_side, covariances_within_anchors(models, ranks.group).tolist())
     found = {f"variance_of_losses{side}": value for side, value in variance.items()}
-    if reference is None:
+    if not of_both:
         return found
-    others = reference[0].to(own[0]), reference[1].to(own[1])
-    covariance = _by_side(within_anchors(own, others, ranks.group))
-    of_reference = _by_side(within_anchors(others, others, ranks.group))
+    covariance, of_reference = of_both
     for side, value in variance.items():
         found[f"variance_of_excess{side}"] = value - 2 * covariance[side] + of_reference[side]
         found[f"correlation_with_reference{side}"] = covariance[side] / math.sqrt(
@@ -93,7 +101,7 @@ def steering_measures(features: Features, reference: Features | None, ranks: Ran
     return found
 
 
-def _by_side(sides: tuple[float, float]) -> Record:
+def _by_side(sides: Sequence[float]) -> Record:
     """Return the mean of both sides, and each, by the ending of its name."""
     return {"": sum(sides) / 2, "/image": sides[0], "/text": sides[1]}
 
@@ -122,10 +130,10 @@ class StepMeans:
                 return
             yield batch
 
-    def add(self, batch: Batch, log: Record) -> None:
-        """Add the numbers of a step."""
-        self._samples += len(batch.index)
-        self._skipped.update(batch.skipped)
+    def add(self, samples: int, skipped: Mapping[str, int], log: Record) -> None:
+        """Add the numbers of a step, with those of its samples and of the skipped ones by reason."""
+        self._samples += samples
+        self._skipped.update(skipped)
         self._counts.update(log.keys())  # a step that was skipped has few numbers
         for key, value in log.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
