@@ -31,7 +31,7 @@ class Path(NamedTuple):
     """``p ~ q exp(b d)`` at given b, ``[rows]``.
 
     ``mass`` is the mean of ``exp(b (d - origin))`` and ``psi`` its logarithm; ``gain`` and ``variance`` are those of
-    d under the weights, the gain over the mean; ``slope`` is d log D / d log b.
+    d under the weights, the gain over the mean; ``slope`` is minus d log D / d log b.
     """
 
     origin: Any
@@ -77,14 +77,16 @@ def _path(row, b, each, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr, STORE
         second += ye
         third += ye * y
     first, second, third = three_sums(first, second, third)
-    first, second, third = first / row.all, second / row.all, third / row.all
+    each_mass = 1 / row.all
+    first, second, third = first * each_mass, second * each_mass, third * each_mass
     shift = tl.where(near, row.mean - origin.to(tl.float64), 0.0)  # the mean, as seen from the origin
-    total = tl.where(near, 1 + (first + b * shift), first)
-    psi = tl.where(near, log1p(first + b * shift), tl.log(first))
-    at = (second + shift) / total
+    beyond = tl.where(near, first + b * shift, first - 1)
+    total, psi = tl.where(near, 1 + beyond, first), log1p(beyond)
+    inverse = 1 / total
+    at = (second + shift) * inverse
     square = third + tl.where(near, row.variance + shift * shift, 0.0)
     distance = b * at - psi
-    slope = b * b * (square / total - at * at) / distance
+    slope = -b * b * (square * inverse - at * at) / distance
     return Path(origin.to(tl.float64), total, psi, at + (origin.to(tl.float64) - row.mean), distance, slope)
 
 
@@ -96,17 +98,18 @@ def _find_rate(row, radius, x, limits, chosen, TILE: tl.constexpr, PRECISE: tl.c
     x = tl.minimum(tl.maximum(low, x), _CEILING)
     psi, state = tl.zeros_like(x), tl.where(chosen, AGAIN, LOST)
     saturated = search.saturated
+    target, b = tl.log(radius), tl.exp(x)
     going = tl.max((state == AGAIN).to(tl.int32), 0)
     while going > 0:
-        path = _path(row, tl.exp(x), psi, chosen, TILE, PRECISE, False)
-        value = tl.log(radius) - tl.log(path.distance)  # D has plateaus in b, between the gaps of close losses
+        path = _path(row, b, psi, chosen, TILE, PRECISE, False)
+        value = target - tl.log(path.distance)  # D has plateaus in b, between the gaps of close losses
         value = tl.where(value == value, value, -INFINITY)
-        found, moved, reached = advance(search, limits, x, value, value / path.slope)
-        live = state == AGAIN
-        same = (tl.exp(moved) * -row.mean <= _FAR) == (tl.exp(x) * -row.mean <= _FAR)
+        found, moved, reached = advance(search, limits, x, value, path.slope)
+        live, following = state == AGAIN, tl.exp(moved)
+        same = (following * -row.mean <= _FAR) == (b * -row.mean <= _FAR)
         foretold = tl.where(same, path.psi + (path.distance + path.psi) * (moved - x), 0.0)
         psi, x, state = tl.where(live, foretold, psi), tl.where(live, moved, x), tl.where(live, reached, state)
-        search, saturated = found, tl.where(live, found.saturated, saturated)
+        search, saturated, b = found, tl.where(live, found.saturated, saturated), tl.where(live, following, b)
         going = tl.max((state == AGAIN).to(tl.int32), 0)
     return x, psi, saturated != 0, state == LOST
 

@@ -166,7 +166,8 @@ def _find_pole(row, k, radius, unit, x, limits, chosen, TILE: tl.constexpr, FORM
         path = _path(row, k, tl.exp(x), nothing, chosen, TILE, FORM, False)
         value = _residual(path, k, radius, unit, BALL)
         slope = path.slope if BALL else -path.mean_slope
-        search, moved, reached = advance(search, limits, x, tl.where(value == value, value, -INFINITY), -value / slope)
+        value = tl.where(value == value, value, -INFINITY)
+        search, moved, reached = advance(search, limits, x, value, slope)
         live = state == AGAIN
         log_total = tl.where(live, path.log_total + path.total_slope * (moved - x), log_total)
         saturated, missed = tl.where(live, search.saturated, saturated), tl.where(live, search.missed, missed)

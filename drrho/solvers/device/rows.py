@@ -82,23 +82,24 @@ def _store_fields(
 ):
     """Store what `Solution` holds beside the weights; NaN where there is no certified answer."""
     out = fields.dtype.element_ty
+    scale = 1 / row.scale
     unknown = tl.where(certified, 0.0, float("nan"))
     highest = (answer.highest != 0) & ((on_ball != 0) | (strength == 0) | (KIND == _TAIL))
     highest = highest | (row.range == 0)
-    premium = (answer.gain - paid) / row.scale + unknown
-    value = tl.where(highest, -paid / row.scale, (row.mean + (answer.gain - paid)) / row.scale)
-    threshold = tl.where(answer.exactly == answer.exactly, answer.exactly, row.top + answer.threshold / row.scale)
-    multiplier = answer.strength / row.scale
+    premium = (answer.gain - paid) * scale + unknown
+    value = tl.where(highest, -paid, row.mean + (answer.gain - paid)) * scale
+    threshold = tl.where(answer.exactly == answer.exactly, answer.exactly, row.top + answer.threshold * scale)
+    multiplier = answer.strength * scale
     if GIVEN:
         multiplier = tl.where((on_ball == 0) | (KIND == _TAIL), strength, multiplier)
-    gap = tl.where(answer.strength == INFINITY, 0.0, answer.dual - answer.gain) / row.scale
+    gap = tl.where(answer.strength == INFINITY, 0.0, answer.dual - answer.gain) * scale
     tl.store(fields, (row.top + value + unknown).to(out))
     tl.store(fields + step, premium.to(out))
     tl.store(fields + 2 * step, (threshold + unknown).to(out))
     tl.store(fields + 3 * step, (multiplier + unknown).to(out))
     tl.store(fields + 4 * step, (gap + unknown).to(out))
     tl.store(fields + 5 * step, (answer.distance + unknown).to(out))
-    tl.store(fields + 6 * step, (answer.slope / row.scale + unknown).to(out))
+    tl.store(fields + 6 * step, (answer.slope * scale + unknown).to(out))
     tl.store(fields + 7 * step, (on_ball + unknown).to(out))
 
 
@@ -145,9 +146,11 @@ def _shape(rows: int, n: int) -> tuple[int, int, int]:
     The iteration's own arithmetic is done by every warp of a program, so that few of them do more rows at a time;
     more where there are too few rows for all processors.
     """
-    if n <= 64:
-        return 4, 32, 1
     many = rows >= 1024
+    if n <= 64 or (many and n <= 256):
+        return 4, 32, 1
+    if many and n <= 2048:
+        return 2, 64, 1
     for warps in (1, 2, 4):
         if n <= 2048 * warps**2 // (1 if many else 8):
             return 1, 128 * warps, warps
@@ -171,8 +174,8 @@ def solve_rows(
     """
     rows, n = z.shape if z.ndim == 2 else (1, len(z))
     answer = torch.float64 if z.dtype == torch.float64 else torch.float32
-    weights = torch.empty(z.shape, dtype=answer, device=z.device)
-    fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
+    weights = torch.empty_like(z, dtype=answer)
+    fields = weights.new_empty((FIELDS, *z.shape[:-1]))
     together, tile, warps = _shape(rows, n)
     stride = 0 if base is None or len(base) == 1 else n
     kind = kernel + form_of(order) if kernel == _POWER.value else kernel
