@@ -153,6 +153,19 @@ def _ball(row, radius, hard, flat, chosen, TILE: tl.constexpr):
 
 
 @triton.jit
+def lies_outside(row, radius, price, chosen, TILE: tl.constexpr):
+    """Return which narrow rows have a penalty's weights so far outside the ball that float32 tells."""
+    if row.z.dtype.element_ty == tl.float64:
+        outside = chosen & ~chosen
+    else:
+        open = (row.range > 0) & (price > 0) & (price < _FLAT)
+        b = tl.where(open, 1 / price, 1.0)
+        path = _path(row, b, row.all, chosen, TILE, False, False)
+        outside = open & (path.distance > radius * (1 + 1e-3)) & (path.distance < INFINITY)
+    return outside
+
+
+@triton.jit
 def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
     """Solve balls or penalties, whose price is in units of d: store weights of chosen rows, and return the answer."""
     largest = -tl.log(row.share)
@@ -166,7 +179,9 @@ def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
         hard = (row.range == 0) | (price == 0)
         flat = (price > _FLAT) & ~hard
         b = tl.where(hard | flat, 0.0, tl.minimum(1 / price, 1e300))
-        path = _path(row, b, 1 / row.all, chosen & ~hard, TILE, True, True)
+        path = Path(psi, psi, psi, psi, psi, psi)
+        if tl.max(chosen.to(tl.int32), 0) > 0:
+            path = _path(row, b, 1 / row.all, chosen & ~hard, TILE, True, True)
         strength = price
     store_ties(row, chosen & hard, TILE)
     premium = strength * path.psi + (path.origin - row.mean)  # of second order, about the mean

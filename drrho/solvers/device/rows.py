@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drrho.solvers.device.answers import chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
-from drrho.solvers.device.kl import kl
+from drrho.solvers.device.kl import kl, lies_outside
 from drrho.solvers.device.launch import launch
 from drrho.solvers.device.powers import form_of, powers
 from drrho.solvers.device.tail import tail_mean, total_variation
@@ -65,9 +65,13 @@ def _answered(row, radius, strength, alpha, order, index, good, KIND: tl.constex
     elif strength is None:
         answer = _solved(row, order, r, price, good, KIND, TILE, True)
     else:
-        answer = _solved(row, order, r, price, good, KIND, TILE, False)
+        far = good & ~good
+        if KIND == _KL:
+            if radius is not None:
+                far = good & lies_outside(row, r, price, good, TILE)
+        answer = _solved(row, order, r, price, good & ~far, KIND, TILE, False)
         if radius is not None:
-            outside = good & (answer.distance > r)
+            outside = good & (far | (answer.distance > r))
             if tl.max(outside.to(tl.int32), 0) > 0:
                 ball = _solved(row, order, r, price, outside, KIND, TILE, True)
                 answer = chosen_of(outside, ball, answer)
@@ -152,7 +156,7 @@ def _shape(rows: int, n: int) -> tuple[int, int, int]:
     if many and n <= 2048:
         return 2, 64, 1
     for warps in (1, 2, 4):
-        if n <= 2048 * warps**2 // (1 if many else 8):
+        if n <= (4096 if many else 256) * warps**2:
             return 1, 128 * warps, warps
     return 1, 1024, 8
 
