@@ -14,7 +14,9 @@ from drrho.solvers.native import Portable, solve_declined
 from drrho.solvers.problem import Problem, Solution
 from drrho.validation import values_are_readable
 
-_DIVERGENCES = (0, 1, 2)  # that there are kernels for, by their numbers in kernels.c
+_DIVERGENCES = (0, 1, 2, 3, 5)  # that there are kernels for, by their numbers in kernels.c
+_LONG_OF = (0, 1, 2)  # the same for rows that all programs share
+_LONGEST = 2**22  # losses of a row that one program solves
 _LONG = 2**17  # losses of a row from which all programs share it
 _FEW, _LONG_OF_FEW = 16, 2**15  # the same where rows are so few that programs would be idle
 
@@ -54,12 +56,18 @@ def takes(z: Tensor, problem: Problem, kernel: int) -> bool:
     """Whether the kernels solve rows like these, of the divergence with that number."""
     if not z.is_cuda or problem.group is not None or torch.compiler.is_compiling():
         return False
-    return kernel in _DIVERGENCES and _is_there()
+    return solves(z, kernel) and _is_there()
 
 
-def _is_long(z: Tensor) -> bool:
+def solves(z: Tensor, kernel: int) -> bool:
+    """Whether there are kernels for rows of that length, and the divergence with that number."""
+    return kernel in _LONG_OF or (kernel in _DIVERGENCES and z.shape[-1] <= _LONGEST)
+
+
+def _is_long(z: Tensor, kernel: int, is_plain: bool) -> bool:
     n = z.shape[-1]
-    return n >= _LONG or (n >= _LONG_OF_FEW and z.numel() <= _FEW * n)
+    long = n >= _LONG or (n >= _LONG_OF_FEW and z.numel() <= _FEW * n)
+    return long and is_plain and kernel in _LONG_OF
 
 
 def solve_on_device(
@@ -87,9 +95,11 @@ def solve_on_device(
     from drrho.solvers.device.long import solve_long_rows
     from drrho.solvers.device.rows import solve_rows
 
-    divergence, is_long = problem.divergence, _is_long(z)
+    divergence = problem.divergence
     radius = radius if divergence.has_radius else None
-    if is_long and (base is not None or (radius is not None and strength is not None)):
+    is_plain = base is None and (radius is None or strength is None)
+    is_long = _is_long(z, kernel, is_plain)
+    if not is_long and z.shape[-1] > _LONGEST:
         return _by_operations(z, radius, strength, alpha, base, problem=problem, portable=portable)
     order = divergence.cressie_read_order or 0.0
     if divergence.tail_fraction is not None and alpha is None:
@@ -97,7 +107,10 @@ def solve_on_device(
     readable = values_are_readable() and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
     weights, fields = (solve_long_rows if is_long else solve_rows)(
         z.contiguous(),
-        *map(_float64, (radius, strength, alpha, base)),
+        _float64(radius),
+        _float64(strength),
+        _float64(alpha),
+        _float64(base),
         _failed.flag if readable else None,
         kernel,
         order,
