@@ -1,6 +1,7 @@
 """Counts what would wait for a device, and exchanges between ranks, by the operations that a program calls."""
 
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Operations whose result, or its shape, the host needs before it can go on.
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "allclose"}
 _READS |= {"_unique2", "unique_dim", "unique_consecutive"}
-_METHODS = ("tolist", "cpu")  # which on the CPU's own tensors call no operation; a device's tensor has no numpy()
+_METHODS = ("tolist", "cpu")  # on the CPU they call no operation; a device's tensor has no numpy() that could
 
 
 class Counting(TorchDispatchMode):
@@ -23,7 +24,7 @@ class Counting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.reads, self.exchanges = Counter(), Counter()
-        self._patch = None
+        self._is_paused, self._originals = False, {}
 
     def __enter__(self):
         self._originals = {name: getattr(torch.Tensor, name) for name in _METHODS}
@@ -36,11 +37,24 @@ class Counting(TorchDispatchMode):
             setattr(torch.Tensor, name, original)
         return super().__exit__(*error)
 
+    @contextmanager
+    def paused(self):
+        """Count nothing in the block."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def totals(self):
+        """Return the number of reads and of exchanges so far."""
+        return self.reads.total(), self.exchanges.total()
+
     def _counted(self, name):
         original = self._originals[name]
 
         def method(tensor, *arguments, **options):
-            self.reads[name] += 1
+            self.reads[name] += not self._is_paused
             return original(tensor, *arguments, **options)
 
         return method
@@ -48,15 +62,10 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         space, name = operation.name().split("::")
         name = name.partition(".")[0]
-        if space == "c10d":
-            self.exchanges[name] += 1
-        if name in _READS or (name.startswith("index") and _has_mask(arguments)):
-            self.reads[name] += 1
+        if not self._is_paused:
+            self.exchanges[name] += space == "c10d"
+            self.reads[name] += name in _READS or (name.startswith("index") and _has_mask(arguments))
         return operation(*arguments, **(options or {}))
-
-    def totals(self):
-        """Return the number of reads and of exchanges so far."""
-        return self.reads.total(), self.exchanges.total()
 
 
 def _has_mask(arguments):
