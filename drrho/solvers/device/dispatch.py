@@ -64,10 +64,10 @@ def solves(z: Tensor, kernel: int) -> bool:
     return kernel in _LONG_OF or (kernel in _DIVERGENCES and z.shape[-1] <= _LONGEST)
 
 
-def _is_long(z: Tensor, kernel: int, is_plain: bool) -> bool:
+def _is_long(z: Tensor, kernel: int, base: Tensor | None) -> bool:
     n = z.shape[-1]
     long = n >= _LONG or (n >= _LONG_OF_FEW and z.numel() <= _FEW * n)
-    return long and is_plain and kernel in _LONG_OF
+    return long and base is None and kernel in _LONG_OF
 
 
 def solve_on_device(
@@ -97,8 +97,7 @@ def solve_on_device(
 
     divergence = problem.divergence
     radius = radius if divergence.has_radius else None
-    is_plain = base is None and (radius is None or strength is None)
-    is_long = _is_long(z, kernel, is_plain)
+    is_long = _is_long(z, kernel, base)
     if not is_long and z.shape[-1] > _LONGEST:
         return _by_operations(z, radius, strength, alpha, base, problem=problem, portable=portable)
     order = divergence.cressie_read_order or 0.0
