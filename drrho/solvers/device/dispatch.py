@@ -30,6 +30,11 @@ class _Failed(threading.local):
         return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
 
     @functools.cached_property
+    def unread(self) -> Tensor:
+        """A number that nobody reads, so that a graph is captured with kernels that are compiled already."""
+        return torch.zeros_like(self.flag, pin_memory=self.flag.is_pinned())
+
+    @functools.cached_property
     def seen(self) -> np.ndarray:
         """The same as it lies in memory."""
         return self.flag.numpy()
@@ -110,7 +115,7 @@ def solve_on_device(
         _float64(strength),
         _float64(alpha),
         _float64(base),
-        _failed.flag if readable else None,
+        _failed.flag if readable else _failed.unread,
         kernel,
         order,
     )

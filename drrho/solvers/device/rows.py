@@ -140,8 +140,7 @@ def _solve_rows(
     _store_fields(fields + index, step, row, answer, certified, s, paid, on_ball, strength is not None, KIND)
     if tl.min(certified.to(tl.int32), 0) == 0:
         fill(row, float("nan"), ~certified, TILE)
-        if failed is not None:
-            tl.store(failed, 1)
+        tl.store(failed, 1)
 
 
 def _shape(rows: int, n: int) -> tuple[int, int, int]:
@@ -167,7 +166,7 @@ def solve_rows(
     strength: Tensor | None,
     alpha: Tensor | None,
     base: Tensor | None,
-    failed: Tensor | None,
+    failed: Tensor,
     kernel: int,
     order: float,
 ) -> tuple[Tensor, Tensor]:

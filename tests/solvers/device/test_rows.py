@@ -143,6 +143,13 @@ def test_any_length(n, divergence):
     agree(ball, some_rows(2, n, torch.float32), divergence, 0.1)
 
 
+@some_risks
+@pytest.mark.parametrize("shape", [(2, 64, 1), (4, 32, 1), (1, 256, 2)])
+def test_rows_in_programs_of_any_shape(form, divergence, shape, monkeypatch):
+    monkeypatch.setattr("drrho.solvers.device.rows._shape", lambda rows, n: shape)
+    agree(form, some_rows(5, 150, torch.float32) * torch.tensor([[1e-3], [1.0], [10.0], [0.0], [3.0]]), divergence, 0.3)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_leading_dimensions_and_parameters_of_rows(divergence):
     z = some_rows(6, 30).reshape(2, 3, 30)
