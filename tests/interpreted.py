@@ -17,7 +17,7 @@ def by_device_kernels():
     by_processor, by_device = native.takes, dispatch.takes
     if DEVICE == "cpu":
         native.takes = lambda z, problem: False
-        dispatch.takes = lambda z, problem, kernel: problem.group is None and kernel in (0, 1, 2)
+        dispatch.takes = lambda z, problem, kernel: problem.group is None and dispatch.solves(z, kernel)
     try:
         with np.errstate(all="ignore"):
             yield

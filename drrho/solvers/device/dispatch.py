@@ -14,7 +14,9 @@ from drrho.solvers.native import Portable, solve_declined
 from drrho.solvers.problem import Problem, Solution
 from drrho.validation import values_are_readable
 
-_DIVERGENCES = (0, 1, 2)  # that there are kernels for, by their numbers in kernels.c
+_DIVERGENCES = (0, 1, 2, 3, 5)  # that there are kernels for, by their numbers in kernels.c
+_LONG_OF = (0, 1, 2)  # the same for rows that all programs share
+_LONGEST = 2**22  # losses of a row that one program solves
 _LONG = 2**17  # losses of a row from which all programs share it
 _TOO_LONG, _TOO_MANY = 2**31, 2**16  # losses of a long row, and long rows, that kernels cannot count
 _FEW, _LONG_OF_FEW = 16, 2**15  # the same where rows are so few that programs would be idle
@@ -27,6 +29,11 @@ class _Failed(threading.local):
     def flag(self) -> Tensor:
         """The number, ``[1]``."""
         return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+
+    @functools.cached_property
+    def unread(self) -> Tensor:
+        """A number that nobody reads, so that a graph is captured with kernels that are compiled already."""
+        return torch.zeros_like(self.flag, pin_memory=self.flag.is_pinned())
 
     @functools.cached_property
     def seen(self) -> np.ndarray:
@@ -55,12 +62,19 @@ def takes(z: Tensor, problem: Problem, kernel: int) -> bool:
     """Whether the kernels solve rows like these, of the divergence with that number."""
     if not z.is_cuda or problem.group is not None or torch.compiler.is_compiling():
         return False
-    return kernel in _DIVERGENCES and _is_there()
+    return solves(z, kernel) and _is_there()
 
 
-def _is_long(z: Tensor) -> bool:
+def solves(z: Tensor, kernel: int) -> bool:
+    """Whether there are kernels for rows of that length, and the divergence with that number."""
+    return kernel in _LONG_OF or (kernel in _DIVERGENCES and z.shape[-1] <= _LONGEST)
+
+
+def _is_long(z: Tensor, kernel: int, base: Tensor | None) -> bool:
     n = z.shape[-1]
-    return n >= _LONG or (n >= _LONG_OF_FEW and z.numel() <= _FEW * n)
+    long = n >= _LONG or (n >= _LONG_OF_FEW and z.numel() <= _FEW * n)
+    countable = n < _TOO_LONG and z.numel() < _TOO_MANY * n
+    return long and countable and base is None and kernel in _LONG_OF
 
 
 def solve_on_device(
@@ -88,15 +102,17 @@ def solve_on_device(
     from drrho.solvers.device.long import solve_long_rows
     from drrho.solvers.device.rows import solve_rows
 
-    divergence, is_long = problem.divergence, _is_long(z)
+    divergence = problem.divergence
     radius = radius if divergence.has_radius else None
-    if is_long and (base is not None or z.shape[-1] >= _TOO_LONG or z.shape[:-1].numel() >= _TOO_MANY):
+    is_long = _is_long(z, kernel, base)
+    if not is_long and z.shape[-1] > _LONGEST:
         return _by_operations(z, radius, strength, alpha, base, problem, portable)
     order = divergence.cressie_read_order or 0.0
     if divergence.tail_fraction is not None and alpha is None:
         order = float(divergence.tail_fraction)
     readable = values_are_readable() and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
-    failed, solve = _failed.flag if readable else None, solve_long_rows if is_long else solve_rows
+    failed = _failed.flag if readable else _failed.unread
+    solve = solve_long_rows if is_long else solve_rows
     given = _float64(radius), _float64(strength), _float64(alpha), _float64(base)
     weights, fields = solve(z.contiguous(), *given, failed, kernel, order)
     value, *others = fields.unbind()

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from drrho.solvers.device.answers import chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
-from drrho.solvers.device.kl import kl
+from drrho.solvers.device.kl import kl, lies_outside
 from drrho.solvers.device.launch import launch
-from drrho.solvers.device.tail import tail_mean
+from drrho.solvers.device.powers import form_of, powers
+from drrho.solvers.device.tail import tail_mean, total_variation
 from drrho.solvers.device.tiles import EPS, INFINITY, Row, look
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _CHI_SQUARE = tl.constexpr(0)
 _KL = tl.constexpr(1)
 _TAIL = tl.constexpr(2)
+_TOTAL_VARIATION = tl.constexpr(3)
+_POWER = tl.constexpr(5)  # and from there on one for each form of powers
 
 
 @triton.jit
@@ -32,11 +35,15 @@ def _parameter(pointer, index, good):
 
 
 @triton.jit
-def _solved(row, radius, price, chosen, KIND: tl.constexpr, TILE: tl.constexpr, BALL: tl.constexpr):
+def _solved(row, order, radius, price, chosen, KIND: tl.constexpr, TILE: tl.constexpr, BALL: tl.constexpr):
     if KIND == _CHI_SQUARE:
         answer = chi_square(row, radius, price, chosen, TILE, BALL)
-    else:
+    elif KIND == _KL:
         answer = kl(row, radius, price, chosen, TILE, BALL)
+    elif KIND == _TOTAL_VARIATION:
+        answer = total_variation(row, radius, price, chosen, TILE, BALL)
+    else:
+        answer = powers(row, order + tl.zeros_like(row.mean), radius, price, chosen, TILE, KIND - _POWER, BALL)
     return answer
 
 
@@ -56,13 +63,17 @@ def _answered(row, radius, strength, alpha, order, index, good, KIND: tl.constex
         good = good & (a > 0) & (a <= 1)
         answer = tail_mean(row, a, good, TILE)
     elif strength is None:
-        answer = _solved(row, r, price, good, KIND, TILE, True)
+        answer = _solved(row, order, r, price, good, KIND, TILE, True)
     else:
-        answer = _solved(row, r, price, good, KIND, TILE, False)
+        far = good & ~good
+        if KIND == _KL:
+            if radius is not None:
+                far = good & lies_outside(row, r, price, good, TILE)
+        answer = _solved(row, order, r, price, good & ~far, KIND, TILE, False)
         if radius is not None:
-            outside = good & (answer.distance > r)
+            outside = good & (far | (answer.distance > r))
             if tl.max(outside.to(tl.int32), 0) > 0:
-                ball = _solved(row, r, price, outside, KIND, TILE, True)
+                ball = _solved(row, order, r, price, outside, KIND, TILE, True)
                 answer = chosen_of(outside, ball, answer)
             on_ball = outside.to(tl.float64)
             paid = tl.where(outside, price * answer.distance, 0.0)
@@ -75,23 +86,24 @@ def _store_fields(
 ):
     """Store what `Solution` holds beside the weights; NaN where there is no certified answer."""
     out = fields.dtype.element_ty
+    scale = 1 / row.scale
     unknown = tl.where(certified, 0.0, float("nan"))
     highest = (answer.highest != 0) & ((on_ball != 0) | (strength == 0) | (KIND == _TAIL))
     highest = highest | (row.range == 0)
-    premium = (answer.gain - paid) / row.scale + unknown
-    value = tl.where(highest, -paid / row.scale, (row.mean + (answer.gain - paid)) / row.scale)
-    threshold = tl.where(answer.exactly == answer.exactly, answer.exactly, row.top + answer.threshold / row.scale)
-    multiplier = answer.strength / row.scale
+    premium = (answer.gain - paid) * scale + unknown
+    value = tl.where(highest, -paid, row.mean + (answer.gain - paid)) * scale
+    threshold = tl.where(answer.exactly == answer.exactly, answer.exactly, row.top + answer.threshold * scale)
+    multiplier = answer.strength * scale
     if GIVEN:
         multiplier = tl.where((on_ball == 0) | (KIND == _TAIL), strength, multiplier)
-    gap = tl.where(answer.strength == INFINITY, 0.0, answer.dual - answer.gain) / row.scale
+    gap = tl.where(answer.strength == INFINITY, 0.0, answer.dual - answer.gain) * scale
     tl.store(fields, (row.top + value + unknown).to(out))
     tl.store(fields + step, premium.to(out))
     tl.store(fields + 2 * step, (threshold + unknown).to(out))
     tl.store(fields + 3 * step, (multiplier + unknown).to(out))
     tl.store(fields + 4 * step, (gap + unknown).to(out))
     tl.store(fields + 5 * step, (answer.distance + unknown).to(out))
-    tl.store(fields + 6 * step, (answer.slope / row.scale + unknown).to(out))
+    tl.store(fields + 6 * step, (answer.slope * scale + unknown).to(out))
     tl.store(fields + 7 * step, (on_ball + unknown).to(out))
 
 
@@ -128,8 +140,7 @@ def _solve_rows(
     _store_fields(fields + index, step, row, answer, certified, s, paid, on_ball, strength is not None, KIND)
     if tl.min(certified.to(tl.int32), 0) == 0:
         fill(row, float("nan"), ~certified, TILE)
-        if failed is not None:
-            tl.store(failed, 1)
+        tl.store(failed, 1)
 
 
 def _shape(rows: int, n: int) -> tuple[int, int, int]:
@@ -138,11 +149,13 @@ def _shape(rows: int, n: int) -> tuple[int, int, int]:
     The iteration's own arithmetic is done by every warp of a program, so that few of them do more rows at a time;
     more where there are too few rows for all processors.
     """
-    if n <= 64:
-        return 4, 32, 1
     many = rows >= 1024
+    if n <= 64 or (many and n <= 256):
+        return 4, 32, 1
+    if many and n <= 2048:
+        return 2, 64, 1
     for warps in (1, 2, 4):
-        if n <= 2048 * warps**2 // (1 if many else 8):
+        if n <= (4096 if many else 256) * warps**2:
             return 1, 128 * warps, warps
     return 1, 1024, 8
 
@@ -153,7 +166,7 @@ def solve_rows(
     strength: Tensor | None,
     alpha: Tensor | None,
     base: Tensor | None,
-    failed: Tensor | None,
+    failed: Tensor,
     kernel: int,
     order: float,
 ) -> tuple[Tensor, Tensor]:
@@ -164,10 +177,11 @@ def solve_rows(
     """
     rows, n = z.shape if z.ndim == 2 else (1, len(z))
     answer = torch.float64 if z.dtype == torch.float64 else torch.float32
-    weights = torch.empty(z.shape, dtype=answer, device=z.device)
-    fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
+    weights = torch.empty_like(z, dtype=answer)
+    fields = weights.new_empty((FIELDS, *z.shape[:-1]))
     together, tile, warps = _shape(rows, n)
     stride = 0 if base is None or len(base) == 1 else n
+    kind = kernel + form_of(order) if kernel == _POWER.value else kernel
     arguments = (z, base, radius, strength, alpha, weights, fields, failed, rows, n, stride, order)
-    launch(_solve_rows, -(-rows // together), arguments, (kernel, together, tile), warps)
+    launch(_solve_rows, -(-rows // together), arguments, (kind, together, tile), warps)
     return weights, fields

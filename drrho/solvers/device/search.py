@@ -65,8 +65,8 @@ def open_search(low, curvature):
 
 
 @triton.jit
-def advance(search, limits, x, value, step):
-    """Return the search, x and the state after a value at x, positive below the root, and Newton's step."""
+def advance(search, limits, x, value, slope):
+    """Return the search, x and the state after a value at x, positive below the root, and the slope there."""
     below, above = value > 0, value <= 0
     raised, lowered = below & (x >= search.low), above & (x <= search.high)
     low, at_low = tl.where(raised, x, search.low), tl.where(raised, value, search.at_low)
@@ -76,13 +76,14 @@ def advance(search, limits, x, value, step):
     bounded = (low > -INFINITY) & (high < INFINITY)
     collapsed = high - low <= tl.maximum(tl.abs(x), 1.0) * (4 * EPS)
     # Halley's step, if the curvature is known
-    slope, size = -value / step, tl.abs(step)
+    step = -value / slope
+    size = tl.abs(step)
     falls = (slope < 0) & (slope > -INFINITY)
     between = (slope - search.slope) / (x - search.x)
     curvature = tl.where(falls & (tl.abs(between) < INFINITY), between, search.curvature)
-    factor = 1 + 0.5 * step * curvature / slope
-    bends = falls & (factor > 0.5) & (factor < 2)
-    bent = tl.where(bends, step / factor, step)
+    bent_step = step * slope / (slope + 0.5 * step * curvature)
+    bends = falls & (bent_step * step > 0.5 * step * step) & (bent_step * step < 2 * step * step)
+    bent = tl.where(bends, bent_step, step)
     error = size * size * tl.where(bends, tl.maximum(1e-3, size), 1.0)
     error = tl.where(bends, 0.1 * tl.abs(bent - step) + error, error)
     newton = x + bent
@@ -98,7 +99,9 @@ def advance(search, limits, x, value, step):
     trusted = inside & (bent >= -limits.longest_down) & (bent <= limits.longest_up)
     trusted = trusted & (iteration <= limits.newton_iterations) & ((2 * size <= search.before) | ~bounded)
     fallen = tl.where(trusted, search.fallen, search.fallen + 1)
-    chord = low + (high - low) * (at_low / (at_low - at_high))
+    chord = low
+    if tl.max((~trusted).to(tl.int32), 0) > 0:
+        chord = low + (high - low) * (at_low / (at_low - at_high))
     by_chord = (fallen % 2 == 1) & (chord > low) & (chord < high)
     outward = tl.where(below, x + limits.longest_up, x - limits.longest_up)
     halved = tl.where(by_chord, chord, tl.where(bounded, 0.5 * low + 0.5 * high, outward))

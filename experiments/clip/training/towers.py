@@ -57,11 +57,10 @@ class Towers:
                 register_fsdp_forward_method(model, method)
         elif ranks.group is not None:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            # Statistics of batches are kept with the weights, and are those of the first rank; others are constants.
-            has_statistics = model.state_dict().keys() != dict(model.named_parameters()).keys()
-            self.model = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=has_statistics, gradient_as_bucket_view=True
-            )
+            # Buffers that no checkpoint holds are constants, which would be broadcast in every forward pass.
+            constants = [name for name, _ in model.named_buffers() if name not in model.state_dict()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+            self.model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
