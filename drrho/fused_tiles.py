@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drrho import tile_kernels
 from drrho.ranks import sum_to_owners, terms_for_owners
-from drrho.tile_kernels import BLOCK_COLUMNS, BLOCK_ROWS, MERGED, PARTS
+from drrho.solvers.device.launch import launch
+from drrho.tile_kernels import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    MERGED,
+    PARTS,
+    REGISTERS,
+    WARPS,
+    finish_totals,
+    merge_parts,
+    sum_tile,
+    weigh_tile,
+)
 from drrho.tiles import ALIGNED, KERNEL_TILE, Pairs, SimilarityTiles, Totals
 
-_KERNELS: Any = tile_kernels  # launches of Triton's kernels have no types
 SIDE = 2**13  # rows of a tile at most; where a rank has fewer, there are more columns
 
 
@@ -61,29 +71,13 @@ class FusedTiles(SimilarityTiles):
         parts = self.image.new_empty(max((3 * _parts(place) for place in places), default=0))
         for place, x in self._tiles(places):
             height, width = place.shape
-            _KERNELS.sum_tile[place.blocks](
-                x,
-                parts,
-                positive,
-                self.image_rate,
-                self.text_rate,
-                *self._geometry(place),
-                ROWS=BLOCK_ROWS,
-                COLUMNS=BLOCK_COLUMNS,
-                num_warps=8,
-            )
-            _KERNELS.merge_parts[(_ceil(height, MERGED) + _ceil(width, MERGED),)](
-                parts,
-                totals,
-                height,
-                width,
-                *place.blocks,
-                place.rows.start,
-                own + place.columns.start,
-                anchors,
-                MERGED=MERGED,
-                PARTS=PARTS,
-            )
+            across, down = place.blocks
+            geometry = self._geometry(place)
+            given = (x, parts, positive, self.image_rate, self.text_rate, *geometry)
+            launch(sum_tile, across * down, given, (BLOCK_ROWS, BLOCK_COLUMNS), WARPS, REGISTERS)
+            at = (height, width, across, down, place.rows.start, own + place.columns.start, anchors)
+            programs = _ceil(height, MERGED) + _ceil(width, MERGED)
+            launch(merge_parts, programs, (parts, totals, *at), (MERGED, PARTS), 4)
             if keep and len(places) == 1:
                 self._kept = x
         self._sum_over_ranks(totals[:, own:])
@@ -98,19 +92,10 @@ class FusedTiles(SimilarityTiles):
         places, kept = self._places(), self._kept
         self._kept = None  # its similarities are replaced
         for place, x in self._tiles(places) if kept is None else [(places[0], kept)]:
-            _KERNELS.weigh_tile[place.blocks](
-                x,
-                log_sum[0],
-                column_log,
-                by_log_mean[0],
-                by_column,
-                self.image_rate,
-                self.text_rate,
-                *self._geometry(place),
-                ROWS=BLOCK_ROWS,
-                COLUMNS=BLOCK_COLUMNS,
-                num_warps=8,
-            )
+            across, down = place.blocks
+            given = (x, log_sum[0], column_log, by_log_mean[0], by_column, self.image_rate, self.text_rate)
+            given += self._geometry(place)
+            launch(weigh_tile, across * down, given, (BLOCK_ROWS, BLOCK_COLUMNS), WARPS, REGISTERS)
             rows, columns = place
             _add_product(x, self.text[columns], to_image[rows], first=columns.start == 0)
             _add_product(x.T, self.image[rows], to_text[columns], first=rows.start == 0)
@@ -150,7 +135,16 @@ class FusedTiles(SimilarityTiles):
         """Return where a tile lies, as the kernels take it."""
         row, column = place.rows.start, place.columns.start
         strides = self.image_rate.stride(0), self.text_rate.stride(0)
-        return place.pitch, *place.shape, row, column, self.first + row - column, *strides, int(self.include_positive)
+        return (
+            place.blocks[0],
+            place.pitch,
+            *place.shape,
+            row,
+            column,
+            self.first + row - column,
+            *strides,
+            int(self.include_positive),
+        )
 
     def _sum_over_ranks(self, totals: Tensor) -> None:
         """Add up the totals ``[3, n]`` of columns that every rank has from its rows: for this rank's own columns."""
@@ -168,20 +162,9 @@ class FusedTiles(SimilarityTiles):
         own, negatives = len(self.image), self.count if self.include_positive else self.count - 1
         out = self.image.new_empty(3, 2, own)
         if own:
-            _KERNELS.finish_totals[(_ceil(own, MERGED), 2)](
-                totals,
-                out,
-                positive,
-                self.image_rate,
-                self.text_rate,
-                own,
-                self.first,
-                totals.shape[1],
-                math.log(negatives),
-                self.image_rate.stride(0),
-                self.text_rate.stride(0),
-                MERGED=MERGED,
-            )
+            count, strides = math.log(negatives), (self.image_rate.stride(0), self.text_rate.stride(0))
+            given = (totals, out, positive, self.image_rate, self.text_rate, own, self.first, totals.shape[1], count)
+            launch(finish_totals, 2 * _ceil(own, MERGED), (*given, *strides), (MERGED,), 4)
         return Totals(*out.unbind())
 
 
