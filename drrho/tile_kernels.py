@@ -221,6 +221,7 @@ def finish_totals(
 @triton.jit(do_not_specialize=[*_COUNTS, *_STRIDES], do_not_specialize_on_alignment=VECTORS)
 def weigh_tile(
     x_ptr,
+    weights_ptr,
     row_log_ptr,
     column_log_ptr,
     by_row_ptr,
@@ -239,15 +240,17 @@ def weigh_tile(
     include_positive,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Replace the similarities by the gradient with respect to them.
+    """Write the gradient with respect to the similarities, in their place or as ``[2, height, pitch]`` in bfloat16.
 
-    Given are the gradients with respect to the log means of exp(l / tau), and the log sums of rows and columns.
+    Given are the gradients with respect to the log means of exp(l / tau), and the log sums of rows and columns. The two
+    bfloat16 parts of a weight, rounded and the rest, add up to it within 2^-17 of it.
     """
     j, i = tl.program_id(0) % across, tl.program_id(0) // across
     rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
-    x_ptr, held = _entries(x_ptr, rows, columns, height, pitch)
-    x = tl.load(x_ptr, mask=held, other=0.0)
+    places, held = _entries(x_ptr, rows, columns, height, pitch)
+    x = tl.load(places, mask=held, other=0.0)
     at, valid = first_row + rows, rows < height
     rate = tl.load(row_rate_ptr + at * row_stride, mask=valid, other=0.0)
     by_row = tl.load(by_row_ptr + at, mask=valid, other=0.0) * rate
@@ -263,4 +266,10 @@ def weigh_tile(
         own = (rows + offset)[:, None] == columns[None, :]
         at_positive = tl.where(include_positive == 0, 0.0, weights) - (by_row[:, None] + by_column[None, :])
         weights = tl.where(own, at_positive, weights)
-    tl.store(x_ptr, weights, mask=held)
+    places, held = _entries(weights_ptr, rows, columns, height, pitch)
+    if SPLIT:
+        high = weights.to(tl.bfloat16)
+        tl.store(places, high, mask=held)
+        tl.store(places + height.to(tl.int64) * pitch, (weights - high.to(tl.float32)).to(tl.bfloat16), mask=held)
+    else:
+        tl.store(places, weights, mask=held)

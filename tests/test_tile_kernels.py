@@ -95,8 +95,14 @@ def test_weights_of_a_tile(height, width, include_positive):
     own = own_of(x)
     kept = expected if include_positive else torch.zeros_like(expected)
     expected = torch.where(own, kept - by_row - by_column, expected)
-    weigh_tile[math.prod(grid(height, width)),](x, *logs, *by, *rates, *geometry, **blocks())
+    programs = math.prod(grid(height, width))
+    split = x.new_empty(2, height, geometry[1], dtype=torch.bfloat16)
+    weigh_tile[programs,](x, split, *logs, *by, *rates, *geometry, **blocks(), SPLIT=True)
+    weigh_tile[programs,](x, x, *logs, *by, *rates, *geometry, **blocks(), SPLIT=False)
     assert ((x - expected).abs() <= 1e-5 * expected.abs() + 1e-5).all()
+    split = split[:, :, :width].float()
+    assert ((split[0] - x).abs() <= 2**-7 * x.abs()).all()  # the interpreter rounds towards zero
+    assert ((split.sum(0) - x).abs() <= 2**-15 * x.abs()).all()
 
 
 COMPILE = """
@@ -110,15 +116,17 @@ from drrho import tile_kernels as kernels
 blocks = {"ROWS": kernels.BLOCK_ROWS, "COLUMNS": kernels.BLOCK_COLUMNS}
 merged = {"MERGED": kernels.MERGED}
 VARIANTS = {
-    "sum_tile": (blocks, kernels.WARPS, kernels.REGISTERS), "weigh_tile": (blocks, kernels.WARPS, kernels.REGISTERS),
+    "sum_tile": (blocks, kernels.WARPS, kernels.REGISTERS),
+    "weigh_tile": (blocks | {"SPLIT": False}, kernels.WARPS, kernels.REGISTERS),
+    "split": (blocks | {"SPLIT": True}, kernels.WARPS, kernels.REGISTERS),
     "merge_parts": (merged | {"PARTS": kernels.PARTS}, 4, None), "finish_totals": (merged, 4, None),
 }
 TYPES = {"totals_ptr": "*fp64", "log_negatives": "fp32"}
 used = {}
 for name, (constants, warps, registers) in VARIANTS.items():
-    kernel = getattr(kernels, name)
+    kernel = kernels.weigh_tile if name == "split" else getattr(kernels, name)
     types = {arg: TYPES.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
-    types |= dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(constants, "constexpr") | ({"weights_ptr": "*bf16"} if name == "split" else {})
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, arg in enumerate(kernel.arg_names)
@@ -146,5 +154,5 @@ def test_kernels_compile_for_a_gpu_without_spills(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
     assert all(use["STACK"] == use["LOCAL"] == 0 for use in used.values()), used
-    assert used["weigh_tile"]["wide"] == 4  # loads of 16 bytes, for a thread's 16 similarities
+    assert used["weigh_tile"]["wide"] == used["split"]["wide"] == 4  # loads of 16 bytes, for a thread's 16 similarities
     assert used["sum_tile"]["wide"] == 8  # the same, in two branches
