@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from drrho.validation import checks_are_deferred
+
 
 class Valued(Protocol):
     """A loss that returns more than its value, such as a `drrho.contrastive.ContrastiveStep`."""
@@ -124,16 +126,17 @@ def accumulate(
     _backward_of_loss(result, gradient_scale)
 
     after = _buffers(model), _generators(devices)
+    changed = _changed(model, buffers)
     cotangents = zip(*(_cut(feature, size) for feature, size in zip(features, sizes, strict=True)), strict=True)
     try:
-        _set_buffers(model, buffers)
+        _set_buffers(changed, buffers)
         for k, (chunk, state, parts) in enumerate(zip(chunks, generators, cotangents, strict=True)):
             _set_generators(state)
             with _reduction(model, wanted=k == len(chunks) - 1):
                 outputs = zip(_encoded(encode, chunk), parts, strict=True)
                 _backward([(out, part) for out, part in outputs if out.requires_grad and part is not None])
     finally:
-        _set_buffers(model, after[0])
+        _set_buffers(changed, after[0])
         _set_generators(after[1])
     return result
 
@@ -166,13 +169,17 @@ def _joined(outputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     joined = []
     for i, parts in enumerate(zip(*outputs, strict=True)):
         feature = torch.cat(parts) if parts[0].ndim else parts[-1].detach()
-        if feature.ndim == 0 and not torch.allclose(torch.stack(parts), feature, rtol=0, atol=0, equal_nan=True):
+        if feature.ndim == 0 and not checks_are_deferred() and not _are_equal(parts):
             raise ValueError(
                 f"output {i} of encode is a scalar and must be the same for every chunk, got "
                 f"{torch.stack(parts).tolist()}: return what depends on the chunk as features [c, ...]"
             )
         joined.append(feature.requires_grad_(feature.is_floating_point()))
     return joined
+
+
+def _are_equal(numbers: Sequence[Tensor]) -> bool:
+    return torch.allclose(torch.stack(list(numbers)), numbers[-1].detach(), rtol=0, atol=0, equal_nan=True)
 
 
 def _cut(feature: Tensor, sizes: list[int]) -> Sequence[Tensor | None]:
@@ -237,12 +244,23 @@ def _buffers(model: nn.Module) -> list[Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def _set_buffers(model: nn.Module, values: Sequence[Tensor]) -> None:
-    """Restore the buffers that changed; the others must not be written, since a graph of the caller may hold them."""
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), values, strict=True):
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+def _changed(model: nn.Module, values: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the buffers that differ from earlier values, None for others; values are read once.
+
+    The others must not be written, since a graph of the caller may hold them.
+    """
+    buffers = list(model.buffers())
+    if not buffers:
+        return []
+    differ = [(buffer != value).any().to(buffers[0].device) for buffer, value in zip(buffers, values, strict=True)]
+    return [buffer if flag else None for buffer, flag in zip(buffers, torch.stack(differ).tolist(), strict=True)]
+
+
+@torch.no_grad()
+def _set_buffers(changed: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(changed, values, strict=True):
+        if buffer is not None:
+            buffer.copy_(value)
 
 
 _Generators = dict[torch.device, Tensor]

@@ -89,12 +89,13 @@ def _path(row, b, each, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr, STORE
 
 
 @triton.jit
-def _find_rate(row, radius, x, curvature, limits, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr):
-    """Return log b by Newton on log D, which increases with it, psi foretold there, curvature, and what went wrong."""
+def _find_rate(row, radius, x, limits, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr):
+    """Return log b by Newton on log D, which increases with it, psi foretold there, and what went wrong."""
     low = 0.5 * (tl.log(tl.zeros_like(radius) + 8) + tl.log(radius)) - tl.log(row.range)
-    search = open_search(low, curvature)
+    search = open_search(low, low * 0 + float("nan"))
     x = tl.minimum(tl.maximum(low, x), _CEILING)
     psi, state = tl.zeros_like(x), tl.where(chosen, AGAIN, LOST)
+    saturated = search.saturated
     going = tl.max((state == AGAIN).to(tl.int32), 0)
     while going > 0:
         path = _path(row, tl.exp(x), psi, chosen, TILE, PRECISE, False)
@@ -105,47 +106,69 @@ def _find_rate(row, radius, x, curvature, limits, chosen, TILE: tl.constexpr, PR
         same = (tl.exp(moved) * -row.mean <= _FAR) == (tl.exp(x) * -row.mean <= _FAR)
         foretold = tl.where(same, path.psi + (path.distance + path.psi) * (moved - x), 0.0)
         psi, x, state = tl.where(live, foretold, psi), tl.where(live, moved, x), tl.where(live, reached, state)
-        search = found
+        search, saturated = found, tl.where(live, found.saturated, saturated)
         going = tl.max((state == AGAIN).to(tl.int32), 0)
-    return x, psi, search.curvature, search.saturated, state == LOST
+    return x, psi, saturated != 0, state == LOST
+
+
+@triton.jit
+def _begun(row, radius, live, TILE: tl.constexpr):
+    """Return where log b is sought from: as of normal losses, or in narrow rows from what float32 finds."""
+    x = 0.5 * (tl.log(2 * radius) - tl.log(row.variance))
+    if row.z.dtype.element_ty != tl.float64:
+        limits = Limits(1e-5, 1e-5, 13, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
+        rough, _, _, lost = _find_rate(row, radius, x, limits, live, TILE, False)
+        x = tl.where(~lost & (tl.abs(rough) < INFINITY), rough, x)
+    return x
+
+
+@triton.jit
+def _ball(row, radius, hard, flat, chosen, TILE: tl.constexpr):
+    """Store weights; return b, the path there, psi as it was foretold, and which rows are highest and which failed."""
+    CLOSE: tl.constexpr = 1e-16 if row.z.dtype.element_ty == tl.float64 else 1e-9
+    todo = chosen & ~hard & ~flat
+    held = tl.where(hard | flat, 1.0, radius)
+    tolerance = tolerated(row, held)
+    x, psi, failed, tried = _begun(row, held, todo, TILE), tl.zeros_like(held), todo & ~todo, 0
+    b, path = psi, Path(psi, psi, psi, psi, psi, psi)
+    going = 1
+    while going > 0:
+        close = tl.where(todo, CLOSE if tried == 0 else 0.0, 0.0)
+        limits = Limits(tolerance, close, 400, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
+        at, foretold, saturated, lost = _find_rate(row, held, x, limits, todo, TILE, True)
+        x, psi = tl.where(todo, at, x), tl.where(todo, foretold, psi)
+        hard, failed = hard | (todo & saturated), failed | (todo & lost)
+        b = tl.where(hard | flat, 0.0, tl.exp(x))
+        psi = tl.where(hard | flat, 0.0, psi)
+        path = _path(row, b, tl.exp(-psi) / row.all, chosen & ~hard, TILE, True, True)
+        # A curvature from a long step may have misled the last one.
+        off = ~(tl.abs(tl.log(path.distance) - tl.log(held)) <= 8 * tolerance)
+        tried += 1
+        todo = todo & off & ~hard & ~failed & (tried < 2)
+        going = tl.max(todo.to(tl.int32), 0)
+    return b, path, psi, hard, failed
 
 
 @triton.jit
 def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
     """Solve balls or penalties, whose price is in units of d: store weights of chosen rows, and return the answer."""
     largest = -tl.log(row.share)
-    none = chosen & ~chosen
-    psi = tl.zeros_like(row.mean)
-    failed = none
+    psi, failed = tl.zeros_like(row.mean), chosen & ~chosen
     if BALL:
         hard = (row.range == 0) | (radius >= largest)
         flat = (radius == 0) & ~hard
-        held, live = tl.where(flat | hard, 1.0, radius), chosen & ~hard & ~flat
-        x, curvature = 0.5 * (tl.log(2 * held) - tl.log(row.variance)), psi + float("nan")
-        if row.z.dtype.element_ty != tl.float64:
-            limits = Limits(1e-5, 1e-4, 13, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
-            rough, _, bend, _, lost = _find_rate(row, held, x, curvature, limits, live, TILE, False)
-            good = ~lost & (tl.abs(rough) < INFINITY)
-            x, curvature = tl.where(good, rough, x), tl.where(good, bend, curvature)
-        CLOSE: tl.constexpr = 1e-16 if row.z.dtype.element_ty == tl.float64 else 1e-8
-        limits = Limits(tolerated(row, held), CLOSE, 400, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
-        x, psi, _, saturated, lost = _find_rate(row, held, x, curvature, limits, live, TILE, True)
-        hard, failed = hard | (live & (saturated != 0)), live & lost
-        b = tl.where(hard | flat, 0.0, tl.exp(x))
-        psi = tl.where(hard | flat, 0.0, psi)
+        b, path, psi, hard, failed = _ball(row, radius, hard, flat, chosen, TILE)
         strength = 1 / b
     else:
         hard = (row.range == 0) | (price == 0)
         flat = (price > _FLAT) & ~hard
         b = tl.where(hard | flat, 0.0, tl.minimum(1 / price, 1e300))
+        path = _path(row, b, 1 / row.all, chosen & ~hard, TILE, True, True)
         strength = price
-    # Where psi is foretold well enough, the weights are right as they are stored.
-    foretold, inner = tl.exp(-psi), chosen & ~hard
-    path = _path(row, b, foretold / row.all, inner, TILE, True, True)
     store_ties(row, chosen & hard, TILE)
     premium = strength * path.psi + (path.origin - row.mean)  # of second order, about the mean
     # phi* has mean zero at the threshold, so that nothing else is in the dual value.
     gain, dual = path.gain if BALL else premium, premium + strength * radius if BALL else premium
     answer = answer_of(gain, dual, path.origin + strength * path.psi, strength, path.distance, failed.to(tl.int32))
-    answer = into_ball(row, answer, radius, path.mass * foretold, inner & ~flat, TILE, BALL)
+    answer = into_ball(row, answer, radius, path.mass * tl.exp(-psi), chosen & ~hard & ~flat, TILE, BALL)
     return with_ends(answer, row, hard, flat, largest)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from drrho.solvers.device import long_passes, long_rows, long_tail
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
-_TAIL = 2  # CVaR's number
+_KL, _TAIL = 1, 2  # the numbers of KL and CVaR
 _STEPS = 8  # of Newton's method on a row: two or three are made where a sample tells where to begin
 _SAMPLE = 4096
 _PROGRAMS = 256  # that share a row: two for each multiprocessor of an H100
@@ -19,68 +20,55 @@ _INTERPRETED = 3  # programs that share a row where they run one after the other
 _VECTOR = 16  # bytes that a thread reads at once
 
 
-#: Compiled kernels, and the constants that follow their arguments, by kernel, key of the call and options.
-_compiled: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
+#: What the launches of calls were compiled to, in their order, with the constants that follow their arguments.
+_plans: dict[Hashable, list[tuple[Any, tuple[Any, ...]]]] = {}
 
 
-class _Call(NamedTuple):
-    """What the launches for some rows share; the grid is of passes, whose programs are the parts of a row.
+class _Call:
+    """The launches for some rows.
 
-    ``key`` tells apart calls that differ in device, in dtype, in the alignment of a pointer, or in which arguments are
-    None; ``stream`` is None where Triton's interpreter runs the kernels.
+    Triton's own look at the arguments takes several times as long as a launch. Calls that do not differ in device and
+    dtype, in the alignment of a pointer or in which arguments are None, as their ``key`` tells, launch the same
+    kernels in the same order, which are looked up once a call.
     """
 
-    z: Tensor
-    weights: Tensor
-    fields: Tensor
-    failed: Tensor | None
-    work: Tensor
-    parts: int
-    aligned: bool
-    key: Hashable
-    stream: int | None
+    def __init__(self, z: Tensor, parts: int, key: tuple[Hashable, ...]) -> None:
+        self.rows, n = z.shape
+        self.parts, self.single = parts, z.dtype == torch.float32
+        self.aligned = self.rows == 1 or n % 16 == 0
+        self.key = z.device, z.dtype, z.data_ptr() % _VECTOR == 0, self.aligned, *key
+        self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else None
+        self.plan = iter(_plans.get(self.key, ()))
+        self.recorded: list[tuple[Any, tuple[Any, ...]]] = []
+        self.threads = 256 if z.is_cuda else 1024  # the interpreter's tiles may be larger
+        self.width = self.threads * _VECTOR // z.element_size()
 
-    @property
-    def rows(self) -> int:
-        return self.z.shape[0]
+    def over_rows(self, kernel: Any, held: int, *arguments: Any, **constants: Any) -> None:
+        """Launch a pass, whose programs are the parts of a row, and whose threads hold so many losses of a tile."""
+        self._launch((self.parts, self.rows), kernel, held, arguments, constants)
 
-    @property
-    def n(self) -> int:
-        return self.z.shape[1]
-
-    @property
-    def single(self) -> bool:
-        return self.z.dtype == torch.float32
-
-    def tiles(self, held: int) -> dict[str, Any]:
-        """Return the options of a pass whose threads hold so many losses of a tile."""
-        width = 256 * _VECTOR // self.z.element_size()
-        held = held if self.z.is_cuda else 4 * held  # the interpreter's tiles may be larger
-        return {"ROWS": held * 256 // width, "LANES": width, "ALIGNED": self.aligned, "num_warps": 8, "maxnreg": 128}
-
-    def over_rows(self, kernel: Any, *arguments: Any, held: int, **options: Any) -> None:
-        """Launch a pass."""
-        self._launch(kernel, (self.parts, self.rows), *arguments, **options, **self.tiles(held))
-
-    def for_rows(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+    def for_rows(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Launch one program a row."""
-        self._launch(kernel, (1, self.rows), *arguments, **options, num_warps=8)
+        self._launch((1, self.rows), kernel, 0, arguments, constants)
 
-    def _launch(self, kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
-        """Launch a kernel, the last of whose arguments are constants.
-
-        Triton's own look at the arguments takes several times as long as the launch.
-        """
-        key = (kernel.fn, self.key, *options.values())
-        found = _compiled.get(key)
+    def _launch(
+        self, grid: tuple[int, int], kernel: Any, held: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        found = next(self.plan, None)
         if found is not None:
-            compiled, constants = found
-            compiled[(*grid, 1)](*arguments, *constants, stream=self.stream)
+            compiled, following = found
+            compiled[(*grid, 1)](*arguments, *following, stream=self.stream)
             return
-        compiled = kernel[grid](*arguments, **options)
-        if self.stream is not None:
-            constants = kernel.arg_names[len(arguments) :]
-            _compiled[key] = compiled, tuple(options[name] for name in constants)
+        known = constants | {"ROWS": held * self.threads // self.width, "LANES": self.width, "ALIGNED": self.aligned}
+        known |= {"PARTS": _PROGRAMS, "SINGLE": self.single, "BITS": 32 if self.single else 64, "SAMPLE": _SAMPLE}
+        following = {name: known[name] for name in kernel.arg_names[len(arguments) :]}
+        compiled = kernel[grid](*arguments, **following, num_warps=8, maxnreg=128 if held else None)
+        self.recorded.append((compiled, tuple(following.values())))
+
+    def remember(self) -> None:
+        """Keep what has been compiled for the calls that follow."""
+        if self.recorded and self.stream is not None:
+            _plans[self.key] = self.recorded
 
 
 def solve_long_rows(
@@ -95,63 +83,69 @@ def solve_long_rows(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels on rows ``[rows, n]``, or one ``[n]``; return weights and fields ``[FIELDS, rows]``.
 
-    As `solve_rows` of ``rows.py``, for rows of at least 2^15 losses, and not for base weights or hybrids.
+    As `solve_rows` of ``rows.py``, for rows of at least 2^15 losses, and without base weights.
     """
     assert base is None
     answer = torch.float64 if z.dtype == torch.float64 else torch.float32
-    rows, n = z.shape if z.ndim == 2 else (1, len(z))
     weights = torch.empty(z.shape, dtype=answer, device=z.device)
     fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
-    z = z.view(rows, n).to(answer)
+    z = z.view(-1, z.shape[-1]).to(answer)
+    rows, n = z.shape
     parts = min(-(-n // (8 * 256)), _PROGRAMS if z.is_cuda else _INTERPRETED)
     work = torch.empty(rows * long_rows.room(parts), dtype=torch.float64, device=z.device)
-    given = tuple(argument is None for argument in (radius, strength, alpha, failed))
-    key = z.device, z.dtype, z.data_ptr() % _VECTOR == 0, kernel, given
-    stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else None
-    call = _Call(z, weights, fields, failed, work, parts, rows == 1 or n % 16 == 0, key, stream)
-    if kernel == _TAIL:
-        _solve_tail(call, strength, alpha, order)
-    else:
-        _solve(call, radius, strength, kernel)
+    key = kernel, *(argument is None for argument in (radius, strength, alpha, failed))
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        call = _Call(z, parts, key)
+        if kernel == _TAIL:
+            _solve_tail(call, z, weights, fields, work, strength, alpha, failed, order)
+        else:
+            _solve(call, z, weights, fields, work, radius, strength, failed, kernel)
+        call.remember()
     return weights, fields
 
 
-def _solve(call: _Call, radius: Tensor | None, strength: Tensor | None, kernel: int) -> None:
-    z, n, work, parts = call.z, call.n, call.work, call.parts
-    parameter = strength if radius is None else radius
-    known = {"FAMILY": kernel, "PARTS": _PROGRAMS}
-    exact = {**known, "SINGLE": call.single}
-    ball = radius is not None
-    call.over_rows(long_rows.look, z, work, n, held=8)
-    aligned = call.aligned
-    call.for_rows(long_passes.start, z, work, parameter, n, parts, BALL=ball, SAMPLE=_SAMPLE, ALIGNED=aligned, **known)
-    turn = 1
-    for _ in range(_STEPS if ball or kernel == 0 else 1):
-        call.over_rows(long_passes.step, z, work, n, parts, turn, held=8, **exact)
+def _solve(
+    call: _Call,
+    z: Tensor,
+    weights: Tensor,
+    fields: Tensor,
+    work: Tensor,
+    radius: Tensor | None,
+    strength: Tensor | None,
+    failed: Tensor | None,
+    kernel: int,
+) -> None:
+    n, parts, turn = z.shape[1], call.parts, 1
+    call.over_rows(long_rows.look, 8, z, work, n)
+    call.for_rows(long_passes.start, z, work, radius, strength, n, parts, FAMILY=kernel)
+    for _ in range(1 if kernel == _KL and radius is None else _STEPS):
+        call.over_rows(long_passes.step, 8, z, work, n, parts, turn, FAMILY=kernel)
         turn += 1
-    call.over_rows(long_passes.weigh, z, call.weights, work, n, parts, turn, held=4 if kernel == 1 else 8, **exact)
+    call.over_rows(long_passes.weigh, 4 if kernel == _KL else 8, z, weights, work, n, parts, turn, FAMILY=kernel)
     turn += 1
-    call.for_rows(long_passes.finish, work, parameter, call.fields, call.failed, n, parts, turn, BALL=ball, **exact)
-    call.over_rows(long_rows.reweigh, call.weights, work, n, turn, held=8)
+    call.over_rows(long_passes.finish, 8, work, weights, strength, fields, failed, n, parts, turn, FAMILY=kernel)
 
 
-def _solve_tail(call: _Call, strength: Tensor | None, alpha: Tensor | None, order: float) -> None:
-    z, n, work, parts = call.z, call.n, call.work, call.parts
+def _solve_tail(
+    call: _Call,
+    z: Tensor,
+    weights: Tensor,
+    fields: Tensor,
+    work: Tensor,
+    strength: Tensor | None,
+    alpha: Tensor | None,
+    failed: Tensor | None,
+    order: float,
+) -> None:
+    n, parts = z.shape[1], call.parts
     passes = 4 if call.single else 7  # one over the sample's bracket, and what finds 32 or 64 bits whatever that is
     counts = torch.empty(call.rows * passes * long_tail.BINS, dtype=torch.int32, device=z.device)
-    known = {"PARTS": _PROGRAMS}
-    call.over_rows(long_rows.look, z, work, n, held=8)
-    call.for_rows(
-        long_tail.start_tail, z, work, counts, alpha, strength, order, n, parts, passes, SAMPLE=_SAMPLE,
-        BITS=32 if call.single else 64, ALIGNED=call.aligned, **known,
-    )  # fmt: skip
+    call.over_rows(long_rows.look, 8, z, work, n)
+    call.for_rows(long_tail.start_tail, z, work, counts, alpha, strength, order, n, parts, passes)
     turn = 1
     for _ in range(passes):
-        call.over_rows(long_tail.tally, z, work, counts, n, parts, turn, passes, held=8, **known)
+        call.over_rows(long_tail.tally, 8, z, work, counts, n, parts, turn, passes)
         turn += 1
-    call.over_rows(long_tail.weigh_tail, z, call.weights, work, counts, n, parts, turn, passes, held=8, **known)
+    call.over_rows(long_tail.weigh_tail, 8, z, weights, work, counts, n, parts, turn, passes)
     turn += 1
-    call.for_rows(
-        long_tail.finish_tail, work, z, strength, call.fields, call.failed, n, parts, turn, SINGLE=call.single, **known
-    )
-    call.over_rows(long_rows.reweigh, call.weights, work, n, turn, held=8)
+    call.over_rows(long_tail.finish_tail, 8, work, z, weights, strength, fields, failed, n, parts, turn)

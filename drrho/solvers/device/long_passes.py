@@ -4,6 +4,10 @@ The algorithms are those of ``kernels_kl.c`` and ``kernels_chi_square.c``. A lau
 launch before it and by moving the multipliers, in every program alike; what has converged is not read again.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton
@@ -16,7 +20,9 @@ from drrho.solvers.device.long_rows import (
     LOW,
     MEAN,
     MODE,
+    ON_BALL,
     OWN,
+    PAID,
     PRICE,
     RADIUS,
     RANGE,
@@ -30,6 +36,7 @@ from drrho.solvers.device.long_rows import (
     looked_at,
     places,
     put_total,
+    reweigh,
     row_of,
     sampled,
     state_at,
@@ -38,7 +45,6 @@ from drrho.solvers.device.long_rows import (
     total,
     workspace,
     write_field,
-    write_outcome,
 )
 
 # --- what belongs to KL: x = log b, the logarithm psi of the mean of exp(b (d - origin)), and the search for x --------
@@ -174,7 +180,7 @@ def _write_search(state, search):
 
 @triton.jit
 def _kl_moved(source, target, sums, parts, n, tolerance, close, PARTS: tl.constexpr):
-    """Move x by the sums of a pass; return x, psi (thrice), the mode and whether that is all."""
+    """Move x by the sums of a pass; return b, psi (thrice), the mode and whether that is all."""
     x, radius, price, mean = (
         tl.load(source + _X),
         tl.load(source + RADIUS),
@@ -183,30 +189,45 @@ def _kl_moved(source, target, sums, parts, n, tolerance, close, PARTS: tl.conste
     )
     variance, mode = tl.load(source + VARIANCE), tl.load(source + MODE)
     psi, done = tl.load(source + _PSI), tl.load(source + DONE)
+    paid, on_ball = tl.load(source + PAID), tl.load(source + ON_BALL)
     if (done == 0) & (tl.load(source + FRESH) == 0):
         first, second = total(sums, 0, parts, PARTS) / n, total(sums, 1, parts, PARTS) / n
         third = total(sums, 2, parts, PARTS) / n
         search = _read_search(source)
-        if price >= 0:
-            b = _rate(x, price)
-            near = _is_near(b, mean)
-            _, psi, _, _, _ = _kl_path(first, second, third, b, near, mean, variance)
-            done = done + 1.0
-        else:
-            search, x, found, saturated, psi = _kl_step(
-                search, x, first, second, third, radius, mean, variance, tolerance, close
-            )
-            done = found.to(tl.float64)
-            mode = tl.where(saturated, 1.0, mode)
+        # The penalty is found at once; a hybrid whose penalty lies outside the ball goes on from there.
+        b = _rate(x, price)
+        near = _is_near(b, mean)
+        _, own_psi, _, distance, _ = _kl_path(first, second, third, b, near, mean, variance)
+        at_price, given = (price >= 0) & (distance <= radius), price
+        x = tl.where(price >= 0, tl.log(b), x)
+        search, moved, found, saturated, psi = _kl_step(
+            search, x, first, second, third, radius, mean, variance, tolerance, close
+        )
+        x, psi = tl.where(at_price, x, moved), tl.where(at_price, own_psi, psi)
+        done = (at_price | found).to(tl.float64)
+        mode = tl.where(saturated & (at_price == 0), 1.0, mode)
+        price = tl.where(at_price, price, -1.0)
+        on_ball = (at_price == 0).to(tl.float64)
+        paid = tl.where(at_price | (given < 0), paid, given)
         if tl.program_id(0) == 0:
             _write_search(target, search)
     if tl.program_id(0) == 0:
         tl.store(target + _X, x)
         tl.store(target + _PSI, psi)
+        tl.store(target + PRICE, price)
+        tl.store(target + PAID, paid)
+        tl.store(target + ON_BALL, on_ball)
         tl.store(target + DONE, done)
         tl.store(target + MODE, mode)
         tl.store(target + FRESH, 0.0)
-    return x, psi, psi, psi, mode, done
+    return _rate(x, price), psi, psi, psi, mode, done
+
+
+@triton.jit
+def _kl_outset(radius, variance, span):
+    """Return x where D is the radius to second order, but at least what any losses of that range need."""
+    x = tl.maximum(0.5 * (tl.log(2.0 * radius) - tl.log(variance)), 0.5 * tl.log(8.0 * radius) - tl.log(span))
+    return tl.minimum(x, _CEILING)
 
 
 @triton.jit
@@ -215,8 +236,7 @@ def _kl_start(state, sample, share, radius, mean, variance, span):
     own_mean = tl.sum(sample * share, 0)
     y = sample - own_mean
     own_variance = tl.sum(y * y * share, 0)
-    begun = tl.maximum(0.5 * (tl.log(2.0 * radius) - tl.log(variance)), 0.5 * tl.log(8.0 * radius) - tl.log(span))
-    begun = tl.minimum(begun, _CEILING)
+    begun = _kl_outset(radius, variance, span)
     search, step, x = _open_search(radius, span), 0, begun
     sample, share, everywhere = sample.to(tl.float32), share.to(tl.float32), sample <= 0
     while (step < 14) & (x < 60.0):
@@ -278,6 +298,8 @@ def _chi_square_moved(source, target, sums, parts, n, close, PARTS: tl.constexpr
     floor, center, done = tl.load(source + _FLOOR), tl.load(source + _CENTER), tl.load(source + DONE)
     strength, offset, nu = tl.load(source + _STRENGTH), tl.load(source + _OFFSET), tl.load(source + _NU)
     safe, before, mode = tl.load(source + _SAFE), tl.load(source + _BEFORE), tl.load(source + MODE)
+    radius, price = tl.load(source + RADIUS), tl.load(source + PRICE)
+    paid, on_ball = tl.load(source + PAID), tl.load(source + ON_BALL)
     if (done == 0) & (tl.load(source + FRESH) == 0):
         count = total(sums, 0, parts, PARTS)
         first, second = total(sums, 1, parts, PARTS), total(sums, 2, parts, PARTS)
@@ -285,12 +307,24 @@ def _chi_square_moved(source, target, sums, parts, n, close, PARTS: tl.constexpr
         shift = mean - center
         canceled = shift * shift > 64.0 * variance
         valid, following, new_nu, new_strength, new_offset, spread = _supported(
-            tl.load(source + RADIUS), tl.load(source + PRICE), kept, dropped, mean, variance
+            radius, price, kept, dropped, mean, variance
         )
         again = canceled & valid
         stuck = (valid == 0) & (floor <= safe)  # nothing smaller than a support that holds the answer's
         small = tl.abs(following - floor) <= close * spread
         found = valid & (small | ((count == before) & (following >= floor)))
+        # A hybrid whose penalty lies outside the ball goes on from there.
+        square = variance / (new_strength * new_strength) + new_offset * new_offset
+        outside = found & (again == 0) & (price >= 0) & (0.5 * (kept * square + dropped) > radius)
+        if outside:
+            on_ball, paid, price = on_ball * 0.0 + 1.0, price, price * 0.0 - 1.0
+            _, safe, _, _, _, _ = _supported(
+                radius, price, 1.0, 0.0, tl.load(source + MEAN), tl.load(source + VARIANCE)
+            )
+            valid, following, new_nu, new_strength, new_offset, spread = _supported(
+                radius, price, kept, dropped, mean, variance
+            )
+            found = found & (count < 0)
         done = ((found & (again == 0)) | stuck).to(tl.float64)
         mode = tl.where(stuck, 1.0, mode)
         safe = tl.where(valid & (following >= floor) & (again == 0), tl.maximum(safe, floor), safe)
@@ -303,6 +337,9 @@ def _chi_square_moved(source, target, sums, parts, n, close, PARTS: tl.constexpr
         _write_support(target, floor, nu, strength, center, offset)
         tl.store(target + _SAFE, safe)
         tl.store(target + _BEFORE, before)
+        tl.store(target + PRICE, price)
+        tl.store(target + PAID, paid)
+        tl.store(target + ON_BALL, on_ball)
         tl.store(target + DONE, done)
         tl.store(target + MODE, mode)
         tl.store(target + FRESH, 0.0)
@@ -338,10 +375,10 @@ def _chi_square_start(state, sample, share, radius, price, mean, variance, span)
 
 
 @triton.jit
-def _parameter(at, absent: tl.constexpr):
-    """Return a parameter of this program's row, -1 where there is none, and whether it is refused."""
-    if absent:
-        value, refused = tl.full((), -1.0, tl.float64), tl.full((), 0, tl.int1)
+def _parameter(at, absent):
+    """Return a parameter of this program's row, or what stands for one that is absent, and whether it is refused."""
+    if at is None:
+        value, refused = tl.full((), absent, tl.float64), tl.full((), 0, tl.int1)
     else:
         value = tl.load(at + tl.program_id(1))
         refused = ((value >= 0) & (value < _INFINITY)) == 0
@@ -350,31 +387,41 @@ def _parameter(at, absent: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "parts"])
 def start(
-    z, work, parameter, n, parts, BALL: tl.constexpr, SAMPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    FAMILY: tl.constexpr, PARTS: tl.constexpr,
+    z, work, radius_at, strength_at, n, parts, SAMPLE: tl.constexpr, ALIGNED: tl.constexpr, FAMILY: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Finish the first look of each row by one program; find the ends of the parameter's range; solve a sample."""
+    """Finish the first look of each row by one program; find the ends of the parameter's range; solve a sample.
+
+    A hybrid begins as the penalty, and goes on as the ball once that is found to lie outside.
+    """
     here = workspace(work, parts)
     refused, top, low, scale, span, mean, variance, share = looked_at(here, parts, n, PARTS)
-    radius, bad_radius = _parameter(parameter, not BALL)
-    strength, bad_strength = _parameter(parameter, BALL)
-    price = tl.where(strength >= 0, strength * scale, -1.0)
+    radius, bad_radius = _parameter(radius_at, _INFINITY)
+    strength, bad_strength = _parameter(strength_at, -1.0)
     refused = refused | bad_radius | bad_strength
+    price = strength * scale
     largest = (1.0 / share - 1.0) / 2 if FAMILY == _CHI_SQUARE else -tl.log(share)
-    hard = (span == 0) | tl.where(price >= 0, price == 0, radius >= largest)
-    flat = tl.where(price >= 0, price > 4e307, radius == 0)
+    bound = (price < 0) | ((radius < largest) & ((price == 0) | ((radius == 0) & (price <= 4e307))))
+    if FAMILY == _CHI_SQUARE:  # a price at which all losses are in the support
+        bound = bound | ((mean - price <= -span) & (price > 0) & (variance > 2.0 * radius * price * price))
+    paid = tl.where(bound, tl.maximum(price, 0.0), 0.0)
+    price = tl.where(bound, -1.0, price)
+    hard = (span == 0) | tl.where(bound, radius >= largest, price == 0)
+    flat = tl.where(bound, radius == 0, price > 4e307)
     mode = tl.where(hard, 1.0, tl.where(flat, 2.0, 0.0))
     state = state_at(here, 1)
     done = refused | (mode != 0)
     if done == 0:
-        sample, held = sampled(z, here, parts, n, top, scale, SAMPLE, PARTS, ALIGNED)
         if FAMILY == _CHI_SQUARE:
+            sample, held = sampled(z, here, parts, n, top, scale, SAMPLE, PARTS, ALIGNED)
             done = _chi_square_start(state, sample, held, radius, price, mean, variance, span)
-        elif BALL:
+        elif strength_at is None:
+            sample, held = sampled(z, here, parts, n, top, scale, SAMPLE, PARTS, ALIGNED)
             _kl_start(state, sample, held, radius, mean, variance, span)
         else:
-            tl.store(state + _X, 0.0)
+            tl.store(state + _X, _kl_outset(radius, variance, span))
             tl.store(state + _PSI, 0.0)
+            _write_search(state, _open_search(radius, span))
     tl.store(state + REFUSED, refused.to(tl.float64))
     tl.store(state + TOP, top)
     tl.store(state + LOW, low)
@@ -387,6 +434,8 @@ def start(
     tl.store(state + DONE, done.to(tl.float64))
     tl.store(state + RADIUS, radius)
     tl.store(state + PRICE, price)
+    tl.store(state + PAID, paid)
+    tl.store(state + ON_BALL, bound.to(tl.float64))
     tl.store(state + FRESH, 1.0)
 
 
@@ -417,8 +466,7 @@ def step(
     if done == 0:
         state, sums, TILE = state_at(here, turn), sums_at(here, turn + 1, parts), ROWS * LANES
         top, scale, mean = tl.load(state + TOP), tl.load(state + SCALE), tl.load(state + MEAN)
-        rate = _rate(one, tl.load(state + PRICE))
-        near = _is_near(rate, mean)
+        near = _is_near(one, mean)
         origin = tl.where(near, mean, 0.0)
         row, lanes = row_of(z, n, ALIGNED), places(ROWS, LANES)
         first = tl.zeros((LANES,), tl.float64)
@@ -430,7 +478,7 @@ def step(
             if FAMILY == _CHI_SQUARE:
                 a, b, c = _above(tl.where(inside, d, -_INFINITY), one, other)
             else:
-                _power, a, b, c = _kl_terms(d, rate, origin, near, inside)
+                _power, a, b, c = _kl_terms(d, one, origin, near, inside)
             first += tl.sum(a, 0)
             second += tl.sum(b, 0)
             third += tl.sum(c, 0)
@@ -449,8 +497,7 @@ def weigh(
     one, other, strength, offset, mode, _ = _moved(here, turn, parts, n, FAMILY, PARTS, SINGLE)
     state, sums, TILE = state_at(here, turn), sums_at(here, turn + 1, parts), ROWS * LANES
     top, scale, mean = tl.load(state + TOP), tl.load(state + SCALE), tl.load(state + MEAN)
-    rate = _rate(one, tl.load(state + PRICE))
-    near = _is_near(rate, mean)
+    near = _is_near(one, mean)
     origin = tl.where(near, mean, 0.0)
     each = 1.0 / n.to(tl.float64)
     steady = tl.where(mode == 2, each, 0.0)
@@ -470,7 +517,7 @@ def weigh(
             a = tl.where(inside, tilt, 0.0)
             b, c = a * (d - mean), a * tilt
         else:
-            power, a, b, c = _kl_terms(d, rate, origin, near, inside)
+            power, a, b, c = _kl_terms(d, one, origin, near, inside)
             weight = power * each
         if mode != 0:
             weight = tl.where(d == 0.0, tied, steady)
@@ -526,10 +573,10 @@ def _into_ball(gain, dual, strength, distance, radius, price):
 
 @triton.jit(do_not_specialize=["n", "parts", "turn"])
 def finish(
-    work, parameter, fields, failed, n, parts, turn, BALL: tl.constexpr, FAMILY: tl.constexpr, PARTS: tl.constexpr,
-    SINGLE: tl.constexpr,
+    work, weights, strength_at, fields, failed, n, parts, turn, FAMILY: tl.constexpr, PARTS: tl.constexpr,
+    SINGLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Write fields and status of each row by one program, and what its weights are to be multiplied by."""
+    """Write the fields of each row, by its first program; make its weights sum to one, and lie in the ball."""
     here = workspace(work, parts)
     state, sums = state_at(here, turn), sums_at(here, turn, parts)
     first, second = total(sums, 0, parts, PARTS) / n, total(sums, 1, parts, PARTS) / n
@@ -556,22 +603,26 @@ def finish(
     gap = tl.where(at_end, 0.0, dual - gain)
     certain = tl.abs(gap) <= (1e-7 if SINGLE else 1e-9) * tl.abs(gain) + 1.5e-14 * tl.load(state + RANGE)
     certain = certain & (tl.load(state + REFUSED) == 0)
-    write_outcome(state, failed, tl.where(felt, kept / mass, 1.0), tl.where(felt, (1.0 - kept) / n, 0.0), certain)
     distance = tl.where(hard, largest, tl.where(flat, 0.0, distance))
-    threshold = tl.where(hard, 0.0, tl.where(flat, mean, threshold))
-    strength = tl.where(hard, 0.0, tl.where(flat, _INFINITY, strength))
-    top, scale = tl.load(state + TOP), tl.load(state + SCALE)
-    highest = (tl.load(state + RANGE) == 0) | (hard & (BALL | (price == 0)))
-    if BALL:
-        strength = strength / scale
-    else:
-        strength = tl.load(parameter + tl.program_id(1))
+    on_ball, paid = tl.load(state + ON_BALL), tl.load(state + PAID) * distance
+    if strength_at is not None:
         gain = tl.where(hard & (price > 0), gain - price * largest, gain)
-    write_field(fields, 0, tl.where(highest, top, top + (mean + gain) / scale), certain)
-    write_field(fields, 1, gain / scale, certain)
-    write_field(fields, 2, top + threshold / scale, certain)
-    write_field(fields, 3, strength, certain)
-    write_field(fields, 4, gap / scale, certain)
-    write_field(fields, 5, distance, certain)
-    write_field(fields, 6, 0.0 * distance, certain)
-    write_field(fields, 7, 0.0 * distance + (1.0 if BALL else 0.0), certain)
+        outside = distance > tl.load(state + RADIUS) * (1 + 1e-12)  # a hybrid has a radius, a penalty an infinite one
+        certain = certain & ((on_ball != 0) | (outside == 0))
+    factor, added = tl.where(felt, kept / mass, 1.0), tl.where(felt, (1.0 - kept) / n, 0.0)
+    reweigh(weights, failed, n, factor, added, certain, ROWS, LANES, ALIGNED)
+    if tl.program_id(0) == 0:
+        top, scale = tl.load(state + TOP), tl.load(state + SCALE)
+        highest = (tl.load(state + RANGE) == 0) | (hard & ((on_ball != 0) | (price == 0)))
+        threshold = tl.where(hard, 0.0, tl.where(flat, mean, threshold))
+        strength = tl.where(hard, 0.0, tl.where(flat, _INFINITY, strength)) / scale
+        if strength_at is not None:
+            strength = tl.where(on_ball != 0, strength, tl.load(strength_at + tl.program_id(1)))
+        write_field(fields, 0, tl.where(highest, top - paid / scale, top + (mean + (gain - paid)) / scale), certain)
+        write_field(fields, 1, (gain - paid) / scale, certain)
+        write_field(fields, 2, top + threshold / scale, certain)
+        write_field(fields, 3, strength, certain)
+        write_field(fields, 4, gap / scale, certain)
+        write_field(fields, 5, distance, certain)
+        write_field(fields, 6, 0.0 * distance, certain)
+        write_field(fields, 7, on_ball, certain)

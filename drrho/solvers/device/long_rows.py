@@ -4,6 +4,10 @@ A row is read by all programs of a launch, a tile at a time. Each program stores
 of the next launch add them up, all in the same order and so to the same bits: nothing waits for the host.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton
@@ -28,8 +32,8 @@ DONE = tl.constexpr(9)  # whether the multipliers are found
 RADIUS = tl.constexpr(10)
 PRICE = tl.constexpr(11)  # in units of d; -1: none is given
 FRESH = tl.constexpr(12)  # whether no pass has been made
-FACTOR = tl.constexpr(13)  # what weights are multiplied by, and what is then added, once all sums are known
-ADDED = tl.constexpr(14)
+PAID = tl.constexpr(13)  # the price of a hybrid whose radius binds, else 0
+ON_BALL = tl.constexpr(14)  # whether the radius determines the strength
 OWN = tl.constexpr(16)  # the first number of what belongs to a divergence
 
 _STATES = tl.constexpr(STATES)
@@ -252,26 +256,16 @@ def write_field(fields, field: tl.constexpr, value, certain):
 
 
 @triton.jit
-def write_outcome(state, failed, factor, added, certain):
-    """Leave what the weights are to be multiplied by, NaN where nothing is certain, and say whether that is so."""
-    tl.store(state + FACTOR, tl.where(certain, factor, float("nan")))
-    tl.store(state + ADDED, added)
+def reweigh(weights, failed, n, factor, added, certain, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Multiply the stored weights by a factor and add a number to each, where that changes them.
+
+    Where nothing is certain they are NaN, and ``failed`` is one.
+    """
+    factor = tl.where(certain, factor, float("nan"))
     if failed is not None:
         tl.store(failed, 1, mask=certain == 0)
-
-
-# --- weights once all is known ---------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["n", "turn"])
-def reweigh(weights, work, n, turn, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Multiply the stored weights by a factor and add a number to each, where the state says so."""
-    state = state_at(workspace(work, tl.num_programs(0)), turn)
-    factor, added = tl.load(state + FACTOR), tl.load(state + ADDED)
     if (factor != 1.0) | (added != 0.0):
-        row = row_of(weights, n, ALIGNED)
-        TILE: tl.constexpr = ROWS * LANES
-        lanes = places(ROWS, LANES)
+        row, lanes, TILE = row_of(weights, n, ALIGNED), places(ROWS, LANES), ROWS * LANES
         for tile in range(tl.program_id(0), tl.cdiv(n, TILE), tl.num_programs(0)):
             x, _ = load_tile(row, tile, n, factor, lanes, TILE)
             store_tile(row, tile, n, x.to(tl.float64) * factor + added, lanes, TILE)

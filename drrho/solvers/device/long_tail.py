@@ -5,6 +5,10 @@ into the bin that holds the threshold, until a bin is a single number. Few losse
 counted one by one; those equal to the sample's own order statistics, which may be many, are counted together.
 """
 
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import triton
@@ -26,6 +30,7 @@ from drrho.solvers.device.long_rows import (
     looked_at,
     places,
     put_total,
+    reweigh,
     row_of,
     state_at,
     store_tile,
@@ -33,7 +38,6 @@ from drrho.solvers.device.long_rows import (
     total,
     workspace,
     write_field,
-    write_outcome,
 )
 
 BINS = 2048
@@ -281,9 +285,10 @@ def _tilts(alpha, higher, equal, n):
 
 @triton.jit(do_not_specialize=["n", "parts", "turn"])
 def finish_tail(
-    work, z, strength, fields, failed, n, parts, turn, SINGLE: tl.constexpr, PARTS: tl.constexpr,
+    work, z, weights, strength, fields, failed, n, parts, turn, SINGLE: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Write fields and status of each row by one program."""
+    """Write the fields of each row, by its first program; make its weights NaN where nothing is certain."""
     here = workspace(work, parts)
     state, sums = state_at(here, turn), sums_at(here, turn, parts)
     alpha, mean, top, scale = (
@@ -305,12 +310,13 @@ def finish_tail(
     gap = from_mean + exceeded / alpha - gain
     certain = tl.abs(gap) <= (1e-7 if SINGLE else 1e-9) * tl.abs(gain) + 1.5e-14 * tl.load(state + RANGE)
     certain = certain & (tl.load(state + DONE) != 0) & (tl.load(state + REFUSED) == 0)
-    write_outcome(state, failed, nothing + 1.0, nothing, certain)
-    write_field(fields, 0, tl.where(depth == 0, top, top + (mean + gain) / scale), certain)
-    write_field(fields, 1, gain / scale, certain)
-    write_field(fields, 2, threshold, certain)
-    write_field(fields, 3, nothing if strength is None else tl.load(strength + tl.program_id(1)), certain)
-    write_field(fields, 4, gap / scale, certain)
-    write_field(fields, 5, nothing, certain)
-    write_field(fields, 6, -exceeded / (alpha * alpha) / scale, certain)
-    write_field(fields, 7, nothing + 1.0 if strength is None else nothing, certain)
+    reweigh(weights, failed, n, nothing + 1.0, nothing, certain, ROWS, LANES, ALIGNED)
+    if tl.program_id(0) == 0:
+        write_field(fields, 0, tl.where(depth == 0, top, top + (mean + gain) / scale), certain)
+        write_field(fields, 1, gain / scale, certain)
+        write_field(fields, 2, threshold, certain)
+        write_field(fields, 3, nothing if strength is None else tl.load(strength + tl.program_id(1)), certain)
+        write_field(fields, 4, gap / scale, certain)
+        write_field(fields, 5, nothing, certain)
+        write_field(fields, 6, -exceeded / (alpha * alpha) / scale, certain)
+        write_field(fields, 7, nothing + 1.0 if strength is None else nothing, certain)

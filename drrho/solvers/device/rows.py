@@ -15,13 +15,16 @@ from drrho.solvers.device.answers import chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
 from drrho.solvers.device.kl import kl
 from drrho.solvers.device.launch import launch
-from drrho.solvers.device.tail import tail_mean
+from drrho.solvers.device.powers import form_of, powers
+from drrho.solvers.device.tail import tail_mean, total_variation
 from drrho.solvers.device.tiles import EPS, INFINITY, Row, look
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _CHI_SQUARE = tl.constexpr(0)
 _KL = tl.constexpr(1)
 _TAIL = tl.constexpr(2)
+_TOTAL_VARIATION = tl.constexpr(3)
+_POWER = tl.constexpr(5)  # and from there on one for each form of powers
 
 
 @triton.jit
@@ -32,11 +35,15 @@ def _parameter(pointer, index, good):
 
 
 @triton.jit
-def _solved(row, radius, price, chosen, KIND: tl.constexpr, TILE: tl.constexpr, BALL: tl.constexpr):
+def _solved(row, order, radius, price, chosen, KIND: tl.constexpr, TILE: tl.constexpr, BALL: tl.constexpr):
     if KIND == _CHI_SQUARE:
         answer = chi_square(row, radius, price, chosen, TILE, BALL)
-    else:
+    elif KIND == _KL:
         answer = kl(row, radius, price, chosen, TILE, BALL)
+    elif KIND == _TOTAL_VARIATION:
+        answer = total_variation(row, radius, price, chosen, TILE, BALL)
+    else:
+        answer = powers(row, order + tl.zeros_like(row.mean), radius, price, chosen, TILE, KIND - _POWER, BALL)
     return answer
 
 
@@ -56,13 +63,13 @@ def _answered(row, radius, strength, alpha, order, index, good, KIND: tl.constex
         good = good & (a > 0) & (a <= 1)
         answer = tail_mean(row, a, good, TILE)
     elif strength is None:
-        answer = _solved(row, r, price, good, KIND, TILE, True)
+        answer = _solved(row, order, r, price, good, KIND, TILE, True)
     else:
-        answer = _solved(row, r, price, good, KIND, TILE, False)
+        answer = _solved(row, order, r, price, good, KIND, TILE, False)
         if radius is not None:
             outside = good & (answer.distance > r)
             if tl.max(outside.to(tl.int32), 0) > 0:
-                ball = _solved(row, r, price, outside, KIND, TILE, True)
+                ball = _solved(row, order, r, price, outside, KIND, TILE, True)
                 answer = chosen_of(outside, ball, answer)
             on_ball = outside.to(tl.float64)
             paid = tl.where(outside, price * answer.distance, 0.0)
@@ -168,6 +175,7 @@ def solve_rows(
     fields = torch.empty((FIELDS, *z.shape[:-1]), dtype=answer, device=z.device)
     together, tile, warps = _shape(rows, n)
     stride = 0 if base is None or len(base) == 1 else n
+    kind = kernel + form_of(order) if kernel == _POWER.value else kernel
     arguments = (z, base, radius, strength, alpha, weights, fields, failed, rows, n, stride, order)
-    launch(_solve_rows, -(-rows // together), arguments, (kernel, together, tile), warps)
+    launch(_solve_rows, -(-rows // together), arguments, (kind, together, tile), warps)
     return weights, fields

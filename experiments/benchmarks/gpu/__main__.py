@@ -117,6 +117,10 @@ def measure(options: Options) -> int:
     for names in (at_once, *([name] for name in wanted if name not in at_once)):
         with ThreadPoolExecutor(max(1, len(names))) as pool:
             list(pool.map(lambda name: _run(name, options, deadline), names))
+    for kept in records_in(options.out):
+        met = [aim["met"] for aim in kept["aims"]]
+        if kept["part"] in wanted and met:
+            print(f"== {kept['part']}: {met.count('yes')} of {len(met)} figures reached", flush=True)
     failed = [name for name in wanted if not _is_good(options.out, name)]
     print(f"== {'failed: ' + ', '.join(failed) if failed else 'nothing failed'}", flush=True)
     return int(bool(failed))
@@ -181,7 +185,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_GRACE)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # one whose kernel does not end may not be ended either
+        process.wait(_GRACE)
 
 
 def write_page(out: Path) -> None:

@@ -15,6 +15,7 @@ from experiments.benchmarks.measure import explain
 
 Task = TypeVar("Task")
 _SPAWN = multiprocessing.get_context("spawn")
+_PATIENCE = 10.0  # seconds for a process to end
 # After an error of the driver, every later call of the process fails too.
 _BROKEN = ("CUDA error", "CUDA driver", "device-side assert", "illegal memory access")
 
@@ -44,13 +45,13 @@ class _Worker:
         try:
             result, problem, is_sound = self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join(10)
+            self.process.join(_PATIENCE)
             result, problem, is_sound = None, f"its process ended with status {self.process.exitcode}", False
         return Outcome(self.task, result, problem), is_sound
 
     def end(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(_PATIENCE)  # one whose kernel does not end may not be ended either
         self.pipe.close()
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from experiments.benchmarks.gpu.cases import Setting
 from experiments.benchmarks.gpu.clock import synchronize
 from experiments.benchmarks.gpu.record import Record
@@ -69,7 +71,7 @@ def run_towers(setting: Setting, record: Record) -> None:
     for method in ("openclip", "drrho"):
         words = ["--catalog", catalog, "--batch-size", batch, "--workers", workers, "--epochs", 1, "--method", method]
         words += ["--model", "glyph-micro" if setting.small else "ViT-B-32", "--log-every", 10]
-        words += ["--precision", "float32" if setting.small else "bfloat16", "--checkpoint-minutes", 1000]
+        words += ["--precision", "float32" if setting.small else "bfloat16"]
         if method == "drrho":
             words += ["--temperature", 0.05]
         name = f"ViT-B/32 x 1024, {method}{', reference beside it' * (method == 'drrho')}"
@@ -82,7 +84,6 @@ def run_glyphs(setting: Setting, record: Record) -> None:
     steps = Steps(2, 1, 1) if setting.small else Steps(30, 40, 10)
     for preset in ("glyph-steered", "glyph-unsteered"):
         words: list[Any] = ["--preset", preset, "--cache", setting.scratch / "cache", "--size", "small"]
-        words += ["--checkpoint-minutes", 1000]
         if setting.small:
             words += ["--model", "glyph-micro", "--batch-size", 8, "--fraction", 0.02, "--epochs", 1]
         record.attempt(preset, lambda w=words, n=preset: profile(n, w, steps, setting, record, None))
@@ -92,8 +93,6 @@ def profile(
     name: str, words: Sequence[Any], steps: Steps, setting: Setting, record: Record, busy_reach: float | None
 ) -> None:
     """Train as the words say, and write down what is seen in the steps."""
-    import torch
-
     from experiments.benchmarks.gpu.training import train
     from experiments.clip.distributed import Ranks
 
@@ -104,6 +103,7 @@ def profile(
         "reads of a value by the host, copies and their bytes. In the JSON file: the kernels that take longest.",
     )
     watch = Watch(steps)
+    words = [*words, "--validations", 1, "--checkpoint-minutes", 1000, "--logs", "jsonl"]  # nothing but steps
     train(words, setting.scratch / name.replace("/", "-"), Ranks(device=torch.device(setting.device)), watch)
     assert watch.trace is not None, "the training ended before the steps that are traced"
     found = watch.trace.per(steps.traced)

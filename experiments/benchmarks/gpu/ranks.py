@@ -58,6 +58,8 @@ class Place(NamedTuple):
 def run(setting: Setting, record: Record) -> None:
     """Compare with and without a group, of one rank, and without a GPU also of two."""
     record.text("Ranks", "Differences from the same without a group, relative to the norm.")
+    if missing := missing_packages(*TRAINER):
+        record.text("Ranks", f"The trainings were left out: they need {missing[0]}, see --packages.")
     counts = (1,) if setting.device == "cuda" else (1, 2)
     for count in counts:
         places = [Place(rank, count, setting, _free_port()) for rank in range(count)]

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     text : Tensor ``[b, length]``
         Tokens of the captions, in 32 bits.
     index : Tensor ``[b]``
-        Sample indices.
+        Sample indices, on the host.
     skipped : mapping
         Number of samples of this part that could not be used, by reason.
     reference_inputs : tuple of Tensor, optional
@@ -48,16 +48,16 @@ class Batch(NamedTuple):
 
     def rows(self, rows: Tensor) -> Batch:
         """Return the pairs in rows ``rows`` ``[k]`` of the batch, in that order; ``skipped`` stays the same."""
-        return self.of_each(lambda part: part[rows.to(part.device)])._replace(size=0)
+        chosen = self.of_each(lambda part: part[rows.to(part.device)])
+        return chosen._replace(index=self.index[rows.to(self.index.device)], size=0)
 
     def of_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with each of its tensors changed."""
+        """Return the batch with each tensor changed that is an input of a model; the indices stay on the host."""
         inputs = None
         if self.reference_inputs is not None:
             image, text = self.reference_inputs
             inputs = change(image), change(text)
-        own = {name: change(getattr(self, name)) for name in ("image", "text", "index")}
-        return self._replace(**own, reference_inputs=inputs)
+        return self._replace(image=change(self.image), text=change(self.text), reference_inputs=inputs)
 
 
 class Stream(Protocol):

@@ -79,6 +79,7 @@ class LiveReference:
         parts = range(0, len(images), _SPREAD_PART)
         prepare = self._clip.preprocess
         prepared = (torch.stack([prepare(image) for image in images[k : k + _SPREAD_PART]]) for k in parts)
-        image = torch.cat([self._clip.encode_image(part) for part in prepared])
-        text = torch.cat([self._clip.encode_text(captions[k : k + _SPREAD_PART]) for k in parts])
+        with torch.compiler.set_stance("force_eager"):  # towers are compiled for the batches of training
+            image = torch.cat([self._clip.encode_image(part) for part in prepared])
+            text = torch.cat([self._clip.encode_text(captions[k : k + _SPREAD_PART]) for k in parts])
         return margin_spread(image, text)

@@ -1,25 +1,39 @@
-"""The numbers of a run: what is measured, means between two lines of the log, and where the lines are written."""
+"""The numbers of a run: what is measured, means between two lines of the log, and where the lines are written.
+
+A step's numbers are computed by the device, which is not waited for: they are summed over ranks in one message, and
+read some steps later.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from drrho.coefficient import covariances_within_anchors
+from drrho.routes import BatchIndex
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, printable
 from experiments.clip.io.files import append_line
-from experiments.clip.training.methods import Features
-from experiments.clip.training.numbers import Record
+from experiments.clip.training.methods import Features, Number, RankSum
 from experiments.clip.training.options import LogName
+
+# What a page could take for markup, and a terminal for a command, in the name of a number.
+_MARKUP = re.compile(r"[^\w ./:@+-]")
+
+#: Numbers by name.
+Record = dict[str, float]
 
 
 class Logs:
@@ -28,7 +42,7 @@ class Logs:
     Parameters
     ----------
     folder : Path
-        Where ``log.jsonl`` and TensorBoard's events go.
+        Where ``log.txt``, ``log.jsonl`` and TensorBoard's events go.
     names : sequence of str
         Which logs to write.
     settings : dict
@@ -36,6 +50,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path, names: Sequence[LogName], settings: dict[str, Any]) -> None:
+        self._text = folder / "log.txt" if "text" in names else None
         self._lines = folder / "log.jsonl" if "jsonl" in names else None
         self._board = self._wandb = None
         if "tensorboard" in names:
@@ -53,11 +68,15 @@ class Logs:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""
+        if self._text is not None:
+            now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            numbers = (f"{printable(name)} {value:.6g}" for name, value in values.items())
+            append_line(self._text, f"{now}  step {step}  {'  '.join(numbers)}")
         if self._lines is not None:
             append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(_MARKUP.sub("_", name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -142,3 +161,107 @@ class StepMeans:
             found["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._ranks.device) / 1e9
         self._reset()
         return found
+
+
+class Underway(NamedTuple):
+    """A step whose numbers are not read yet.
+
+    Attributes
+    ----------
+    step : int
+        Steps before it.
+    scored, trained : BatchIndex
+        Samples that the stream gave, and those that a backward pass was for.
+    skipped : mapping
+        Number of this rank's samples that could not be used, by reason.
+    log, after : dict
+        What the step logs, and what the method's own step does.
+    steering : callable
+        Measures what steering depends on, on its batch.
+    """
+
+    step: int
+    scored: BatchIndex
+    trained: BatchIndex
+    skipped: Mapping[str, int]
+    log: dict[str, Number]
+    after: Mapping[str, Number] = MappingProxyType({})
+    steering: Callable[[], Record] = dict
+
+
+def packed(numbers: Sequence[Tensor]) -> Tensor:
+    """Return scalars of any types in one tensor, float64, by a few operations."""
+    dtypes = list(dict.fromkeys(number.dtype for number in numbers))
+    parts = [[k for k, number in enumerate(numbers) if number.dtype == dtype] for dtype in dtypes]
+    stacked = [torch.stack([numbers[k].detach().reshape(()) for k in part]).double() for part in parts]
+    if len(parts) == 1:
+        return stacked[0]
+    places = {k: place for place, k in enumerate(k for part in parts for k in part)}
+    together = torch.cat(stacked).unbind()
+    return torch.stack([together[places[k]] for k in range(len(numbers))])
+
+
+def on_device(log: Mapping[str, Number]) -> list[Tensor]:
+    """Return the numbers that the device computes and every rank has, in order."""
+    return [number for number in log.values() if isinstance(number, Tensor)]
+
+
+def parts_of_ranks(log: Mapping[str, Number]) -> list[Tensor]:
+    """Return this rank's parts of the numbers that are summed over ranks, in order."""
+    return [number.part for number in log.values() if isinstance(number, RankSum)]
+
+
+def filled_in(log: Mapping[str, Number], sums: Iterable[float], values: Iterable[float]) -> Record:
+    """Return the log with the numbers that `parts_of_ranks`, summed, and `on_device` gave."""
+    sums, values, record = iter(sums), iter(values), {}
+    for name, number in log.items():
+        if isinstance(number, RankSum):
+            record[name] = number.finish(next(sums))
+        elif isinstance(number, Tensor):
+            value = next(values)
+            record[name] = value if number.is_floating_point() else int(value)
+        else:
+            record[name] = number
+    return record
+
+
+class LateNumbers:
+    """Numbers that are copied from the device while it goes on, and received in order some steps later.
+
+    Parameters
+    ----------
+    lag : int
+        How many of the last ones may still be on their way; the same on all ranks, which receive them alike.
+    """
+
+    def __init__(self, device: torch.device, lag: int) -> None:
+        self._device, self._lag = device, lag
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: deque[tuple[Callable[[], list[float]], Callable[[list[float]], None]]] = deque()
+
+    def put(self, numbers: Tensor | None, receive: Callable[[list[float]], None]) -> None:
+        """Send numbers ``[n]``, or none, to ``receive``."""
+        self._pending.append((list if numbers is None else self._copied(numbers), receive))
+
+    def read(self, *, all_of_them: bool = False) -> None:
+        """Let those be received that are old enough."""
+        while len(self._pending) > (0 if all_of_them else self._lag):
+            values, receive = self._pending.popleft()
+            receive(values())
+
+    def _copied(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """Start to copy the numbers; return what waits for them."""
+        if self._stream is None:
+            return numbers.tolist
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        copy, done = torch.empty_like(numbers, device="cpu", pin_memory=True), torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            copy.copy_(numbers, non_blocking=True)
+            done.record()
+        numbers.record_stream(self._stream)
+
+        def values() -> list[float]:
+            done.synchronize()
+            return copy.tolist()
+
+        return values

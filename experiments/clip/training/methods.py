@@ -6,7 +6,7 @@ fields of `experiments.clip.training.options.Loss`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +23,6 @@ from drrho.routes import BatchIndex
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.training.numbers import Number, RankSum
 from experiments.clip.training.options import Loss, TemperatureSchedule
 
 Features = tuple[Tensor, Tensor]  # of images and texts, unit vectors ``[b, d]``
@@ -33,6 +32,17 @@ Temperatures = Tensor | tuple[Tensor, Tensor]
 
 # FastCLIP v3 divides the temperature's learning rate by 3 below this temperature (Wei et al., 2024, arXiv:2407.01445).
 _LATE_TEMPERATURE, _LATE_RATE = 0.03, 1 / 3
+
+
+class RankSum(NamedTuple):
+    """A number to log of which every rank has a part: ``finish`` of the sum of the parts over ranks."""
+
+    part: Tensor
+    finish: Callable[[float], float]
+
+
+#: A number to log: one that the host knows, or one that the device will have computed.
+Number = float | Tensor | RankSum
 
 
 class Pending(NamedTuple):
@@ -54,6 +64,17 @@ class MethodLoss(NamedTuple):
     value: Tensor
     log: dict[str, Number]
     pending: Pending | None = None
+
+
+class Outcome(NamedTuple):
+    """Whether a step is taken: booleans on the device.
+
+    ``is_finite``: features and loss are finite, and the gradient unless its overflow lowers the loss scale.
+    ``has_gradient``: the gradient is finite too.
+    """
+
+    is_finite: Tensor
+    has_gradient: Tensor
 
 
 class Head(NamedTuple):
@@ -86,13 +107,11 @@ class Method(Protocol):
         """Return the temperature and the bias of its logits as they stand, without a gradient."""
         ...
 
-    def step(
-        self, loss: MethodLoss, scale: float | Tensor, rate: float, is_finite: Tensor, has_gradient: Tensor
-    ) -> dict[str, Number]:
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Update what the method itself keeps, after a backward pass of ``scale`` times the loss; return what to log.
 
-        ``rate`` is the model's learning rate in units of its peak. Nothing changes where ``is_finite``, a boolean on
-        the device, is false, and where ``has_gradient`` is, nothing that is learned by its gradient.
+        ``rate`` is the model's learning rate in units of its peak. Nothing changes without ``outcome.is_finite``, and
+        nothing that is learned by its gradient without ``outcome.has_gradient``.
         """
         ...
 
@@ -121,9 +140,7 @@ class MethodClass(Protocol):
 class _Stateless:
     """A method that learns nothing of its own: what is learned is the model's."""
 
-    def step(
-        self, loss: MethodLoss, scale: float | Tensor, rate: float, is_finite: Tensor, has_gradient: Tensor
-    ) -> dict[str, Number]:
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Return no numbers: there is nothing to update."""
         return {}
 
@@ -313,17 +330,15 @@ class GlobalContrastive:
         assert not isinstance(tau, tuple)
         return tau.detach() if isinstance(tau, Tensor) else tau, 0.0
 
-    def step(
-        self, loss: MethodLoss, scale: float | Tensor, rate: float, is_finite: Tensor, has_gradient: Tensor
-    ) -> dict[str, Number]:
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Update running state and learned temperatures; log their mean over the batch, and how many met a bound."""
         assert loss.pending is not None
-        batch, taus, (image, text), moments = loss.pending
+        (batch, taus, (image, text), moments), (finite, has_gradient) = loss.pending, outcome
         # An estimate or a gradient that is NaN changes nothing.
-        self._running.update(batch, (torch.where(is_finite, image, torch.nan), torch.where(is_finite, text, torch.nan)))
+        self._running.update(batch, (torch.where(finite, image, torch.nan), torch.where(finite, text, torch.nan)))
         if moments is not None and isinstance(self._coefficient, AdaptiveCoefficient):
             after = self._coefficient.moments
-            self._coefficient.moments = torch.where(is_finite, after, moments.to(after.device))
+            self._coefficient.moments = torch.where(finite, after, moments.to(after.device))
         if taus is None or isinstance(self._temperature, ConstantTemperature):
             return {}
         both = taus if isinstance(taus, tuple) else (taus,)
@@ -486,11 +501,9 @@ class Distilled:
         """Return what the other method returns."""
         return self._method.logits_at(head)
 
-    def step(
-        self, loss: MethodLoss, scale: float | Tensor, rate: float, is_finite: Tensor, has_gradient: Tensor
-    ) -> dict[str, Number]:
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Update what the other method keeps."""
-        return self._method.step(loss, scale, rate, is_finite, has_gradient)
+        return self._method.step(loss, scale, rate, outcome)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the other method returns."""

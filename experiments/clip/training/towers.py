@@ -43,8 +43,10 @@ class Towers:
         self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:
             model.set_grad_checkpointing()
+        self._compiled, self._in_graphs = bool(execution.compile), execution.compile == "reduce-overhead"
         if execution.compile:
-            model.compile()  # in place: names of parameters stay what they are
+            # In place: names of parameters stay what they are.
+            model.compile(mode="reduce-overhead" if self._in_graphs else None)
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
             policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
@@ -55,11 +57,10 @@ class Towers:
                 register_fsdp_forward_method(model, method)
         elif ranks.group is not None:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            # Statistics of batches are kept with the weights, and are those of the first rank; others are constants.
-            has_statistics = model.state_dict().keys() != dict(model.named_parameters()).keys()
-            self.model = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=has_statistics, gradient_as_bucket_view=True
-            )
+            # Buffers that no checkpoint holds are constants, which would be broadcast in every forward pass.
+            constants = [name for name, _ in model.named_buffers() if name not in model.state_dict()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+            self.model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
@@ -113,9 +114,17 @@ class Towers:
 
     def _encode(self, part: _Part) -> list[Tensor]:
         inputs = self._clip.prepared(part.image), self._clip.prepared_tokens(part.text)
-        image, text, *head = self.model(*(_filled_up(each, part.rows) for each in inputs))
+        inputs = [_filled_up(each, part.rows) for each in inputs]
+        if self._compiled and part.rows == 1:  # they may have any number of rows
+            for each in inputs:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+        if self._in_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        image, text, *head = self.model(*inputs)
         count = len(part.image)  # 0 where a rank's samples were all skipped, or none chosen
-        return [image[:count], text[:count], *(number.reshape(()) for number in head)]
+        found = [image[:count], text[:count], *(number.reshape(()) for number in head)]
+        # What a graph has returned is written over when it is replayed.
+        return [each.clone() for each in found] if self._in_graphs else found
 
 
 def are_not_finite(*features: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,17 +33,19 @@ from experiments.clip.training.checkpoint import (
     training_state,
 )
 from experiments.clip.training.checkpoint_writer import CheckpointWriter
-from experiments.clip.training.logs import Logs, StepMeans, steering_measures
-from experiments.clip.training.methods import Features, Method, MethodLoss
-from experiments.clip.training.numbers import (
+from experiments.clip.training.logs import (
     LateNumbers,
-    Number,
+    Logs,
     Record,
+    StepMeans,
+    Underway,
     filled_in,
     on_device,
     packed,
     parts_of_ranks,
+    steering_measures,
 )
+from experiments.clip.training.methods import Features, Method, MethodLoss, Number, Outcome
 from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
 from experiments.clip.training.selection import Chosen, Selector
@@ -62,32 +63,6 @@ class Wishes(NamedTuple):
 
     wanted: int = 0
     is_writing: int = 0
-
-
-class Underway(NamedTuple):
-    """A step whose numbers are not read yet.
-
-    Attributes
-    ----------
-    step : int
-        Steps before it.
-    scored, trained : BatchIndex
-        Samples that the stream gave, and those that a backward pass was for.
-    skipped : mapping
-        Number of this rank's samples that could not be used, by reason.
-    log, after : dict
-        What the step logs, and what the method's own step does.
-    steering : callable
-        Measures what steering depends on, on its batch.
-    """
-
-    step: int
-    scored: BatchIndex
-    trained: BatchIndex
-    skipped: Mapping[str, int]
-    log: dict[str, Number]
-    after: Mapping[str, Number] = MappingProxyType({})
-    steering: Callable[[], Record] = dict
 
 
 class Snapshot(NamedTuple):
@@ -329,11 +304,9 @@ class Trainer:
         norm = self._gradient_norm()
         log = {"loss": loss.value, **underway.log, "gradient_norm": norm, **loss.log}
         sums = self._ranks.sum(packed([are_not_finite(*features), *parts_of_ranks(log)]))
-        has_gradient = torch.isfinite(norm)
         is_finite = (sums[0] == 0) & torch.isfinite(loss.value.detach())
-        if not state.scaler.is_enabled:
-            is_finite = is_finite & has_gradient
-        after = self._update(loss, scale, is_finite, is_finite & has_gradient)
+        has_gradient = is_finite & torch.isfinite(norm)
+        after = self._update(loss, scale, Outcome(is_finite if state.scaler.is_enabled else has_gradient, has_gradient))
         steering = partial(steering_measures, features, reference, self._ranks)
         underway = underway._replace(log=log, after=after, steering=steering)
         numbers = [*on_device(log), *on_device(after)]
@@ -378,16 +351,14 @@ class Trainer:
         self.state.scaler.unscale([each.grad for each in model.parameters() if each.grad is not None])
         return clipped_norm(model, self._optimization.clip_norm)
 
-    def _update(
-        self, loss: MethodLoss, scale: float | Tensor, is_finite: Tensor, has_gradient: Tensor
-    ) -> dict[str, Number]:
+    def _update(self, loss: MethodLoss, scale: float | Tensor, outcome: Outcome) -> dict[str, Number]:
         """Update the weights, their moving average and what the method keeps; return the method's numbers to log."""
         state, rate = self.state, self.state.optimizer.param_groups[0]["lr"] / self._optimization.lr
-        log = state.method.step(loss, scale, rate, is_finite, has_gradient)
-        step_if(state.optimizer, has_gradient)
-        state.scaler.update(is_finite, has_gradient)
+        log = state.method.step(loss, scale, rate, outcome)
+        step_if(state.optimizer, outcome.has_gradient)
+        state.scaler.update(*outcome)
         if state.average is not None:
-            state.average.update(state.model.state_dict(), is_finite)
+            state.average.update(state.model.state_dict(), outcome.is_finite)
         return log
 
     def _report(self, underway: Underway, sums: int, numbers: list[float]) -> None:
@@ -438,10 +409,11 @@ class Trainer:
     def validate(self) -> bool:
         """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
         state = self.state
-        record = {"step": state.step, **state.seen, **self._log, **self._steering(), **self._validate()}
+        scores = self._validate()
+        record = {"step": state.step, **state.seen, **self._log, **self._steering(), **scores}
         state.history.append(record)
-        if self._logs is not None:
-            self._logs.write(state.step, {f"validation/{key}": value for key, value in record.items()})
+        if self._logs is not None and scores:
+            self._logs.write(state.step, {f"validation/{key}": value for key, value in scores.items()})
         if self._policy.best is None:
             return False
         return bool(self._ranks.max_over_ranks(int(best_record(state.history, self._policy.best) is record)))
@@ -495,7 +467,9 @@ def _problem(are_features_wrong: bool, loss: float, norm: float, scales: bool) -
 
 
 def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
-    """Return the validation of the highest value of a metric, the first of equals; None without a metric or validation.
+    """Return the validation of the best value of a metric, the first of equals; None without a metric or validation.
+
+    The best is the lowest of a loss or a rank, and the highest of all else.
 
     Raises
     ------
@@ -507,4 +481,5 @@ def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
     for record in history:
         if metric not in record:
             raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
-    return max(history, key=lambda record: (record[metric], -record["step"]))
+    sign = -1 if metric.endswith(("loss", "_rank")) else 1
+    return max(history, key=lambda record: (sign * record[metric], -record["step"]))

@@ -8,7 +8,7 @@ from drrho import KL, penalized_risk
 from drrho.routes import BatchIndex
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.models.clip import new_model
-from experiments.clip.training.methods import Distilled, Head, OpenCLIP
+from experiments.clip.training.methods import Distilled, Head, OpenCLIP, Outcome
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def test_estimates_belong_to_the_samples_of_the_batch():
     method = contrastive()
     image, text = torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=-1)
     loss = method.loss((image, text), BatchIndex.gathered([7, 149, 20]), HEAD, 0, None)
-    method.step(loss, 1.0, 1.0, torch.tensor(True), torch.tensor(True))
+    method.step(loss, 1.0, 1.0, Outcome(torch.tensor(True), torch.tensor(True)))
     visited = torch.isfinite(method.state_dict()["running.log_u"]).all(0).nonzero().flatten()
     assert visited.tolist() == [7, 20, 149]
 

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, by_device_kernels
 
-from drrho import KL, ChiSquare, CVaR, constrained_risk, penalized_risk
+from drrho import KL, ChiSquare, CVaR, constrained_risk, hybrid_risk, penalized_risk
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Solution
 
@@ -65,9 +65,10 @@ def agree(found, expected, dtype):
 
 BALLS = [(ChiSquare(), r) for r in (1e-8, 0.3, 20.0)] + [(KL(), r) for r in (1e-8, 0.3, 5.0)]
 PENALTIES = [(divergence, s) for divergence in (ChiSquare(), KL()) for s in (1e-3, 0.5, 1e4)]
-SHAPES = ["normal", "shifted by 1e6", "log-normal", "tied"]
-HARD = ["tiny", "Cauchy", "two values", "sorted", "outlier first"]
-hard = [pytest.param(name, marks=pytest.mark.slow) for name in HARD]
+HARD = ["tied", "shifted by 1e6", "log-normal", "tiny", "Cauchy", "two values", "sorted", "outlier first"]
+of_any_shape = pytest.mark.parametrize(
+    "name", ["normal", *(pytest.param(name, marks=pytest.mark.slow) for name in HARD)]
+)
 
 
 def named(case):
@@ -75,7 +76,7 @@ def named(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", SHAPES + hard)
+@of_any_shape
 @pytest.mark.parametrize("case", BALLS, ids=named)
 def test_balls_are_those_of_the_cpu(case, name, dtype):
     z = torch.tensor(losses_like(name), dtype=dtype)
@@ -85,7 +86,7 @@ def test_balls_are_those_of_the_cpu(case, name, dtype):
     agree(found, constrained_risk(z.double(), divergence, radius), dtype)
 
 
-@pytest.mark.parametrize("name", SHAPES + hard)
+@of_any_shape
 @pytest.mark.parametrize("case", PENALTIES, ids=named)
 def test_penalties_are_those_of_the_cpu(case, name):
     divergence, strength = case
@@ -97,7 +98,7 @@ def test_penalties_are_those_of_the_cpu(case, name):
         agree(found, penalized_risk(z.double(), divergence, strength), dtype)
 
 
-@pytest.mark.parametrize("name", SHAPES + hard)
+@of_any_shape
 @pytest.mark.parametrize("alpha", [1e-4, 0.1, 0.7])
 def test_tail_means_are_those_of_the_cpu(alpha, name):
     z = torch.tensor(losses_like(name), dtype=torch.float32)
@@ -202,6 +203,52 @@ def test_a_sample_that_misses_the_threshold():
     agree(found, constrained_risk(torch.tensor(z), CVaR(0.4)), torch.float64)
 
 
+@pytest.mark.parametrize("divergence", [ChiSquare(), KL()], ids=str)
+@pytest.mark.parametrize(
+    "radius, strength", [(0.01, 0.5), (0.5, 10.0), (0.5, 0.3), (0.0, 0.3), (0.3, 0.0), (3.0, 0.01), (1e9, 0.0)]
+)
+def test_hybrids_are_those_of_the_cpu(divergence, radius, strength):
+    z = torch.tensor(losses_like("normal"), dtype=torch.float32)
+    found, failed = solved(z, divergence, radius, strength)
+    assert not failed
+    expected = hybrid_risk(z.double(), divergence, radius, strength)
+    spread = (z.max() - z.min()).item()
+    for name in ("value", "premium", "threshold", "strength"):
+        mine, other = getattr(found, name).double(), getattr(expected, name)
+        torch.testing.assert_close(mine, other, rtol=3e-7, atol=1e-8 * spread, msg=name)
+    torch.testing.assert_close(found.weights.double(), expected.weights, rtol=0, atol=3e-7 * expected.weights.max())
+
+
+def test_risks_are_solved_so():
+    z = torch.tensor(losses_like("normal"), dtype=torch.float32, device=DEVICE)
+    base = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    base = base / base.sum()
+    risks = {
+        "ball": lambda x: constrained_risk(x, KL(), 0.3),
+        "penalty": lambda x: penalized_risk(x, ChiSquare(), 0.5),
+        "tail mean": lambda x: constrained_risk(x, CVaR(0.1)),
+        "hybrid": lambda x: hybrid_risk(x, ChiSquare(), 0.1, 0.3),
+        "base weights": lambda x: constrained_risk(x, KL(), 0.3, base_weights=base.to(x.device)),
+    }
+    for name, risk in risks.items():
+        with by_device_kernels():
+            found = risk(z)
+        expected = risk(z.cpu().double())
+        for field, by_cpu in zip(found, expected, strict=True):
+            assert field.dtype == torch.float32, name
+            torch.testing.assert_close(field.cpu().double(), by_cpu, rtol=3e-7, atol=1e-8)
+
+
+def test_refusals_name_what_is_refused():
+    z = torch.tensor(losses_like("normal"), device=DEVICE)
+    with by_device_kernels():
+        with pytest.raises(ValueError, match="radius must be finite and >= 0, got -1"):
+            constrained_risk(z, KL(), torch.tensor(-1.0))
+        z[7] = torch.nan
+        with pytest.raises(ValueError, match="losses must be finite"):
+            constrained_risk(z, ChiSquare(), 0.1)
+
+
 # --- the kernels as a GPU's compiler sees them, which allows less than the interpreter --------------------------------
 
 COMPILE = """
@@ -209,21 +256,23 @@ import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from drrho.solvers.device import long_passes, long_rows, long_tail
 
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-TYPES = {"work": "*fp64", "n": "i32", "parts": "i32", "turn": "i32", "passes": "i32", "counts": "*i32", "order": "fp64"}
-TYPES |= {"parameter": "*fp64", "strength": "*fp64", "alpha": "*fp64", "failed": "*i32"}
+TYPES = dict.fromkeys(("n", "parts", "turn", "passes"), "i32") | {"work": "*fp64", "order": "fp64", "alpha": "*fp64"}
+TYPES |= dict.fromkeys(("counts", "failed"), "*i32")
+FORMS = {"ball": ["radius_at"], "penalty": ["strength_at"], "hybrid": ["radius_at", "strength_at"]}
 
 
-def check(function, held, **constants):
+def check(function, held, given=(), **constants):
     for losses in ("*fp32", "*fp64"):
         single, width = losses == "*fp32", 1024 if losses == "*fp32" else 512
-        types = TYPES | dict.fromkeys(("z", "weights", "fields"), losses)
+        types = TYPES | dict.fromkeys(("z", "weights", "fields"), losses) | dict.fromkeys(given, "*fp64")
         known = {"ROWS": held * 256 // width, "LANES": width, "ALIGNED": True, "PARTS": 256, "SAMPLE": 4096}
         known |= {"SINGLE": single, "BITS": 32 if single else 64} | constants
         names = function.arg_names
         signature = {name: types.get(name, "constexpr") for name in names}
-        fixed = {name: known[name] for name, kind in signature.items() if kind == "constexpr"}
+        fixed = {name: known.get(name) for name, kind in signature.items() if kind == "constexpr"}
         aligned = {(j,): [["tt.divisibility", 16]] for j, name in enumerate(names) if signature[name][0] == "*"}
         options = {"num_warps": 8, "maxnreg": 128 if held else None}
         source = ASTSource(function, signature, fixed, aligned)
@@ -241,15 +290,14 @@ def check(function, held, **constants):
 family = int(sys.argv[1])
 if family == 2:
     check(long_rows.look, 8)
-    check(long_rows.reweigh, 8)
     check(long_tail.start_tail, 0)
     check(long_tail.tally, 8)
     check(long_tail.weigh_tail, 8)
-    check(long_tail.finish_tail, 0)
+    check(long_tail.finish_tail, 8)
 else:
-    for ball in (True, False):
-        check(long_passes.start, 0, FAMILY=family, BALL=ball)
-        check(long_passes.finish, 0, FAMILY=family, BALL=ball)
+    for given in FORMS.values():
+        check(long_passes.start, 0, given, FAMILY=family)
+        check(long_passes.finish, 8, given, FAMILY=family)
     check(long_passes.step, 8, FAMILY=family)
     check(long_passes.weigh, 4 if family else 8, FAMILY=family)
 """
