@@ -193,7 +193,9 @@ def _add_product(left: Tensor, right: Tensor, total: Tensor, *, first: bool, fac
 
 
 def _multiplies_narrow(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16; the interpreter's, which is for tests, is taken to."""
+    """Whether bfloat16 is multiplied with sums in float32: not before torch 2.11 and Ampere (a CPU is one of tests)."""
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
+        return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
