@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from drrho.ranks import sum_to_owners, terms_for_owners
 from drrho.solvers.device.launch import launch
@@ -78,7 +80,7 @@ class FusedTiles(SimilarityTiles):
         totals = self.image.new_zeros(3, anchors, dtype=torch.float64)
         totals[0].fill_(-torch.inf)
         positive = self._empty(own)
-        places = self._places()
+        places = self.places
         parts = self._empty(max((3 * _parts(place) for place in places), default=0))
         for place, x in self._tiles(places):
             height, width = place.shape
@@ -101,7 +103,7 @@ class FusedTiles(SimilarityTiles):
         to_image, to_text = self._empty(*self.image.shape), self._empty(*self.text.shape)
         if len(self.image) == 0:
             to_text.zero_()
-        places, kept = self._places(), self._kept
+        places, kept = self.places, self._kept
         self._kept = None  # its similarities are replaced
         for place, x in self._tiles(places) if kept is None else [(places[0], kept)]:
             across, down = place.blocks
@@ -115,8 +117,9 @@ class FusedTiles(SimilarityTiles):
                 _add_product(part.T, self.image[rows], to_text[columns], first=number == rows.start == 0)
         return to_image, sum_to_owners(to_text, self.counts, self.group)
 
-    def _places(self) -> list[_Place]:
-        """Return the places of the tiles, rows first; tiles are as equal as can be."""
+    @cached_property
+    def places(self) -> list[_Place]:
+        """The places of the tiles, rows first; tiles are as equal as can be."""
         own = len(self.image)
         if own == 0:
             return []
@@ -194,7 +197,7 @@ def _add_product(left: Tensor, right: Tensor, total: Tensor, *, first: bool, fac
 
 def _multiplies_narrow(device: torch.device) -> bool:
     """Whether bfloat16 is multiplied with sums in float32: not before torch 2.11 and Ampere (a CPU is one of tests)."""
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
+    if TorchVersion(torch.__version__) < "2.11":
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
