@@ -18,11 +18,9 @@ from torch import Tensor
 from drrho import tile_kernels
 from drrho.ranks import sum_to_owners, terms_for_owners
 from drrho.tile_kernels import BLOCK_COLUMNS, BLOCK_ROWS, MERGED, PARTS
-from drrho.tiles import Pairs, SimilarityTiles, Totals
+from drrho.tiles import ALIGNED, KERNEL_TILE, Pairs, SimilarityTiles, Totals
 
 _KERNELS: Any = tile_kernels  # launches of Triton's kernels have no types
-TILE = 2**26  # similarities in a tile
-ALIGNED = 16
 SIDE = 2**13  # rows of a tile at most; where a rank has fewer, there are more columns
 
 
@@ -38,7 +36,7 @@ class _Place(NamedTuple):
 
     @property
     def pitch(self) -> int:
-        """Entries from one row to the next: aligned, for wide loads and fast products."""
+        """Entries from one row to the next."""
         return _ceil(self.shape[1], ALIGNED) * ALIGNED
 
     @property
@@ -123,9 +121,9 @@ class FusedTiles(SimilarityTiles):
         own = len(self.image)
         if own == 0:
             return []
-        rows = _ranges(own, min(SIDE, TILE))
+        rows = _ranges(own, min(SIDE, KERNEL_TILE))
         height = rows[0].stop
-        columns = _ranges(self.count, max(1, TILE // height))
+        columns = _ranges(self.count, max(1, KERNEL_TILE // height))
         return [_Place(row, column) for column in columns for row in rows]
 
     def _tiles(self, places: list[_Place]) -> Iterator[tuple[_Place, Tensor]]:

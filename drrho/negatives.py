@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from drrho.divergences import Divergence
 from drrho.ranks import first_row, gathered, gathered_with_gradient, row_counts
 from drrho.risk import penalized_risk
-from drrho.tiles import Pairs, TensorPair, tile_rows, wide_dtype
-
-_ALIGNED = 16  # entries of which the distance of two rows is a multiple, so that their products are fast
+from drrho.tiles import ALIGNED, Pairs, TensorPair, tile_rows, wide_dtype
 
 
 def robust_anchors(
@@ -92,7 +90,7 @@ class _Rows(NamedTuple):
     def matrix(self, height: int) -> Tensor:
         """Return a new matrix of that many rows, for a tile."""
         count = len(self.other)
-        return self.anchor.new_empty(height, -(-count // _ALIGNED) * _ALIGNED)[:, :count]
+        return self.anchor.new_empty(height, -(-count // ALIGNED) * ALIGNED)[:, :count]
 
     def positives(self, matrix: Tensor, rows: slice) -> Tensor:
         """Return a view of the entries of a tile that belong to the anchors' positives."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.optimum import is_read_as_it_is, optimum
+from drrho.optimum import dtype_read, optimum
 from drrho.ranks import Group
 from drrho.reference import excess_losses
 from drrho.solvers.algorithms import algorithm_of
@@ -261,8 +261,9 @@ def _risk(
         raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
     shape, n = losses.shape[:-1], losses.shape[-1]
     problem, precise = Problem(divergence, group), dtype
-    if is_read_as_it_is(losses, problem):
-        dtype, precise = _answer_dtype(losses), torch.float64
+    narrow = dtype_read(losses, problem)
+    if narrow != torch.float64:
+        dtype, precise = narrow, torch.float64
 
     def per_row(parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else _cast(_merged(parameter, shape), precise)
@@ -297,7 +298,7 @@ def _risk(
     value, weights, premium, threshold, strength, gap, *_ = solution
     fields = (value, weights, premium, threshold.detach(), strength, gap)
     answer = _answer_dtype(losses)
-    if len(shape) > 1 or answer != dtype:
+    if len(shape) > 1 or answer != value.dtype:
         fields = (_cast(_unmerged(field, shape), answer) for field in fields)
     return RobustRisk(*fields)
 

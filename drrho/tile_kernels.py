@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
+SPREAD = tl.constexpr(60.0)  # of exponents whose exponentials, relative to the largest, are far from vanishing
 MERGED, PARTS = 64, 32  # anchors of a program that merges parts, and parts that it reads at a time
 
 _COUNTS = ["height", "width", "first_row", "first_column", "offset", "include_positive"]
@@ -26,13 +27,26 @@ VECTORS = ["row_rate_ptr", "column_rate_ptr", "row_log_ptr", "column_log_ptr", "
 
 
 @triton.jit
+def _exponentials(d):
+    """Return ``exp(d)`` and ``d exp(d)``, which are 0 at minus infinity."""
+    e = tl.exp(d)
+    return e, tl.maximum(d, -1e30) * e
+
+
+@triton.jit
 def _shifted(y, axis: tl.constexpr):
     """Return the largest exponents along the axis, and the sums relative to them."""
     top = tl.max(y, axis)
     base = tl.where(top == -float("inf"), 0.0, top)  # an anchor may have no negative in this block
-    d = y - tl.expand_dims(base, axis)
-    e = tl.exp(d)
-    return top, tl.sum(e, axis), tl.sum(tl.where(e > 0, d * e, 0.0), axis)
+    e, moments = _exponentials(y - tl.expand_dims(base, axis))
+    return top, tl.sum(e, axis), tl.sum(moments, axis)
+
+
+@triton.jit
+def _summed(e, moments, base, axis: tl.constexpr):
+    """Return the sums relative to the base along the axis, and the base where there is anything to sum."""
+    total = tl.sum(e, axis)
+    return tl.where(total > 0, base, -float("inf")), total, tl.sum(moments, axis)
 
 
 @triton.jit
@@ -70,7 +84,11 @@ def sum_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the parts of a block's sums, ``[3, blocks, height]`` and ``[3, blocks, width]``, and its positives."""
+    """Write the parts of a block's sums, ``[3, blocks, height]`` and ``[3, blocks, width]``, and its positives.
+
+    Where one rate is shared by all anchors and exponents differ little in the block, both directions use the same
+    exponentials, relative to the largest of the block.
+    """
     j, i = tl.program_id(0), tl.program_id(1)
     rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
     x_ptr, held = _entries(x_ptr, rows, columns, height, pitch)
@@ -83,14 +101,25 @@ def sum_tile(
         here = (rows + offset >= j * COLUMNS) & (rows + offset < (j + 1) * COLUMNS) & (rows + offset < width)
         tl.store(positive_ptr + first_row + rows, positive, mask=here & (rows < height))
         x = tl.where(own & (include_positive == 0), -float("inf"), x)
-    row_rate = tl.load(row_rate_ptr + (first_row + rows) * row_stride, mask=rows < height, other=1.0)
-    top, total, moment = _shifted(x * row_rate[:, None], 1)
     row_slots, column_slots = tl.num_programs(0), tl.num_programs(1)
-    _store_parts(parts_ptr, j, row_slots, rows, height, top, total, moment)
-    column_rate = tl.load(column_rate_ptr + (first_column + columns) * column_stride, mask=columns < width, other=1.0)
-    top, total, moment = _shifted(x * column_rate[None, :], 0)
-    parts_ptr += 3 * row_slots.to(tl.int64) * height
-    _store_parts(parts_ptr, i, column_slots, columns, width, top, total, moment)
+    column_parts = parts_ptr + 3 * row_slots.to(tl.int64) * height
+    highest, lowest = tl.max(x), tl.min(tl.where(x == -float("inf"), float("inf"), x))
+    rate = tl.load(row_rate_ptr + first_row * row_stride)
+    shared = (row_stride == 0) & (column_stride == 0) & (rate == tl.load(column_rate_ptr))
+    if shared & (highest > -float("inf")) & (rate * (highest - lowest) < SPREAD):
+        base = highest * rate
+        e, moments = _exponentials(x * rate - base)
+        top, total, moment = _summed(e, moments, base, 1)
+        _store_parts(parts_ptr, j, row_slots, rows, height, top, total, moment)
+        top, total, moment = _summed(e, moments, base, 0)
+        _store_parts(column_parts, i, column_slots, columns, width, top, total, moment)
+    else:
+        rates = tl.load(row_rate_ptr + (first_row + rows) * row_stride, mask=rows < height, other=1.0)
+        top, total, moment = _shifted(x * rates[:, None], 1)
+        _store_parts(parts_ptr, j, row_slots, rows, height, top, total, moment)
+        rates = tl.load(column_rate_ptr + (first_column + columns) * column_stride, mask=columns < width, other=1.0)
+        top, total, moment = _shifted(x * rates[None, :], 0)
+        _store_parts(column_parts, i, column_slots, columns, width, top, total, moment)
 
 
 @triton.jit(do_not_specialize=["height", "width", "row_slots", "column_slots", "first_row", "first_column", "anchors"])

@@ -29,6 +29,8 @@ TensorPair: TypeAlias = tuple[Tensor, Tensor]
 
 TILE = 2**21  # similarities in a tile on the CPU
 DEVICE_TILE = 2**25  # on other devices, whose products and solvers want many rows
+KERNEL_TILE = 2**26  # where fused kernels compute it, on one buffer
+ALIGNED = 16  # entries of which the distance of two rows is a multiple there: loads are wide, products fast
 ROWS = 512  # rows of a tile, at least: products of flatter tiles are slower
 KERNEL_DEVICES = frozenset({"cuda"})  # where Triton's kernels take the place of torch's operations
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp overflows

@@ -22,7 +22,8 @@ from PIL import Image
 
 from experiments.benchmarks.measure import ROOT, markdown, provenance, seconds, within
 from experiments.benchmarks.memory import forget_peak, peak
-from experiments.clip.evaluation.tasks import evaluate_task
+from experiments.clip.evaluation.encoding import Encoder
+from experiments.clip.evaluation.tasks import evaluate_task, open_tasks
 from experiments.clip.glyphs.evaluation import evaluate
 from experiments.clip.models.clip import Clip, new_model
 
@@ -88,7 +89,7 @@ def measure_peak(kind: str, samples: int) -> tuple[float, float]:
             write_task(folder, kind, samples)
         clip = new_model(MODEL, 0)
         clip.model.eval()
-        call: Callable[[], object] = lambda: evaluate_task(clip, folder, batch_size=BATCH)  # noqa: E731
+        call: Callable[[], object] = lambda: evaluate_task(Encoder(clip, batch_size=BATCH), open_tasks([folder])[0])  # noqa: E731
         forget_peak()
         before = peak()
         taken = seconds((lambda: pairs(clip, samples)) if kind == "pairs" else call)

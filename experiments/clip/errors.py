@@ -1,4 +1,4 @@
-"""The exceptions that ``run.py`` turns into a single line on stderr and an exit status."""
+"""The exceptions that ``run.py`` turns into a single line on stderr and an exit status, and text fit for a terminal."""
 
 
 class UserError(Exception):
@@ -11,3 +11,8 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def printable(text: str) -> str:
+    """Return text on one line in which characters that do not print are escaped: they could steer a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -79,8 +79,8 @@ def check_options(options: Any) -> None:
 
 def refuse_if_given(group: Any, name: str, where: str) -> None:
     """Refuse an option that takes no part in the run, if it has another value than its default."""
-    value = getattr(group, name)
-    if value != getattr(default_of(type(group)), name):
+    value, own = getattr(group, name), type(group).__dataclass_fields__[name]
+    if value != (own.default_factory() if own.default is dataclasses.MISSING else own.default):
         raise UserError(f"{flag(name)} {value} has no part in this run: it is for {where}")
 
 

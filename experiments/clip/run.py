@@ -14,7 +14,7 @@ if __name__ == "__main__":
     # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from experiments.clip.errors import Interrupted, UserError
+from experiments.clip.errors import Interrupted, UserError, printable
 
 
 class Command(NamedTuple):
@@ -60,7 +60,10 @@ COMMANDS = {
         on_many_ranks=True,
     ),
     "evaluate": Command(
-        "Score a trained model on held-out pairs or zero-shot tasks.", "cli.options:Evaluate", "cli.commands:evaluate"
+        "Score a model on zero-shot tasks and held-out pairs; under torchrun or srun, over all ranks.",
+        "cli.options:Evaluate",
+        "cli.commands:evaluate",
+        on_many_ranks=True,
     ),
     "plan": Command(
         "Say what a run would take: parameters, operations, memory of a rank by part, disk, time.",
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
 
     2 for what the user can mend, 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
-    again = " ".join(["python experiments/clip/run.py", *arguments])
+    again = printable(" ".join(["python experiments/clip/run.py", *arguments]))
     options = None
     try:
         options = parse(arguments)
@@ -100,10 +103,10 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         # What is wrong with the options is wrong on every rank: the first says so. What a rank meets later is its own.
         if options is not None or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"run.py: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
-        print(f"run.py: {interruption}; resume with: {again}", file=sys.stderr)
+        print(f"run.py: {printable(str(interruption))}; resume with: {again}", file=sys.stderr)
         return 130 if interruption.signal == signal.SIGINT else os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print(f"run.py: interrupted; what was finished is kept; resume with: {again}", file=sys.stderr)

@@ -5,16 +5,19 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from task_folders import DATACOMP, TASKS, class_folders, samples, write_catalog, write_task
 
 from experiments.clip.data.order import Order
 from experiments.clip.run import main
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
-from tests.clip.launched import Launched
+from experiments.clip.training.options import SHIPPED_REFERENCE
+from tests.clip.launched import PROGRAM, Launched
 from tests.clip.tars import image_bytes, write_tar
 
 pytestmark = pytest.mark.slow  # real processes
@@ -205,6 +208,73 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_its_name(number, lost, a
     assert time.monotonic() - start < 45
     processes[lost].kill()
     processes[lost].communicate()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """The words that name a task of each kind and held-out pairs."""
+    folder = tmp_path_factory.mktemp("tasks")
+    names = [write(folder / name) for name, write in TASKS.items()]
+    names += [write(folder) for write in (DATACOMP["wds_winogavil_test"], class_folders)]
+    write_catalog(folder)
+    return ("--tasks", *names, "--val-data", folder / "catalog")
+
+
+def scores(path):
+    stored = json.loads(path.read_text())
+    return stored["settings"], stored["results"]
+
+
+def test_ranks_evaluate_as_one_process(tasks, tmp_path):
+    """As torchrun starts them; equal to the last digit, and what one rank began another number of them ends."""
+    words = (SHIPPED_REFERENCE, *tasks, "--batch-size", "4", "--workers", "1")
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "one.json")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    words = [*map(str, words), "--out", str(tmp_path / "two.json")]
+    done = subprocess.run([*command, "evaluate", *words], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluate   held_out: loss") == done.stdout.count("main metric") == 1
+    assert scores(tmp_path / "one.json") == scores(tmp_path / "two.json")
+    settings, results = scores(tmp_path / "two.json")
+    (tmp_path / "two.json").write_text(json.dumps({"settings": settings, "results": results[2:]}))
+    statuses, errors = start(3, *words, command="evaluate")
+    assert statuses == [0] * 3, errors
+    by_name = {row["name"]: row for row in results}
+    assert {row["name"]: row for row in scores(tmp_path / "two.json")[1]} == by_name
+
+
+def test_ranks_that_meet_a_damaged_task_end_before_and_during_the_work(tasks, tmp_path):
+    folder = TASKS["classification"](tmp_path / "damaged")
+    (folder / "test" / "1.tar").write_bytes(b"damaged")
+    words = (SHIPPED_REFERENCE, *tasks[:2], folder, "--batch-size", "4")
+    statuses, errors = start(2, *words, command="evaluate")
+    assert statuses == [2, 2] and all("1.tar is damaged" in error for error in errors)
+    write_task(tmp_path / "wrong", [samples([b"0"] * 5 + [b"9"], "cls")])
+    statuses, errors = start(2, *words[:-3], tmp_path / "wrong", *words[-2:], command="evaluate")
+    assert statuses == [2, 2]
+    assert "class '9'" in errors[1] and "stopped because rank 1 did" in errors[0]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_validate_in_training_as_evaluate_does_afterwards(parallel, tasks, tmp_path):
+    assert main(["catalog", "synthetic:48:48", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
+    options = ("--catalog", tmp_path / "catalog", "--epochs", "2", "--batch-size", "16", "--method", "openclip")
+    options = (*options, *tasks, "--validation-batch-size", "4", "--best", "held_out/loss", "--validations", "2")
+    options = (*options, "--parallel", parallel, "--workers", "1", "--model", "glyph-micro")
+    statuses, errors = start(2, *options, "--out", tmp_path / "out")
+    assert statuses == [0, 0], errors
+    history = json.loads((tmp_path / "out" / "run.json").read_text())["history"]
+    lowest = min(history, key=lambda record: record["held_out/loss"])
+    for name, record in (("model", history[-1]), ("model-best", lowest)):
+        model = tmp_path / "out" / name
+        words = ("evaluate", model, *tasks, "--batch-size", "4", "--out", tmp_path / f"{name}.json")
+        assert main(list(map(str, words))) == 0
+        found = {
+            f"{row['name']}/{metric}": value
+            for row in scores(tmp_path / f"{name}.json")[1]
+            for metric, value in row["metrics"].items()
+        }
+        assert found == pytest.approx({key: record[key] for key in found}, abs=1e-5)
 
 
 def test_ranks_wait_for_the_leader_s_preparation_as_long_as_it_lives(tmp_path):

@@ -150,23 +150,37 @@ def test_training_from_a_catalog_validated_on_tasks_and_exported(tmp_path, capsy
     assert (
         main(["glyph-tasks", "--size", "small", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "t")]) == 0
     )
-    task = str(tmp_path / "t" / "glyph-script")
+    tasks = [str(tmp_path / "t" / name) for name in ("glyph-script", "tasks.json")]  # as a shell gives them for t/*
     options = ["train", "--method", "openclip", "--catalog", str(catalog), "--batch-size", "32", "--epochs", "1"]
     options += ["--validations", "1", "--workers", "1", "--out", str(out)]
-    assert main([*options, "--tasks", str(tmp_path / "t" / "tasks.json")]) == 2
-    assert "tasks.json is no folder" in capsys.readouterr().err
-    assert main([*options, "--tasks", task]) == 0
-    capsys.readouterr()
+    for wrong, message in (
+        (["--tasks", str(tmp_path / "t" / "tasks.json")], "names no folder: name the folders beside it"),
+        (["--tasks", *tasks, "--best", "glyph-script/acc"], "--best glyph-script/acc is no metric of the validations"),
+    ):
+        assert main([*options, *wrong]) == 2
+        assert message in capsys.readouterr().err
+        assert not (out / "checkpoints").exists() and not (out / "log.jsonl").exists()
+    assert main([*options, "--tasks", *tasks, "--best", "glyph-script/acc1"]) == 0
     history = json.loads((out / "run.json").read_text())["history"]
-    assert main(["evaluate", str(out / "model"), "--tasks", task]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert float(printed["glyph-script/acc1"]) == pytest.approx(history[-1]["glyph-script/acc1"], abs=1e-4)
+    accuracy = f"{history[-1]['glyph-script/acc1']:.4f}"
+    assert f"validation step 3 of 3: glyph-script acc1 {accuracy}, " in capsys.readouterr().out
+    assert main(["evaluate", str(out / "model"), "--tasks", *tasks, "--out", str(tmp_path / "scores.json")]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["glyph-script", "acc1", accuracy] == [table[-1][0], *table[-1][2:4]]
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["results"]
+    assert row["metrics"] == {
+        name.removeprefix("glyph-script/"): pytest.approx(value, abs=1e-6)
+        for name, value in history[-1].items()
+        if name.startswith("glyph-script/")
+    }
+    assert main(["evaluate", str(out / "model")]) == 2
+    assert "was not trained on the embedded pairs" in capsys.readouterr().err
     weights = torch.load(out / "epoch_1.pt", weights_only=True)["state_dict"]
     assert all(
         torch.equal(value, load_file(out / "model" / "open_clip_model.safetensors")[key])
         for key, value in weights.items()
     )
-    assert main(["train", "--tasks", task]) == 2
+    assert main(["train", "--tasks", *tasks]) == 2
     assert "has no part in this run: it is for --catalog" in capsys.readouterr().err
 
 

@@ -50,6 +50,7 @@ def trainer_of(
     clip=None,
     ranks=ONE_PROCESS,
     lag=None,
+    logs=("jsonl",),
     **options,
 ):
     sigmoid = isinstance(method, SigLIP)
@@ -78,7 +79,7 @@ def trainer_of(
         settings={"method": type(method).__name__, "seed": seed},
         validate=validate,
         validations=validations,
-        logs=Logs(checkpoints.parent, ("jsonl",), {}) if ranks.leads else None,
+        logs=Logs(checkpoints.parent, logs, {}) if ranks.leads else None,
         log_every=3,
         on_step=on_step,
         stop=stop,

@@ -2,38 +2,206 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
+import open_clip
+
+from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
-from experiments.clip.cli.sources import embedded_pairs, reference_features
+from experiments.clip.cli.presets import EMBEDDED
+from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.catalog import make_catalog, open_catalog
-from experiments.clip.distributed import joined_ranks, launched
+from experiments.clip.distributed import Ranks, joined_ranks, launched
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.tasks import task_scores
-from experiments.clip.models.clip import load_model
+from experiments.clip.evaluation.datacomp import averages
+from experiments.clip.evaluation.encoding import Encoder
+from experiments.clip.evaluation.held_out import evaluate_pairs
+from experiments.clip.evaluation.tasks import TaskScores, check_datacomp, evaluate_task
+from experiments.clip.io.files import ensure_writable, write_json
+from experiments.clip.models.clip import Clip, load_model
+from experiments.clip.models.config import CONFIG_FILE
+from experiments.clip.models.sources import register_models
 
 
 def evaluate(options: Evaluate) -> None:
-    """Print the scores of one model on the embedded held-out pairs, or on zero-shot tasks."""
+    """Print the scores of one model, and write them: on tasks and held-out pairs, or on the embedded pairs."""
+    if not options.tasks and options.val_data is None:
+        _evaluate_embedded(options)
+        return
+    with joined_ranks(options.device, options.exchange_minutes) as ranks:
+        console.quiet = not ranks.leads
+        with ranks.leader_first():
+            if ranks.leads and options.out is not None:
+                ensure_writable(options.out.absolute().parent)
+        validation = ranks.run_on_all_or_fail(lambda: open_validation(options.tasks, options.val_data))
+        if options.datacomp:
+            check_datacomp(validation.tasks)
+        clip = load_model(options.model, options.weights)
+        clip.model.to(ranks.device)
+        encoder = Encoder(clip, ranks, options.batch_size, options.workers, options.precision)
+        results = _Results(options, clip, ranks)
+        _score(validation, options.skip_limit, encoder, results)
+        if ranks.leads:
+            results.show(validation, options.datacomp)
+
+
+def _score(validation: Validation, skip_limit: float, encoder: Encoder, results: _Results) -> None:
+    """Score what has no scores yet."""
+    for task in validation.tasks:
+        if not results.has(task.name, task.fingerprint):
+            with progress_bar(task.name) as advance:
+                scores = evaluate_task(encoder, task, advance)
+            results.add(task.fingerprint, scores)
+    pairs = validation.held_out
+    if pairs is not None and not results.has(HELD_OUT, pairs.fingerprint):
+        with progress_bar(HELD_OUT) as advance:
+            found = evaluate_pairs(encoder, pairs, skip_limit, advance)
+        skipped = {f"skipped/{reason}": float(count) for reason, count in found.skipped.items()}
+        results.add(pairs.fingerprint, TaskScores(HELD_OUT, HELD_OUT, found.samples, found.metrics, skipped, None))
+
+
+class _Results:
+    """The scores so far, of which the leading rank keeps a file."""
+
+    def __init__(self, options: Evaluate, clip: Clip, ranks: Ranks) -> None:
+        self._ranks, self._path = ranks, options.out
+        self._settings = {
+            "model": clip.fingerprint,
+            "precision": options.precision,
+            "batch_size": options.batch_size,
+            "skip_limit": options.skip_limit,
+        }
+        self._rows = ranks.run_on_all_or_fail(lambda: self._stored() if ranks.leads else {})
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        """Return what an earlier command has written; refuse the scores of another model, or of other settings."""
+        if self._path is None or not self._path.exists():
+            return {}
+        try:
+            stored = json.loads(self._path.read_bytes())
+            settings, rows = stored["settings"], {row["name"]: row for row in stored["results"]}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"--out {self._path} is there and holds no scores: choose another file") from error
+        for key, value in self._settings.items():
+            if settings.get(key) != value:
+                raise UserError(
+                    f"--out {self._path} has scores with {key}={settings.get(key)}, now it is {value}: choose another "
+                    "file, or delete it"
+                )
+        return rows
+
+    def has(self, name: str, fingerprint: str) -> bool:
+        """Whether the scores of a task, as it is now, are there (collective)."""
+        row = self._rows.get(name)
+        known = bool(self._ranks.max_over_ranks(int(row is not None and row.get("fingerprint") == fingerprint)))
+        if known:
+            console.print(f"evaluate   {name}: reusing the scores in {self._path}")
+        return known
+
+    def add(self, fingerprint: str, scores: TaskScores) -> None:
+        """Print and write the scores of a task."""
+        if not self._ranks.leads:
+            return
+        numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.metrics.items())
+        console.print(f"evaluate   {scores.name}: {numbers}")
+        self._rows[scores.name] = {"fingerprint": fingerprint, **scores._asdict()}
+        self._write({})
+
+    def _write(self, more: dict[str, Any]) -> None:
+        if self._path is not None:
+            write_json(self._path, {"settings": self._settings, "results": list(self._rows.values()), **more})
+
+    def show(self, validation: Validation, datacomp: bool) -> None:
+        """Print the table, and DataComp's averages if they are wanted."""
+        named = [task.name for task in validation.tasks] + ([HELD_OUT] if validation.held_out is not None else [])
+        console.print("\n".join(_table([self._rows[name] for name in named])))
+        if not datacomp:
+            return
+        scores = {
+            task.entry.key: self._rows[task.name]["metrics"][task.entry.main]
+            for task in validation.tasks
+            if task.entry is not None and task.entry.main is not None
+        }
+        found = averages(scores)
+        for name, value in found.items():
+            console.print(f"DataComp   {name:<22} {value:.4f}")
+        self._write({"datacomp": found})
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table: a task's main metric (DataComp's, or the first), then its others."""
+    cells = [("task", "samples", "main metric", "score", "other metrics")]
+    for row in rows:
+        metrics = dict(row["metrics"])
+        main = row["main"] or next(iter(metrics))
+        score = metrics.pop(main)
+        others = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        cells.append((row["name"], str(row["samples"]), main, f"{score:.4f}", others))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        f"{name:<{widths[0]}}  {samples:>{widths[1]}}  {main:<{widths[2]}}  {score:>{widths[3]}}  {others}".rstrip()
+        for name, samples, main, score, others in cells
+    ]
+
+
+def _evaluate_embedded(options: Evaluate) -> None:
+    """Score a model of the embedded pairs on those that are held out."""
+    is_there = options.weights is not None or (options.model / CONFIG_FILE).is_file()
+    if is_there and not _is_of_embedded_pairs(options.model, options.weights):
+        raise UserError(
+            f"{options.model} was not trained on the embedded pairs, whose names would say nothing of it: give --tasks "
+            "FOLDER or --val-data CATALOG"
+        )
+    if launched(os.environ)[1] > 1:
+        raise UserError("the embedded pairs take one process: start evaluate without torchrun or srun")
     clip = load_model(options.model, options.weights)
-    if not options.tasks:
-        console.print(embedded_pairs().scores_table(options.data, options.split, clip))
-    for name, value in task_scores(clip, options.tasks):
-        console.print(f"{name:<48} {value:.4f}")
+    with joined_ranks(options.device, options.exchange_minutes) as ranks:
+        clip.model.to(ranks.device)
+        found, table = embedded_pairs().scores(options.data, options.split, clip)
+    console.print(table)
+    if options.out is not None:
+        write_json(options.out, {"settings": {"model": clip.fingerprint, "split": options.split}, "scores": found})
+
+
+def _is_of_embedded_pairs(model: Path, weights: Path | None) -> bool:
+    """Whether a model has the architecture of those for the embedded pairs, and no run says that it saw others."""
+    run = (model if weights is None else weights).absolute().parent
+    if (_stored_json(run / "config.json").get("shards") or {}).get("catalog") is not None:
+        return False
+    if weights is not None:
+        return str(model).startswith(EMBEDDED)
+    register_models()
+    own = _stored_json(model / CONFIG_FILE).get("model_cfg", {})
+    known = [open_clip.get_model_config(name) for name in open_clip.list_models() if name.startswith(EMBEDDED)]
+    # A logit bias has an entry of its own.
+    return any(config is not None and config.items() <= own.items() for config in known)
+
+
+def _stored_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one if there is none."""
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def cache_reference(options: CacheReference) -> None:
     """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
     reference = load_model(options.reference, options.reference_weights)
-    if options.catalog is None:
-        if launched(os.environ)[1] > 1:
-            raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
-        embedded_pairs().cache_features(options.data, reference)
-        return
+    say_notes(reference)
+    if options.catalog is None and launched(os.environ)[1] > 1:
+        raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
         reference.model.to(ranks.device)
+        if options.catalog is None:
+            embedded_pairs().cache_features(options.data, reference)
+            return
         reference_features(
             options.out,
             reference,
@@ -41,6 +209,7 @@ def cache_reference(options: CacheReference) -> None:
             ranks,
             views=options.views,
             precision=options.precision,
+            towers=options.towers,
             batch_size=options.batch_size,
             workers=options.workers,
             skip_limit=options.skip_limit,

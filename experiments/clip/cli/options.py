@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments.clip.errors import UserError
+from experiments.clip.models.options import ModelInputs
 from experiments.clip.ranges import (
     AtLeast,
     BelowOne,
@@ -30,6 +31,7 @@ from experiments.clip.training.options import (
     Loss,
     Optimization,
     Selection,
+    TowerPrecision,
 )
 
 #: The module of each source of pairs by `Train.source`; its function ``open_data`` is a `cli.sources.DataSource`.
@@ -40,6 +42,9 @@ Captions = Literal["clean", "vague", "swapped"]
 FeaturePrecision = Literal["float16", "bfloat16"]
 
 _WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
+_WITH_DATA = OnlyWith("--tasks or --val-data", lambda options: options.tasks or options.val_data is not None)
+_WITH_TASKS = OnlyWith("--tasks", lambda options: options.tasks)
+_WITH_VAL_DATA = OnlyWith("--val-data", lambda options: options.val_data is not None)
 _OF_A_CATALOG = OnlyWith("--catalog", lambda options: options.catalog is not None)
 
 
@@ -76,7 +81,11 @@ class Shards:
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
     """Folder made by `run.py cache-reference --catalog`; without it, the reference runs beside the target."""
     tasks: Annotated[tuple[Path, ...], _OF_A_CATALOG] = ()
-    """Folders of zero-shot tasks in CLIP_benchmark's layout, to validate on."""
+    """Folders of zero-shot tasks to validate on: in CLIP_benchmark's layout, or a folder of images for each class."""
+    val_data: Annotated[Path | None, _OF_A_CATALOG] = None
+    """Folder of a catalog of held-out pairs to validate on, by contrastive loss and retrieval."""
+    validation_batch_size: Annotated[int | None, AtLeast(1), _OF_A_CATALOG] = None
+    """Images, or texts, per call of the model in a validation; 64 by default."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,12 @@ class Train:
     """Train one model; ``--preset NAME``, or ``--config FILE`` of an earlier run, is where other options start from."""
 
     model: str = "glyph-small"
-    """A registered open_clip model."""
+    """A registered open_clip model, a JSON file with an architecture, or, with its weights, a folder in open_clip's
+    local-dir layout or hf-hub:OWNER/NAME."""
     pretrained: Path | None = None
-    """File of weights to start from, safetensors or torch's; random ones by default."""
+    """Weights to start from: a file (safetensors, torch's, OpenAI's archive), a folder, hf-hub:OWNER/NAME, or a tag
+    like openai; random ones by default. What is there under the name goes first."""
+    inputs: ModelInputs = field(default_factory=ModelInputs)
     lock: tuple[Literal["image", "text"], ...] = ()
     """Towers that stay as they are, as in LiT."""
     unlocked_groups: Annotated[int, NotNegative, OnlyWith("--lock", lambda options: options.lock)] = 0
@@ -110,8 +122,9 @@ class Train:
     keeping: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     validations: Annotated[int, AtLeast(1)] = 5
     """How many times to score the model on the validation split, evenly spaced."""
-    logs: tuple[LogName, ...] = ("jsonl", "tensorboard")
-    """Where the run's numbers are written, within --out: lines of JSON, TensorBoard's events, Weights & Biases."""
+    logs: tuple[LogName, ...] = ("text", "jsonl", "tensorboard")
+    """Where the run's numbers are written, within --out: lines of text and of JSON, TensorBoard's events, Weights &
+    Biases."""
     log_every: Annotated[int, AtLeast(1)] = 10
     """Each line of the log is the mean over so many steps."""
     nonfinite_limit: Annotated[int, NotNegative] = 0
@@ -157,6 +170,8 @@ class Train:
                 f"--select {selection.select} compares pairs at one temperature, which --temperature-scheme individual "
                 "has not: choose another"
             )
+        if self.source != "catalog":
+            refuse_if_given(self.inputs, "aug_cfg", "--catalog")
         if self.source == "catalog" and (self.split != "train" or self.fraction != 1 or self.data != Data()):
             raise UserError(
                 "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
@@ -171,9 +186,10 @@ class CacheReference:
     catalog: Path | None = None
     """Folder made by `run.py catalog`, instead of the embedded pairs."""
     reference: Path = SHIPPED_REFERENCE
-    """The reference model: a folder in open_clip's local-dir layout, or, with --reference-weights, a registered one."""
+    """The reference model: a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or, with --reference-weights, a
+    registered one."""
     reference_weights: Path | None = None
-    """File of the reference's weights, safetensors or torch's."""
+    """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
     out: Annotated[Path, _OF_A_CATALOG] = Path("reference-features")
     """Folder of a catalog's features, for `train --reference-features`."""
     views: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 1
@@ -181,6 +197,8 @@ class CacheReference:
     by turns, which the target is then shown too."""
     precision: Annotated[FeaturePrecision, _OF_A_CATALOG] = "float16"
     """Precision of the features on disk."""
+    towers: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the reference's towers, by autocast."""
     batch_size: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 256
     """Samples that go through the reference at a time."""
     workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
@@ -200,17 +218,42 @@ class CacheReference:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a trained model on held-out pairs."""
+    """Score a model on zero-shot tasks and held-out pairs; a model of the embedded glyphs, without both, on those."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of the model, in open_clip's local-dir layout, or, with --weights, a registered one."""
     weights: Path | None = None
     """File of the model's weights, safetensors or torch's, such as epoch_12.pt."""
+    tasks: tuple[Path, ...] = ()
+    """Folders of zero-shot tasks: in CLIP_benchmark's layout, or with a folder of images for each class."""
+    datacomp: Annotated[bool, _WITH_TASKS] = False
+    """The tasks are all of DataComp's: add its averages."""
+    val_data: Path | None = None
+    """Folder of a catalog of held-out pairs, made by `run.py catalog`."""
+    skip_limit: Annotated[float, ShareOrZero, _WITH_VAL_DATA] = 0.1
+    """Share of the held-out pairs that may turn out to be unusable."""
+    batch_size: Annotated[int, AtLeast(1), _WITH_DATA] = 64
+    """Images, or texts, per call of the model."""
+    workers: Annotated[int, NotNegative, _WITH_DATA] = 0
+    """Processes of a rank that read and decode."""
+    precision: Annotated[TowerPrecision, _WITH_DATA] = "float32"
+    """Precision of the towers, by autocast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    out: Path | None = None
+    """File of the scores in JSON; tasks that it has already are not scored again."""
+    exchange_minutes: Annotated[float, Positive] = 30.0
+    """How long a rank waits for another before it stops with an error."""
     data: Data = field(default_factory=Data)
     split: Literal["validation", "test"] = "test"
-    """Which held-out pairs."""
-    tasks: tuple[Path, ...] = ()
-    """Folders of zero-shot tasks in CLIP_benchmark's layout, instead of the held-out pairs."""
+    """Which of the embedded pairs."""
+
+    def check_together(self) -> None:
+        """Refuse options of the embedded pairs beside other data."""
+        if (self.tasks or self.val_data is not None) and (self.data != Data() or self.split != "test"):
+            raise UserError(
+                "--tasks and --val-data take the place of --captions, --size, --cache and --split: leave those out"
+            )
 
 
 @dataclass(frozen=True)

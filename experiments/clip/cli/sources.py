@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,12 +19,18 @@ from experiments.clip.data.reader import first_pairs
 from experiments.clip.data.sources import parse_weights
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.tasks import task_scores
+from experiments.clip.evaluation.encoding import Encoder
+from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
+from experiments.clip.evaluation.task_files import Task
+from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
 
 _EMBEDDED = "glyphs"
+#: What stands before the names of the scores of held-out pairs.
+HELD_OUT = "held_out"
+VALIDATION_BATCH = 64
 
 
 class TrainingData(NamedTuple):
@@ -38,12 +44,15 @@ class TrainingData(NamedTuple):
         What the weights depend on, in JSON's types.
     validate : callable
         Scores the model as it stands.
+    metrics : sequence of str
+        The names of those scores.
     """
 
     stream: Stream
     samples: int
     identity: dict[str, Any]
     validate: Callable[[], dict[str, float]]
+    metrics: Sequence[str]
     reference: Reference | None = None
 
 
@@ -55,11 +64,43 @@ class DataSource(Protocol):
         ...
 
 
+class Validation(NamedTuple):
+    """What a model is scored on, opened: zero-shot tasks, and the catalog of held-out pairs if there is one."""
+
+    tasks: list[Task]
+    held_out: Catalog | None
+
+    def metrics(self) -> list[str]:
+        """Return the names of all scores: ``TASK/METRIC``, and ``held_out/METRIC``."""
+        names = [f"{task.name}/{metric}" for task in self.tasks for metric in metric_names(task)]
+        pairs = pair_metrics(len(self.held_out)) if self.held_out is not None else []
+        return names + [f"{HELD_OUT}/{metric}" for metric in pairs]
+
+    def scores(self, encoder: Encoder, skip_limit: float) -> dict[str, float]:
+        """Return all scores by name (collective)."""
+        found: dict[str, float] = {}
+        for task in self.tasks:
+            of_task = evaluate_task(encoder, task)
+            found |= {f"{task.name}/{metric}": value for metric, value in of_task.metrics.items()}
+        if self.held_out is not None:
+            of_pairs = evaluate_pairs(encoder, self.held_out, skip_limit)
+            found |= {f"{HELD_OUT}/{metric}": value for metric, value in of_pairs.metrics.items()}
+        return found
+
+
+def open_validation(tasks: Sequence[Path], val_data: Path | None) -> Validation:
+    """Open tasks and held-out pairs, so that what is wrong with them is said before any work."""
+    opened = open_tasks(tasks)
+    if val_data is not None and any(task.name == HELD_OUT for task in opened):
+        raise UserError(f"--tasks has a folder called {HELD_OUT}, as the scores of --val-data are: rename it")
+    return Validation(opened, None if val_data is None else open_catalog(val_data))
+
+
 class EmbeddedPairs(Protocol):
     """What the module of an embedded data set offers beside ``open_data``."""
 
-    def scores_table(self, data: Data, split: str, clip: Clip) -> Table:
-        """Return the scores of a model on a held-out split."""
+    def scores(self, data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:
+        """Return the scores of a model on a held-out split, in JSON's types and as a table."""
         ...
 
     def cache_features(self, data: Data, reference: Clip) -> CachedReference:
@@ -82,9 +123,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     """Open a catalog: its pairs are read while training, and its zero-shot tasks validate the model."""
     shards, folder = options.shards, options.shards.catalog
     assert folder is not None
-    for task in shards.tasks:
-        if not task.is_dir():
-            raise UserError(f"--tasks {task} is no folder: name folders in CLIP_benchmark's layout")
+    validation = open_validation(shards.tasks, shards.val_data)
     catalog = open_catalog(folder)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
     order = {
@@ -98,7 +137,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
     loader = Loader(
         catalog,
-        clip.augment,
+        clip.in_bytes(clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,
@@ -112,8 +151,11 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         **order,
     )
     console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
-    validate = partial(_validate, clip, shards.tasks, ranks)
-    return TrainingData(loader, len(catalog), identity, validate, beside)
+    encoder = Encoder(
+        clip, ranks, shards.validation_batch_size or VALIDATION_BATCH, shards.workers, options.execution.precision
+    )
+    validate = partial(validation.scores, encoder, shards.skip_limit)
+    return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)
 
 
 def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:
@@ -122,15 +164,18 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     if folder is not None:
         cached = open_features(reference, catalog, folder)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
+        if cached.views > 1 and options.inputs.aug_cfg:
+            raise UserError(
+                f"--aug-cfg does not fit {folder}: its {cached.views} crops of an image are the reference's own, which "
+                "the target is shown too; leave it out, or the reference features"
+            )
         return cached, cached.views
     reference.model.to(ranks.device)
+    if options.execution.compile:
+        reference.compile()
     parts = options.optimization.accumulation * options.selection.scored_per_pair
     console.print("features   computed while training: `run.py cache-reference` computes them once")
     return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"
-
-
-def _validate(clip: Clip, tasks: tuple[Path, ...], ranks: Ranks) -> dict[str, float]:
-    return dict(task_scores(clip, tasks, ranks))
 
 
 def reference_features(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from math import nan
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings, save_config
 from experiments.clip.cli.sources import DataSource, open_training_data
 from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
-from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks
+from experiments.clip.data.prefetch import Prefetched
+from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed, ensure_writable, write_json
 from experiments.clip.models.clip import Clip
@@ -29,6 +29,7 @@ from experiments.clip.training.checkpoint import (
     latest_checkpoint,
     set_aside_damaged,
     step_folder,
+    step_number,
 )
 from experiments.clip.training.logs import Logs, Record
 from experiments.clip.training.towers import full_tensor
@@ -88,8 +89,10 @@ def train_model(
 
     ``stop`` is the `Trainer`'s; ``source`` opens the pairs.
     """
+    set_float32_products(ranks.device, options.execution.full_float32)
     clip, reference = models
     data = source(options, clip, reference, ranks)
+    _check_best(options.keeping.best, data.metrics)
     method, chosen = build_method(
         options.loss, options.optimization.epochs, data.samples, reference, data.reference, ranks
     )
@@ -97,14 +100,20 @@ def train_model(
     checkpoints = options.out / "checkpoints"
     for path, moved_to, fault in set_aside_damaged(checkpoints, ranks):
         console.print(f"training   {path} is damaged ({fault}): it is now {moved_to.name}")
+    step = 0
     if (found := latest_checkpoint(checkpoints)) is not None:
+        step = step_number(found)
         console.print(f"training   resuming from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
-    with closing(data.stream), progress_bar(f"training {options.out.name}") as advance:
+    stream = Prefetched(data.stream, ranks.device)
+    with closing(stream), progress_bar(f"training {options.out.name}") as advance:
+        if step < stream.steps_per_epoch * options.optimization.epochs:
+            stream.begin(*divmod(step, stream.steps_per_epoch))
+        shown = _Shown(advance, data.validate)
         trainer = Trainer(
             clip,
             method,
-            data.stream,
+            stream,
             options.optimization,
             reference=data.reference,
             selector=build_selector(options, reference, ranks),
@@ -114,11 +123,11 @@ def train_model(
             settings=identity,
             folder=checkpoints,
             seed=options.seed,
-            validate=data.validate,
+            validate=shown.validate,
             validations=options.validations,
             logs=logs,
             log_every=options.log_every,
-            on_step=partial(_show_step, advance),
+            on_step=shown.step,
             stop=stop,
             nonfinite_limit=options.nonfinite_limit,
         )
@@ -142,14 +151,42 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
+        **({"full_float32": True} if options.execution.full_float32 else {}),
         **as_settings(options.optimization),
         **as_settings(options.selection),
         **method,
     }
 
 
-def _show_step(advance: Callable[..., None], step: int, total: int, log: Record) -> None:
-    advance(step, total, f"loss {log.get('loss', nan):.4f}")
+def _check_best(metric: str | None, names: Sequence[str]) -> None:
+    """Refuse a metric that no validation will have, before the first step."""
+    if metric is not None and metric not in names:
+        known = f"choose one of {', '.join(names)}" if names else "a run on a catalog needs --tasks or --val-data"
+        raise UserError(f"--best {metric} is no metric of the validations: {known}")
+
+
+class _Shown:
+    """What a person sees of a training: a bar, and the scores of each validation, in a file too."""
+
+    def __init__(self, advance: Callable[..., None], validate: Callable[[], Record]) -> None:
+        self._advance, self._validate = advance, validate
+        self._at = ""
+
+    def step(self, step: int, total: int, log: Record) -> None:
+        """Show how many steps are done, and the loss."""
+        self._at = f"step {step} of {total}"
+        self._advance(step, total, f"loss {log.get('loss', nan):.4f}")
+
+    def validate(self) -> Record:
+        """Return the scores of the model as it stands, and print them: a line for each task."""
+        scores = self._validate()
+        lines: dict[str, list[str]] = {}
+        for name, value in scores.items():
+            task, _, metric = name.rpartition("/")
+            lines.setdefault(task, []).append(f"{metric} {value:.4f}")
+        for task, values in lines.items():
+            console.print(f"validation {self._at}: {task}{' ' if task else ''}{', '.join(values)}")
+        return scores
 
 
 def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) -> None:
@@ -160,7 +197,8 @@ def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) 
         if state:
             export_model(clip, options.out / name, dtype, state)
             path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
-            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
+            architecture = clip.config.model
+            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype, config=architecture)
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
     if (best := best_record(trained.history, options.keeping.best)) is not None:
         path = step_folder(options.out / "checkpoints", int(best["step"]))

@@ -7,6 +7,7 @@ numbers of a visit (augmentation, choice among captions) are a function of (seed
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -33,7 +34,8 @@ class Loader:
     Parameters
     ----------
     transform : callable
-        Maps a PIL image to the model's input; may draw from the global generators of torch, NumPy and Python.
+        Maps a PIL image to the model's input, in bytes or normalized; may draw from the global generators of torch,
+        NumPy and Python.
     tokenize : callable
         Maps a list of captions to tokens ``[b, length]``.
     batch_size : int
@@ -105,7 +107,7 @@ class Loader:
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from step ``first`` on, without reading those before.
+        """Return an epoch's batches from step ``first`` on, without reading those before; workers begin at once.
 
         The parts of the ranks differ in size by one and by their skipped samples; with several ranks a part may be
         empty.
@@ -118,7 +120,10 @@ class Loader:
         if not 0 <= first <= self.steps_per_epoch:
             raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
         keys = [(epoch, step) for step in range(first, self.steps_per_epoch)]
-        for (_, step), batch in zip(keys, self._workers.map(keys), strict=True):
+        return self._counted(keys, self._workers.map(keys))
+
+    def _counted(self, keys: Sequence[tuple[int, int]], batches: Iterator[Batch]) -> Iterator[Batch]:
+        for (_, step), batch in zip(keys, batches, strict=True):
             self._count(batch, step)
             yield batch
 
@@ -161,6 +166,11 @@ class _Part(NamedTuple):
         start, stop = _bounds(self.order.samples, self.steps, step)
         first, last = _bounds(stop - start, self.ranks, self.rank)
         return self.order.visits(epoch, start + first, start + last)
+
+    @property
+    def size(self) -> int:
+        """The number of visits of the largest part."""
+        return math.ceil(math.ceil(self.order.samples / self.steps) / self.ranks)
 
 
 def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
@@ -219,11 +229,14 @@ class _BatchMaker:
         reference_inputs = (
             None if self._reference is None else self._reference.collate(index, drawn, own_images, captions)
         )
-        return Batch(image, self._tokenize(captions), index, dict(skipped), reference_inputs)
+        return Batch(image, self._tokens(captions), index, dict(skipped), reference_inputs, self._part.size)
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        return self._tokenize(captions).to(torch.int32)
 
     def _empty(self, skipped: Counter[str]) -> Batch:
         """Return a batch of zero samples, whose other dimensions are those of any batch."""
         image = self._transform(Image.new("RGB", (64, 64)))[None]
         index = torch.empty(0, dtype=torch.int64)
         reference_inputs = None if self._reference is None else self._reference.empty_inputs()
-        return Batch(image[:0], self._tokenize(["none"])[:0], index, dict(skipped), reference_inputs)
+        return Batch(image[:0], self._tokens(["none"])[:0], index, dict(skipped), reference_inputs, self._part.size)

@@ -212,6 +212,14 @@ def first_pairs(catalog: Catalog, count: int) -> list[tuple[Image.Image, str]]:
     return [(pair.image, pair.caption) for pair in found if not isinstance(pair, Skip)]
 
 
+def decode_image(data: bytes) -> Image.Image:
+    """Return an image as RGB, decoded as `decode` does; raise `ValueError` with the reason where it cannot be used."""
+    image = _image(data)
+    if isinstance(image, _Refused):
+        raise ValueError(image.reason)
+    return image
+
+
 class _Refused(NamedTuple):
     reason: Reason
 
@@ -255,7 +263,7 @@ def _image(data: bytes) -> Image.Image | _Refused:
             return _Refused("unreadable image")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=251)  # all shades of a size
 def _made_up_image(pixels: int, shade: int) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (pixels, pixels), (shade, 255 - shade, shade // 2)).save(data, "PNG", compress_level=1)

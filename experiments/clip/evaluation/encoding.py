@@ -1,12 +1,26 @@
-"""Collectors that encode all images or texts of an evaluation, and the class vectors of prompt templates."""
+"""Encoding all images or texts of an evaluation, on one process or many, and the class vectors of prompt templates."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from experiments.clip.distributed import ONE_PROCESS, Ranks
+from experiments.clip.errors import UserError
 from experiments.clip.evaluation.metrics import unit_features
+from experiments.clip.io.workers import Workers
+from experiments.clip.models.clip import Clip
+
+Precision = Literal["float32", "bfloat16", "float16"]
+#: Called with how many of the samples are done, and how many there are.
+Progress = Callable[[int, int], None]
+Batch = TypeVar("Batch")
+Inputs = TypeVar("Inputs", Tensor, list[str])
 
 _BLOCK = 2**14  # rows
 
@@ -38,6 +52,86 @@ def encode_texts(
     if not len(features):
         raise ValueError("texts is empty; pass at least one text")
     return features.joined()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model as it is evaluated.
+
+    Parameters
+    ----------
+    clip
+        The model, on the device of ``ranks``.
+    ranks
+        Processes that share the work; all of them must call what is collective.
+    batch_size
+        Images, or texts, per call of the model. The features depend on it, not on the number of ranks or workers.
+    workers
+        Processes of a rank that read and decode; 0 decodes in this one.
+    precision
+        Of the towers, by autocast; features are float32.
+    """
+
+    clip: Clip
+    ranks: Ranks = ONE_PROCESS
+    batch_size: int = 64
+    workers: int = 0
+    precision: Precision = "float32"
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the block in evaluation mode and without gradients; leave the model as it was."""
+        was_training = self.clip.model.training
+        self.clip.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.clip.model.train(was_training)
+
+    def own_batches(self, read: Callable[[int], Batch], count: int) -> Iterator[tuple[int, Batch | None]]:
+        """Yield this rank's batches of ``count`` with their numbers, in rounds of one batch for each rank (collective).
+
+        All ranks have as many rounds, because a sharded model needs all of them for each call: in the last one, a rank
+        may have None. A `UserError` of ``read`` on one rank is raised on all.
+        """
+        ranks, pins = self.ranks, self.clip.device.type == "cuda"
+        own = ranks.own_indices(count)
+        workers: Workers[int, Batch] = Workers(read, self.workers, pin_memory=pins)
+        with closing(workers):
+            batches = workers.map(own)
+            for turn in range(ranks.rounds(count)):
+                has_one = turn < len(own)
+                batch = ranks.run_on_all_or_fail(lambda has_one=has_one: next(batches) if has_one else None)
+                yield turn * ranks.count + ranks.rank, batch
+
+    def images(self, images: Tensor | None) -> Tensor:  # [b, 3, h, w] -> [b, d]
+        """Return the unit features of images, any number on each rank; none for None (collective)."""
+        blank = self.clip.preprocess(Image.new("RGB", (8, 8)))[None]
+        return self._in_calls(blank[:0] if images is None else images, blank, self.clip.encode_image, "image")
+
+    def texts(self, texts: Sequence[str]) -> Tensor:  # b texts -> [b, d]
+        """Return the unit features of texts, any number on each rank (collective)."""
+        return self._in_calls(list(texts), [""], self.clip.encode_text, "text")
+
+    def _in_calls(self, inputs: Inputs, blank: Inputs, encode: Callable[[Inputs], Tensor], what: str) -> Tensor:
+        """Encode ``batch_size`` inputs at a time, in as many calls on every rank; ``blank`` fills one without any."""
+        size = self.batch_size
+        calls = max(1, self.ranks.max_over_ranks(-(-len(inputs) // size)))
+        parts = [inputs[start * size : (start + 1) * size] for start in range(calls)]
+        encoded = [self._features(encode, part if len(part) else blank, what)[: len(part)] for part in parts]
+        return torch.cat(encoded)
+
+    def _features(self, encode: Callable[[Inputs], Tensor], inputs: Inputs, what: str) -> Tensor:
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.clip.device.type, dtype, enabled=dtype != torch.float32):
+            features = encode(inputs).float()
+        bad = int((~features.isfinite()).any(dim=1).sum())
+        problem = (
+            f"the model gives {bad} of {len(features)} {what} features that are not finite: take an earlier checkpoint"
+        )
+        self.ranks.raise_on_all(UserError(problem) if bad else None)
+        return F.normalize(features, dim=-1)
 
 
 class Rows:

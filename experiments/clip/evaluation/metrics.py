@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.clip.distributed import Ranks
+
 RECALL_AT = (1, 5, 10)
 
 # A matrix product may round equal rows differently at the edge of a block, so cosines this close are ties.
 _TIE = 1e-6
 _QUERIES, _ITEMS = 1024, 4096  # a tile of cosines
+TILE = 2048  # items of a tile that stays in a cache
 
 
 class Naming(NamedTuple):
@@ -226,6 +229,33 @@ def wrong_items_ahead(
         behind = torch.arange(len(some), device=queries.device) >= before[rows, None]
         ahead[rows] -= ((scores[rows] == best[rows, None]) & behind).sum(dim=1)
     return ahead
+
+
+def recalls(
+    queries: Tensor,  # [q, d]
+    items: Tensor,  # [m, d]
+    query_labels: Tensor,  # [q]
+    item_labels: Tensor,  # [m]
+    ranks: Ranks,
+) -> dict[int, float]:
+    """Return R@k for each k up to the number of items; ranks share the queries (collective)."""
+    ahead = ranks_of_first_right(queries, items, query_labels, item_labels, ranks)
+    return {k: _recall(ahead, k) for k in RECALL_AT if k <= len(items)}
+
+
+def ranks_of_first_right(
+    queries: Tensor,  # [q, d]
+    items: Tensor,  # [m, d]
+    query_labels: Tensor,  # [q]
+    item_labels: Tensor,  # [m]
+    ranks: Ranks,
+) -> Tensor:  # [q]
+    """Return `wrong_items_ahead` of all queries, which ranks share in tiles (collective)."""
+    ahead = torch.zeros_like(query_labels)
+    for number in ranks.own_indices(-(-len(queries) // _QUERIES)):
+        rows = slice(number * _QUERIES, (number + 1) * _QUERIES)
+        ahead[rows] = wrong_items_ahead(queries[rows], items, query_labels[rows], item_labels, TILE)
+    return ranks.sum(ahead)
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:  # [c, n], [c, n] of 0 and 1

@@ -1,153 +1,251 @@
-"""A zero-shot task's folder in CLIP_benchmark's layout: opened, checked, and decoded in batches.
+"""A zero-shot task's folder, opened and checked: CLIP_benchmark's layout, or a folder of images for each class.
 
-``clip_benchmark eval --dataset wds/NAME --dataset_root FOLDER --no_amp`` reads the same folder, with
+``clip_benchmark eval --dataset wds/NAME --dataset_root FOLDER --no_amp`` reads the first of them too, with
 ``--task zeroshot_retrieval`` for captions, and no more ``--num_workers`` than there are shards::
 
-    dataset_type.txt                         retrieval or multilabel; absent for classification
-    classnames.txt                           one class per line (not for retrieval)
-    zeroshot_classification_templates.txt    one prompt per line, with {c} where the class goes (not for retrieval)
+    dataset_type.txt                         retrieval, multilabel or association; absent for classification
+    classnames.txt                           one class per line (not for retrieval and association)
+    zeroshot_classification_templates.txt    one prompt per line, with {c} where the class goes (as classnames.txt)
     test/nshards.txt                         how many shards there are
     test/0.tar ...                           an image, and .cls (classification), .npy (multilabel) or .txt (captions)
+
+A sample of an association (WinoGAViL) has a ``.json`` with a cue, the names of the candidates and of those that are
+associated with the cue, and an image for each candidate, ``.0.jpg`` and so on. Some of DataComp's tasks have numbers
+about each sample in an ``.npy``.
 
 Nothing is downloaded and no pickle is read.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from experiments.clip.data.reader import MAX_PIXELS
-from experiments.clip.errors import UserError
+from experiments.clip.data.reader import MAX_CAPTION_CHARACTERS
+from experiments.clip.errors import UserError, printable
+from experiments.clip.evaluation.datacomp import Entry, entry_of
+from experiments.clip.evaluation.shards import Shard, TarShard
 from experiments.clip.io.tar import Damaged, tar_members
 
-Kind = Literal["classification", "multilabel", "retrieval"]
+Kind = Literal["classification", "multilabel", "retrieval", "association", "objectives"]
 
 # In the order in which CLIP_benchmark looks for them.
-_IMAGES = ("webp", "png", "jpg", "jpeg")
-LABELS: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+IMAGES = ("webp", "png", "jpg", "jpeg")
+LABELS: dict[str, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "association": "json"}
 TYPE_FILE, CLASSES_FILE, TEMPLATES_FILE = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
-_MAX_IMAGE, _MAX_LABEL = 2**28, 2**20  # bytes
+#: What `run.py glyph-tasks` writes beside its tasks.
+MARKER = "tasks.json"
+METADATA = "npy"
+_MAX_IMAGE, _MAX_LABEL, _MAX_TEXT = 2**28, 2**20, 2**24  # bytes
 # As webdataset splits a member's name: the type is what follows the first dot of the last part.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
-_AGAIN = "copy the task again"
-
-
-class BatchSpans(NamedTuple):
-    """Where the samples of one batch are: consecutive samples of one shard, rows ``first`` on of the task."""
-
-    path: Path
-    spans: np.ndarray  # [count, 4]: offset and size of the image, then of the label
-    first: int
+_CANDIDATE = re.compile(rf"([0-9]{{1,3}})\.({'|'.join(IMAGES)})")
+AGAIN = "copy the task again"
+# Folders that are a part of a data set, and named so, in the layout of a folder for each class.
+_PARTS = ("val", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Task:
-    """An opened task: its classes and templates (none for retrieval), and the place of every batch of samples."""
+    """An opened task.
 
+    Attributes
+    ----------
+    name : str
+        The folder's name, fit for a terminal.
+    classes, templates : list of str
+        None for retrieval and association.
+    shards : list
+        Where the samples are, in order.
+    entry : Entry, optional
+        What DataComp says of the task, if it is one of its own and the samples have what its metrics need.
+    fingerprint : str
+        A digest of the text files and of the samples' places.
+    """
+
+    name: str
     folder: Path
     kind: Kind
     classes: list[str]
     templates: list[str]
-    batches: list[BatchSpans]
-    samples: int
+    shards: Sequence[Shard]
+    entry: Entry | None
+    fingerprint: str
+
+    @property
+    def samples(self) -> int:
+        """The number of samples of all shards."""
+        return sum(map(len, self.shards))
 
 
-def open_task(folder: Path, batch_size: int) -> Task:
-    """Read a task's text files and the headers of its shards, and lay its samples out in batches.
+def open_task(folder: Path) -> Task:
+    """Read a task's text files and the headers of its shards.
 
     `UserError` is raised if a file is missing, damaged, or at odds with another.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: choose at least 1")
-    if not folder.is_dir():
-        raise UserError(f"there is no task {folder}: name a folder with {CLASSES_FILE} and test/nshards.txt")
-    kind: Any = _text(folder / TYPE_FILE).strip().lower() if (folder / TYPE_FILE).exists() else "classification"
+    kind: Any = read_text(folder / TYPE_FILE).strip().lower() if (folder / TYPE_FILE).exists() else "classification"
     if kind not in LABELS:
-        raise UserError(f"{folder / TYPE_FILE} says {kind!r}: only {', '.join(LABELS)} are known")
-    classes = _lines(folder / CLASSES_FILE) if kind != "retrieval" else []
-    templates = _lines(folder / TEMPLATES_FILE) if kind != "retrieval" else []
-    for template in templates:
+        raise UserError(f"{folder / TYPE_FILE} says {kind[:40]!r}: only {', '.join(LABELS)} are known")
+    paths = _shard_paths(folder / "test")
+    entry = entry_of(folder)
+    if entry is not None and entry.columns and not (kind == "classification" and _has_metadata(paths)):
+        entry = None  # other data of that name
+    if entry is not None and entry.objectives:
+        kind = "objectives"
+    has_classes = kind not in ("retrieval", "association")
+    classes = class_names(folder / CLASSES_FILE) if has_classes else []
+    templates = prompt_templates(folder / TEMPLATES_FILE) if has_classes else []
+    label = METADATA if kind == "objectives" else LABELS[kind]
+    more = [METADATA] if entry is not None and entry.groups else []
+    shards = [_open_shard(path, label, more) for path in paths]
+    if not any(map(len, shards)):
+        raise UserError(f"the shards of {folder} hold no sample: {AGAIN}")
+    return opened(folder, kind, classes, templates, shards, entry)
+
+
+def opened(
+    folder: Path,
+    kind: Kind,
+    classes: list[str],
+    templates: list[str],
+    shards: Sequence[Shard],
+    entry: Entry | None,
+) -> Task:
+    """Return a task with its fingerprint."""
+    digest = hashlib.sha256(repr((kind, classes, templates)).encode("utf-8", "surrogateescape"))
+    for shard in shards:
+        digest.update(shard.digest())
+    own = folder.absolute()
+    name = f"{own.parent.name}-{own.name}" if own.name in _PARTS else own.name
+    return Task(printable(name), folder, kind, classes, templates, shards, entry, digest.hexdigest())
+
+
+# --- text files -------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a text file of bounded size."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_TEXT + 1)
+        if len(data) > _MAX_TEXT:
+            raise UserError(f"{path} has more than {_MAX_TEXT} bytes: {AGAIN}, or correct it")
+        return data.decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {AGAIN}, or write it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text ({error}): {AGAIN}") from error
+
+
+def class_names(path: Path) -> list[str]:
+    """Return the names of a file's lines; an empty line is a class with an empty name."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    if not any(lines):
+        raise UserError(f"{path} is empty: {AGAIN}")
+    _check_lengths(path, lines)
+    return lines
+
+
+def prompt_templates(path: Path) -> list[str]:
+    """Return the templates of a file's lines, in which ``{c}`` marks the class."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    if not lines:
+        raise UserError(f"{path} is empty: {AGAIN}")
+    _check_lengths(path, lines)
+    for template in lines:
         if "{c}" not in template or set("{}") & set(template.replace("{c}", "")):
+            raise UserError(f"{path} has the line {template!r}: mark the class by {{c}}, use no other brace")
+    return lines
+
+
+def _check_lengths(path: Path, lines: Sequence[str]) -> None:
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_CAPTION_CHARACTERS:
             raise UserError(
-                f"{folder / TEMPLATES_FILE} has the line {template!r}: mark the class by {{c}}, use no other brace"
+                f"line {number} of {path} has {len(line)} characters: keep them <= {MAX_CAPTION_CHARACTERS}, "
+                "more than any model reads"
             )
-    batches: list[BatchSpans] = []
-    samples = 0
-    for path in _shard_paths(folder / "test"):
-        spans = _spans(path, LABELS[kind])
-        for start in range(0, len(spans), batch_size):
-            batches.append(BatchSpans(path, spans[start : start + batch_size], samples + start))
-        samples += len(spans)
-    if not samples:
-        raise UserError(f"the shards of {folder} hold no sample: {_AGAIN}")
-    return Task(folder, kind, classes, templates, batches, samples)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    counted = _text(folder / "nshards.txt").strip()
+    counted = read_text(folder / "nshards.txt").strip()
     if not re.fullmatch("[1-9][0-9]{0,6}", counted):
         raise UserError(f"{folder / 'nshards.txt'} says {counted[:40]!r}: write how many shards there are")
-    paths = [folder / f"{number}.tar" for number in range(int(counted))]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is missing, one of the {counted} shards that nshards.txt counts: {_AGAIN}")
+    paths: list[Path] = []
+    for number in range(int(counted)):  # the first that is missing ends it, however many are counted
+        paths.append(folder / f"{number}.tar")
+        if not paths[-1].is_file():
+            raise UserError(f"{paths[-1]} is missing, one of the {counted} shards that nshards.txt counts: {AGAIN}")
     present = {path for path in folder.glob("*.tar") if path.stem.isdecimal()}
     if more := present - set(paths):
         raise UserError(f"{min(more)} is not among the {counted} shards that nshards.txt counts: correct the number")
     return paths
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: {_AGAIN}, or write it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text ({error}): {_AGAIN}") from error
+Parts = dict[str, tuple[int, int]]  # offset and size of a sample's members, by their types
 
 
-def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in _text(path).splitlines()]
-    if not all(lines) or not lines:
-        line = f"line {lines.index('') + 1} of {path}" if lines else f"{path}"
-        raise UserError(f"{line} is empty: {_AGAIN}, or delete the line")
-    return lines
+def _open_shard(path: Path, label: str, more: Sequence[str]) -> TarShard:
+    """Return where the parts of each sample are: the label, what else is wanted, the images."""
+    starts, parts = [0], []
+    for key, found in _samples(path):
+        images = _candidates(found) if label == LABELS["association"] else _image(found)
+        wanted = [label, *more]
+        for suffix in wanted:
+            if suffix not in found:
+                raise _lacking(key, path, f".{suffix}")
+        if not images:
+            raise _lacking(key, path, ", ".join(f".{suffix}" for suffix in IMAGES))
+        for sizes, limit in ((images, _MAX_IMAGE), ([found[suffix] for suffix in wanted], _MAX_LABEL)):
+            if (size := max(size for _, size in sizes)) > limit:
+                raise UserError(f"the sample {key} of {path} has a member of {size} bytes: keep it <= {limit}")
+        parts += [*(found[suffix] for suffix in wanted), *images]
+        starts.append(len(parts))
+    return TarShard(path, np.array(parts, np.int64).reshape(-1, 2), np.array(starts), len(more))
 
 
-def _spans(path: Path, label: str) -> np.ndarray:  # [samples, 4]
-    """Return where each sample's image and label are; the members of a sample must be adjacent."""
-    rows: list[tuple[int, ...]] = []
+def _lacking(key: str, path: Path, what: str) -> UserError:
+    return UserError(f"the sample {key} of {path} has no member {what}: {AGAIN}")
+
+
+def _image(found: Parts) -> list[tuple[int, int]]:
+    return [found[suffix] for suffix in IMAGES if suffix in found][:1]
+
+
+def _candidates(found: Parts) -> list[tuple[int, int]]:
+    """Return the images of an association's candidates, in the order of their numbers."""
+    numbered = {int(match[1]): place for suffix, place in found.items() if (match := _CANDIDATE.fullmatch(suffix))}
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _has_metadata(paths: Sequence[Path]) -> bool:
+    """Whether the first sample of a task has numbers about it."""
+    return any(METADATA in found for path in paths[:1] for _, found in itertools.islice(_samples(path), 1))
+
+
+def _samples(path: Path) -> Iterator[tuple[str, Parts]]:
+    """Yield the key and the members of each sample, which must be adjacent."""
     try:
         with path.open("rb") as file:
             for key, members in itertools.groupby(_members(file, path), lambda member: member[0]):
-                parts: dict[str, tuple[int, int]] = {}
+                parts: Parts = {}
                 for _, suffix, offset, size in members:
                     if suffix in parts:
-                        raise UserError(f"the sample {key} of {path} has two members .{suffix}: {_AGAIN}")
+                        raise UserError(f"the sample {key} of {path} has two members .{suffix}: {AGAIN}")
                     parts[suffix] = (offset, size)
-                image = next((parts[suffix] for suffix in _IMAGES if suffix in parts), None)
-                if image is None or label not in parts:
-                    lacks = f".{label}" if image else ", ".join(f".{suffix}" for suffix in _IMAGES)
-                    raise UserError(f"the sample {key} of {path} has no member {lacks}: {_AGAIN}")
-                for (_, size), limit in ((image, _MAX_IMAGE), (parts[label], _MAX_LABEL)):
-                    if size > limit:
-                        raise UserError(f"the sample {key} of {path} has a member of {size} bytes: keep it <= {limit}")
-                rows.append((*image, *parts[label]))
+                yield key, parts
     except (OSError, Damaged) as error:
-        raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from error
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+        raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
 
 
 def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int]]:
@@ -156,82 +254,3 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, str, int, int]]:
         is_meta = "/" not in member.name and member.name.startswith("__") and member.name.endswith("__")
         if member.kind == "file" and match and not is_meta:
             yield match[1], match[2].lower(), member.offset, member.size
-
-
-class DecodedBatch(NamedTuple):
-    """Preprocessed images, and what the kind of task has as a label: a class, 0 or 1 per class, or captions."""
-
-    images: Tensor  # [b, 3, h, w]
-    labels: list[Any]
-
-
-class DecodedBatches(Dataset[DecodedBatch | UserError]):
-    """The decoded batches of a task by number.
-
-    What is wrong with a batch is returned, not raised: worker processes would wrap the error in another.
-    """
-
-    def __init__(self, task: Task, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self._task, self._preprocess = task, preprocess
-
-    def __getitem__(self, number: int) -> DecodedBatch | UserError:
-        path, spans, _ = self._task.batches[number]
-        images: list[Tensor] = []
-        labels: list[Any] = []
-        offset = 0
-        try:
-            with path.open("rb") as file:
-                for image, image_size, offset, size in spans.tolist():
-                    labels.append(self._label(_bytes(file, offset, size)))
-                    offset = image
-                    images.append(self._preprocess(_image(_bytes(file, image, image_size))))
-            return DecodedBatch(torch.stack(images), labels)
-        # Pillow does not document what its decoders raise on damaged files.
-        except Exception as error:
-            return UserError(f"{_name(path, offset)} in {path} is of no use ({_reason(error)}): {_AGAIN}")
-
-    def _label(self, data: bytes) -> Any:
-        task = self._task
-        if task.kind == "retrieval":
-            captions = data.decode("utf-8").splitlines()
-            if not captions:
-                raise ValueError("no caption")
-            return captions
-        if task.kind == "multilabel":
-            label = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-            if label.shape != (len(task.classes),) or not np.isin(label, (0, 1)).all():
-                stated = f"{CLASSES_FILE} has {len(task.classes)} lines"
-                raise ValueError(f"not 0 or 1 for each class, but an array of shape {label.shape}; {stated}")
-            return label.astype(np.uint8)
-        text = data.decode("ascii").strip()
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(task.classes):
-            raise ValueError(f"class {text[:20]!r}; {CLASSES_FILE} has lines for 0 to {len(task.classes) - 1}")
-        return int(text)
-
-
-def _bytes(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    if len(data := file.read(size)) < size:
-        raise ValueError("the file became shorter")
-    return data
-
-
-def _image(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS}")
-        return image.convert("RGB")
-
-
-def _name(path: Path, offset: int) -> str:
-    """Return the name of the member whose content is at ``offset``."""
-    try:
-        with path.open("rb") as file:
-            members = tar_members(file, path.stat().st_size)
-            return next((member.name for member in members if member.offset == offset), "a member")
-    except (OSError, Damaged):
-        return "a member"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

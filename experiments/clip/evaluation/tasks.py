@@ -1,4 +1,4 @@
-"""A model's scores on zero-shot tasks in CLIP_benchmark's layout, by its metrics, over any number of ranks.
+"""A model's scores on zero-shot tasks by CLIP_benchmark's metrics and DataComp's, over any number of ranks.
 
 Where two items score the same, the one that comes first is ahead, as argmax has it: CLIP_benchmark's list of ImageNet
 has two pairs of classes of one name.
@@ -6,253 +6,353 @@ has two pairs of classes of one name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.encoding import Rows
-from experiments.clip.evaluation.metrics import RECALL_AT, mean_average_precision, wrong_items_ahead
-from experiments.clip.evaluation.task_files import DecodedBatch, DecodedBatches, Task, open_task
-from experiments.clip.models.clip import Clip
+from experiments.clip.evaluation.class_folders import holds_class_folders, open_class_folders
+from experiments.clip.evaluation.datacomp import (
+    FACE_METRICS,
+    entry_of,
+    face_scores,
+    group_scores,
+    jaccard_names,
+    jaccard_scores,
+    macro_scores,
+    missing_and_repeated,
+    split_objectives,
+)
+from experiments.clip.evaluation.encoding import Encoder, Progress, Rows
+from experiments.clip.evaluation.metrics import RECALL_AT, TILE, mean_average_precision, recalls, wrong_items_ahead
+from experiments.clip.evaluation.shards import TarShard
+from experiments.clip.evaluation.task_batches import DecodedBatch, TaskBatches
+from experiments.clip.evaluation.task_files import CLASSES_FILE, MARKER, TEMPLATES_FILE, Task, open_task
 
-Progress = Callable[[int, int], None]
-
-_QUERIES, _ITEMS = 1024, 2048  # a tile of scores, which stays in a cache
+Scores = dict[str, float]
 
 
 class TaskScores(NamedTuple):
-    """The scores of one task; ``task`` and the keys of ``metrics`` are CLIP_benchmark's.
+    """The scores of one task; ``task`` and the keys of ``metrics`` are CLIP_benchmark's, or DataComp's.
 
-    A metric that is not defined is left out: acc5 of fewer than 5 classes, R@k among fewer than k items.
+    A metric that is not defined is left out: acc5 of fewer than 5 classes, R@k among fewer than k items. ``groups`` has
+    accuracy and size of groups of samples, ``main`` is the metric that DataComp counts of the task.
     """
 
     name: str
     task: str
     samples: int
-    metrics: dict[str, float]
+    metrics: Scores
+    groups: Scores
+    main: str | None
 
 
-def evaluate_task(
-    clip: Clip,
-    folder: Path,
-    ranks: Ranks = ONE_PROCESS,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: Progress | None = None,
-) -> TaskScores:
-    """Score a model on one task, in evaluation mode; nothing is downloaded and no pickle is read.
-
-    A class vector is the normalized mean of the normalized text features of its prompts. The metrics and the memory
-    that they take depend on the kind of task:
-
-    - classification: ``acc1``, ``acc5`` and ``mean_per_class_recall`` over the classes with samples, with memory for
-      one batch;
-    - multilabel: ``mean_average_precision``, with memory for the scores of all samples;
-    - retrieval: ``image_retrieval_recall@k``, the share of captions whose image is among the top k, and
-      ``text_retrieval_recall@k``, the share of images with at least one of their captions among the top k, with memory
-      for all features, which are compared in tiles.
-
-    Parameters
-    ----------
-    clip
-        The model.
-    folder
-        The task's folder; its name is the task's.
-    ranks
-        Processes that share the work; all of them must call. Each encodes some batches, and all return the scores that
-        one process returns, to the last bit. The rank that meets an error raises it; the others raise one that names
-        that rank.
-    batch_size
-        Images, or prompts, per call of the model.
-    workers
-        Processes that decode images; 0 decodes in this one.
-    progress
-        Called after each batch with how many of the samples are done, and how many there are.
+def open_tasks(paths: Sequence[Path]) -> list[Task]:
+    """Open the tasks of some folders; the file that `run.py glyph-tasks` writes beside its tasks is passed over.
 
     Raises
     ------
     UserError
-        If a file of the task is missing, damaged, or at odds with another; if features are not finite.
+        If a path is no folder, if a file of a task is missing, damaged, or at odds with another, or if two tasks have
+        one name.
     """
-    task = ranks.run_on_all_or_fail(lambda: open_task(Path(folder), batch_size))
-    was_training = clip.model.training
-    clip.model.eval()
+    tasks = [_open(path) for path in paths if not (path.name == MARKER and path.is_file())]
+    if paths and not tasks:
+        raise UserError(f"--tasks {paths[0]} names no folder: name the folders beside it")
+    name, count = Counter(task.name for task in tasks).most_common(1)[0] if tasks else ("", 0)
+    if count > 1:
+        same = ", ".join(str(task.folder) for task in tasks if task.name == name)
+        raise UserError(f"--tasks has {count} folders of one name ({same}): rename them, their scores would be one")
+    return tasks
+
+
+def _open(path: Path) -> Task:
+    if not path.is_dir():
+        raise UserError(
+            f"--tasks {path} is no folder: name folders in CLIP_benchmark's layout, or with a folder of images for "
+            "each class"
+        )
     try:
-        with torch.no_grad():
-            batches = _encode_batches(clip, task, ranks, workers, progress)
-            if task.kind == "retrieval":
-                metrics = _retrieval(clip, task, ranks, batches)
-            else:
-                classifier = _class_vectors(clip, task, ranks, batch_size)
-                score = _classification if task.kind == "classification" else _multilabel
-                metrics = score(task, ranks, classifier, batches)
-    finally:
-        clip.model.train(was_training)
-    name = "zeroshot_retrieval" if task.kind == "retrieval" else "zeroshot_classification"
-    return TaskScores(task.folder.name, name, task.samples, metrics)
+        return open_class_folders(path) if holds_class_folders(path) else open_task(path)
+    except OSError as error:
+        raise UserError(f"--tasks {path} cannot be read ({error.strerror}): copy it again") from error
 
 
-def task_scores(clip: Clip, tasks: Sequence[Path], ranks: Ranks = ONE_PROCESS) -> Iterator[tuple[str, float]]:
-    """Yield the name, like ``TASK/acc1``, and the value of every metric of these tasks."""
-    for folder in tasks:
-        scores = evaluate_task(clip, folder, ranks)
-        for metric, value in scores.metrics.items():
-            yield f"{scores.name}/{metric}", value
+def evaluate_task(encoder: Encoder, task: Task, progress: Progress | None = None) -> TaskScores:
+    """Score a model on one task, in evaluation mode (collective).
+
+    Each rank encodes some batches, and all return the scores that one process returns, to the last bit. A class vector
+    is the normalized mean of the normalized text features of its prompts. The metrics, and the memory that they take
+    beside one batch's, depend on the kind of task:
+
+    - classification: ``acc1``, ``acc5`` and ``mean_per_class_recall`` over the classes with samples, with memory for
+      the place of each sample's class;
+    - multilabel: ``mean_average_precision``, with memory for the scores of all samples;
+    - retrieval: ``image_retrieval_recall@k``, the share of captions whose image is among the top k, and
+      ``text_retrieval_recall@k``, the share of images with at least one of their captions among the top k, with memory
+      for all features, which are compared in tiles;
+    - association: the mean Jaccard index of the candidates that are associated with a cue and of as many that score
+      highest.
+
+    Raises
+    ------
+    UserError
+        If a sample is damaged, or features are not finite. The rank that meets an error raises it; the others raise
+        one that names that rank.
+    """
+    kind = _KINDS[task.kind]
+    with encoder.evaluating():
+        metrics, groups = kind.score(encoder, task, _encoded(encoder, task, progress))
+    main = None if task.entry is None else task.entry.main
+    return TaskScores(task.name, kind.name, task.samples, metrics, groups, main)
+
+
+def metric_names(task: Task) -> list[str]:
+    """Return the metrics that a task will have, without R@k for a k that not all tasks of its size have."""
+    return _KINDS[task.kind].metrics(task)
+
+
+def check_datacomp(tasks: Sequence[Task]) -> None:
+    """Refuse tasks among which one of DataComp's is missing, is there twice, or has not its main metric."""
+    for task in tasks:
+        known = entry_of(task.folder)
+        main = None if known is None else known.main
+        if main is not None and (task.entry is None or main not in metric_names(task)):
+            raise UserError(f"--datacomp: {task.folder} has not what {main} needs: copy the task again")
+    missing, repeated = missing_and_repeated(task.entry for task in tasks if task.entry is not None)
+    if missing:
+        raise UserError(
+            f"--datacomp needs all of DataComp's tasks, and --tasks has no folder of {', '.join(missing)}: name the "
+            "missing ones, or leave out --datacomp"
+        )
+    if repeated:
+        raise UserError(f"--tasks has {repeated[0]} twice, which has one part in DataComp's average: leave one out")
 
 
 # --- the work of several ranks ----------------------------------------------------------------------------------
 
 
 class _EncodedBatch(NamedTuple):
-    """Unit features and labels of consecutive samples, rows ``first`` on of the task."""
+    """Unit features and labels of consecutive samples of the task; nothing where a rank has no batch in a round."""
 
-    first: int
-    images: Tensor  # [b, d]
-    labels: list[Any]
+    rows: slice
+    images: Tensor  # [b, d]; of associations all candidates
+    decoded: DecodedBatch | None
 
 
-def _encode_batches(
-    clip: Clip, task: Task, ranks: Ranks, workers: int, progress: Progress | None
-) -> Iterator[_EncodedBatch]:
-    """Yield this rank's batches, equally many on every rank: a sharded model needs all ranks for each call.
-
-    A rank without a batch in the last round encodes a blank image and yields no rows.
-    """
-    own = ranks.own_indices(len(task.batches))
-    loader = iter(DataLoader(DecodedBatches(task, clip.preprocess), batch_size=None, sampler=own, num_workers=workers))
-    for turn in range(ranks.rounds(len(task.batches))):
-        item = next(loader) if turn < len(own) else None
-        ranks.raise_on_all(item if isinstance(item, UserError) else None)
-        if item is None:
-            blank = clip.preprocess(Image.new("RGB", (8, 8)))[None]
-            _finite_unit_features(clip.encode_image(blank), "image", ranks)
-            yield _EncodedBatch(0, torch.empty(0), [])
-        elif isinstance(item, DecodedBatch):
-            features = _finite_unit_features(clip.encode_image(item.images), "image", ranks)
-            yield _EncodedBatch(task.batches[own[turn]].first, features, list(item.labels))
+def _encoded(encoder: Encoder, task: Task, progress: Progress | None) -> Iterator[_EncodedBatch]:
+    batches = TaskBatches(task, encoder.batch_size, encoder.clip.in_bytes(encoder.clip.preprocess))
+    for number, batch in encoder.own_batches(batches, len(batches)):
+        features = encoder.images(None if batch is None else batch.images)
+        rows = slice(0, 0) if batch is None else slice(batch.first, batch.first + len(batch.labels))
+        yield _EncodedBatch(rows, features, batch)
         if progress is not None:
-            last = task.batches[min((turn + 1) * ranks.count, len(task.batches)) - 1]
-            progress(last.first + len(last.spans), task.samples)
+            last = number - encoder.ranks.rank + encoder.ranks.count - 1
+            progress(batches.end(last), task.samples)
 
 
-def _finite_unit_features(features: Tensor, what: str, ranks: Ranks) -> Tensor:  # [b, d] -> [b, d]
-    bad = int((~features.isfinite()).any(dim=1).sum())
-    problem = (
-        f"the model gives {bad} of {len(features)} {what} features that are not finite: take an earlier checkpoint"
-    )
-    ranks.raise_on_all(UserError(problem) if bad else None)
-    return F.normalize(features.float(), dim=-1)
-
-
-# --- the metrics ------------------------------------------------------------------------------------------------
-
-
-def _class_vectors(clip: Clip, task: Task, ranks: Ranks, batch_size: int) -> Tensor:  # [c, d]
+def _class_vectors(encoder: Encoder, classes: Sequence[str], templates: Sequence[str]) -> Tensor:  # [c, d]
     """Return the unit vector of each class; classes of one name have equal vectors, to the last bit."""
-    names = list(dict.fromkeys(task.classes))
-    per_call = max(1, batch_size // len(task.templates))
+    ranks = encoder.ranks
+    names = list(dict.fromkeys(classes))
+    per_call = max(1, encoder.batch_size // len(templates))
     chunks = [names[start : start + per_call] for start in range(0, len(names), per_call)]
     own = ranks.own_indices(len(chunks))
     vectors = torch.empty(0)
     for turn in range(ranks.rounds(len(chunks))):
         chunk = chunks[own[turn]] if turn < len(own) else chunks[-1]
-        prompts = [template.replace("{c}", name) for name in chunk for template in task.templates]
-        features = _finite_unit_features(clip.encode_text(prompts), "text", ranks).unflatten(
-            0, (len(chunk), len(task.templates))
-        )
+        prompts = [template.replace("{c}", name) for name in chunk for template in templates]
+        features = encoder.texts(prompts).unflatten(0, (len(chunk), len(templates)))
         if not vectors.numel():
-            vectors = torch.zeros(len(names), features.shape[-1], device=clip.device)
+            vectors = features.new_zeros(len(names), features.shape[-1])
         if turn < len(own):
             start = own[turn] * per_call
             vectors[start : start + len(chunk)] = F.normalize(features.mean(dim=1), dim=-1)
     ranks.sum(vectors)
     position = {name: number for number, name in enumerate(names)}
-    return vectors[[position[name] for name in task.classes]]
+    return vectors[[position[name] for name in classes]]
 
 
-def _classification(task: Task, ranks: Ranks, classifier: Tensor, batches: Iterable[_EncodedBatch]) -> dict[str, float]:
-    classes = len(classifier)
-    numbers = torch.arange(classes, device=classifier.device)
-    # Per class: samples, samples with that class first, samples with that class among the first 5.
-    counts = torch.zeros(3, classes, dtype=torch.int64, device=classifier.device)
-    for batch in batches:
-        if batch.labels:
-            labels = torch.tensor(batch.labels, device=classifier.device)
-            ahead = wrong_items_ahead(batch.images, classifier, labels, numbers, _ITEMS)
-            for row, chosen in enumerate((labels, labels[ahead < 1], labels[ahead < 5])):
-                counts[row] += chosen.bincount(minlength=classes)
-    samples, first, first_five = ranks.sum(counts).cpu().double()
-    present = samples > 0
-    metrics = {"acc1": (first.sum() / task.samples).item()}
+class _Collected:
+    """Numbers about all samples of a task, of which each rank fills in some."""
+
+    def __init__(self, encoder: Encoder, *shape: int) -> None:
+        self._ranks = encoder.ranks
+        self._values = torch.zeros(shape, dtype=torch.int64, device=encoder.clip.device)
+
+    def fill(self, rows: slice, values: Tensor | np.ndarray) -> None:
+        """Set some rows."""
+        self._values[rows] = torch.as_tensor(values, device=self._values.device)
+
+    def joined(self) -> np.ndarray:
+        """Return all ranks' rows (collective)."""
+        return self._ranks.sum(self._values).cpu().numpy()
+
+
+# --- the metrics ------------------------------------------------------------------------------------------------
+
+
+def _classification(encoder: Encoder, task: Task, batches: Iterable[_EncodedBatch]) -> tuple[Scores, Scores]:
+    classifier = _class_vectors(encoder, task.classes, task.templates)
+    numbers = torch.arange(len(classifier), device=classifier.device)
+    entry = task.entry
+    # Of each sample: its class, the wrong classes ahead of it, the one that scores highest.
+    found = _Collected(encoder, task.samples, 3)
+    about = _Collected(encoder, task.samples, entry.columns if entry else 0)
+    for rows, images, batch in batches:
+        if batch is None:
+            continue
+        labels = torch.tensor(batch.labels, device=classifier.device)
+        ahead = wrong_items_ahead(images, classifier, labels, numbers, TILE)
+        best = (images @ classifier.T).argmax(dim=1) if entry and entry.macro else ahead
+        found.fill(rows, torch.stack([labels, ahead, best], dim=1))
+        if batch.numbers is not None:
+            about.fill(rows, batch.numbers)
+    truth, ahead, best = found.joined().T
+    metrics, groups = _accuracies(truth, ahead, len(task.classes)), {}
+    if entry and entry.macro:
+        metrics |= macro_scores(truth, best)
+    if entry and entry.groups:
+        columns = about.joined()
+        for grouping in entry.groups:
+            scores, by_group = group_scores(ahead < grouping.top, columns, grouping)
+            metrics, groups = metrics | scores, groups | by_group
+    return metrics, groups
+
+
+def _accuracies(truth: np.ndarray, ahead: np.ndarray, classes: int) -> Scores:
+    """Return CLIP_benchmark's metrics of each sample's class and the number of wrong classes ahead of it."""
+    first = ahead < 1
+    samples = np.bincount(truth, minlength=classes)
+    right = np.bincount(truth[first], minlength=classes)
+    metrics = {"acc1": float(first.mean())}
     if classes >= 5:
-        metrics["acc5"] = (first_five.sum() / task.samples).item()
-    return metrics | {"mean_per_class_recall": (first[present] / samples[present]).mean().item()}
+        metrics["acc5"] = float((ahead < 5).mean())
+    return metrics | {"mean_per_class_recall": float((right[samples > 0] / samples[samples > 0]).mean())}
 
 
-def _multilabel(task: Task, ranks: Ranks, classifier: Tensor, batches: Iterable[_EncodedBatch]) -> dict[str, float]:
+def _classification_names(task: Task) -> list[str]:
+    names = ["acc1", *(["acc5"] if len(task.classes) >= 5 else []), "mean_per_class_recall"]
+    if task.entry is None:
+        return names
+    names += ["recall-macro_all", "F1-macro_all"] if task.entry.macro else []
+    return names + [name for each in task.entry.groups for name in (f"{each.metric}_avg", each.worst)]
+
+
+def _objectives(encoder: Encoder, task: Task, batches: Iterable[_EncodedBatch]) -> tuple[Scores, Scores]:
+    entry = task.entry
+    assert entry is not None
+    classes = split_objectives(task.classes, str(task.folder / CLASSES_FILE))
+    templates = split_objectives(task.templates, str(task.folder / TEMPLATES_FILE))
+    classifiers = [_class_vectors(encoder, *lines) for lines in zip(classes, templates, strict=True)]
+    predicted = _Collected(encoder, task.samples, len(classifiers))
+    about = _Collected(encoder, task.samples, entry.columns)
+    for rows, images, batch in batches:
+        if batch is not None and batch.numbers is not None:
+            predicted.fill(rows, torch.stack([(images @ each.T).argmax(dim=1) for each in classifiers], dim=1))
+            about.fill(rows, batch.numbers)
+    return face_scores(predicted.joined(), about.joined())
+
+
+def _multilabel(encoder: Encoder, task: Task, batches: Iterable[_EncodedBatch]) -> tuple[Scores, Scores]:
+    classifier = _class_vectors(encoder, task.classes, task.templates)
     scores = torch.zeros(len(classifier), task.samples, device=classifier.device)
     labels = torch.zeros(scores.shape, dtype=torch.uint8, device=classifier.device)
-    for first, images, own in batches:
-        if own:
-            rows = slice(first, first + len(own))
+    for rows, images, batch in batches:
+        if batch is not None:
             scores[:, rows] = classifier @ images.T
-            labels[:, rows] = torch.stack(own, dim=1).to(classifier.device)
-    ranks.sum(scores)
-    ranks.sum(labels)
-    return {"mean_average_precision": mean_average_precision(scores, labels)}
+            labels[:, rows] = torch.from_numpy(np.stack(batch.labels, axis=1)).to(classifier.device)
+    encoder.ranks.sum(scores)
+    encoder.ranks.sum(labels)
+    return {"mean_average_precision": mean_average_precision(scores, labels)}, {}
 
 
-def _retrieval(clip: Clip, task: Task, ranks: Ranks, batches: Iterable[_EncodedBatch]) -> dict[str, float]:
+def _retrieval(encoder: Encoder, task: Task, batches: Iterable[_EncodedBatch]) -> tuple[Scores, Scores]:
+    ranks, device = encoder.ranks, encoder.clip.device
     images = torch.empty(0)
-    captions = torch.zeros(task.samples, dtype=torch.int64, device=clip.device)  # how many each image has
+    captions = torch.zeros(task.samples, dtype=torch.int64, device=device)  # how many each image has
     own = Rows()  # this rank's captions
-    is_own = torch.zeros(task.samples, dtype=torch.bool, device=clip.device)
-    for first, features, labels in batches:
-        flat = [caption for some in labels for caption in some]
-        text = _finite_unit_features(clip.encode_text(flat or [""]), "text", ranks)
+    is_own = torch.zeros(task.samples, dtype=torch.bool, device=device)
+    for rows, features, batch in batches:
+        text = encoder.texts([caption for some in batch.labels for caption in some] if batch is not None else [])
         if not images.numel():
-            images = torch.zeros(task.samples, text.shape[1], device=clip.device)
-        if labels:
-            rows = slice(first, first + len(labels))
+            images = torch.zeros(task.samples, text.shape[1], device=device)
+        if batch is not None:
             images[rows] = features
-            captions[rows] = torch.tensor([len(some) for some in labels], device=clip.device)
+            captions[rows] = torch.tensor([len(some) for some in batch.labels], device=device)
             own.add(text)
             is_own[rows] = True
     ranks.sum(images)
     ranks.sum(captions)
-    texts = torch.zeros(int(captions.sum()), images.shape[1], device=clip.device)
+    texts = torch.zeros(int(captions.sum()), images.shape[1], device=device)
     places = is_own.repeat_interleave(captions).nonzero()[:, 0]
     for block in own.take():
         texts[places[: len(block)]] = block
         places = places[len(block) :]
     ranks.sum(texts)
-    numbers = torch.arange(task.samples, device=clip.device)
+    numbers = torch.arange(task.samples, device=device)
     owners = numbers.repeat_interleave(captions)
     found = {
-        "image": _recalls(texts, images, owners, numbers, ranks),
-        "text": _recalls(images, texts, numbers, owners, ranks),
+        "image": recalls(texts, images, owners, numbers, ranks),
+        "text": recalls(images, texts, numbers, owners, ranks),
     }
-    return {f"{side}_retrieval_recall@{k}": found[side][k] for k in RECALL_AT for side in found if k in found[side]}
+    metrics = {f"{side}_retrieval_recall@{k}": found[side][k] for k in RECALL_AT for side in found if k in found[side]}
+    if task.entry is not None:
+        metrics["mean_recall@1"] = (found["image"][1] + found["text"][1]) / 2
+    return metrics, {}
 
 
-def _recalls(
-    queries: Tensor, items: Tensor, query_labels: Tensor, item_labels: Tensor, ranks: Ranks
-) -> dict[int, float]:
-    """Return R@k for each k up to the number of items."""
-    found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=queries.device)
-    tiles = queries.split(_QUERIES)
-    for number in ranks.own_indices(len(tiles)):
-        labels = query_labels[number * _QUERIES : (number + 1) * _QUERIES]
-        ahead = wrong_items_ahead(tiles[number], items, labels, item_labels, _ITEMS)
-        found += torch.stack([(ahead < k).sum() for k in RECALL_AT])
-    shares = (ranks.sum(found).double() / len(queries)).tolist()
-    return {k: share for k, share in zip(RECALL_AT, shares, strict=True) if k <= len(items)}
+def _retrieval_names(task: Task) -> list[str]:
+    names = [f"{side}_retrieval_recall@{k}" for k in RECALL_AT for side in ("image", "text") if k <= task.samples]
+    return names + (["mean_recall@1"] if task.entry is not None else [])
+
+
+def _association(encoder: Encoder, task: Task, batches: Iterable[_EncodedBatch]) -> tuple[Scores, Scores]:
+    device = encoder.clip.device
+    jaccard = torch.zeros(task.samples, dtype=torch.float64, device=device)
+    for rows, images, batch in batches:
+        labels = batch.labels if batch is not None else []
+        cues = encoder.texts([_cue_prompt(label.cue) for label in labels])
+        found, start = [], 0
+        for cue, label in zip(cues, labels, strict=True):
+            right = torch.from_numpy(label.is_right).to(device)
+            scores = images[start : start + len(right)] @ cue
+            chosen = scores.argsort(stable=True)[-int(label.is_right.sum()) :]
+            hits = right[chosen].sum()
+            found.append(hits.double() / (2 * right.sum() - hits))
+            start += len(right)
+        if found:
+            jaccard[rows] = torch.stack(found)
+    return jaccard_scores(encoder.ranks.sum(jaccard).cpu().numpy(), _candidates(task)), {}
+
+
+def _cue_prompt(cue: str) -> str:
+    cue = cue.lower()
+    return f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
+
+
+def _candidates(task: Task) -> np.ndarray:  # [samples]
+    return np.concatenate([shard.images() for shard in task.shards if isinstance(shard, TarShard)])
+
+
+class _Kind(NamedTuple):
+    """What CLIP_benchmark calls a kind of task, the metrics that it will have, and what computes them."""
+
+    name: str
+    metrics: Callable[[Task], list[str]]
+    score: Callable[[Encoder, Task, Iterable[_EncodedBatch]], tuple[Scores, Scores]]
+
+
+_KINDS = {
+    "classification": _Kind("zeroshot_classification", _classification_names, _classification),
+    "multilabel": _Kind("zeroshot_classification", lambda task: ["mean_average_precision"], _multilabel),
+    "retrieval": _Kind("zeroshot_retrieval", _retrieval_names, _retrieval),
+    "association": _Kind("association", lambda task: jaccard_names(_candidates(task)), _association),
+    "objectives": _Kind("zeroshot_classification", lambda task: list(FACE_METRICS), _objectives),
+}

@@ -16,18 +16,21 @@ from experiments.clip.cli.sources import TrainingData, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.catalog import make_catalog
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, printable
 from experiments.clip.glyphs.dataset import Manifest, open_dataset, write_dataset
 from experiments.clip.glyphs.drawing import faces, glyph_splits
 from experiments.clip.glyphs.evaluation import evaluate_model
 from experiments.clip.glyphs.options import Prepare
 from experiments.clip.glyphs.stream import MemoryStream, PreparedPairs
 from experiments.clip.io.files import locked
+from experiments.clip.io.workers import spare_cores
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference
 
 PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
+#: The scores of a validation.
+METRICS = ("naming_top1", "naming_top5")
 GLYPH_BATCH = 512  # glyphs that go through the reference at a time
 
 LoadPairs = Callable[[Manifest, str, Clip], PreparedPairs]  # decodes a split for a model
@@ -86,7 +89,7 @@ def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedRe
     shards = [str(manifest.folder / shard.name) for shard in manifest.splits["train"].shards]
     catalog = make_catalog(shards, cache / f"catalog-{manifest.fingerprint[:12]}")
     folder = cache / f"features-{catalog.fingerprint[:12]}-{reference.fingerprint[:12]}"
-    return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH)
+    return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH, workers=spare_cores())
 
 
 def cache_features(data: Data, reference: Clip) -> CachedReference:
@@ -94,13 +97,13 @@ def cache_features(data: Data, reference: Clip) -> CachedReference:
     return glyph_features(reference, prepare(data), data.cache)
 
 
-def scores_table(data: Data, split: str, clip: Clip) -> Table:
-    """Return the scores of a model on a held-out split."""
+def scores(data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:
+    """Return the scores of a model on a held-out split, in JSON's types and as a table."""
     from experiments.clip.glyphs import report  # loads matplotlib
 
     manifest = prepare(data)
-    scores = evaluate_model(clip, load_pairs(manifest, split, clip), manifest)
-    return report.scores_table({clip.name: scores.as_dict()})
+    found = evaluate_model(clip, load_pairs(manifest, split, clip), manifest).as_dict()
+    return found, report.scores_table({printable(clip.name): found})
 
 
 def open_data(
@@ -113,19 +116,23 @@ def open_data(
     # Runs that start together share what one of them has prepared.
     with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
         manifest = prepare(options.data)
+        if reference is not None:
+            reference.model.to(ranks.device)
         features = None if reference is None else glyph_features(reference, manifest, options.data.cache)
     samples = share(options, manifest)
     pairs = load(manifest, options.split, clip).first(samples)
     held_out = load(manifest, "validation", clip)
     stream = MemoryStream(pairs, options.pairs_per_step, options.seed, ranks.rank, ranks.count, features)
     identity = {"data": manifest.fingerprint, "split": options.split, "fraction": options.fraction}
-    return TrainingData(stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), features)
+    return TrainingData(
+        stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), METRICS, features
+    )
 
 
 def _validate(clip: Clip, held_out: PreparedPairs, manifest: Manifest, ranks: Ranks) -> dict[str, float]:
     naming = evaluate_model(clip, held_out, manifest, ranks).naming
     clip.model.train()
-    return {"naming_top1": naming.top1, "naming_top5": naming.top5}
+    return dict(zip(METRICS, (naming.top1, naming.top5), strict=True))
 
 
 def share(options: Train, manifest: Manifest) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.clip.errors import UserError
+
+#: Results that each worker computes before they are requested: so many times the workers are in shared memory at most.
+AHEAD = 2
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -25,7 +29,7 @@ _TASK_FAILED = "Caught "
 class Workers(Generic[Key, Result]):
     """Computes ``task(key)`` in ``count`` worker processes; with 0 of them, in this process.
 
-    The processes start at the first `map` and end at `close`. They ignore signals that a scheduler sends to all
+    The processes start with the first `map` and end at `close`. They ignore signals that a scheduler sends to all
     processes of a job: their parent decides when they end.
 
     Parameters
@@ -38,14 +42,16 @@ class Workers(Generic[Key, Result]):
         Whether tensors of the results are put into page-locked memory, which makes copies to a GPU faster.
     """
 
-    def __init__(self, task: Callable[[Key], Result], count: int, *, ahead: int = 2, pin_memory: bool = False) -> None:
+    def __init__(
+        self, task: Callable[[Key], Result], count: int, *, ahead: int = AHEAD, pin_memory: bool = False
+    ) -> None:
         self._task, self._count, self._ahead, self._pin_memory = task, count, ahead, pin_memory
         self._keys = _Keys()
         self._loader: DataLoader | None = None
         self._iterations = 0
 
     def map(self, keys: Iterable[Key]) -> Iterator[Result]:
-        """Yield the results in the order of the keys. A new iteration ends the previous one.
+        """Begin to compute, and return the results in the order of the keys. A new iteration ends the previous one.
 
         Raises
         ------
@@ -61,6 +67,9 @@ class Workers(Generic[Key, Result]):
             if self._loader is None:
                 self._loader = self._start()
             results = iter(self._loader)
+        return self._results(own, results)
+
+    def _results(self, own: int, results: Iterator[Any]) -> Iterator[Result]:
         while own == self._iterations:
             with self._reporting_deaths():
                 try:
@@ -108,6 +117,21 @@ class Workers(Generic[Key, Result]):
             raise UserError(
                 f"a data worker died ({reason}): look for a lack of memory, or use fewer workers"
             ) from error
+
+
+def spare_cores() -> int:
+    """Return how many cores this process may use beside its own."""
+    return len(os.sched_getaffinity(0)) - 1
+
+
+def spread(task: Callable[[Key], Result], keys: Sequence[Key]) -> Iterator[Result]:
+    """Yield ``task(key)`` in the order of the keys, computed by as many processes as this one may use cores."""
+    count = min(len(keys) - 1, spare_cores()) + 1
+    workers: Workers[Key, Result] = Workers(task, count if count > 1 else 0)
+    try:
+        yield from workers.map(keys)
+    finally:
+        workers.close()
 
 
 class _Keys:

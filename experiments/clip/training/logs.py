@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,10 +24,13 @@ from drrho.coefficient import covariances_within_anchors
 from drrho.routes import BatchIndex
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, printable
 from experiments.clip.io.files import append_line
 from experiments.clip.training.methods import Features, Number, RankSum
 from experiments.clip.training.options import LogName
+
+# What a page could take for markup, and a terminal for a command, in the name of a number.
+_MARKUP = re.compile(r"[^\w ./:@+-]")
 
 #: Numbers by name.
 Record = dict[str, float]
@@ -37,7 +42,7 @@ class Logs:
     Parameters
     ----------
     folder : Path
-        Where ``log.jsonl`` and TensorBoard's events go.
+        Where ``log.txt``, ``log.jsonl`` and TensorBoard's events go.
     names : sequence of str
         Which logs to write.
     settings : dict
@@ -45,6 +50,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path, names: Sequence[LogName], settings: dict[str, Any]) -> None:
+        self._text = folder / "log.txt" if "text" in names else None
         self._lines = folder / "log.jsonl" if "jsonl" in names else None
         self._board = self._wandb = None
         if "tensorboard" in names:
@@ -62,11 +68,15 @@ class Logs:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""
+        if self._text is not None:
+            now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            numbers = (f"{printable(name)} {value:.6g}" for name, value in values.items())
+            append_line(self._text, f"{now}  step {step}  {'  '.join(numbers)}")
         if self._lines is not None:
             append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(_MARKUP.sub("_", name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 

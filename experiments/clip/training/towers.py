@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
@@ -15,11 +17,19 @@ from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.models.clip import Clip, at_least_one
+from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
 from experiments.clip.training.options import Execution
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Part(NamedTuple):
+    """Images and tokens of some of a batch's pairs, and the number of rows to give to the towers."""
+
+    image: Tensor
+    text: Tensor
+    rows: int
 
 
 class Towers:
@@ -28,11 +38,15 @@ class Towers:
     def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
         model = clip.model.to(ranks.device)
         model.train()
-        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
+        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
+        # Statistics over a batch must not count rows that only fill it up.
+        self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:
             model.set_grad_checkpointing()
+        self._compiled, self._in_graphs = bool(execution.compile), execution.compile == "reduce-overhead"
         if execution.compile:
-            model.compile()  # in place: names of parameters stay what they are
+            # In place: names of parameters stay what they are.
+            model.compile(mode="reduce-overhead" if self._in_graphs else None)
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
             policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
@@ -46,7 +60,7 @@ class Towers:
             # Buffers that no checkpoint holds are constants, which would be broadcast in every forward pass.
             constants = [name for name, _ in model.named_buffers() if name not in model.state_dict()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
-            self.model = DistributedDataParallel(model, device_ids=devices)
+            self.model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
@@ -74,7 +88,7 @@ class Towers:
             return method.loss((image, text), samples, Head(*head), epoch, reference)
 
         with self.autocast():
-            chunks = _chunks(batch, samples, parts)
+            chunks = self._chunks(batch, samples, parts)
             found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
         return found, (kept[0], kept[1])
 
@@ -85,17 +99,32 @@ class Towers:
         Second comes how many ranks have features that are not finite, a scalar on the device.
         """
         with self.autocast():
-            encoded = [self._encode(chunk) for chunk in _chunks(batch, samples, parts)]
+            encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
         images, texts, *heads = zip(*encoded, strict=True)
         image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
         wrong = self._ranks.sum(are_not_finite(image, text, *head))
         return PairFeatures(image, text, *method.logits_at(Head(*head))), wrong
 
-    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
-        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
+    def _chunks(self, batch: Batch, samples: BatchIndex, parts: int) -> list[_Part]:
+        """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
+        parts = min(parts, max(1, *samples.counts))
+        rows = -(-batch.size // parts) if self._may_pad else 0
+        pairs = zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True)
+        return [_Part(image, text, max(1, rows)) for image, text in pairs]
+
+    def _encode(self, part: _Part) -> list[Tensor]:
+        inputs = self._clip.prepared(part.image), self._clip.prepared_tokens(part.text)
+        inputs = [_filled_up(each, part.rows) for each in inputs]
+        if self._compiled and part.rows == 1:  # they may have any number of rows
+            for each in inputs:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+        if self._in_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         image, text, *head = self.model(*inputs)
-        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
-        return [image[:count], text[:count], *(number.reshape(()) for number in head)]
+        count = len(part.image)  # 0 where a rank's samples were all skipped, or none chosen
+        found = [image[:count], text[:count], *(number.reshape(()) for number in head)]
+        # What a graph has returned is written over when it is replayed.
+        return [each.clone() for each in found] if self._in_graphs else found
 
 
 def are_not_finite(*features: Tensor) -> Tensor:
@@ -103,10 +132,13 @@ def are_not_finite(*features: Tensor) -> Tensor:
     return (~torch.isfinite(torch.stack([part.sum() for part in features]))).any().double()
 
 
-def _chunks(batch: Batch, samples: BatchIndex, parts: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
-    parts = min(parts, max(1, *samples.counts))
-    return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+def _filled_up(inputs: Tensor, rows: int) -> Tensor:
+    """Return inputs ``[b, ...]`` with the first repeated at their end, up to so many rows; zeros if there is none."""
+    lacking = rows - len(inputs)
+    if lacking <= 0:
+        return inputs
+    more = inputs[:1] if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
+    return torch.cat([inputs, more.expand(lacking, *inputs.shape[1:])])
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

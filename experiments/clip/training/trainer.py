@@ -409,10 +409,11 @@ class Trainer:
     def validate(self) -> bool:
         """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
         state = self.state
-        record = {"step": state.step, **state.seen, **self._log, **self._steering(), **self._validate()}
+        scores = self._validate()
+        record = {"step": state.step, **state.seen, **self._log, **self._steering(), **scores}
         state.history.append(record)
-        if self._logs is not None:
-            self._logs.write(state.step, {f"validation/{key}": value for key, value in record.items()})
+        if self._logs is not None and scores:
+            self._logs.write(state.step, {f"validation/{key}": value for key, value in scores.items()})
         if self._policy.best is None:
             return False
         return bool(self._ranks.max_over_ranks(int(best_record(state.history, self._policy.best) is record)))
@@ -466,7 +467,9 @@ def _problem(are_features_wrong: bool, loss: float, norm: float, scales: bool) -
 
 
 def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
-    """Return the validation of the highest value of a metric, the first of equals; None without a metric or validation.
+    """Return the validation of the best value of a metric, the first of equals; None without a metric or validation.
+
+    The best is the lowest of a loss or a rank, and the highest of all else.
 
     Raises
     ------
@@ -478,4 +481,5 @@ def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
     for record in history:
         if metric not in record:
             raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
-    return max(history, key=lambda record: (record[metric], -record["step"]))
+    sign = -1 if metric.endswith(("loss", "_rank")) else 1
+    return max(history, key=lambda record: (sign * record[metric], -record["step"]))

@@ -1,9 +1,31 @@
 """The commands ``evaluate``, ``cache-reference`` and ``catalog``, as the entry calls them."""
 
+import json
+import shutil
+
 import pytest
+from task_folders import (
+    CLASSES,
+    DATACOMP,
+    TASKS,
+    class_folders,
+    classification,
+    picture,
+    retrieval,
+    samples,
+    write_catalog,
+    write_task,
+)
 
 from experiments.clip.cli.options import SHIPPED_REFERENCE
+from experiments.clip.evaluation.datacomp import AVERAGES
+from experiments.clip.models.clip import new_model
+from experiments.clip.models.export import export_model
 from experiments.clip.run import main
+
+
+def evaluate(*words):
+    return main(["evaluate", str(SHIPPED_REFERENCE), *map(str, words)])
 
 
 def test_a_catalog_says_what_it_holds(tmp_path, capsys):
@@ -23,20 +45,13 @@ def test_features_of_a_catalog_are_computed_once(tmp_path, capsys):
     assert "reusing" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_model_is_scored_on_held_out_glyphs(glyph_cache, capsys):
-    words = ["evaluate", str(SHIPPED_REFERENCE), "--size", "small", "--cache", str(glyph_cache)]
-    assert main([*words, "--split", "validation"]) == 0
-    shown = capsys.readouterr().out
-    assert "naming top-1" in shown and "text to image R@10" in shown
-
-
-def test_the_embedded_pairs_are_cached_by_one_process(monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["cache-reference", "evaluate"])
+def test_the_embedded_pairs_take_one_process(command, monkeypatch, capsys):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert main(["cache-reference"]) == 2
+    assert main([command, *([str(SHIPPED_REFERENCE)] if command == "evaluate" else [])]) == 2
     assert "the embedded pairs take one process" in capsys.readouterr().err
     assert main(["prepare"]) == 2
     assert "this command takes one process, here are 2" in capsys.readouterr().err
@@ -45,4 +60,199 @@ def test_the_embedded_pairs_are_cached_by_one_process(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["evaluate", "nowhere"], ["cache-reference", "--reference", "nowhere"]])
 def test_a_model_that_is_not_there_is_one_line(words, capsys):
     assert main(words) == 2
-    assert "nowhere has no open_clip_config.json" in capsys.readouterr().err
+    assert "no model is called 'nowhere'" in capsys.readouterr().err
+
+
+# --- evaluate: the embedded pairs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_model_is_scored_on_held_out_glyphs(glyph_cache, tmp_path, capsys):
+    words = ["--size", "small", "--cache", glyph_cache, "--out", tmp_path / "scores.json"]
+    assert evaluate(*words, "--split", "validation") == 0
+    shown = capsys.readouterr().out
+    assert "naming top-1" in shown and "text to image R@10" in shown
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert f"{100 * scores['naming']['top1']:.1f}" in shown
+
+
+def test_a_model_of_photographs_is_not_scored_on_names_of_characters(tmp_path, capsys):
+    """Neither one of another architecture, nor one that a run has trained on a catalog."""
+    export_model(new_model("glyph-micro", 0), tmp_path / "run" / "model")
+    config = json.loads((tmp_path / "run" / "model" / "open_clip_config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"shards": {"catalog": "photographs"}}))
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "photographs")
+    config["model_cfg"]["vision_cfg"]["image_size"] = 64
+    (tmp_path / "photographs" / "open_clip_config.json").write_text(json.dumps(config))
+    weights = tmp_path / "run" / "epoch_1.pt"
+    for words in (
+        [tmp_path / "run" / "model"],
+        [tmp_path / "photographs"],
+        ["glyph-micro", "--weights", weights],
+        ["ViT-B-32", "--weights", tmp_path / "openai.pt"],
+    ):
+        assert main(["evaluate", *map(str, words)]) == 2
+        assert "was not trained on the embedded pairs" in capsys.readouterr().err
+
+
+# --- evaluate: tasks and held-out pairs -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tasks of every kind, beside the file that glyph-tasks writes, and held-out pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, write in TASKS.items():
+        write(folder / "wds" / name)
+    class_folders(folder)
+    (folder / "wds" / "tasks.json").write_text("{}")
+    write_catalog(folder)
+    return folder
+
+
+def all_of(data):
+    """The words that a shell makes of ``--tasks wds/* val --val-data catalog``."""
+    return ["--tasks", *sorted((data / "wds").iterdir()), data / "val", "--val-data", data / "catalog"]
+
+
+def results(path):
+    return {row["name"]: row for row in json.loads(path.read_text())["results"]}
+
+
+def table(shown):
+    """The rows of the table, by their names, up to the score."""
+    lines = shown.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.split()[:3] == ["task", "samples", "main"]]
+    return {line.split()[0]: line.split()[1:4] for line in lines[head + 1 :]}
+
+
+def test_scores_are_printed_as_a_table_and_written(data, tmp_path, capsys):
+    assert evaluate(*all_of(data), "--out", tmp_path / "scores.json", "--batch-size", "8") == 0
+    found = results(tmp_path / "scores.json")
+    name = f"{data.name}-val"
+    assert found.keys() == {*TASKS, name, "held_out"}
+    rows = table(capsys.readouterr().out)
+    assert rows.keys() == found.keys()
+    main_metrics = {name: row[1] for name, row in rows.items()}
+    assert main_metrics == {
+        "classification": "acc1",
+        "multilabel": "mean_average_precision",
+        "retrieval": "image_retrieval_recall@1",
+        name: "acc1",
+        "held_out": "loss",
+    }
+    for name, (samples_, metric, score) in rows.items():
+        assert (int(samples_), f"{found[name]['metrics'][metric]:.4f}") == (found[name]["samples"], score)
+
+
+@pytest.mark.slow
+def test_workers_and_what_is_there_already(data, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    assert evaluate(*all_of(data), "--out", out, "--workers", "2") == 0
+    expected = out.read_text()
+    partial = json.loads(expected)
+    partial["results"] = partial["results"][:3]
+    partial["results"][0]["fingerprint"] = "of other data"
+    out.write_text(json.dumps(partial))
+    capsys.readouterr()
+    assert evaluate(*all_of(data), "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("reusing the scores in") == 2
+    assert results(out) == {row["name"]: row for row in json.loads(expected)["results"]}
+
+
+def test_scores_with_other_settings_are_refused(data, tmp_path, capsys):
+    out, words = tmp_path / "scores.json", ["--tasks", data / "wds" / "classification"]
+    assert evaluate(*words, "--out", out) == 0
+    assert evaluate(*words, "--out", out, "--batch-size", "8") == 2
+    assert "has scores with batch_size=64, now it is 8: choose another file" in capsys.readouterr().err
+    for content in (b"", b"[]", b'{"settings": {}, "results": [3]}', b"[" * 10**5):
+        out.write_bytes(content)
+        assert evaluate(*words, "--out", out) == 2
+        assert "is there and holds no scores" in capsys.readouterr().err
+        assert out.read_bytes() == content
+
+
+def test_precision_is_that_of_the_towers(data, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / f"{precision}.json"
+        assert evaluate("--val-data", data / "catalog", "--out", out, "--precision", precision) == 0
+    exact, rounded = (
+        results(tmp_path / f"{precision}.json")["held_out"]["metrics"]["loss"] for precision in ("float32", "bfloat16")
+    )
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--tasks", "none"], "--tasks none is no folder"),
+        (["--val-data", "none"], "none"),
+        (["--tasks", "{data}/wds/tasks.json"], "names no folder"),
+        (["--tasks", "{data}/wds/retrieval", "{data}/wds/../wds/retrieval"], "has 2 folders of one name"),
+        (["--tasks", "{data}/wds/retrieval", "--datacomp"], "--tasks has no folder of vtab/caltech101, cifar10, "),
+        (["--tasks", "{data}/wds/retrieval", "--out", "/proc/none/scores.json"], "cannot write"),
+        (["--tasks", "{data}/wds/retrieval", "--size", "small"], "take the place of --captions, --size"),
+        (["--datacomp"], "--datacomp True has no part in this run: it is for --tasks"),
+        (["--workers", "2"], "--workers 2 has no part in this run: it is for --tasks or --val-data"),
+        (["--tasks", "{data}/wds/retrieval", "--skip-limit", "0.5"], "it is for --val-data"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(words, message, data, capsys):
+    assert main(["evaluate", "no-model", *(word.format(data=data) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def folder_of(entry):
+    """What DataComp's script, or CLIP_benchmark, calls the folder of a task."""
+    known = {"Flickr": "wds_flickr30k", "MSCOCO": "wds_mscoco_captions", "WinoGAViL": "wds_winogavil_test"}
+    return known.get(entry.name) or f"wds_{entry.key.removeprefix('fairness/').replace('/', '-')}_test"
+
+
+@pytest.mark.slow
+def test_all_of_datacomps_tasks_have_its_averages(tmp_path, capsys):
+    wds = tmp_path / "wds"
+    for number, entry in enumerate(AVERAGES["Average"]):
+        name = folder_of(entry)
+        if name in DATACOMP:
+            DATACOMP[name](wds)
+        elif entry.name == "MSCOCO":
+            retrieval(wds / name)
+        else:
+            labels = [b"%d" % ((number + k) % len(CLASSES)) for k in range(4)]
+            write_task(wds / name, [samples(labels, "cls", number, ("png",))])
+    folders = sorted(wds.iterdir())
+    assert evaluate("--tasks", *folders, "--datacomp", "--out", tmp_path / "scores.json") == 0
+    shown = capsys.readouterr().out
+    found = results(tmp_path / "scores.json")
+    scores = {entry.key: found[folder_of(entry)]["metrics"][entry.main] for entry in AVERAGES["Average"]}
+    averages = json.loads((tmp_path / "scores.json").read_text())["datacomp"]
+    assert averages["Average"] == pytest.approx(sum(scores.values()) / 38)
+    assert averages["ImageNet"] == scores["imagenet1k"]
+    for name, value in averages.items():
+        assert f"DataComp   {name:<22} {value:.4f}" in shown
+    assert evaluate("--tasks", *folders[1:], "--datacomp") == 2
+    assert "--tasks has no folder of cars: name the missing ones" in capsys.readouterr().err
+
+
+def test_names_do_not_steer_the_terminal(tmp_path, capsys):
+    folder = classification(tmp_path / "\x1b[31m[red]\r\x07tas\u202ek")
+    out = tmp_path / "scores.json"
+    assert evaluate("--tasks", folder, "--out", out) == 0
+    (folder / "test" / "1.tar").unlink()
+    (folder / "classnames.txt").write_text("\x1b]0;owned\x07\n" * 6)
+    (folder / "zeroshot_classification_templates.txt").write_text("\x1b[2J{c} {\n")
+    assert evaluate("--tasks", folder) == 2
+    shown = "".join(capsys.readouterr())
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert r"\x1b[31m[red]\r\x07tas\u202ek" in shown
+    assert list(results(out)) == [r"\x1b[31m[red]\r\x07tas\u202ek"]
+
+
+def test_a_damaged_image_ends_it_and_keeps_what_is_done(data, tmp_path, capsys):
+    broken = write_task(tmp_path / "zz", [[*samples([b"1"], "cls"), ("b.png", picture(0)[:-99]), ("b.cls", b"1")]])
+    out = tmp_path / "scores.json"
+    assert evaluate("--tasks", data / "wds" / "classification", broken, "--out", out) == 2
+    assert "b.png in" in capsys.readouterr().err
+    assert list(results(out)) == ["classification"]

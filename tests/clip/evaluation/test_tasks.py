@@ -20,23 +20,30 @@ from sklearn.metrics import balanced_accuracy_score
 from task_folders import (
     CAPTIONS,
     CLASSES,
+    DATACOMP,
     LABELS,
     TARGETS,
     TASKS,
     TEMPLATES,
+    UNUSABLE,
     Largest,
+    class_folders,
     classification,
+    evaluate,
     multilabel,
     picture,
     retrieval,
     samples,
+    write_catalog,
     write_task,
 )
 
-from experiments.clip.distributed import Ranks
+from experiments.clip.data.catalog import open_catalog
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation import encoding, tasks
-from experiments.clip.evaluation.tasks import evaluate_task
+from experiments.clip.evaluation import encoding, metrics
+from experiments.clip.evaluation.encoding import Encoder
+from experiments.clip.evaluation.held_out import evaluate_pairs
 from experiments.clip.models.clip import load_model
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
@@ -80,7 +87,7 @@ def class_vectors(clip):
 @pytest.mark.parametrize("name", ["glyph-names", "glyph-base-letter", "glyph-retrieval", *TASKS])
 def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, reference, tmp_path):
     recorded = json.loads(RECORDED.read_text())["results"][name]
-    scores = evaluate_task(reference, TASKS[name](tmp_path / name) if name in TASKS else glyph_tasks[name])
+    scores = evaluate(reference, TASKS[name](tmp_path / name) if name in TASKS else glyph_tasks[name])
     assert (scores.name, scores.task) == (name, recorded["task"])
     expected = {key: value for key, value in recorded["metrics"].items() if value is not None}
     assert expected.keys() <= scores.metrics.keys()
@@ -95,7 +102,7 @@ def test_scores_are_those_of_clip_benchmarks_command(name, glyph_tasks, referenc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_classification_is_the_definition(batch_size, workers, reference, tmp_path):
     steps = []
-    scores = evaluate_task(
+    scores = evaluate(
         reference,
         classification(tmp_path / "noise"),
         batch_size=batch_size,
@@ -119,11 +126,11 @@ def test_classification_is_the_definition(batch_size, workers, reference, tmp_pa
 
 def test_fewer_than_five_classes_have_no_acc5(reference, tmp_path):
     write_task(tmp_path / "few", [samples([b"0", b"3"], "cls")], classes=CLASSES[:4])
-    assert evaluate_task(reference, tmp_path / "few").metrics.keys() == {"acc1", "mean_per_class_recall"}
+    assert evaluate(reference, tmp_path / "few").metrics.keys() == {"acc1", "mean_per_class_recall"}
 
 
 def test_retrieval_is_the_definition(reference, tmp_path):
-    scores = evaluate_task(reference, retrieval(tmp_path / "captions"), batch_size=3)
+    scores = evaluate(reference, retrieval(tmp_path / "captions"), batch_size=3)
     images = image_features(reference, len(CAPTIONS))
     with torch.no_grad():
         texts = reference.encode_text([caption for some in CAPTIONS for caption in some])
@@ -141,7 +148,7 @@ def test_retrieval_is_the_definition(reference, tmp_path):
 
 
 def test_multilabel_is_the_mean_of_average_precisions(reference, tmp_path):
-    scores = evaluate_task(reference, multilabel(tmp_path / "many"), batch_size=3)
+    scores = evaluate(reference, multilabel(tmp_path / "many"), batch_size=3)
     logits = image_features(reference, len(LABELS)) @ class_vectors(reference).T
     precisions = []
     for column, targets in zip(logits.T, TARGETS.T, strict=True):
@@ -157,8 +164,8 @@ def test_classes_of_one_name_tie_and_the_first_wins(reference, tmp_path):
     chosen = logits.argmax(dim=1).tolist()
     for folder, labels in (("first", chosen), ("second", [6 if label == 0 else label for label in chosen])):
         write_task(tmp_path / folder, [samples([str(n).encode() for n in labels], "cls")], classes=classes)
-    assert evaluate_task(reference, tmp_path / "first", batch_size=2).metrics["acc1"] == 1
-    second = evaluate_task(reference, tmp_path / "second", batch_size=2).metrics["acc1"]
+    assert evaluate(reference, tmp_path / "first", batch_size=2).metrics["acc1"] == 1
+    second = evaluate(reference, tmp_path / "second", batch_size=2).metrics["acc1"]
     assert second == pytest.approx(1 - chosen.count(0) / 11)
 
 
@@ -169,7 +176,7 @@ def test_model_is_scored_in_evaluation_mode_and_left_as_it_was(task):
     clip.model.visual.register_forward_hook(lambda module, *_: modes.append(module.training))
     for training in (True, False):
         clip.model.train(training)
-        evaluate_task(clip, task)
+        evaluate(clip, task)
         assert clip.model.training is training
     assert not any(modes)
 
@@ -220,8 +227,8 @@ def tiny(reference):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, suffix", [("classification", "cls"), ("retrieval", "txt")])
 def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_QUERIES", 32)
-    monkeypatch.setattr(tasks, "_ITEMS", 64)
+    monkeypatch.setattr(metrics, "_QUERIES", 32)
+    monkeypatch.setattr(metrics, "TILE", 64)
     monkeypatch.setattr(encoding, "_BLOCK", 32)
     image, few, many, batch = picture(0), 128, 1024, 64
     made, kept = [], []
@@ -237,12 +244,13 @@ def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix
                 last.append(held() - before)
 
         with Largest() as largest:
-            evaluate_task(tiny, folder, batch_size=batch, progress=look)
+            evaluate(tiny, folder, batch_size=batch, progress=look)
         made.append(largest.size)
         kept += last
     if kind == "classification":
         assert made[0] == made[1]
-        assert kept[0] == kept[1]
+        # Of each sample: its class, the wrong classes ahead of it, the class that scores highest.
+        assert kept[1] - kept[0] == (many - few) * 3 * 8
     else:
         assert made[1] == max(made[0], many * WIDTH)  # and no square
         # Of each sample: two features, the number of its captions, whether this rank has them.
@@ -254,7 +262,9 @@ def test_memory_grows_by_the_features_that_recall_needs_and_no_more(kind, suffix
 
 @pytest.fixture(scope="module")
 def rank_answers(tmp_path_factory):
-    """What 2 ranks with batches of 2, and 3 with batches of 6, say of each task; all in one start of three processes.
+    """What 2 ranks with batches of 2, and 3 with batches of 6, say of each task and of held-out pairs.
+
+    All in one start of three processes.
 
     Of 6, the captions are fewer batches than ranks.
     """
@@ -263,6 +273,9 @@ def rank_answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name, write in TASKS.items():
         write(folder / name)
+    for write in (*DATACOMP.values(), class_folders):
+        write(folder)
+    write_catalog(folder, damaged=UNUSABLE)
     damaged = classification(folder / "damaged")
     write_task(folder / "other", [samples([b"1", b"6", b"1"], "cls")])
     shutil.copy(folder / "other" / "test" / "0.tar", damaged / "test" / "1.tar")
@@ -287,11 +300,18 @@ def work(rank, folder):
         dist.destroy_process_group()
 
 
+ALL = (*TASKS, *DATACOMP, "val")
+
+
+def pairs(clip, folder, ranks, batch_size):
+    return evaluate_pairs(Encoder(clip, ranks, batch_size), open_catalog(folder / "catalog"))
+
+
 def answers(clip, folder, batch_size, ranks):
-    found = {}
-    for name in TASKS:
+    found = {"pairs": pairs(clip, folder, ranks, batch_size)}
+    for name in ALL:
         steps = []
-        scores = evaluate_task(
+        scores = evaluate(
             clip,
             folder / name,
             ranks,
@@ -300,7 +320,7 @@ def answers(clip, folder, batch_size, ranks):
         )
         found[name] = (*scores, steps[-1])
     try:
-        evaluate_task(clip, folder / "damaged", ranks, batch_size=batch_size)
+        evaluate(clip, folder / "damaged", ranks, batch_size=batch_size)
     except UserError as error:
         found["damaged"] = str(error)
     return found
@@ -309,10 +329,12 @@ def answers(clip, folder, batch_size, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("world, batch_size", [(2, 2), (3, 6)])
 def test_every_rank_has_the_scores_of_one_process(world, batch_size, reference, rank_answers):
-    alone = {name: evaluate_task(reference, rank_answers / name, batch_size=batch_size) for name in TASKS}
-    found = [torch.load(rank_answers / f"{world}-{rank}.pt") for rank in range(world)]
-    for name in TASKS:
-        for of_rank in found:
+    alone = {name: evaluate(reference, rank_answers / name, batch_size=batch_size) for name in ALL}
+    found = [torch.load(rank_answers / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    of_pairs = pairs(reference, rank_answers, ONE_PROCESS, batch_size)
+    for of_rank in found:
+        assert of_rank["pairs"] == of_pairs
+        for name in ALL:
             assert of_rank[name] == (*alone[name], (alone[name].samples,) * 2)
     messages = [of_rank["damaged"] for of_rank in found]
     (stopped,) = [rank for rank, message in enumerate(messages) if "s0000001.cls" in message]
@@ -327,4 +349,4 @@ def test_model_that_diverged_is_refused(parameter, kind, task):
     with torch.no_grad():
         clip.model.get_parameter(parameter).fill_(torch.nan)
     with pytest.raises(UserError, match=f"{kind} features that are not finite"):
-        evaluate_task(clip, task)
+        evaluate(clip, task)

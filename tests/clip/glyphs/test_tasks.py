@@ -9,12 +9,12 @@ from PIL import Image
 
 from experiments.clip.cli.options import Data
 from experiments.clip.errors import UserError
-from experiments.clip.evaluation.tasks import evaluate_task
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.glyphs.evaluation import evaluate
 from experiments.clip.glyphs.options import GlyphTasks
 from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.glyphs.tasks import run_glyph_tasks, write_glyph_tasks
+from tests.clip import task_folders
 
 
 def test_glyph_tasks_are_the_test_split(glyph_tasks, manifest):
@@ -65,11 +65,11 @@ def test_glyph_tasks_agree_with_the_evaluation_of_pairs_in_memory(glyph_tasks, m
     result = evaluate(
         reference.encode_image, reference.encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary
     )
-    named = evaluate_task(reference, glyph_tasks["glyph-names"])
+    named = task_folders.evaluate(reference, glyph_tasks["glyph-names"])
     assert named.samples == len(pairs)
     assert named.metrics["acc1"] == pytest.approx(result.naming.top1, abs=1e-9)
     assert named.metrics["acc5"] == pytest.approx(result.naming.top5, abs=1e-9)
-    letters = evaluate_task(reference, glyph_tasks["glyph-base-letter"])
+    letters = task_folders.evaluate(reference, glyph_tasks["glyph-base-letter"])
     assert letters.metrics["acc1"] == pytest.approx(result.attributes["base letter"].top1, abs=1e-9)
     assert letters.metrics["mean_per_class_recall"] == pytest.approx(result.attributes["base letter"].balanced)
 

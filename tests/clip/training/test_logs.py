@@ -1,9 +1,11 @@
 """What a run writes down of its numbers."""
 
 import json
+import re
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import contrastive, run
 
 from experiments.clip.errors import UserError
@@ -13,7 +15,7 @@ from experiments.clip.training.methods import RankSum
 
 @pytest.mark.slow
 def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
-    run(pairs, contrastive(len(pairs)), tmp_path / "c", features)
+    run(pairs, contrastive(len(pairs)), tmp_path / "c", features, validate=lambda: {"accuracy": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
     assert [line["step"] for line in steps] == [3, 6, 9, 10]
@@ -27,7 +29,53 @@ def test_the_log_says_what_steering_rests_on(pairs, features, tmp_path):
         assert 0 <= line["share_of_time_waiting_for_data"] <= 1
         assert line["gradient_norm"] > 0
     assert [line["samples_trained"] for line in steps] == [90, 180, 270, 300]
-    assert sum("validation/loss" in line for line in lines) == 2
+    assert [line for line in lines if "lr" not in line] == [
+        {"step": step, "validation/accuracy": 0.5} for step in (5, 10)
+    ]
+
+
+def scalars(folder):
+    """All numbers of TensorBoard's events, by tag, as TensorBoard reads them."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_scores_of_a_validation_once(pairs, features, tmp_path):
+    """Tags of a validation are its scores: what training measures has its own, once."""
+    scores = {"task/acc1": 0.25, "held_out/loss": 2.0}
+    run(pairs, contrastive(len(pairs)), tmp_path / "c", features, validate=lambda: scores, logs=("tensorboard",))
+    found = scalars(tmp_path)
+    assert {tag: points for tag, points in found.items() if tag.startswith("validation/")} == {
+        f"validation/{name}": [(5, value), (10, value)] for name, value in scores.items()
+    }
+    assert [step for step, _ in found["loss"]] == [3, 6, 9, 10]
+
+
+def test_names_are_fit_for_every_log(tmp_path):
+    logs = Logs(tmp_path, ("text", "jsonl", "tensorboard"), {})
+    logs.write(7, {"validation/\x1b[31m<b>task/acc1": 0.5, "loss": 1234.5678})
+    logs.close()
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 7  (.*)", line)[1] == (
+        r"validation/\x1b[31m<b>task/acc1 0.5  loss 1234.57"
+    )
+    tags = scalars(tmp_path)
+    assert tags.keys() == {"validation/__31m_b_task/acc1", "loss"}
+    assert (tmp_path / "log.jsonl").read_text().isascii() and "\x1b" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_the_text_of_a_resumed_run_goes_on(tmp_path):
+    for step in (1, 2):
+        logs = Logs(tmp_path, ("text",), {})
+        logs.write(step, {"loss": 0.5})
+        logs.close()
+    assert [line.split("  ")[1:] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        ["step 1", "loss 0.5"],
+        ["step 2", "loss 0.5"],
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt"]
 
 
 def test_tensorboard_and_unknown_writers(pairs, tmp_path):
