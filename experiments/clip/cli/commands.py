@@ -11,6 +11,7 @@ from experiments.clip.data.catalog import make_catalog, open_catalog
 from experiments.clip.distributed import joined_ranks, launched
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.tasks import task_scores
+from experiments.clip.io.workers import spare_cores
 from experiments.clip.models.clip import load_model
 
 
@@ -21,7 +22,7 @@ def evaluate(options: Evaluate) -> None:
         clip.model.to(ranks.device)
         if not options.tasks:
             console.print(embedded_pairs().scores_table(options.data, options.split, clip))
-        for name, value in task_scores(clip, options.tasks):
+        for name, value in task_scores(clip, options.tasks, ranks, spare_cores()):
             console.print(f"{name:<48} {value:.4f}")
 
 

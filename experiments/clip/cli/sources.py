@@ -112,7 +112,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         **order,
     )
     console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
-    validate = partial(_validate, clip, shards.tasks, ranks)
+    validate = partial(_validate, clip, shards.tasks, ranks, shards.workers)
     return TrainingData(loader, len(catalog), identity, validate, beside)
 
 
@@ -131,8 +131,8 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"
 
 
-def _validate(clip: Clip, tasks: tuple[Path, ...], ranks: Ranks) -> dict[str, float]:
-    return dict(task_scores(clip, tasks, ranks))
+def _validate(clip: Clip, tasks: tuple[Path, ...], ranks: Ranks, workers: int) -> dict[str, float]:
+    return dict(task_scores(clip, tasks, ranks, workers))
 
 
 def reference_features(

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from experiments.clip.data.reader import MAX_PIXELS
 from experiments.clip.errors import UserError
@@ -165,16 +164,20 @@ class DecodedBatch(NamedTuple):
     labels: list[Any]
 
 
-class DecodedBatches(Dataset[DecodedBatch | UserError]):
-    """The decoded batches of a task by number.
-
-    What is wrong with a batch is returned, not raised: worker processes would wrap the error in another.
-    """
+class BatchDecoder:
+    """Reads and decodes the batch of a number, in this process or in a worker."""
 
     def __init__(self, task: Task, preprocess: Callable[[Image.Image], Tensor]) -> None:
         self._task, self._preprocess = task, preprocess
 
-    def __getitem__(self, number: int) -> DecodedBatch | UserError:
+    def __call__(self, number: int) -> DecodedBatch:
+        """Return the batch.
+
+        Raises
+        ------
+        UserError
+            If a file of it is missing or damaged.
+        """
         path, spans, _ = self._task.batches[number]
         images: list[Tensor] = []
         labels: list[Any] = []
@@ -188,7 +191,7 @@ class DecodedBatches(Dataset[DecodedBatch | UserError]):
             return DecodedBatch(torch.stack(images), labels)
         # Pillow does not document what its decoders raise on damaged files.
         except Exception as error:
-            return UserError(f"{_name(path, offset)} in {path} is of no use ({_reason(error)}): {_AGAIN}")
+            raise UserError(f"{_name(path, offset)} in {path} is of no use ({_reason(error)}): {_AGAIN}") from error
 
     def _label(self, data: bytes) -> Any:
         task = self._task
@@ -202,7 +205,7 @@ class DecodedBatches(Dataset[DecodedBatch | UserError]):
             if label.shape != (len(task.classes),) or not np.isin(label, (0, 1)).all():
                 stated = f"{CLASSES_FILE} has {len(task.classes)} lines"
                 raise ValueError(f"not 0 or 1 for each class, but an array of shape {label.shape}; {stated}")
-            return label.astype(np.uint8)
+            return torch.from_numpy(label.astype(np.uint8))
         text = data.decode("ascii").strip()
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(task.classes):
             raise ValueError(f"class {text[:20]!r}; {CLASSES_FILE} has lines for 0 to {len(task.classes) - 1}")

@@ -7,6 +7,7 @@ has two pairs of classes of one name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Rows
 from experiments.clip.evaluation.metrics import RECALL_AT, mean_average_precision, wrong_items_ahead
-from experiments.clip.evaluation.task_files import DecodedBatch, DecodedBatches, Task, open_task
+from experiments.clip.evaluation.task_files import BatchDecoder, DecodedBatch, Task, open_task
+from experiments.clip.io.workers import Workers
 from experiments.clip.models.clip import Clip
 
 Progress = Callable[[int, int], None]
@@ -101,10 +102,12 @@ def evaluate_task(
     return TaskScores(task.folder.name, name, task.samples, metrics)
 
 
-def task_scores(clip: Clip, tasks: Sequence[Path], ranks: Ranks = ONE_PROCESS) -> Iterator[tuple[str, float]]:
+def task_scores(
+    clip: Clip, tasks: Sequence[Path], ranks: Ranks = ONE_PROCESS, workers: int = 0
+) -> Iterator[tuple[str, float]]:
     """Yield the name, like ``TASK/acc1``, and the value of every metric of these tasks."""
     for folder in tasks:
-        scores = evaluate_task(clip, folder, ranks)
+        scores = evaluate_task(clip, folder, ranks, workers=workers)
         for metric, value in scores.metrics.items():
             yield f"{scores.name}/{metric}", value
 
@@ -128,21 +131,22 @@ def _encode_batches(
     A rank without a batch in the last round encodes a blank image and yields no rows.
     """
     own = ranks.own_indices(len(task.batches))
-    decoded = DecodedBatches(task, clip.in_bytes(clip.preprocess))
-    loader = iter(DataLoader(decoded, batch_size=None, sampler=own, num_workers=workers))
-    for turn in range(ranks.rounds(len(task.batches))):
-        item = next(loader) if turn < len(own) else None
-        ranks.raise_on_all(item if isinstance(item, UserError) else None)
-        if item is None:
-            blank = clip.preprocess(Image.new("RGB", (8, 8)))[None]
-            _finite_unit_features(clip.encode_image(blank), "image", ranks)
-            yield _EncodedBatch(0, torch.empty(0), [])
-        elif isinstance(item, DecodedBatch):
-            features = _finite_unit_features(clip.encode_image(item.images), "image", ranks)
-            yield _EncodedBatch(task.batches[own[turn]].first, features, list(item.labels))
-        if progress is not None:
-            last = task.batches[min((turn + 1) * ranks.count, len(task.batches)) - 1]
-            progress(last.first + len(last.spans), task.samples)
+    decoder = BatchDecoder(task, clip.in_bytes(clip.preprocess))
+    pool: Workers[int, DecodedBatch] = Workers(decoder, min(workers, len(own)), pin_memory=clip.device.type == "cuda")
+    with closing(pool):
+        decoded = pool.map(own)
+        for turn in range(ranks.rounds(len(task.batches))):
+            item = ranks.run_on_all_or_fail(lambda: next(decoded, None))
+            if item is None:
+                blank = clip.preprocess(Image.new("RGB", (8, 8)))[None]
+                _finite_unit_features(clip.encode_image(blank), "image", ranks)
+                yield _EncodedBatch(0, torch.empty(0), [])
+            else:
+                features = _finite_unit_features(clip.encode_image(item.images), "image", ranks)
+                yield _EncodedBatch(task.batches[own[turn]].first, features, list(item.labels))
+            if progress is not None:
+                last = task.batches[min((turn + 1) * ranks.count, len(task.batches)) - 1]
+                progress(last.first + len(last.spans), task.samples)
 
 
 def _finite_unit_features(features: Tensor, what: str, ranks: Ranks) -> Tensor:  # [b, d] -> [b, d]
