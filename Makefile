@@ -11,7 +11,7 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo check test lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip chaos clean
+.PHONY: demo check test lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -66,6 +66,15 @@ bench-contrastive: $(READY)
 bench-clip: $(READY)
 	$(BIN)/python experiments/benchmarks/throughput.py
 	$(BIN)/python experiments/benchmarks/validation_memory.py
+
+# Everything that is measured on a GPU, by the machine's own Python where its torch sees one: nothing is installed.
+# `make gpu GPU="--only core --packages FOLDER"` passes options on.
+SEES_GPU := -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+gpu:
+	@for python in $(PYTHON) $(BIN)/python; do \
+	  if $$python $(SEES_GPU) 2>/dev/null; then exec env PYTHONPATH=.:$$PYTHONPATH $$python -m experiments.benchmarks.gpu $(GPU); fi; \
+	done; echo "make gpu: neither $(PYTHON) nor $(BIN)/python has a torch that sees a GPU" >&2; exit 2
 
 chaos: $(READY)
 	$(BIN)/python experiments/benchmarks/chaos.py

@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from drrho.validation import checks_are_deferred
+
 
 class Valued(Protocol):
     """A loss that returns more than its value, such as a `drrho.contrastive.ContrastiveStep`."""
@@ -36,7 +38,7 @@ def accumulate(
     loss: Callable[..., Loss],
     *,
     model: nn.Module,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Tensor = 1.0,
 ) -> Loss:
     """Add the gradient of ``loss(*features)`` over the features of all chunks to ``.grad``; return the loss's result.
 
@@ -57,7 +59,7 @@ def accumulate(
     model : torch.nn.Module
         The model that ``encode`` runs. If it is wrapped in DistributedDataParallel or by ``fully_shard``, gradients are
         reduced over ranks once, with the last chunk.
-    gradient_scale : float
+    gradient_scale : float or scalar tensor
         Factor of every gradient. Wrappers average gradients over ranks, as if each rank had its own loss. The gradients
         of `drrho.contrastive.contrastive_risk` with a group have to be summed over ranks instead: pass the number of
         ranks. Gradients of parameters outside the model are not reduced.
@@ -103,7 +105,7 @@ def accumulate(
     """
     if len(chunks) == 0:
         raise ValueError("chunks must hold at least one chunk, got none: cut the batch along its first dimension")
-    if not 0 < gradient_scale < math.inf:
+    if not isinstance(gradient_scale, Tensor) and not 0 < gradient_scale < math.inf:
         raise ValueError(f"gradient_scale must be finite and > 0, got {gradient_scale}")
     if len(chunks) == 1:
         result = loss(*_encoded(encode, chunks[0]))
@@ -124,16 +126,17 @@ def accumulate(
     _backward_of_loss(result, gradient_scale)
 
     after = _buffers(model), _generators(devices)
+    changed = _changed(model, buffers)
     cotangents = zip(*(_cut(feature, size) for feature, size in zip(features, sizes, strict=True)), strict=True)
     try:
-        _set_buffers(model, buffers)
+        _set_buffers(changed, buffers)
         for k, (chunk, state, parts) in enumerate(zip(chunks, generators, cotangents, strict=True)):
             _set_generators(state)
             with _reduction(model, wanted=k == len(chunks) - 1):
                 outputs = zip(_encoded(encode, chunk), parts, strict=True)
                 _backward([(out, part) for out, part in outputs if out.requires_grad and part is not None])
     finally:
-        _set_buffers(model, after[0])
+        _set_buffers(changed, after[0])
         _set_generators(after[1])
     return result
 
@@ -166,13 +169,17 @@ def _joined(outputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     joined = []
     for i, parts in enumerate(zip(*outputs, strict=True)):
         feature = torch.cat(parts) if parts[0].ndim else parts[-1].detach()
-        if feature.ndim == 0 and not torch.allclose(torch.stack(parts), feature, rtol=0, atol=0, equal_nan=True):
+        if feature.ndim == 0 and not checks_are_deferred() and not _are_equal(parts):
             raise ValueError(
                 f"output {i} of encode is a scalar and must be the same for every chunk, got "
                 f"{torch.stack(parts).tolist()}: return what depends on the chunk as features [c, ...]"
             )
         joined.append(feature.requires_grad_(feature.is_floating_point()))
     return joined
+
+
+def _are_equal(numbers: Sequence[Tensor]) -> bool:
+    return torch.allclose(torch.stack(list(numbers)), numbers[-1].detach(), rtol=0, atol=0, equal_nan=True)
 
 
 def _cut(feature: Tensor, sizes: list[int]) -> Sequence[Tensor | None]:
@@ -184,13 +191,13 @@ def _cut(feature: Tensor, sizes: list[int]) -> Sequence[Tensor | None]:
     return feature.grad.split(sizes)
 
 
-def _backward_of_loss(result: object, scale: float) -> None:
+def _backward_of_loss(result: object, scale: float | Tensor) -> None:
     value = result if isinstance(result, Tensor) else getattr(result, "value", None)
     if not isinstance(value, Tensor):
         raise ValueError(f"loss must return a scalar tensor, or have one as its value, got {type(result).__name__}")
     if value.numel() != 1:
         raise ValueError(f"loss must return a scalar, got shape {list(value.shape)}: take the mean over samples")
-    _backward([(value, torch.full_like(value, scale))])
+    _backward([(value, torch.ones_like(value) * scale)])
 
 
 def _backward(cotangents: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -237,12 +244,23 @@ def _buffers(model: nn.Module) -> list[Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def _set_buffers(model: nn.Module, values: Sequence[Tensor]) -> None:
-    """Restore the buffers that changed; the others must not be written, since a graph of the caller may hold them."""
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), values, strict=True):
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+def _changed(model: nn.Module, values: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the buffers that differ from earlier values, None for others; values are read once.
+
+    The others must not be written, since a graph of the caller may hold them.
+    """
+    buffers = list(model.buffers())
+    if not buffers:
+        return []
+    differ = [(buffer != value).any().to(buffers[0].device) for buffer, value in zip(buffers, values, strict=True)]
+    return [buffer if flag else None for buffer, flag in zip(buffers, torch.stack(differ).tolist(), strict=True)]
+
+
+@torch.no_grad()
+def _set_buffers(changed: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(changed, values, strict=True):
+        if buffer is not None:
+            buffer.copy_(value)
 
 
 _Generators = dict[torch.device, Tensor]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from drrho.ranks import Group
+from drrho.validation import checks_are_deferred
+
+Features = tuple[Tensor, Tensor]  # of images and texts, ``[b, d]``
 
 
 class AdaptiveCoefficient:
@@ -42,17 +45,19 @@ class AdaptiveCoefficient:
         if not 0 < rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
         self._rate = rate
-        self._covariance = self._variance = math.nan
+        #: Moving averages of covariance and variance, float64; NaN before the first batch.
+        self.moments = torch.full((2,), math.nan, dtype=torch.float64)
 
     @property
     def value(self) -> float:
         """The current c; 0 before the first batch, and where the reference's losses do not vary among negatives."""
-        if not self._variance > 0:
-            return 0.0
-        return min(1.0, max(0.0, self._covariance / self._variance))
+        return _coefficient_of(self.moments).item()
 
-    def update(self, image: Tensor, text: Tensor, *, reference: tuple[Tensor, Tensor], group: Group = None) -> float:
+    def update(self, image: Tensor, text: Tensor, *, reference: Features, group: Group = None) -> float | Tensor:
         """Update the moving averages with a batch and return c, to be passed as ``coefficient``.
+
+        In a block of `drrho.validation.deferred_checks` c is a tensor, NaN if the moments are not finite, and no value
+        is read.
 
         No matrix of similarities is computed: sums of products of similarities are products of the features' Gram
         matrices.
@@ -75,24 +80,24 @@ class AdaptiveCoefficient:
             dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
             own = image.to(dtype), text.to(dtype)
             theirs = reference[0].to(dtype), reference[1].to(dtype)
-            covariance, variance = (
-                sum(within_anchors(*models, group)) / 2 for models in ((own, theirs), (theirs, theirs))
-            )
-        if not (math.isfinite(covariance) and math.isfinite(variance)):
-            raise ValueError(
-                f"image, text and reference must be finite, but covariance and variance are {covariance}, {variance}"
-            )
-        weight = 1.0 if math.isnan(self._variance) else self._rate
-        if weight == 1.0:
-            self._covariance, self._variance = covariance, variance
-        else:
-            self._covariance += weight * (covariance - self._covariance)
-            self._variance += weight * (variance - self._variance)
-        return self.value
+            found = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
+            before = self.moments.to(found.device)
+            finite = torch.isfinite(found).all()
+            if not checks_are_deferred() and not bool(finite):
+                covariance, variance = found.tolist()
+                raise ValueError(
+                    "image, text and reference must be finite, but covariance and variance are "
+                    f"{covariance}, {variance}"
+                )
+            moved = torch.where(torch.isnan(before), found, before + self._rate * (found - before))
+            self.moments = torch.where(finite, moved, before)
+            if not checks_are_deferred():
+                return self.value
+            return torch.where(finite, _coefficient_of(self.moments), torch.nan)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moving averages, NaN before the first batch."""
-        return {"moments": torch.tensor([self._covariance, self._variance], dtype=torch.float64)}
+        return {"moments": self.moments.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the moving averages that `state_dict` returned.
@@ -105,39 +110,69 @@ class AdaptiveCoefficient:
         moments = state.get("moments")
         if moments is None or moments.shape != (2,) or int(torch.isfinite(moments).sum()) == 1 or moments.isinf().any():
             raise ValueError(f"state must hold moments, two numbers both finite or both NaN, got {moments}")
-        self._covariance, self._variance = (float(number) for number in moments)
+        self.moments = moments.to(self.moments)
 
 
-def within_anchors(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], group: Group = None) -> tuple[float, float]:
+def _coefficient_of(moments: Tensor) -> Tensor:
+    """Return the c of covariance and variance, 0 where there is no variance."""
+    covariance, variance = moments.unbind()
+    return torch.where(variance > 0, (covariance / variance).clamp(0, 1), 0.0)
+
+
+def within_anchors(a: Features, b: Features, group: Group = None) -> tuple[float, float]:
     """Return the covariance of two models' similarities over an image's negative texts and a text's negative images.
 
     Each is the mean over all anchors of its side. The covariance of a model with itself is its variance.
+    """
+    image, text = covariances_within_anchors([(a, b)], group)[0].tolist()
+    return image, text
+
+
+def covariances_within_anchors(models: Sequence[tuple[Features, Features]], group: Group = None) -> Tensor:
+    """Return the covariances of `within_anchors` for pairs of models, float64 ``[pairs, 2]``.
 
     When the features of the other side are centered, ``sum_j s_ij = 0``. Row i without its positive, over m - 1
     negatives, then contributes ``sum_{j != i} s_ij r_ij - (s_ii r_ii) / (m - 1)``, and the sum over i and all j is
     ``<A_image' B_image, A_text' B_text>``, where one of the two Gram matrices is of centered features. They are
     centered before they are multiplied: features of an untrained model lie so close together that in float32 the
     difference of the products would be rounding alone.
+
+    Raises
+    ------
+    ValueError
+        For fewer than two pairs over all ranks; where `checks_are_deferred` the result is then NaN.
     """
-    sides = [*a, *b]
-    sums = [torch.full((1,), len(a[0]), dtype=torch.float64, device=a[0].device), *(x.double().sum(0) for x in sides)]
-    count, *sums = _summed_over_ranks(sums, group)
+    distinct = list({id(model): model for pair in models for model in pair}.values())
+    sides = [features for model in distinct for features in model]
+    size = torch.full((1,), len(sides[0]), dtype=torch.float64, device=sides[0].device)
+    count, *sums = _summed_over_ranks([size, *(x.double().sum(0) for x in sides)], group)
+    if group is None or not checks_are_deferred():
+        known = len(sides[0]) if group is None else int(count)
+        if known < 2:
+            raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {known}")
     means = [total / count for total in sums]
     centered = [_centered(x, mean) for x, mean in zip(sides, means, strict=True)]
-    grams = [(centered[side].T @ centered[2 + side]).double() for side in (0, 1)]
-    own = [
-        ((a[side] * centered[1 - side]).sum(1) * (b[side] * centered[3 - side]).sum(1)).sum(dtype=torch.float64)
-        for side in (0, 1)
-    ]
-    *grams, own = _summed_over_ranks([*grams, torch.stack(own)], group)
-    total = torch.stack(
-        [((grams[side] + count * torch.outer(means[side], means[2 + side])) * grams[1 - side]).sum() for side in (0, 1)]
-    )
-    negatives = float(count) - 1
-    if negatives < 1:
-        raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {int(count)}")
-    image, text = ((total - own * (count / negatives)) / (count * negatives)).tolist()
-    return image, text
+    place = {id(model): 2 * k for k, model in enumerate(distinct)}
+    terms, total = [], []
+    for first, second in models:
+        a, b = place[id(first)], place[id(second)]
+        terms += [(centered[a + side].T @ centered[b + side]).double() for side in (0, 1)]
+        own = [
+            ((sides[a + side] * centered[a + 1 - side]).sum(1) * (sides[b + side] * centered[b + 1 - side]).sum(1))
+            for side in (0, 1)
+        ]
+        terms.append(torch.stack(own).sum(1, dtype=torch.float64))
+    terms = _summed_over_ranks(terms, group)
+    negatives = count - 1
+    for k, (first, second) in enumerate(models):
+        a, b = place[id(first)], place[id(second)]
+        *grams, own = terms[3 * k : 3 * k + 3]
+        products = [
+            ((grams[side] + count * torch.outer(means[a + side], means[b + side])) * grams[1 - side]).sum()
+            for side in (0, 1)
+        ]
+        total.append((torch.stack(products) - own * (count / negatives)) / (count * negatives))
+    return torch.stack(total)
 
 
 def _centered(features: Tensor, mean: Tensor) -> Tensor:

@@ -11,18 +11,20 @@ the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
+from drrho.negatives import robust_anchors
 from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled, robust_anchors
-from drrho.validation import ArrayLike, as_numbers
+from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled
+from drrho.validation import ArrayLike, Checks, as_numbers, checks_are_deferred
 
 _KL = KL()
 
@@ -70,25 +72,26 @@ def contrastive_risk(
     eps: float = 0.0,
     divergence: Divergence = _KL,
     threshold: TensorPair | None = None,
-    coefficient: float = 1.0,
+    coefficient: float | Tensor = 1.0,
     include_positive: bool = False,
     rho: float = 0.0,
     per_temperature: bool = False,
     published_temperature_gradient: bool = False,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> ContrastiveStep:
     """Compute the batch's ``mean_i F_i``, with an estimate of the full-data objective's gradient.
 
     For KL, ``u_i <- (1 - gamma) u_i + gamma g_i`` tracks ``g_i = mean_{j != i} exp(l_ij / tau)``, and the gradient
     is ``mean_i [g_i / (eps + u_i)] grad F_i``. With ``gamma = 1`` and ``eps = 0`` it is the gradient of the batch's
-    value. The similarity matrix is never kept: its tiles are computed in the forward pass, and again in the backward
-    pass.
+    value. The similarity matrix is not kept: its tiles are computed in the forward pass, and again in the backward
+    pass. (On a GPU, a matrix that is a single tile is kept.)
 
     Parameters
     ----------
     image, text : Tensor ``[b, d]``
         Unit-norm features of the target, b >= 2; row i of both is one pair. Similarities are computed in float32 or
-        wider, also under autocast.
+        wider, also under autocast; on a GPU their products are as precise as `torch.set_float32_matmul_precision` says.
     temperature : float, scalar tensor, or pair of tensors ``[b]``
         tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
         respect to it is that of ``F_i + rho tau``, which is ``rho - D_i`` without running estimates, and is taken at
@@ -109,7 +112,7 @@ def contrastive_risk(
         Running dual variables of the anchors, NaN for those never visited, for divergences other than KL. With
         gamma < 1 they lag as u does; the value is then the dual objective, an upper bound on the batch's risk. An
         anchor for which that is infinite (phi* has a pole for orders below 1) takes the batch's threshold.
-    coefficient : float
+    coefficient : float or scalar tensor
         Factor c of the reference's margins: 1 is DRRho-CLIP, 0 ignores the reference.
     include_positive : bool
         Whether an anchor's own pair (of loss 0) counts among its negatives.
@@ -125,11 +128,14 @@ def contrastive_risk(
         Ranks over which the batch is spread, any number of pairs each: every rank passes its own pairs, which
         are compared with all ranks' negatives. ``value`` is that of the batch of all ranks; gradients are those of
         this one value with respect to this rank's features. Every rank must call the function, and backward.
+    counts : sequence of int, optional
+        The number of pairs of every rank, where the caller knows them; otherwise they are exchanged.
 
     Raises
     ------
     ValueError
-        For mismatched shapes, fewer than two pairs, non-finite features, or a parameter out of range.
+        For mismatched shapes, fewer than two pairs, non-finite features, or a parameter out of range. All values are
+        checked with one read of the device; with `drrho.validation.deferred_checks`, with none.
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
@@ -145,34 +151,25 @@ def contrastive_risk(
         raise ValueError(f"per_temperature needs divergence=KL() and rho=0, got {divergence} and rho={rho}")
     if threshold is not None and is_kl:
         raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
-    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
+    checks = Checks()
+    before = None if log_u is None else _visited(log_u, image, text, checks)
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, checks)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
-            anchors = kl_anchors(pairs)
+            anchors, tau = kl_anchors(pairs), _stacked(taus)
             slopes = 2 if published_temperature_gradient else 1
-            step = [
-                _running_term(*part, gamma, log_step, eps, slopes, per_temperature, f"log_u[{side}]")
-                for side, part in enumerate(
-                    zip(
-                        anchors.log_g,
-                        anchors.mean_exponent,
-                        taus,
-                        log_u or [torch.full_like(anchors.log_g[0], -torch.inf)] * 2,
-                        strict=True,
-                    )
-                )
-            ]
-            terms, after = [term for term, _ in step], (step[0][1], step[1][1])
-            risks = tuple((tau * log_g).detach() for tau, log_g in zip(taus, anchors.log_g, strict=True))
-            distances = tuple(
-                mean - log_g.detach() for mean, log_g in zip(anchors.mean_exponent, anchors.log_g, strict=True)
-            )
-            state = {"log_u": after, "threshold": None}
+            terms, after = _running_terms(*anchors, tau, before, gamma, log_step, eps, slopes, per_temperature)
+            log_g = anchors.log_g.detach()
+            risks, distances = tau.detach() * log_g, anchors.mean_exponent - log_g
+            state = {"log_u": (after[0], after[1]), "threshold": None}
         else:
-            terms, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
-            risks = tuple(term.detach() for term in terms)
+            both, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
+            terms = torch.stack(both)
+            risks = terms.detach()
             state = {"log_u": None, "threshold": after}
-    value = mean_over_ranks(torch.cat(terms) + rho * torch.cat([tau.expand(len(image)) for tau in taus]), group)
+    if rho > 0:
+        terms = terms + rho * _stacked(taus)
+    value = mean_over_ranks(terms.flatten(), group)
     return ContrastiveStep(value=value, risks=(risks[0], risks[1]), distances=(distances[0], distances[1]), **state)
 
 
@@ -183,8 +180,9 @@ def info_nce(
     temperature: Temperature,
     *,
     reference: TensorPair | None = None,
-    coefficient: float = 1.0,
+    coefficient: float | Tensor = 1.0,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Compute CLIP's loss, the cross-entropy of the pairs in the batch: ``mean_i log sum_j exp(l_ij / tau)``.
 
@@ -196,7 +194,7 @@ def info_nce(
     ----------
     temperature : float or scalar tensor
         tau = 1 / logit scale; it may require a gradient.
-    image, text, reference, coefficient, group
+    image, text, reference, coefficient, group, counts
         As for `contrastive_risk`.
 
     Returns
@@ -209,6 +207,7 @@ def info_nce(
     ValueError
         As for `contrastive_risk`.
     """
+    counts = row_counts(len(image), group, image.device) if counts is None else counts
     step = contrastive_risk(
         image,
         text,
@@ -218,8 +217,9 @@ def info_nce(
         include_positive=True,
         per_temperature=True,
         group=group,
+        counts=counts,
     )
-    return step.value + math.log(sum(row_counts(len(image), group, image.device)))
+    return step.value + math.log(sum(counts))
 
 
 @not_compiled
@@ -229,16 +229,17 @@ def anchor_values(
     temperature: Temperature,
     *,
     reference: TensorPair | None = None,
-    coefficient: float = 1.0,
+    coefficient: float | Tensor = 1.0,
     include_positive: bool = False,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> TensorPair:
     """Return the KL risks F_i of image and text anchors, ``[b]`` each, in memory linear in the batch.
 
     They are differentiable once with respect to the features, for example to be weighted; `contrastive_risk` is their
     mean. Parameters and errors are those of `contrastive_risk`; the temperature is a constant here.
     """
-    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group)
+    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, Checks())
     with torch.autocast(image.device.type, enabled=False):
         log_g = kl_anchors(pairs).log_g
     return taus[0].detach() * log_g[0], taus[1].detach() * log_g[1]
@@ -256,6 +257,7 @@ def two_level_risk(
     reference_temperature: Temperature | None = None,
     include_positive: bool = False,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> RobustRisk:
     """Maximize ``sum_i p_i e_i`` over weights of samples, where ``e_i`` is the excess of a sample's contrastive risk.
 
@@ -274,7 +276,7 @@ def two_level_risk(
         At least one must be given, except for CVaR, which needs neither.
     reference_temperature : float, optional
         Temperature of the reference; by default that of the target.
-    image, text, temperature, include_positive, group
+    image, text, temperature, include_positive, group, counts
         As for `contrastive_risk`, but with a group every rank needs at least one pair. The returned weights are those
         of this rank's samples; the divergence is that of all ranks' weights.
 
@@ -290,7 +292,7 @@ def two_level_risk(
     """
     if radius is None and strength is None and outer.has_radius:
         raise ValueError("give radius, strength or both: without either the weights are not bounded")
-    options = {"include_positive": include_positive, "group": group}
+    options = {"include_positive": include_positive, "group": group, "counts": counts}
     own = anchor_values(image, text, temperature, **options)
     with torch.no_grad():
         reference_tau = temperature if reference_temperature is None else reference_temperature
@@ -320,15 +322,18 @@ def anchor_risks(
 
     Parameters and errors are those of `contrastive_risk`.
     """
-    check_pairs(image, text, "image", "text", alone=True)
-    taus = _temperatures(temperature, image)
+    checks = Checks()
+    check_pairs(image, text, "image", "text", checks, alone=True)
+    taus = checks.close(*_temperatures(temperature, image, checks))
     both = _excess_pair_losses(image, text, reference, coefficient, include_positive)
     first, second = (penalized_risk(losses, divergence, tau) for losses, tau in zip(both, taus, strict=True))
     return first, second
 
 
-def project_temperature(temperature: Tensor, low: float, high: float) -> int:
+def project_temperature(temperature: Tensor, low: float, high: float) -> int | Tensor:
     """Project a learned temperature to ``[low, high]`` in place, and return how many entries were changed.
+
+    In a block of `drrho.validation.deferred_checks` the number is a tensor, and NaN stays NaN.
 
     Raises
     ------
@@ -338,9 +343,11 @@ def project_temperature(temperature: Tensor, low: float, high: float) -> int:
     if not 0 < low <= high:
         raise ValueError(f"low and high must satisfy 0 < low <= high, got {low} and {high}")
     values = temperature.detach()
-    if bool(torch.isnan(values).any()):
-        raise ValueError("temperature must not be NaN: its optimizer has diverged")
-    moved = int(((values < low) | (values > high)).sum())
+    moved = ((values < low) | (values > high)).sum()
+    if not checks_are_deferred():
+        moved, invalid = torch.stack([moved, torch.isnan(values).sum()]).tolist()
+        if invalid:
+            raise ValueError("temperature must not be NaN: its optimizer has diverged")
     values.clamp_(low, high)
     return moved
 
@@ -350,86 +357,131 @@ def _prepared(
     text: Tensor,
     temperature: Temperature,
     reference: TensorPair | None,
-    coefficient: float,
+    coefficient: float | Tensor,
     include_positive: bool,
     group: Group,
+    counts: Sequence[int] | None,
+    checks: Checks,
 ) -> tuple[TensorPair, Pairs]:
     """Check the arguments and return temperatures and pairs."""
-    if not abs(coefficient) < math.inf:
+    if isinstance(coefficient, Tensor):
+        checks.refuse(~(coefficient.abs() < math.inf), coefficient, "coefficient must be finite, got {}")
+    elif not abs(coefficient) < math.inf:
         raise ValueError(f"coefficient must be finite, got {coefficient}")
-    check_pairs(image, text, "image", "text", alone=group is None)
+    check_pairs(image, text, "image", "text", checks, alone=group is None)
     if reference is not None:
-        check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
+        check_pairs(*reference, "reference[0]", "reference[1]", checks, alone=group is None)
         if len(reference[0]) != len(image):
             raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
         reference = reference[0].detach(), reference[1].detach()
-    taus = _temperatures(temperature, image)
-    rates = 1 / taus[0].detach(), 1 / taus[1].detach()
-    return taus, Pairs(image, text, rates, reference, coefficient, include_positive, group)
+        if isinstance(coefficient, Tensor):  # a factor of the features, as products of matrices take numbers alone
+            wide = torch.promote_types(reference[0].dtype, torch.float32)
+            reference = reference[0].to(wide) * coefficient, reference[1]
+    first, second = _temperatures(temperature, image, checks)
+    is_one = first is second  # tiles know a rate that all anchors share by being one tensor
+    first, second = checks.close(first, second)
+    second = first if is_one else second
+    rate = first.detach().reciprocal()
+    rates = rate, rate if is_one else second.detach().reciprocal()
+    factor = 1.0 if isinstance(coefficient, Tensor) else coefficient
+    return (first, second), Pairs(image, text, rates, reference, factor, include_positive, group, counts)
 
 
-def _running_term(
+def _running_terms(
     log_g: Tensor,
     mean_exponent: Tensor,
     tau: Tensor,
-    log_u: Tensor,
+    log_u: Tensor | None,
     gamma: float,
     log_step: float | None,
     eps: float,
     slopes: int,
     per_temperature: bool,
-    name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the anchors' risks ``[b]`` with the estimator's gradient, and log u after the step.
+    """Return the anchors' risks ``[2, b]`` with the estimator's gradient, and log u after the step.
 
     The gradient with respect to features is ``g / (eps + u)`` times that of the risk; with respect to the temperature
     it is ``log(eps + u) - g / (eps + u) E_p[l / tau]``, without the logarithm for the risk per temperature.
     """
     value = log_g.detach()
-    after = _averaged(log_u, value, gamma, log_step, name)
-    smoothed = torch.logaddexp(after, torch.full_like(after, eps).log())
+    after = value if log_u is None else _averaged(log_u, value, gamma, log_step)
+    smoothed = after if eps == 0 else torch.logaddexp(after, after.new_full((), math.log(eps)))
     scale = torch.exp(value - smoothed)  # at most 1 / rate, since u >= rate * g
+    terms = value + scale * (log_g - value)
     fixed = tau.detach()
+    if not per_temperature:
+        terms = fixed * terms
+    if not tau.requires_grad:
+        return terms, after
     by_similarity = slopes * scale * mean_exponent
     if per_temperature:
-        return value + scale * (log_g - value) - (tau / fixed - 1) * by_similarity, after
-    by_temperature = smoothed - by_similarity
-    return fixed * (value + scale * (log_g - value)) + (tau - fixed) * by_temperature, after
+        return terms - (tau / fixed - 1) * by_similarity, after
+    return terms + (tau - fixed) * (smoothed - by_similarity), after
 
 
-def _temperatures(temperature: Temperature, image: Tensor) -> TensorPair:
+def _stacked(pair: TensorPair) -> Tensor:
+    """Return the temperatures of both directions, one for all or ``[2, b]``."""
+    first, second = pair
+    return first if first is second else torch.stack(torch.broadcast_tensors(first, second))
+
+
+def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> TensorPair:
     """Return the temperatures of image and text anchors, scalars or ``[b]``."""
     given = temperature if isinstance(temperature, tuple) else (temperature, temperature)
     if len(given) != 2:
         raise ValueError(
             f"temperature must be a pair of image and text anchors' temperatures, got {len(given)} of them"
         )
-    return temperature_of(given[0], image), temperature_of(given[1], image)
+    first = temperature_of(given[0], image, checks)
+    return first, first if given[0] is given[1] else temperature_of(given[1], image, checks)
 
 
-def temperature_of(values: float | Tensor, image: Tensor) -> Tensor:
-    """Return a temperature as a checked tensor, a scalar or ``[b]``, in float32 or wider."""
-    tau = as_numbers(values, "temperature").to(image.device, torch.promote_types(image.dtype, torch.float32))
+def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Tensor:
+    """Return a temperature as a tensor, a scalar or ``[b]``, in float32 or wider; it is checked with the others."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if isinstance(values, float | int):  # checked here; filled on the device, as a copy to it would wait
+        if not 0 < values < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, got {values}")
+        return torch.full((), values, dtype=dtype, device=image.device)
+    tau = as_numbers(values, "temperature").to(image.device, dtype)
     if tau.numel() == 1:
         tau = tau.reshape(())
     elif tau.shape != image.shape[:1]:
         raise ValueError(f"temperature must be one number or have shape [{len(image)}], got {list(tau.shape)}")
-    valid = (tau > 0) & (tau < math.inf)
-    if not bool(valid.all()):
-        raise ValueError(f"temperature must be finite and > 0, got {tau[~valid].flatten()[0].item()}")
+    checks.refuse(~((tau > 0) & (tau < math.inf)), tau, "temperature must be finite and > 0, got {}")
     return tau
 
 
-def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, *, alone: bool) -> None:
-    """Raise a ``ValueError`` unless the features are finite pairs ``[b, d]``; ``alone``: there are no other ranks."""
+def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, checks: Checks, *, alone: bool) -> None:
+    """Raise a ``ValueError`` unless the features are pairs ``[b, d]``, and check with the others that they are finite.
+
+    ``alone``: there are no other ranks.
+    """
     least = 2 if alone else 0
     if image.ndim != 2 or image.shape != text.shape or len(image) < least:
         raise ValueError(
             f"{image_name} and {text_name} must both have shape [b, d] with b >= {least} (an anchor needs a negative), "
             f"got {list(image.shape)} and {list(text.shape)}"
         )
-    if not bool(torch.isfinite(image.sum() + text.sum())):
-        raise ValueError(f"{image_name} and {text_name} must be finite, but their sums are not")
+    total = image.detach().sum() + text.detach().sum()
+    checks.refuse(total * 0 != 0, total, f"{image_name} and {text_name} must be finite, but their sums are not")
+
+
+def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> Tensor:
+    """Return the running estimates before the step, ``[2, b]``, in the dtype of the result; they are checked too."""
+    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+    found = []
+    for side, given in enumerate(log_u):
+        name = f"log_u[{side}]"
+        if given.shape != image.shape[:1]:
+            raise ValueError(
+                f"{name} must have shape {list(image.shape[:1])}, one entry per pair, got {list(given.shape)}"
+            )
+        old = given.to(image.device, dtype)
+        message = f"{name} must be finite, or -inf where never visited; it holds NaN or +inf"
+        checks.refuse(~(old < torch.inf), old, message)
+        found.append(old)
+    return torch.stack(found)
 
 
 def _excess_pair_losses(
@@ -466,12 +518,7 @@ def _margins(similarity: Tensor, include_positive: bool) -> Tensor:
     return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)
 
 
-def _averaged(log_u: Tensor, log_g: Tensor, gamma: float, log_step: float | None, name: str) -> Tensor:
-    if log_u.shape != log_g.shape:
-        raise ValueError(f"{name} must have shape {list(log_g.shape)}, one entry per pair, got {list(log_u.shape)}")
-    old = log_u.to(log_g)
-    if bool((torch.isnan(old) | (old == torch.inf)).any()):
-        raise ValueError(f"{name} must be finite, or -inf where never visited; it holds NaN or +inf")
+def _averaged(old: Tensor, log_g: Tensor, gamma: float, log_step: float | None) -> Tensor:
     if log_step is not None:
         return moving_average(old, log_g, *adaptive_log_rates(old, log_step))
     return moving_average(old, log_g, math.log(gamma), math.log1p(-gamma) if gamma < 1 else -math.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from drrho.contrastive import check_pairs, temperature_of
 from drrho.ranks import Group, sum_to_owners
 from drrho.tiles import Pairs, SimilarityTiles, TensorPair, not_compiled
+from drrho.validation import Checks
 
 
 @not_compiled
@@ -21,6 +24,7 @@ def distillation_loss(
     reference: TensorPair,
     reference_temperature: float | Tensor | None = None,
     group: Group = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Minimize the cross-entropy ``-mean_i sum_j q_ij log p_ij``, averaged over image and text anchors.
 
@@ -38,7 +42,7 @@ def distillation_loss(
         Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached.
     reference_temperature : float or scalar tensor, optional
         Temperature of the reference; by default that of the target, as a constant.
-    group : torch.distributed.ProcessGroup, optional
+    group, counts : optional
         As for `drrho.contrastive.contrastive_risk`: this rank's pairs are compared with those of all ranks.
 
     Returns
@@ -55,32 +59,35 @@ def distillation_loss(
     -----
     Sources: CLIP-KD (Yang et al., 2024), contrastive relational distillation; MobileCLIP (Vasu et al., 2024).
     """
-    check_pairs(image, text, "image", "text", alone=group is None)
-    check_pairs(*reference, "reference[0]", "reference[1]", alone=group is None)
+    checks = Checks()
+    check_pairs(image, text, "image", "text", checks, alone=group is None)
+    check_pairs(*reference, "reference[0]", "reference[1]", checks, alone=group is None)
     if len(reference[0]) != len(image):
         raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
-    tau = temperature_of(temperature, image)
-    reference_tau = tau if reference_temperature is None else temperature_of(reference_temperature, image)
+    tau = temperature_of(temperature, image, checks)
+    reference_tau = tau if reference_temperature is None else temperature_of(reference_temperature, image, checks)
+    tau, reference_tau = checks.close(tau, reference_tau)
     reference_rate = 1 / reference_tau.detach()
     if tau.ndim or reference_tau.ndim:
         raise ValueError("temperature and reference_temperature must be single numbers, got one per anchor")
     reference = reference[0].detach(), reference[1].detach()
     with torch.autocast(image.device.type, enabled=False):
-        return _CrossEntropy.apply(image, text, 1 / tau, *reference, reference_rate, group)  # pyright: ignore[reportReturnType]
+        return _CrossEntropy.apply(image, text, 1 / tau, *reference, reference_rate, group, counts)  # pyright: ignore[reportReturnType]
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, rate, reference_image, reference_text, reference_rate, group):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, image, text, rate, reference_image, reference_text, reference_rate, group, counts):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the loss; its gradients are computed in the same pass, where the weights are available."""
         target, reference = (
-            SimilarityTiles(Pairs(*features, rates=(own_rate, own_rate), include_positive=True, group=group))
+            SimilarityTiles(
+                Pairs(*features, rates=(own_rate, own_rate), include_positive=True, group=group, counts=counts)
+            )
             for *features, own_rate in ((image, text, rate), (reference_image, reference_text, reference_rate))
         )
-        normalizers = [
-            (rows.log_sum, m.gathered(columns.log_sum)) for m in (target, reference) for rows, columns in [m.sums()]
-        ]
-        (row, column), (reference_row, reference_column) = normalizers
+        own = [log_sum for m in (target, reference) for log_sum in m.sums().log_sum]
+        row, reference_row = own[0], own[2]
+        column, reference_column = target.gathered(own[1], own[3])
         wanted = any(ctx.needs_input_grad[:3])
         to_image, to_text = torch.empty_like(target.image), torch.zeros_like(target.text)
         scores, slope = target.image.new_zeros(2).unbind()
@@ -112,4 +119,4 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale the gradients of the forward pass."""
-        return *(grad * part for part in ctx.saved_tensors), None, None, None, None
+        return *(grad * part for part in ctx.saved_tensors), *[None] * 5

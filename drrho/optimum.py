@@ -21,9 +21,10 @@ from torch.autograd import forward_ad
 from drrho.divergences import Divergence
 from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
+from drrho.solvers.device import dispatch
 from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
-from drrho.validation import transforms_active, values_are_readable
+from drrho.validation import transforms_active
 
 _KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
@@ -48,17 +49,20 @@ def optimum(
         _refuse_forward_over_forward()
         return by_rows(TransformableOptimum.apply, *inputs, problem)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        function = NarrowOptimum if is_read_as_it_is(losses, problem) else Optimum
+        function = Optimum if dtype_read(losses, problem) == torch.float64 else NarrowOptimum
         return _solution(function.apply(*inputs, problem))
     radius, strength, alpha = (tensor if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
     return solve(losses.detach(), radius, strength, alpha, base, problem)
 
 
-def is_read_as_it_is(losses: Tensor, problem: Problem) -> bool:
-    """Whether kernels solve these losses, which are narrower than float64, as they are: they compute in float64."""
-    if losses.dtype == torch.float64 or algorithm_of(problem.divergence).kernel is None:
-        return False
-    return values_are_readable() and forward_ad._current_level < 0 and native.takes(losses, problem)
+def dtype_read(losses: Tensor, problem: Problem) -> torch.dtype:
+    """Return the dtype in which losses are solved: a narrow one where kernels read that and compute in float64."""
+    kernel = algorithm_of(problem.divergence).kernel
+    if losses.dtype == torch.float64 or kernel is None or transforms_active() or forward_ad._current_level >= 0:
+        return torch.float64
+    if native.takes(losses, problem):
+        return torch.float32
+    return losses.dtype if dispatch.takes(losses, problem, kernel) else torch.float64
 
 
 def _refuse_forward_over_forward() -> None:
@@ -152,7 +156,7 @@ class Optimum(_Derivatives, torch.autograd.Function):
 
 
 class NarrowOptimum(torch.autograd.Function):
-    """`solve` of float32 losses by the kernels, with parameters in float64.
+    """`solve` of narrow losses by the kernels, with parameters in float64 and answers in float32.
 
     The value's first derivative in the losses are the weights. All others are those of the same losses in float64,
     which are solved again for them.
@@ -175,8 +179,11 @@ class NarrowOptimum(torch.autograd.Function):
         by_value, *others = grads
         is_recorded = torch.is_grad_enabled()
         if not is_recorded and not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
-            by_row = by_value if by_value is None or weights.ndim == 1 else by_value[:, None]
-            return by_row if by_row is None else by_row * weights, None, None, None, None, None
+            if by_value is None:
+                return None, None, None, None, None, None
+            by_row = by_value if weights.ndim == 1 else by_value[:, None]
+            by_losses = torch.empty_like(weights, dtype=inputs[0].dtype)
+            return torch.mul(by_row, weights, out=by_losses), None, None, None, None, None
         wanted = [place for place, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
         with torch.enable_grad():
             if not is_recorded:

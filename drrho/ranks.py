@@ -39,14 +39,28 @@ def gathered(own: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def gathered_together(own: Sequence[Tensor], counts: Sequence[int], group: Group) -> list[Tensor]:
+    """Return all ranks' rows of several tensors ``[b, ...]`` of one dtype, which are sent in one message."""
+    if group is None:
+        return list(own)
+    flat = [part[:, None] if part.ndim == 1 else part.flatten(1) for part in own]
+    together = gathered(torch.cat(flat, 1), counts, group).split([part.shape[1] for part in flat], 1)
+    return [part.reshape(len(part), *each.shape[1:]) for part, each in zip(together, own, strict=True)]
+
+
 def sum_to_owners(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """Return this rank's rows summed over ranks, where every rank passes its terms for the rows of all ranks.
 
     It is a reduce-scatter over parts of unequal length: the terms are exchanged and added in the order of ranks, so
     that the sum is the same in every run, with half the traffic of an all-reduce.
     """
+    return rows if group is None else terms_for_owners(rows, counts, group).sum(0)
+
+
+def terms_for_owners(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Return every rank's terms for this rank's rows, ``[ranks, b, ...]``, of its terms for the rows of all ranks."""
     if group is None:
-        return rows
+        return rows[None]
     own = counts[dist.get_rank(group)]
     received = rows.new_empty(len(counts), own, *rows.shape[1:])
     dist.all_to_all_single(
@@ -56,7 +70,7 @@ def sum_to_owners(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
         list(counts),
         group=group,
     )
-    return received.sum(0)
+    return received
 
 
 def gathered_with_gradient(own: Tensor, counts: Sequence[int], group: Group) -> Tensor:

@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.optimum import is_read_as_it_is, optimum
+from drrho.optimum import dtype_read, optimum
 from drrho.ranks import Group
 from drrho.reference import excess_losses
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.problem import Problem, sample_count
-from drrho.validation import ArrayLike, as_base_weights, as_losses, as_parameter, refuse_not_finite
+from drrho.validation import (
+    ArrayLike,
+    as_base_weights,
+    as_losses,
+    as_parameter,
+    checks_are_deferred,
+    refuse_not_finite,
+)
 
 
 class RobustRisk(NamedTuple):
@@ -254,8 +261,9 @@ def _risk(
         raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
     shape, n = losses.shape[:-1], losses.shape[-1]
     problem, precise = Problem(divergence, group), dtype
-    if is_read_as_it_is(losses, problem):
-        dtype, precise = _answer_dtype(losses), torch.float64
+    narrow = dtype_read(losses, problem)
+    if narrow != torch.float64:
+        dtype, precise = narrow, torch.float64
 
     def per_row(parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else _cast(_merged(parameter, shape), precise)
@@ -283,11 +291,20 @@ def _risk(
         else:
             solution = optimum(*inputs, problem)
     except ValueError:
+        if checks_are_deferred():  # from a solver that reads values where that waits for nothing
+            return _invalid(losses, _answer_dtype(losses))
         refuse_not_finite(losses.detach(), "losses")  # says where
         raise
     value, weights, premium, threshold, strength, gap, *_ = solution
     fields = (value, weights, premium, threshold.detach(), strength, gap)
     answer = _answer_dtype(losses)
-    if len(shape) > 1 or answer != dtype:
+    if len(shape) > 1 or answer != value.dtype:
         fields = (_cast(_unmerged(field, shape), answer) for field in fields)
     return RobustRisk(*fields)
+
+
+def _invalid(losses: Tensor, dtype: torch.dtype) -> RobustRisk:
+    """Return the answer for losses that are refused where no error may be raised."""
+    value = _cast(losses, dtype).sum(-1) * torch.nan
+    field, weights = value.detach(), _cast(losses.detach(), dtype) * torch.nan
+    return RobustRisk(value, weights, field, field, field, field)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from drrho.ranks import Group
+from drrho.routes import BatchIndex, Route
 from drrho.sharded import ShardedRows, mean_over_repeats
 from drrho.validation import ArrayLike
 
@@ -28,7 +29,8 @@ class RunningEstimates:
     With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples (the last ranks may keep fewer),
     and a step exchanges the rows of its batch with their owners. ``lookup``, ``update``, ``load_state_dict`` and
     ``visited`` are then collective: every rank of the group calls them, with its own arguments. If the arguments of one
-    rank are invalid, all ranks raise a ``ValueError`` and no state changes.
+    rank are invalid, all ranks raise a ``ValueError`` and no state changes. In a block of
+    `drrho.validation.deferred_checks` a sample whose estimate is not finite keeps the one that it has.
 
     Parameters
     ----------
@@ -61,12 +63,12 @@ class RunningEstimates:
         parts = self._rows.own[0].split(2**24)  # a mask of all rows at once would take an eighth of the state's memory
         return self._rows.total(sum(int(torch.count_nonzero(part > -torch.inf)) for part in parts))
 
-    def lookup(self, index: ArrayLike) -> tuple[Tensor, Tensor]:
+    def lookup(self, index: ArrayLike | BatchIndex) -> tuple[Tensor, Tensor]:
         """Return ``log u`` of the samples ``index``, both directions, each ``[b]`` on the device of the estimates.
 
         Parameters
         ----------
-        index : tensor, array or sequence ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers, or BatchIndex
             Samples of all data, in any order and possibly repeated; b >= 0 may differ from rank to rank.
 
         Raises
@@ -77,7 +79,7 @@ class RunningEstimates:
         image, text = self._rows.lookup(index)
         return image, text
 
-    def update(self, index: ArrayLike, log_u: tuple[ArrayLike, ArrayLike]) -> None:
+    def update(self, index: ArrayLike | BatchIndex, log_u: tuple[ArrayLike, ArrayLike]) -> None:
         """Store ``log u`` ``[b]`` of both directions for the samples ``index`` ``[b]``.
 
         A sample that occurs several times, on one rank or on several, gets the mean of its u (not of their
@@ -101,10 +103,10 @@ class RunningEstimates:
             If on some rank ``index`` is refused by `lookup`, ``log_u`` has another shape than ``index``, or an
             estimate is not finite.
         """
-        index, fault = self._rows.checked(index)
-        directions, wrong = self._rows.checked_values(index, log_u, "log_u", "finite in float32 after a step")
-        rows, fresh = _averaged_over_repeats(*self._rows.collect(index, directions, fault or wrong))
-        self._rows.own.index_copy_(1, rows, fresh.to(self._rows.own))
+        batch = self._rows.batch(index)
+        directions, fault = self._rows.columns(batch, log_u, "log_u", "finite in float32 after a step")
+        route, fresh = self._rows.collect(batch, directions, fault)
+        self._rows.store(route, _averaged_over_repeats(fresh, route))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of this rank's rows, with their position among all samples.
@@ -160,18 +162,17 @@ class RunningThresholds:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def lookup(self, index: ArrayLike) -> tuple[Tensor, Tensor]:
+    def lookup(self, index: ArrayLike | BatchIndex) -> tuple[Tensor, Tensor]:
         """Return the thresholds of the samples ``index`` ``[b]``; it raises as `RunningEstimates.lookup` does."""
         image, text = self._rows.lookup(index)
         return image, text
 
-    def update(self, index: ArrayLike, threshold: tuple[ArrayLike, ArrayLike]) -> None:
+    def update(self, index: ArrayLike | BatchIndex, threshold: tuple[ArrayLike, ArrayLike]) -> None:
         """Store thresholds ``[b]`` of both directions; it raises as `RunningEstimates.update` does."""
-        index, fault = self._rows.checked(index)
-        directions, wrong = self._rows.checked_values(index, threshold, "threshold", "finite in float32 after a step")
-        rows, values = self._rows.collect(index, directions, fault or wrong)
-        single, place, counts = rows.unique(return_inverse=True, return_counts=True)
-        self._rows.own.index_copy_(1, single, mean_over_repeats(values, place, counts).to(self._rows.own))
+        batch = self._rows.batch(index)
+        directions, fault = self._rows.columns(batch, threshold, "threshold", "finite in float32 after a step")
+        route, values = self._rows.collect(batch, directions, fault)
+        self._rows.store(route, mean_over_repeats(values, route))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of this rank's rows: ``threshold`` ``[2, rows]``, ``offset`` and ``samples``."""
@@ -184,14 +185,14 @@ class RunningThresholds:
         )
 
 
-def _averaged_over_repeats(index: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct entries of ``index`` ``[b]`` and the log of the mean u of each, from ``log_u`` ``[2, b]``."""
-    single, place, counts = index.unique(return_inverse=True, return_counts=True)
-    if len(single) == len(index):
-        return index, log_u
+def _averaged_over_repeats(log_u: Tensor, route: Route) -> Tensor:
+    """Return the log of the mean u of each distinct row of a route, from ``log_u`` ``[2, c]``."""
     values = log_u.double()
-    peak = values.new_full((2, len(single)), -torch.inf).scatter_reduce(1, place.expand(2, -1), values, "amax")
-    return single, peak + torch.log(mean_over_repeats(torch.exp(values - peak[:, place]), place, counts))
+    peak = values.new_full((2, len(route.single)), -torch.inf)
+    peak = peak.scatter_reduce(1, route.place.expand(2, -1), values, "amax")
+    if not route.repeats:
+        return peak
+    return peak + torch.log(mean_over_repeats(torch.exp(values - peak[:, route.place]), route))
 
 
 def moving_average(log_u: Tensor, log_g: Tensor, log_rate: Tensor | float, log_keep: Tensor | float) -> Tensor:

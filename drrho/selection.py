@@ -16,6 +16,7 @@ of the sample (Philox, Salmon et al. 2011), so every step needs its own seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from drrho.ranks import Group, first_row, gathered, row_counts
 from drrho.tiles import ROWS, TILE
-from drrho.validation import ArrayLike, as_losses, refuse_not_finite
+from drrho.validation import ArrayLike, as_losses, checks_are_deferred, refuse_not_finite
 
 
 def top_k(scores: ArrayLike, k: int, *, group: Group = None) -> Tensor:
@@ -147,8 +148,8 @@ class PairFeatures(NamedTuple):
 
     image: Tensor
     text: Tensor
-    temperature: float
-    bias: float = 0.0
+    temperature: float | Tensor
+    bias: float | Tensor = 0.0
 
     def checked(self, name: str) -> PairFeatures:
         """Return the features detached and in float32 or wider; raise a ``ValueError`` if a field is invalid."""
@@ -156,7 +157,8 @@ class PairFeatures(NamedTuple):
         if image.ndim != 2 or image.shape != text.shape:
             shapes = f"{list(image.shape)} and {list(text.shape)}"
             raise ValueError(f"{name}.image and {name}.text must both have shape [n, d], got {shapes}")
-        if not (0 < self.temperature < float("inf") and abs(self.bias) < float("inf")):
+        is_known = not (checks_are_deferred() and isinstance(self.temperature, Tensor))
+        if is_known and not (0 < self.temperature < float("inf") and abs(self.bias) < float("inf")):
             raise ValueError(
                 f"{name} must have a finite temperature > 0 and a finite bias, got {self.temperature} and {self.bias}"
             )
@@ -407,6 +409,8 @@ def _rows(scores: ArrayLike, k: int, group: Group) -> tuple[Tensor, _Ranks]:
 
 def _refuse_not_finite(scores: Tensor, name: str, ranks: _Ranks) -> None:
     """Raise an error on every rank if scores of one rank are not finite; otherwise the others would wait for it."""
+    if checks_are_deferred():
+        return
     refused = torch.tensor(False)
     if ranks.group is not None:
         refused = (~torch.isfinite(scores)).any().long()
@@ -421,7 +425,10 @@ def _largest(keys: Tensor, k: int) -> Tensor:
     threshold = keys.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, tied = keys > threshold, keys == threshold
     room = k - above.sum(-1, keepdim=True)
-    indices = (above | (tied & (tied.cumsum(-1) <= room))).nonzero()[:, -1].view(*keys.shape[:-1], k)
+    chosen = above | (tied & (tied.cumsum(-1) <= room))
+    # Their number is known, unless there is NaN: then some of the indices are 0.
+    size = k * math.prod(keys.shape[:-1])
+    indices = torch.nonzero_static(chosen, size=size, fill_value=0)[:, -1].view(*keys.shape[:-1], k)
     order = keys.gather(-1, indices).sort(dim=-1, descending=True, stable=True).indices
     return indices.gather(-1, order)
 

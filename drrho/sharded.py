@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from drrho.ranks import Group
-from drrho.validation import ArrayLike, as_index, as_numbers
+from drrho.routes import BatchIndex, Route, announced, refusal, wire
+from drrho.validation import ArrayLike, as_numbers, checks_are_deferred
 
 
 class ShardedRows:
@@ -20,7 +20,8 @@ class ShardedRows:
     With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples (the last ranks may keep fewer),
     and a step sends the values of a batch's samples to their owners. ``total``, ``lookup``, ``collect`` and
     ``load_state_dict`` are then collective: every rank of the group calls them, with its own arguments. If the
-    arguments of one rank are invalid, all ranks raise a ``ValueError``.
+    arguments of one rank are invalid, all ranks raise a ``ValueError``. With a `BatchIndex` in the place of an index,
+    ``lookup`` and ``collect`` take one exchange each where `drrho.validation.checks_are_deferred`.
 
     Parameters
     ----------
@@ -65,53 +66,64 @@ class ShardedRows:
 
     def total(self, count: int) -> int:
         """Return the sum of all ranks' counts."""
+        return count if self._group is None else int(self.sum(torch.tensor(count)))
+
+    def sum(self, count: Tensor) -> Tensor:
+        """Return the sum of all ranks' counts on the device of the rows, without waiting for it."""
         if self._group is None:
             return count
-        counts = torch.tensor(count, device=_wire(self._group))
-        dist.all_reduce(counts, group=self._group)
-        return int(counts)
+        total = count.to(wire(self._group), copy=True)
+        dist.all_reduce(total, group=self._group)
+        return total.to(self.own.device)
 
-    def checked(self, index: ArrayLike) -> tuple[Tensor, str]:
-        """Return the index as int64 on the device of the rows, and an error message, empty if the index is valid."""
-        try:
-            index = as_index(index, "index").to(self.own.device, torch.int64)
-        except ValueError as error:
-            return self.own.new_empty(0), str(error)
-        outside = (index < 0) | (index >= len(self))
-        wrong = f"index must lie in [0, {len(self)}), got {int(index[outside][0])}" if bool(outside.any()) else ""
-        return index, wrong
-
-    def checked_values(
-        self, index: Tensor, values: Sequence[ArrayLike], name: str, law: str
-    ) -> tuple[list[Tensor], str]:
-        """Return the values of a checked index as detached float32 tensors, and an error message as `checked` does."""
-        try:
-            columns = [as_numbers(each, f"{name}[{k}]").detach().to(self.own) for k, each in enumerate(values)]
-        except TypeError as error:
-            return [], str(error)
-        faults = (fault_of_values(index, each, f"{name}[{k}]", law) for k, each in enumerate(columns))
-        return columns, next(filter(None, faults), "")
-
-    def lookup(self, index: ArrayLike, columns: slice = slice(None)) -> Tensor:
-        """Return columns ``[k, b]`` of the samples ``index`` ``[b]``, integers in any order and possibly repeated.
+    def batch(self, index: ArrayLike | BatchIndex) -> BatchIndex:
+        """Return the samples of all ranks: those given, or after an exchange of every rank's index.
 
         Raises
         ------
         ValueError
             If ``index`` on some rank has another shape or dtype, or an entry outside ``[0, n)``.
         """
-        index, fault = self.checked(index)
-        route = self._route(index, fault)
-        rows = route.to_owners(index) - self._start
-        return route.back(self.own[columns].index_select(1, rows).T).T.contiguous()
+        batch = index if isinstance(index, BatchIndex) else BatchIndex.gathered(index, self._group)
+        if len(batch.parts) != self._ranks:
+            raise ValueError(f"index must be of the {self._ranks} ranks of the group, got one of {len(batch.parts)}")
+        outside = [part[(part < 0) | (part >= len(self))] for part in batch.parts]
+        if any(map(len, outside)):
+            own = outside[batch.rank]
+            message = f"index must lie in [0, {len(self)}), got {own[0]}" if len(own) else ""
+            raise ValueError(message or refusal([bool(len(part)) for part in outside].index(True)))
+        return batch
 
-    def collect(self, index: Tensor, values: Sequence[Tensor], fault: str) -> tuple[Tensor, Tensor]:
-        """Return the values that all ranks pass for this rank's samples: positions in `own` ``[c]``, values ``[m, c]``.
+    def route(self, batch: BatchIndex) -> Route:
+        """Return the route of a batch's rows to the ranks that keep them."""
+        return batch.route(self._block, self.own.device)
+
+    def columns(self, batch: BatchIndex, values: Sequence[ArrayLike], name: str, law: str) -> tuple[list[Tensor], str]:
+        """Return values of a batch's samples as detached float32 tensors, and an error message, empty if valid."""
+        try:
+            found = [as_numbers(each, f"{name}[{k}]").detach().to(self.own) for k, each in enumerate(values)]
+        except TypeError as error:
+            return [], str(error)
+        return found, fault_of_values(batch, {f"{name}[{k}]": each for k, each in enumerate(found)}, law)
+
+    def lookup(self, index: ArrayLike | BatchIndex, columns: slice = slice(None)) -> Tensor:
+        """Return columns ``[k, b]`` of the samples ``index`` ``[b]``, integers in any order and possibly repeated.
+
+        Raises
+        ------
+        ValueError
+            As `batch` does.
+        """
+        route = self.route(self.batch(index))
+        return route.back(self.own[columns].index_select(1, route.rows).T).T.contiguous()
+
+    def collect(self, index: ArrayLike | BatchIndex, values: Sequence[Tensor], fault: str) -> tuple[Route, Tensor]:
+        """Return the values that all ranks pass for this rank's samples: their route, and values ``[m, c]``.
 
         Parameters
         ----------
-        index : Tensor ``[b]``
-            An index that `checked` returned.
+        index : integers ``[b]``, or BatchIndex
+            Samples.
         values : sequence of m Tensors ``[b]``
             Values of one floating dtype, returned in float64; ignored if there is a fault.
         fault : str
@@ -120,13 +132,23 @@ class ShardedRows:
         Raises
         ------
         ValueError
-            If there is a fault on some rank.
+            If there is a fault on some rank; where `checks_are_deferred`, on this rank.
         """
-        route = self._route(index, fault)
-        # float64 has the width of the index, so that both are sent in one message.
+        batch = self.batch(index)
+        announced(0, fault, None if checks_are_deferred() else self._group)
+        route = self.route(batch)
         wide = torch.stack(list(values), 1).to(self.own.device, torch.float64)
-        index, wide = route.to_owners(torch.cat([index[:, None], wide.view(torch.int64)], 1)).tensor_split([1], 1)
-        return index[:, 0] - self._start, wide.contiguous().view(torch.float64).T
+        return route, route.to_owners(wide).T
+
+    def store(self, route: Route, columns: Tensor) -> None:
+        """Store columns ``[k, m]`` of the distinct rows of a route.
+
+        Where `checks_are_deferred` a row keeps what it has if a number for it is not finite.
+        """
+        fresh = columns.to(self.own)
+        if checks_are_deferred():
+            fresh = torch.where(torch.isfinite(fresh).all(0), fresh, self.own.index_select(1, route.single))
+        self.own.index_copy_(1, route.single, fresh)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of this rank's rows, with their position among all samples.
@@ -160,35 +182,10 @@ class ShardedRows:
             or hold columns with a fault.
         """
         states = [state] if isinstance(state, Mapping) else state
-        self._announce(self._fault_of_states(states, fault_of), [0] * self._ranks)
+        announced(0, self._fault_of_states(states, fault_of), self._group)
         for part in states:
             mine, theirs = self._common_rows(part)
             mine.copy_(theirs)
-
-    def _route(self, index: Tensor, fault: str) -> _Route:
-        """Return the route of a batch to the owners of its rows, or raise on every rank if one has a fault."""
-        if self._group is None or fault:
-            order, give = index, [0] * self._ranks
-        else:
-            index, order = index.sort()
-            give = torch.bincount(index // self._block, minlength=self._ranks).tolist()
-        return _Route(order, give, self._announce(fault, give), self._group)
-
-    def _announce(self, fault: str, give: list[int]) -> list[int]:
-        """Exchange the numbers of rows to be sent between ranks; raise on every rank if one has a fault."""
-        take = give
-        if self._group is not None:
-            ones = [1] * self._ranks
-            numbers = torch.tensor([-1] * self._ranks if fault else give, device=_wire(self._group))
-            take = _exchange(numbers, ones, ones, self._group).tolist()
-        if fault:
-            raise ValueError(fault)
-        if -1 in take:
-            raise ValueError(
-                f"every rank must pass valid arguments, but those of rank {take.index(-1)} are refused: see the "
-                "message of that rank"
-            )
-        return take
 
     def _common_rows(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the rows that this rank and a state have in common, of each, both ``[k, rows]``."""
@@ -230,55 +227,26 @@ class ShardedRows:
         return ""
 
 
-def fault_of_values(index: Tensor, values: Tensor, name: str, law: str, limit: float = math.inf) -> str:
-    """Return an error message about the values ``[b]`` of samples ``index`` ``[b]``, empty if they are valid.
+def fault_of_values(batch: BatchIndex, columns: Mapping[str, Tensor], law: str, limit: float = math.inf) -> str:
+    """Return an error message about values ``[b]`` of a batch's samples by name, empty if they are valid.
 
-    They must be less than ``limit`` in magnitude, which ``law`` says in words.
+    They must be less than ``limit`` in magnitude, which ``law`` says in words and is not asked where
+    `checks_are_deferred`. The values are read once.
     """
-    if values.shape != index.shape:
-        return f"{name} must have shape {list(index.shape)} like index, got {list(values.shape)}"
-    wrong = ~(values.abs() < limit)
-    if bool(wrong.any()):
-        return f"{name} must be {law}, got {float(values[wrong][0])} for sample {int(index[wrong][0])}"
+    for name, values in columns.items():
+        if list(values.shape) != [len(batch.own)]:
+            return f"{name} must have shape {[len(batch.own)]} like index, got {list(values.shape)}"
+    if checks_are_deferred():
+        return ""
+    wrong = torch.stack([~(values.abs() < limit) for values in columns.values()])
+    for (name, values), has_wrong, mask in zip(columns.items(), wrong.any(1).tolist(), wrong, strict=True):
+        if has_wrong:
+            [place, *_] = mask.nonzero()[:, 0].tolist()
+            return f"{name} must be {law}, got {float(values[place])} for sample {batch.own[place]}"
     return ""
 
 
-def mean_over_repeats(values: Tensor, place: Tensor, counts: Tensor) -> Tensor:
-    """Return the mean ``[k, m]`` of ``values`` ``[k, c]`` over occurrences, of which ``counts[j]`` have ``place`` j."""
-    return values.new_zeros(len(values), len(counts)).index_add_(1, place, values) / counts
-
-
-class _Route(NamedTuple):
-    """The route of a batch's rows to their owners and back; without a group the rows are returned unchanged.
-
-    ``order`` ``[b]`` sorts the rows by owner; ``give[k]`` of them are sent to rank k, which sends ``take[k]`` rows.
-    """
-
-    order: Tensor
-    give: list[int]
-    take: list[int]
-    group: Group
-
-    def to_owners(self, rows: Tensor) -> Tensor:
-        """Send every row of ``rows`` ``[b, ...]`` to its owner, and return the received rows in the order of ranks."""
-        return rows if self.group is None else _exchange(rows[self.order], self.give, self.take, self.group)
-
-    def back(self, answers: Tensor) -> Tensor:
-        """Send ``answers``, in the order of `to_owners`, back; return those to this rank's rows, in their order."""
-        if self.group is None:
-            return answers
-        received = _exchange(answers, self.take, self.give, self.group)
-        return torch.empty_like(received).index_copy_(0, self.order, received)
-
-
-def _exchange(rows: Tensor, give: list[int], take: list[int], group: Group) -> Tensor:
-    """Send the first ``give[0]`` rows to rank 0, the next to rank 1, ...; return the ``take[k]`` of every rank k."""
-    sent = rows.to(_wire(group)).contiguous()
-    received = sent.new_empty((sum(take), *sent.shape[1:]))
-    dist.all_to_all_single(received, sent, take, give, group=group)
-    return received.to(rows.device)
-
-
-def _wire(group: Group) -> str:
-    """Return the device whose memory the group's backend exchanges."""
-    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+def mean_over_repeats(values: Tensor, route: Route) -> Tensor:
+    """Return the mean ``[k, m]`` of ``values`` ``[k, c]`` over the occurrences of each distinct row of a route."""
+    total = values.new_zeros(len(values), len(route.counts))
+    return total.index_add_(1, route.place, values) / route.counts

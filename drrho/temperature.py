@@ -20,8 +20,9 @@ from torch import Tensor
 
 from drrho.contrastive import project_temperature
 from drrho.ranks import Group
+from drrho.routes import BatchIndex
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
-from drrho.validation import ArrayLike
+from drrho.validation import ArrayLike, checks_are_deferred
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -61,18 +62,20 @@ class GlobalTemperature:
         self._low, start, self._high = _checked(initial, learning_rate, low, high, betas, eps)
         self._tau = torch.tensor(start, device=device, requires_grad=True)
         self._learning_rate = learning_rate
-        self._adam = torch.optim.Adam([self._tau], lr=learning_rate, betas=betas, eps=eps)
+        # The fused form leaves out, on the device, a step that `found_inf` refuses.
+        self._adam = torch.optim.Adam([self._tau], lr=learning_rate, betas=betas, eps=eps, fused=True)
         self._group = group
 
-    def lookup(self, index: ArrayLike) -> Tensor:
+    def lookup(self, index: ArrayLike | BatchIndex) -> Tensor:
         """Return the temperature, a scalar leaf that requires a gradient, and reset its gradient."""
         self._tau.grad = None
         return self._tau
 
-    def step(self, index: ArrayLike, temperature: Tensor, rate: float = 1.0) -> int:
+    def step(self, index: ArrayLike | BatchIndex, temperature: Tensor, rate: float | Tensor = 1.0) -> int | Tensor:
         """Take one Adam step with the temperature's gradient and project; return 1 if the projection changed it.
 
-        ``rate`` multiplies the learning rate of this step.
+        ``rate`` multiplies the learning rate of this step. In a block of `drrho.validation.deferred_checks` the result
+        is a tensor, and with a gradient that is not finite nothing changes.
 
         Raises
         ------
@@ -83,13 +86,15 @@ class GlobalTemperature:
         total = torch.full_like(self._tau.detach(), math.nan) if gradient is None else gradient.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
-        if not bool(torch.isfinite(total)):
+        is_wrong = ~torch.isfinite(total)
+        if not checks_are_deferred() and bool(is_wrong):
             raise ValueError(
                 f"temperature.grad must be filled by backward, and finite, got {gradient} (over ranks: {total}): pass "
                 "what lookup returned, after backward of a loss that it went into"
             )
         self._tau.grad = total
         self._adam.param_groups[0]["lr"] = self._learning_rate * rate
+        self._adam.grad_scale, self._adam.found_inf = None, is_wrong.float()  # pyright: ignore[reportAttributeAccessIssue]
         self._adam.step()
         return project_temperature(self._tau, self._low, self._high)
 
@@ -117,7 +122,7 @@ class GlobalTemperature:
             )
         with torch.no_grad():
             self._tau.fill_(tau)
-        values = {"step": torch.tensor(steps), "exp_avg": self._tau.new_tensor(first)}
+        values = {"step": self._tau.new_tensor(steps), "exp_avg": self._tau.new_tensor(first)}
         self._adam.state[self._tau] = values | {"exp_avg_sq": self._tau.new_tensor(second)}
 
 
@@ -135,7 +140,8 @@ class IndividualTemperatures:
 
     With a group, every rank keeps a contiguous block of ``ceil(n / ranks)`` samples (the last ranks may keep fewer),
     and all methods except ``state_dict`` are collective: every rank calls them, with its own arguments. If the
-    arguments of one rank are invalid, all ranks raise a ``ValueError`` and no state changes.
+    arguments of one rank are invalid, all ranks raise a ``ValueError`` and no state changes. In a block of
+    `drrho.validation.deferred_checks` a sample whose gradient is not finite keeps its temperature and moments.
 
     Parameters
     ----------
@@ -197,7 +203,7 @@ class IndividualTemperatures:
         fill = (start, start, 0.0, 0.0, 0.0, 0.0, 0.0)
         self._rows = ShardedRows(samples, fill, "temperatures", "individual temperatures", device, group)
 
-    def lookup(self, index: ArrayLike) -> tuple[Tensor, Tensor]:
+    def lookup(self, index: ArrayLike | BatchIndex) -> tuple[Tensor, Tensor]:
         """Return the temperatures of image and text anchors of the samples ``index``, ``[b]`` each, float32.
 
         They are leaves that require a gradient. Pass them as ``temperature`` to `contrastive_risk` and, after backward,
@@ -205,7 +211,7 @@ class IndividualTemperatures:
 
         Parameters
         ----------
-        index : tensor, array or sequence ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers, or BatchIndex
             Samples of all data, in any order and possibly repeated; b >= 0 may differ from rank to rank.
 
         Raises
@@ -216,7 +222,9 @@ class IndividualTemperatures:
         image, text = self._rows.lookup(index, slice(2))
         return image.requires_grad_(), text.requires_grad_()
 
-    def step(self, index: ArrayLike, temperatures: tuple[Tensor, Tensor], rate: float = 1.0) -> int:
+    def step(
+        self, index: ArrayLike | BatchIndex, temperatures: tuple[Tensor, Tensor], rate: float | Tensor = 1.0
+    ) -> int | Tensor:
         """Take one Adam step with the gradients of looked-up temperatures, and project to ``[low, high]``.
 
         Gradients are those of a mean over both directions of all ranks' samples, such as
@@ -230,16 +238,16 @@ class IndividualTemperatures:
 
         Parameters
         ----------
-        index : tensor, array or sequence ``[b]`` of integers
+        index : tensor, array or sequence ``[b]`` of integers, or BatchIndex
             As in `lookup`.
         temperatures : (Tensor, Tensor), each ``[b]``
             Temperatures from `lookup` of the same index, after backward.
-        rate : float
+        rate : float or scalar tensor
             Multiplies the learning rate of this step.
 
         Returns
         -------
-        int
+        int, or Tensor with deferred checks
             Number of temperatures that the projection changed, over all ranks.
 
         Raises
@@ -248,23 +256,22 @@ class IndividualTemperatures:
             If on some rank ``index`` is refused by `lookup`, or a gradient is missing, has another shape than
             ``index``, or is not finite in float32 together with its square.
         """
-        index, fault = self._rows.checked(index)
-        terms = 2 * self._rows.total(index.numel())
-        gradients, missing = self._gradients(temperatures, terms)
-        fault = fault or missing
-        for side, values in enumerate(gradients):
+        batch = self._rows.batch(index)
+        terms = 2 * sum(batch.counts)
+        gradients, fault = self._gradients(temperatures, terms)
+        if not fault:
+            names = (f"temperatures[{side}].grad times the {terms} terms of the mean" for side in range(2))
             law = "finite in float32, and its square"
-            name = f"temperatures[{side}].grad times the {terms} terms of the mean"
-            fault = fault or fault_of_values(index, values, name, law, limit=math.sqrt(_LARGEST))
-        rows, gradients = self._rows.collect(index, gradients, fault)
-        single, place, counts = rows.unique(return_inverse=True, return_counts=True)
-        kept = self._rows.own.index_select(1, single).double()
+            columns = dict(zip(names, gradients, strict=True))
+            fault = fault_of_values(batch, columns, law, limit=math.sqrt(_LARGEST))
+        route, gradients = self._rows.collect(batch, gradients, fault)
+        kept = self._rows.own.index_select(1, route.single).double()
         visits = kept[6] + 1
-        fresh = mean_over_repeats(self._stepped(kept[:6, place], visits[place], gradients, rate), place, counts)
-        fresh = torch.cat([fresh, visits[None]]).to(self._rows.own)
+        occurrences = self._stepped(kept[:6, route.place], visits[route.place], gradients, rate)
+        fresh = torch.cat([mean_over_repeats(occurrences, route), visits[None]]).to(self._rows.own)
         moved = project_temperature(fresh[:2], self._low, self._high)
-        self._rows.own.index_copy_(1, single, fresh)
-        return self._rows.total(moved)
+        self._rows.store(route, fresh)
+        return self._rows.sum(moved) if isinstance(moved, Tensor) else self._rows.total(moved)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of this rank's rows, with their position among all samples.
@@ -310,7 +317,7 @@ class IndividualTemperatures:
             gradients.append(gradient.to(self._rows.own) * terms)
         return gradients, ""
 
-    def _stepped(self, kept: Tensor, visits: Tensor, gradients: Tensor, rate: float) -> Tensor:
+    def _stepped(self, kept: Tensor, visits: Tensor, gradients: Tensor, rate: float | Tensor) -> Tensor:
         """Return tau, m and v ``[6, c]`` after Adam's step number ``visits`` ``[c]``, for ``gradients`` ``[2, c]``."""
         tau, m, v = kept.split(2)
         first, second = self._betas

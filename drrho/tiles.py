@@ -1,6 +1,6 @@
-"""Risks of all anchors in both directions from tiles of the similarity matrix, with memory linear in the batch.
+"""KL risks of all anchors in both directions from tiles of the similarity matrix, with memory linear in the batch.
 
-For KL, the matrix of ``x_ij = (s_ij - c r_ij) / tau`` is computed twice, a few rows at a time. The forward pass sums
+The matrix of ``x_ij = (s_ij - c r_ij) / tau`` is computed twice, a few rows at a time. The forward pass sums
 the normalizers of its rows (image anchors) and columns (text anchors); the backward pass computes the weights
 ``exp(x_ij - log row_i)`` and ``exp(x_ij - log column_j)``. This takes four matrix products, six with a reference;
 keeping the matrix would take three and four. With a group, every rank computes the rows of its own images and all
@@ -10,17 +10,16 @@ columns; the normalizers of columns and the gradients of texts are reduced over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drrho.divergences import Divergence
-from drrho.ranks import Group, first_row, gathered, gathered_with_gradient, row_counts, sum_to_owners
-from drrho.risk import penalized_risk
+from drrho.ranks import Group, first_row, gathered_together, row_counts, sum_to_owners, terms_for_owners
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -28,9 +27,19 @@ _R = TypeVar("_R")
 #: A tensor for the images and one for the texts.
 TensorPair: TypeAlias = tuple[Tensor, Tensor]
 
-TILE = 2**21  # similarities in a tile
+TILE = 2**21  # similarities in a tile on the CPU
+DEVICE_TILE = 2**25  # on other devices, whose products and solvers want many rows
+KERNEL_TILE = 2**26  # where fused kernels compute it, on one buffer
+ALIGNED = 16  # entries of which the distance of two rows is a multiple there: loads are wide, products fast
 ROWS = 512  # rows of a tile, at least: products of flatter tiles are slower
+KERNEL_DEVICES = frozenset({"cuda"})  # where Triton's kernels take the place of torch's operations
 _HEADROOM = {torch.float32: 87.0, torch.float64: 700.0}  # exponents beyond which exp overflows
+
+
+def tile_rows(own: int, count: int, device: torch.device) -> int:
+    """Return the number of rows of a tile of ``own`` rows and ``count`` columns."""
+    size = TILE if device.type == "cpu" else DEVICE_TILE
+    return max(1, min(own, max(ROWS, size // count)))
 
 
 def not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -39,21 +48,22 @@ def not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 class Anchors(NamedTuple):
-    """Results for this rank's anchors, ``[b]`` for each direction.
+    """Results for this rank's anchors, ``[2, b]``: image anchors, then text anchors.
 
     ``log_g`` is ``log mean exp(l_ij / tau)`` over the negatives. ``mean_exponent`` is ``sum_j p_ij l_ij / tau`` under
     the weights of the anchor's risk, whose KL divergence is ``mean_exponent - log_g``.
     """
 
-    log_g: TensorPair
-    mean_exponent: TensorPair
+    log_g: Tensor
+    mean_exponent: Tensor
 
 
 class Pairs(NamedTuple):
     """Features of the pairs and how they are compared.
 
     ``reference`` holds the reference's features or None, and ``coefficient`` multiplies its similarities.
-    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars.
+    ``rates`` are ``1 / tau`` of the image and of the text anchors, ``[b]`` each or scalars. ``counts`` are the numbers
+    of pairs of all ranks; without them they are exchanged.
     """
 
     image: Tensor
@@ -63,46 +73,58 @@ class Pairs(NamedTuple):
     coefficient: float = 1.0
     include_positive: bool = False
     group: Group = None
+    counts: Sequence[int] | None = None
 
 
 def kl_anchors(pairs: Pairs) -> Anchors:
     """Return the `Anchors` of the pairs; ``log_g`` is differentiable once with respect to the features."""
-    reference = pairs.reference or (None, None)
-    settings = (pairs.coefficient, pairs.include_positive, pairs.group)
-    *log_g, image_mean, text_mean = _Tiled.apply(pairs.image, pairs.text, *pairs.rates, *reference, settings)  # pyright: ignore[reportGeneralTypeIssues]
-    return Anchors((log_g[0], log_g[1]), (image_mean, text_mean))
+    return Anchors(*_Tiled.apply(pairs.image, pairs.text, pairs))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, image_rate, text_rate, reference_image, reference_text, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, image, text, pairs):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return normalizers and mean exponents of both directions."""
-        reference = None if reference_image is None else (reference_image, reference_text)
-        matrix = SimilarityTiles(Pairs(image, text, (image_rate, text_rate), reference, *settings))
-        rows, columns = matrix.sums()
         # The gathered rows stay with the matrix; the features are saved so that autograd notices a change in place.
-        ctx.matrix = matrix
-        ctx.save_for_backward(image, text, *rows, *columns)
-        outputs = (*(total.log_mean for total in (rows, columns)), *(total.mean for total in (rows, columns)))
-        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.matrix = _matrix(pairs._replace(image=image, text=text))
+        totals = ctx.matrix.sums(keep=any(ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(image, text, totals.log_sum)
+        ctx.mark_non_differentiable(totals.mean)
         ctx.set_materialize_grads(False)
-        return outputs
+        return totals.log_mean, totals.mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Recompute the weights and multiply them with the features."""
-        image, text, *saved = ctx.saved_tensors
-        by_row, by_column = (
-            torch.zeros(len(image), dtype=ctx.matrix.dtype, device=image.device) if grad is None else grad
-            for grad in grads[:2]
-        )
-        to_image, to_text = ctx.matrix.gradients(_Total(*saved[:3]), _Total(*saved[3:]), by_row, by_column)
-        return to_image.to(image.dtype), to_text.to(text.dtype), *[None] * 5
+    def backward(ctx, by_log_mean, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compute the weights and multiply them with the features."""
+        image, text, log_sum = ctx.saved_tensors
+        if by_log_mean is None:
+            return None, None, None
+        to_image, to_text = ctx.matrix.gradients(log_sum, by_log_mean)
+        return to_image.to(image.dtype), to_text.to(text.dtype), None
 
 
-class _Total(NamedTuple):
-    """Results of one direction: log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau."""
+def _matrix(pairs: Pairs) -> SimilarityTiles:
+    """Return the similarities as their device computes them: by fused kernels where there are such, or by torch."""
+    if has_kernels(pairs.image.device) and wide_dtype(pairs) == torch.float32:
+        from drrho.fused_tiles import FusedTiles  # Triton is loaded where it is used
+
+        return FusedTiles(pairs)
+    return SimilarityTiles(pairs)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether tiles on the device are computed by Triton's kernels."""
+    return device.type in KERNEL_DEVICES and find_spec("triton") is not None
+
+
+def wide_dtype(pairs: Pairs) -> torch.dtype:
+    """Return the type in which the features are compared: their own, float32 at least."""
+    return torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
+
+
+class Totals(NamedTuple):
+    """Log of the sum of exp(x_ij), log of the mean of exp(l_ij / tau), mean of l_ij / tau: ``[2, b]`` each."""
 
     log_sum: Tensor
     log_mean: Tensor
@@ -113,43 +135,54 @@ class SimilarityTiles:
     """The similarities of this rank's images with all texts, in tiles of rows."""
 
     def __init__(self, pairs: Pairs) -> None:
-        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group = pairs
-        self.group = group
-        self.dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-        self.image, own_text = image.to(self.dtype), text.to(self.dtype)
-        self.counts = row_counts(len(image), group, image.device)
+        image, text, (image_rate, text_rate), reference, self.coefficient, self.include_positive, group, counts = pairs
+        self.group, self.dtype = group, wide_dtype(pairs)
+        self.image, self.own_text = image.to(self.dtype), text.to(self.dtype)
+        self.counts = row_counts(len(image), group, image.device) if counts is None else counts
         self.first, self.count = first_row(self.counts, group), sum(self.counts)
         if self.count < 2:
             raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {self.count}")
-        self.text = self.gathered(own_text)
-        self.reference = None
-        self.positive = (self.image * own_text).sum(1)
-        if reference is not None and self.coefficient != 0:
-            own_reference = reference[1].to(self.dtype)
-            self.reference = reference[0].to(self.dtype), self.gathered(own_reference)
-            self.positive = self.positive - self.coefficient * (self.reference[0] * own_reference).sum(1)
-        self.image_rate = image_rate.to(self.dtype).expand(len(image))
-        self.text_rate = self.gathered(text_rate.to(self.dtype).expand(len(image)))
         #: Whether all anchors of both directions share one rate, so that rows and columns use the same matrix x.
-        self.shared = image_rate.ndim == 0 and text_rate.ndim == 0 and bool(image_rate == text_rate)
-        self.unshifted = self.shared and self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
+        self.shared = image_rate is text_rate and image_rate.ndim == 0
+        self.image_rate, text_rate = image_rate.to(self.dtype).expand(len(image)), text_rate.to(self.dtype)
+        self.reference, sent = None, [self.own_text]
+        if reference is not None and self.coefficient != 0:
+            self.own_reference = reference[0].to(self.dtype), reference[1].to(self.dtype)
+            sent.append(self.own_reference[1])
+        if text_rate.ndim:
+            sent.append(text_rate)
+        self.text, *others = self.gathered(*sent)
+        self.text_rate = others.pop().contiguous() if text_rate.ndim else text_rate.expand(self.count)
+        if others:
+            self.reference = self.own_reference[0], others[0]
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """Excess similarities of this rank's pairs, ``[b]``."""
+        positive = (self.image * self.own_text).sum(1)
+        if self.reference is None:
+            return positive
+        return positive - self.coefficient * (self.own_reference[0] * self.own_reference[1]).sum(1)
+
+    @cached_property
+    def unshifted(self) -> bool:
+        """Whether exponents are so small that their exponentials neither overflow nor vanish; not asked of a device."""
+        if not self.shared or self.image.device.type != "cpu":
+            return False
+        return self._bound() <= _HEADROOM[self.dtype] - math.log(self.count)
 
     def _bound(self) -> float:
-        """Return an upper bound on the exponents of all ranks."""
+        """Return an upper bound on the exponents of this rank."""
         norms = [tensor.norm(dim=1) for tensor in (self.image, self.text, *(self.reference or ()))]
         largest = [norm.amax() if len(norm) else norm.sum() for norm in norms]  # a rank may have no pairs
-        if self.group is not None:
-            together = torch.stack(largest)
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
-            largest = list(together)
         bound = largest[0] * largest[1]
         if self.reference is not None:
             bound = bound + abs(self.coefficient) * largest[2] * largest[3]
         return float(bound * self.text_rate[0])
 
-    def gathered(self, own: Tensor) -> Tensor:
-        """Return all ranks' rows in the order of ranks."""
-        return gathered(own, self.counts, self.group)
+    def gathered(self, *own: Tensor) -> list[Tensor]:
+        """Return all ranks' rows of each tensor in the order of ranks, after one exchange."""
+        return gathered_together(own, self.counts, self.group)
 
     def _own(self, entries: Tensor) -> Tensor:
         """Return this rank's part of entries of all ranks' pairs."""
@@ -160,7 +193,7 @@ class SimilarityTiles:
 
         The first buffer holds the excess similarities; the contents of the others are undefined.
         """
-        height = _height(len(self.image), self.count)
+        height = tile_rows(len(self.image), self.count, self.image.device)
         held = [self.image.new_empty(height, self.count) for _ in range(buffers)]
         for first in range(0, len(self.image), height):
             rows = slice(first, min(first + height, len(self.image)))
@@ -171,8 +204,11 @@ class SimilarityTiles:
             place = torch.arange(rows.stop - first, device=self.image.device)
             yield rows, parts, (place, place + self.first + first)
 
-    def sums(self) -> tuple[_Total, _Total]:
-        """Compute the sums of both directions in one pass over the matrix."""
+    def sums(self, keep: bool = False) -> Totals:
+        """Compute the sums of both directions in one pass over the matrix.
+
+        ``keep``: they are followed by `gradients`, for which a form that can may keep what it has computed.
+        """
         b, anchors = len(self.image), self.count
         row_sum, row_mean = self.image.new_empty(2, b).unbind()
         top = self.image.new_full((anchors,), 0.0 if self.unshifted else -torch.inf)
@@ -206,31 +242,31 @@ class SimilarityTiles:
             column_sum = column_sum * shrunk + e.sum(0)
             column_mean = column_mean * shrunk + _weighted(e, x, 0)
         if self.group is not None:
-            highest = top.clone()
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
-            both = torch.stack([column_sum, column_mean]) * torch.exp(top - highest).nan_to_num_(nan=1.0)
-            dist.all_reduce(both, group=self.group)
-            (column_sum, column_mean), top = both, highest
+            terms = terms_for_owners(torch.stack([top, column_sum, column_mean], 1), self.counts, self.group)
+            top = terms[..., 0].amax(0)
+            shrunk = torch.exp(terms[..., 0] - top).nan_to_num_(nan=1.0)
+            column_sum, column_mean = (terms[..., 1:] * shrunk[..., None]).sum(0).unbind(1)
         count = math.log(anchors if self.include_positive else anchors - 1)
-        column_log = self._own(top + column_sum.log())
-        own = self.positive * self.image_rate, self.positive * self._own(self.text_rate)
-        return (
-            _Total(row_sum, row_sum - own[0] - count, row_mean - own[0]),
-            _Total(column_log, column_log - own[1] - count, self._own(column_mean / column_sum) - own[1]),
-        )
+        log_sum = torch.stack([row_sum, top + column_sum.log()])
+        mean = torch.stack([row_mean, column_mean / column_sum])
+        own = self.positive * torch.stack([self.image_rate, self._own(self.text_rate)])
+        return Totals(log_sum, log_sum - own - count, mean - own)
 
-    def gradients(self, rows: _Total, columns: _Total, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of images and texts in a second pass over the matrix."""
+    def gradients(self, log_sum: Tensor, by_log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of images and texts in a second pass over the matrix.
+
+        ``log_sum`` and ``by_log_mean`` are those of `Totals` and the gradient with respect to its log means.
+        """
         to_image = torch.empty_like(self.image)
         to_text = self.image.new_zeros(self.count, self.image.shape[1])
-        column_log, column_scale = (self.gathered(part) for part in (columns.log_sum, by_column))
-        column_scale = column_scale * self.text_rate
-        row_scale = by_row * self.image_rate
+        column_log, by_column = self.gathered(log_sum[1], by_log_mean[1])
+        column_scale = by_column * self.text_rate
+        row_scale = by_log_mean[0] * self.image_rate
         at_positive = -(row_scale + self._own(column_scale))
         for place, (x, e), positives in self.tiles(2):
             if self.shared:
                 x.mul_(self.image_rate[0])
-            scale, shift = row_scale[place, None], rows.log_sum[place, None]
+            scale, shift = row_scale[place, None], log_sum[0][place, None]
             own = x[positives] if self.include_positive else None
             if self.unshifted:
                 torch.exp(x, out=e)
@@ -252,146 +288,3 @@ class SimilarityTiles:
 def _weighted(e: Tensor, x: Tensor, dim: int) -> Tensor:
     """Return ``sum e x``, where ``0 * -inf`` counts as 0."""
     return torch.where(e > 0, e * x, 0.0).sum(dim)
-
-
-def _height(own: int, count: int) -> int:
-    """Return the number of rows of a tile."""
-    return max(1, min(own, max(ROWS, TILE // count)))
-
-
-def robust_anchors(
-    pairs: Pairs, taus: TensorPair, divergence: Divergence, thresholds: TensorPair | None, gamma: float
-) -> tuple[TensorPair, TensorPair, TensorPair]:
-    """Return risks, thresholds after the step and distances D of this rank's anchors, ``[b]`` each, for any divergence.
-
-    One tile of anchors is solved at a time, and solved again in the backward pass. Thresholds of earlier batches (NaN
-    where there are none) move to ``(1 - gamma) threshold + gamma (that of the batch)``, or start anew from that of the
-    batch where phi* is infinite at one of its losses. The anchor's risk is then its
-    dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``. At the threshold held fixed its gradient
-    is given by the ratios ``t = phi*'((l - threshold) / tau)``: the weights ``t / count`` for the losses, and
-    ``-mean phi(t)`` for ``taus``, scalars or ``[b]``.
-    """
-    counts = row_counts(len(pairs.image), pairs.group, pairs.image.device)
-    if sum(counts) < 2:
-        raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {sum(counts)}")
-    dtype = torch.promote_types(torch.promote_types(pairs.image.dtype, pairs.text.dtype), torch.float32)
-    image, text = (
-        pairs.image.to(dtype),
-        pairs.text.to(dtype),
-    )  # converted here, so that gradients add up in the wider type
-    results = []
-    for side in range(2):
-        anchor, other = (image, text) if side == 0 else (text, image)
-        reference = None
-        if pairs.reference is not None:
-            reference = pairs.reference[side], gathered(pairs.reference[1 - side], counts, pairs.group)
-        before = None if thresholds is None else thresholds[side]
-        rows = _Rows(
-            divergence,
-            pairs.rates[side],
-            reference,
-            pairs.coefficient,
-            pairs.include_positive,
-            before,
-            gamma,
-            first_row(counts, pairs.group),
-        )
-        results.append(_Solved.apply(anchor, gathered_with_gradient(other, counts, pairs.group), rows))
-        risk, *_, cost = results[-1]
-        results[-1] = (risk - (taus[side] - taus[side].detach()) * cost, *results[-1][1:])
-    first, second = results
-    return (first[0], second[0]), (first[1], second[1]), (first[2], second[2])
-
-
-class _Rows(NamedTuple):
-    """How the anchors of one direction are solved; ``first`` is the position of the first among all ranks' anchors."""
-
-    divergence: Divergence
-    rate: Tensor
-    reference: TensorPair | None
-    coefficient: float
-    include_positive: bool
-    before: Tensor | None
-    gamma: float
-    first: int
-
-    def tiles(self, anchor: Tensor, other: Tensor) -> Iterator[tuple[slice, _SolvedRows, Tensor, TensorPair]]:
-        """Yield the rows of a tile, their solution, the mask of negatives and the indices of positives."""
-        height = _height(len(anchor), len(other))
-        rate = self.rate.to(anchor.dtype).expand(len(anchor))
-        for first in range(0, len(anchor), height):
-            rows = slice(first, min(first + height, len(anchor)))
-            excess = anchor[rows] @ other.T
-            if self.reference is not None:
-                reference, others = (part.to(anchor.dtype) for part in self.reference)
-                excess = excess.addmm_(reference[rows], others.T, alpha=-self.coefficient)
-            place = torch.arange(rows.stop - first, device=excess.device)
-            positives = place, place + first + self.first
-            excess = excess - excess[positives][:, None]
-            negatives = torch.ones_like(excess, dtype=torch.bool)
-            if not self.include_positive:
-                negatives[positives] = False
-            losses, tau = excess[negatives].view(len(excess), -1), 1 / rate[rows]
-            before = None if self.before is None else self.before[rows]
-            yield rows, self._solved(losses, tau, before), negatives, positives
-
-    def _solved(self, losses: Tensor, tau: Tensor, before: Tensor | None) -> _SolvedRows:
-        risk = penalized_risk(losses, self.divergence, tau)
-        distance = ((risk.weights * losses).sum(1) - risk.value) / tau
-        exact = _SolvedRows(risk.value, risk.threshold, distance, distance, risk.weights)
-        if before is None or self.gamma == 1:
-            return exact
-        old = before.to(exact.threshold)
-        threshold = old + self.gamma * (exact.threshold - old)
-        s = (losses - threshold[:, None]) / tau[:, None]
-        value = threshold + tau * self.divergence.conjugate(s).mean(1)
-        cost, weights = self.divergence.cost(s).mean(1), self.divergence.conjugate_gradient(s) / losses.shape[1]
-        lags = torch.isfinite(value)
-        return _SolvedRows(
-            torch.where(lags, value, exact.risk),
-            torch.where(lags, threshold, exact.threshold),
-            distance,
-            torch.where(lags, cost, distance),
-            torch.where(lags[:, None], weights, exact.weights),
-        )
-
-
-class _SolvedRows(NamedTuple):
-    """The solution of a tile of anchors, with the threshold after the step.
-
-    ``cost`` is the mean of phi at the ratios that the gradient uses: the distance D, unless the threshold lags.
-    """
-
-    risk: Tensor
-    threshold: Tensor
-    distance: Tensor
-    cost: Tensor
-    weights: Tensor
-
-
-class _Solved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, anchor, other, rows):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return risks, thresholds, distances and costs of one direction."""
-        ctx.save_for_backward(anchor, other)
-        ctx.rows = rows
-        parts = [solved[:4] for _, solved, *_ in rows.tiles(anchor, other)] or [(anchor.new_empty(0),) * 4]
-        value, threshold, distance, cost = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(threshold, distance, cost)
-        return value, threshold, distance, cost
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, by_value, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve each tile again to get its weights."""
-        anchor, other = ctx.saved_tensors
-        to_anchor, to_other = torch.empty_like(anchor), torch.zeros_like(other)
-        for rows, solved, negatives, positives in ctx.rows.tiles(anchor, other):
-            scaled = by_value[rows, None] * solved.weights
-            full = scaled.new_zeros(negatives.shape)
-            full[negatives] = scaled.flatten()
-            full[positives] -= scaled.sum(1)
-            full = full.to(anchor.dtype)
-            to_anchor[rows] = full @ other
-            to_other.addmm_(full.T, anchor[rows])
-        return to_anchor, to_other, None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -92,7 +93,7 @@ def as_losses(values: ArrayLike, name: str, *, finite: bool = True) -> Tensor:
 
 
 def refuse_not_finite(losses: Tensor, name: str) -> None:
-    """Raise a ``ValueError`` with the position of the first NaN or infinity, if the values can be read."""
+    """Raise a ``ValueError`` with the position of the first NaN or infinity, if the values may be read."""
     if losses.numel() > 0 and values_are_readable():
         low, high = (extreme.item() for extreme in torch.aminmax(losses.detach()))
         if not math.isfinite(low) or not math.isfinite(high):
@@ -100,9 +101,45 @@ def refuse_not_finite(losses: Tensor, name: str) -> None:
             raise ValueError(f"{name} must be finite, got {losses[tuple(where)].item()} at index {where}")
 
 
+_deferrals = 0  # how many `deferred_checks` are active; of all threads, as backward passes run on some of their own
+
+
+@contextmanager
+def deferred_checks() -> Iterator[None]:
+    """Do not read values of tensors in the block: what is invalid gives NaN in the result instead of an exception.
+
+    Reading a value waits for the device. In the block, `drrho.contrastive.contrastive_risk` and what else a training
+    step calls put their work on the device and return; NaN or infinite features, or a temperature out of range, make
+    the value and the fields that depend on it NaN, so that one check of the value serves for all. Shapes, dtypes and
+    plain numbers, which the host knows, are checked as ever. The block counts for all threads of the process.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.contrastive import contrastive_risk
+    >>> with deferred_checks():
+    ...     contrastive_risk(torch.eye(2), torch.eye(2), torch.tensor(-1.0)).value
+    tensor(nan)
+    """
+    global _deferrals
+    _deferrals += 1
+    try:
+        yield
+    finally:
+        _deferrals -= 1
+
+
+def checks_are_deferred() -> bool:
+    """Whether what is invalid gives NaN: in a block of `deferred_checks`, and while a CUDA graph is captured."""
+    return _deferrals > 0 or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
 def values_are_readable() -> bool:
-    """Whether Python can read values: not while a graph is compiled, nor inside a ``torch.func`` transform."""
-    return not torch.compiler.is_compiling() and not transforms_active()
+    """Whether Python may read values.
+
+    It may not while a graph is compiled, inside a ``torch.func`` transform, nor where `checks_are_deferred`.
+    """
+    return not torch.compiler.is_compiling() and not transforms_active() and not checks_are_deferred()
 
 
 #: Whether a ``torch.func`` transform is running; torch has no public function for this.
@@ -110,11 +147,43 @@ transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore
 
 
 def refuse(refused: Tensor, values: Tensor, message: str) -> None:
-    """Raise ``ValueError(message)`` with the first refused value, if there is one; a compiled graph asserts instead."""
+    """Raise ``ValueError(message)`` with the first refused value, if there is one.
+
+    A compiled graph asserts instead. Where `checks_are_deferred` nothing happens: the caller makes the result NaN.
+    """
     if torch.compiler.is_compiling():
         torch._assert_async(~refused.any(), message)  # pyright: ignore[reportPrivateImportUsage]
-    elif bool(refused.any()):
+    elif not checks_are_deferred() and bool(refused.any()):
         raise ValueError(message.format(values[refused].flatten()[0].item()))
+
+
+class Checks:
+    """Checks of values that are read together, so that a call waits for the device once.
+
+    `refuse` notes a check; `close` raises the error of the first that failed, as one check after the other would.
+    Where `checks_are_deferred` nothing is read: `close` makes NaN of the tensors that it is given, if a check failed.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Tensor, Tensor, str]] = []
+
+    def refuse(self, refused: Tensor, values: Tensor, message: str) -> None:
+        """Note that values are refused where a mask of their shape is true: ``{}`` in the message is the first."""
+        self._noted.append((refused, values, message))
+
+    def close(self, *results: Tensor) -> tuple[Tensor, ...]:
+        """Return the results; if a check failed, raise a ``ValueError``, or where deferred, return NaN."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return results
+        failed = torch.stack([refused.any() for refused, *_ in noted])
+        if checks_are_deferred():
+            has_failed = failed.any()
+            return tuple(torch.where(has_failed, torch.nan, result) for result in results)
+        for has_failed, (refused, values, message) in zip(failed.tolist(), noted, strict=True):
+            if has_failed:
+                raise ValueError(message.format(values[refused].flatten()[0].item()))
+        return results
 
 
 def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:
@@ -136,6 +205,8 @@ def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> T
             raise ValueError(f"{name} must be finite and >= 0, got {value}: it {meaning}")
         return torch.full(rows, float(value), dtype=torch.float64, device=losses.device)
     parameter = as_numbers(value, name).to(losses.device, torch.float64)
+    if checks_are_deferred():
+        parameter = torch.where((parameter >= 0) & (parameter < math.inf), parameter, torch.nan)
     try:
         return parameter.expand(rows)
     except RuntimeError:

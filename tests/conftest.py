@@ -1,12 +1,19 @@
-"""Runs the tests on the compiled CPU kernels, or with ``--portable`` on torch operations alone."""
+"""Runs the tests on the compiled CPU kernels, or with ``--portable`` on torch operations alone.
 
+Triton's kernels are run by its interpreter on the CPU where there is no GPU; it asks for that when it is imported.
+"""
+
+import os
 from multiprocessing import set_forkserver_preload
 
 import pytest
+import torch
 from processes import PRELOADED
 
 from drrho.solvers import native
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 set_forkserver_preload(PRELOADED)  # the tests of the trainer preload more
 
 
@@ -19,3 +26,12 @@ def pytest_configure(config):
         native.library, native.missing = None, ""
     elif native.library is None:
         raise pytest.UsageError(f"no CPU kernels, {native.missing}: install a C compiler, run make clean, then make")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skipped = pytest.mark.skip(reason="needs a GPU that torch sees")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skipped)

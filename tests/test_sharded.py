@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from drrho.routes import BatchIndex
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
 
 
@@ -24,8 +25,9 @@ def test_rows_start_at_their_fill_and_are_changed_in_place():
 
 def test_collected_values_keep_float64_and_their_rows():
     index, values = torch.tensor([3, 1, 3]), [torch.tensor([0.1, 0.2, 0.3]).double()]
-    places, collected = rows().collect(index, values, "")
-    assert places.tolist() == [3, 1, 3] and collected.dtype == torch.float64
+    route, collected = rows().collect(index, values, "")
+    assert route.rows.tolist() == [3, 1, 3] and route.single.tolist() == [1, 3] and route.place.tolist() == [1, 0, 1]
+    assert route.counts.tolist() == [1, 2] and route.repeats and collected.dtype == torch.float64
     assert torch.equal(collected[0], values[0])
     with pytest.raises(ValueError, match="what is wrong"):
         rows().collect(index, values, "what is wrong")
@@ -70,11 +72,10 @@ def test_a_state_comes_back_from_parts_in_any_order():
 
 
 def test_faults_name_the_sample_and_repeats_are_averaged():
-    index = torch.tensor([7, 2])
-    assert fault_of_values(index, torch.tensor([1.0, 2.0]), "x", "finite") == ""
-    assert (
-        fault_of_values(index, torch.tensor([1.0, math.inf]), "x", "finite") == "x must be finite, got inf for sample 2"
-    )
-    assert "shape [2] like index, got [1]" in fault_of_values(index, torch.ones(1), "x", "finite")
-    values, place = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([0, 1, 0])
-    assert mean_over_repeats(values, place, torch.tensor([2, 1])).tolist() == [[3.5, 2.0]]
+    batch = BatchIndex.gathered([7, 2])
+    assert fault_of_values(batch, {"x": torch.tensor([1.0, 2.0])}, "finite") == ""
+    wrong = {"y": torch.zeros(2), "x": torch.tensor([1.0, math.inf])}
+    assert fault_of_values(batch, wrong, "finite") == "x must be finite, got inf for sample 2"
+    assert "shape [2] like index, got [1]" in fault_of_values(batch, {"x": torch.ones(1)}, "finite")
+    route = BatchIndex.gathered([2, 5, 2]).route(9, torch.device("cpu"))
+    assert mean_over_repeats(torch.tensor([[1.0, 2.0, 6.0]]), route).tolist() == [[3.5, 2.0]]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import close, features
 
-from drrho import ChiSquare, CressieRead, CVaR, tiles
+from drrho import tiles
 from drrho.contrastive import (
     anchor_risks,
     contrastive_risk,
@@ -51,21 +51,3 @@ def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, coefficient
     close(ours, torch.autograd.grad(plain, (image, text)), 64 * eps * (1 + 2 / float(min(map(torch.min, taus)))))
     for ours, theirs in zip(step.risks, (first, second), strict=True):
         assert (ours - theirs.value).abs().max() <= absolute
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("divergence", [ChiSquare(), CVaR(0.3), CressieRead(0.5), CressieRead(1.5)])
-@pytest.mark.parametrize("tile", [1, 50, 2**21])
-@pytest.mark.parametrize("include_positive", [False, True])
-def test_tiles_of_other_divergences(divergence, tile, include_positive, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", tile)
-    monkeypatch.setattr(tiles, "ROWS", 1)
-    image, text = (part.requires_grad_() for part in features(15, 6, 20))
-    options = {"reference": features(15, 4, 21), "divergence": divergence, "include_positive": include_positive}
-    step = contrastive_risk(image, text, 0.2, **options)
-    first, second = anchor_risks(image, text, 0.2, **options)
-    plain = (first.value.mean() + second.value.mean()) / 2
-    assert abs(step.value - plain) <= 1e-14
-    close(torch.autograd.grad(step.value, (image, text)), torch.autograd.grad(plain, (image, text)), 1e-12)
-    for threshold, risk in zip(step.threshold, (first, second), strict=True):
-        assert torch.allclose(threshold, risk.threshold, rtol=0, atol=1e-12)

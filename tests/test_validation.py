@@ -1,14 +1,17 @@
 """Bad input is refused by name: the message carries the argument and the value it got."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from drrho import KL, ChiSquare, CVaR, constrained_risk, drrho_risk, excess_losses, penalized_risk
-from drrho.contrastive import contrastive_risk
+from drrho.contrastive import contrastive_risk, info_nce
+from drrho.distillation import distillation_loss
 from drrho.selection import top_k
+from drrho.validation import deferred_checks, values_are_readable
 from drrho.variance import variance_reduction
 
 LOSSES = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -187,3 +190,56 @@ def test_base_weights_that_require_a_gradient_are_refused():
     assert_refused(lambda: constrained_risk(Z, KL(), 0.1, base_weights=base), "base_weights", "detach")
     with torch.no_grad():
         assert constrained_risk(Z, KL(), 0.1, base_weights=base).value.isfinite()
+
+
+# --- deferred checks --------------------------------------------------------------------------------------------------
+
+TAKES_VALUES = {
+    "contrastive": lambda image, tau: contrastive_risk(image, torch.eye(3), tau).value,
+    "chi-square": lambda image, tau: contrastive_risk(image, torch.eye(3), tau, divergence=ChiSquare()).value,
+    "info_nce": lambda image, tau: info_nce(image, torch.eye(3), tau),
+    "distillation": lambda image, tau: distillation_loss(
+        image, torch.eye(3), tau, reference=(torch.eye(3), torch.eye(3))
+    ),
+    "risk": lambda image, tau: penalized_risk(image, KL(), tau).value,
+    "ball": lambda image, tau: constrained_risk(image, ChiSquare(), tau).value,
+}
+
+
+@pytest.mark.parametrize("call", TAKES_VALUES.values(), ids=TAKES_VALUES)
+def test_deferred_checks_give_nan_instead_of_an_error(call):
+    right, wrong = torch.eye(3), torch.eye(3).index_fill(1, torch.tensor([1]), math.nan)
+    good, bad = torch.tensor(0.1), torch.tensor(-0.1)
+    for image, tau in ((wrong, good), (right, bad), (right * math.inf, good)):
+        with deferred_checks():
+            image = image.clone().requires_grad_()
+            value = call(image, tau)
+            value.sum().backward()
+        assert value.isnan().any()
+    with deferred_checks():
+        valid = call(right, good)
+    assert torch.equal(valid, call(right, good)) and valid.isfinite().all()
+
+
+def test_deferred_checks_nest_and_count_for_all_threads():
+    assert values_are_readable()
+    with deferred_checks(), deferred_checks():
+        with deferred_checks():
+            pass
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(values_are_readable).result()
+    assert values_are_readable()
+
+
+def test_the_checks_of_a_call_are_read_once():
+    """What a device would have to be waited for: the values that Python reads."""
+    read, tolist = [], torch.Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or tolist(self))
+        for name in ("__bool__", "__float__", "__int__", "item"):
+            patch.setattr(torch.Tensor, name, None)
+        pair = torch.eye(3), torch.eye(3)
+        for divergence in (KL(), ChiSquare()):
+            contrastive_risk(*pair, (torch.ones(3), torch.full((3,), 2.0)), reference=pair, divergence=divergence)
+            assert len(read) == 1
+            read.clear()

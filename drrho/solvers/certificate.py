@@ -24,6 +24,7 @@ _ROUNDING = 512 * EPS  # gap of an answer over the range of the losses
 _LEAST = 64 * float(np.finfo(np.float64).smallest_subnormal)  # gap of an answer, where the range is no normal number
 _BEYOND = 1e-11  # by how much of itself rounding in D may move a premium
 _SAME = 256 * EPS  # difference of a solver's D and its sum
+_CLOSE = 1e-12  # by how much sums of ratios may miss what they should be, where better ones can be found
 _LINEAR = 1e-8  # surplus up to which D is followed to first order
 _LONG, _COARSE = 2**17, 300.0  # on rows so long rounding averages out up to such a strength
 _NUDGES = 12
@@ -88,8 +89,10 @@ def certified(
     maximizer: Maximizer,
     *,
     refuse: bool = False,
-) -> Solution:
+) -> Solution | None:
     """Return the solution of all rows with its gap; ``span`` is the range of their losses.
+
+    None where a better one can be found, and this is not one to the last digits.
 
     Raises
     ------
@@ -100,6 +103,8 @@ def certified(
         bound = bound._replace(parameter=np.where(span == 0, 0.0, bound.parameter))
     with np.errstate(all="ignore"):
         multipliers, ratios, sums = _measured(rows, bound.divergence, found, ends)
+        if found.better is not None and some(_is_off(bound, sums)):
+            return None
         primal = _feasible(rows, bound, multipliers, ends, ratios, sums)
         mean, _ = rows.mean_and_ties()
         gain, dual = _primal_and_dual(bound, mean, multipliers, ends, sums, primal, maximizer)
@@ -133,6 +138,14 @@ def certified(
         weights.mul_(rows.base)
     first, *others = torch.from_numpy(np.array(numbers)).to(rows.z.device).unbind()
     return Solution(first, weights, *others)
+
+
+def _is_off(bound: Bound, sums: Sums) -> np.ndarray:
+    """Return whether the ratios, or their D in a ball, miss what they should be, ``[rows]``."""
+    missed = np.abs(sums.surplus)
+    if bound.is_ball:
+        missed = np.maximum(missed, np.abs(sums.distance / bound.parameter - 1))
+    return ~(missed <= _CLOSE)
 
 
 def _measured(rows: Rows, divergence: Divergence, found: Found, ends: Ends) -> tuple[Multipliers, Tensor, Sums]:

@@ -59,11 +59,11 @@ def _active_set(rows: Rows, step: _Step) -> Dual:
     shift, square = rows.host_means(spread_out)
     mean = mean + shift
     eta, nu, strength, saturated = step(1.0 - dropped, dropped, mean, square - shift * shift)
-    if some(eta > -1) and (sample := rows.sample()) is not None:  # -1 is the least loss
+    if some(eta > -1) and (condensed := rows.condensed()) is not None:  # -1 is the least loss
         # A long row begins near the threshold of a part of it. Its own support decides whether that is below the
         # final one: from above, the next threshold is lower.
-        near = _active_set(sample, step)
-        guess = np.maximum(near.threshold - near.strength - 4 * np.sqrt(square / sample.count), eta)
+        near = _active_set(condensed, step)
+        guess = np.maximum(near.threshold - near.strength - 4 * np.sqrt(square / condensed.count), eta)
         kept, dropped_there, mean_there, variance = _moments_of_support(rows, np.minimum(guess, 0.0), mean)
         found = step(kept, dropped_there, mean_there, variance)
         if not some((found[0] < guess) | found[3]):

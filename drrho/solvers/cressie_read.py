@@ -115,11 +115,11 @@ def _solve(
     """Find the root of a residual that falls in ``x = log v``."""
     k = _order_of(divergence)
     with np.errstate(all="ignore"):
-        sums, sample, bracket = _Sums(k, rows), rows.sample(), Bracket.open(len(tolerance))
-        if sample is None:
+        sums, condensed, bracket = _Sums(k, rows), rows.condensed(), Bracket.open(len(tolerance))
+        if condensed is None:
             x = np.log(start(sums))
         else:
-            part, rough = _Sums(k, sample), np.full_like(tolerance, 1e-3)
+            part, rough = _Sums(k, condensed), np.full_like(tolerance, 1e-3)
             around = Bracket.open(len(tolerance))
             x = _iterate(part, np.log(start(part)), around, residual, rough, _STARTING_ITERATIONS, None)[0].x
         failure = f"the multipliers of {divergence} did not converge in {_ITERATIONS} iterations"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -68,10 +69,11 @@ class Tilt(Protocol):
 
 
 class Found(NamedTuple):
-    """What solves some rows."""
+    """What solves some rows; or nearly does so, if there is a ``better``, to be called where that is not enough."""
 
     tilt: Tilt
     dual: Dual
+    better: Callable[[], Found] | None = None
 
 
 class ConjugateTilt(NamedTuple):

@@ -105,7 +105,7 @@ def with_ends(rows: Rows, ends: Ends, found: Found | None, maximizer: Maximizer)
     threshold, strength, hard = np.zeros_like(mean), np.ones_like(mean), ends.hard
     origin, offset = threshold, threshold
     if found is not None:
-        inner, (threshold, strength, distance, saturated, _) = found
+        inner, (threshold, strength, distance, saturated, _), _ = found
         origin, _, offset = found.dual.exponents
         if not some(~ends.open):
             hard = hard | saturated

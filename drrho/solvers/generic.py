@@ -26,7 +26,6 @@ _SHORT, _SHORT_ITERATIONS = 10_000, 400  # and over rows so short that a pass co
 _LEAST_STEP, _LONGEST_STEP = 2.0, 64.0  # in log strength, while one side is open: doubled each time
 _FLOOR = float(np.log(1e-290))
 _TOLERANCE = 1e-13  # on log D
-_ROUGH = 1e-3  # the same, and on the threshold, for a start
 _BALANCED = 1e-7  # step of u, over its scale, whose square is an error of D's rounding
 _MEAN = 64 * EPS  # by how much the ratios' mean may miss one where the next number is no closer
 _HALVING = 5  # steps of u at one strength after which every other one halves the bracket
@@ -70,16 +69,24 @@ def _deviation(rows: Rows) -> np.ndarray:
 def _solve(
     divergence: Divergence, rows: Rows, deviation: np.ndarray, x: np.ndarray, radius: np.ndarray | None
 ) -> Found:
-    """Find ``x = log strength`` from where it is given, or leave it there: without a radius."""
-    sample, end = rows.sample(), pole_of(divergence)
+    """Find ``x = log strength`` from where it is given, or leave it there: without a radius.
+
+    A long row is solved as the few losses that it is condensed to, and as it is where its sums are not those.
+    """
+    condensed, end = rows.condensed(), pole_of(divergence)
     with np.errstate(all="ignore"):
         offset = np.minimum(-rows.mean_and_ties()[0] * np.exp(-x), 0.9 * end)
-        if sample is not None:
-            start = _Balance(divergence, sample, end, offset, deviation, radius, rough=True)
-            x, offset = start.solve(x).x, start.balanced_offset
-        balance = _Balance(divergence, rows, end, offset, deviation, radius, rough=False)
-        x, saturated = balance.solve(x)
-        return balance.found(np.exp(x), saturated)
+
+    def solved(part: Rows, x: np.ndarray, offset: np.ndarray) -> tuple[Found, np.ndarray, np.ndarray]:
+        with np.errstate(all="ignore"):
+            balance = _Balance(divergence, part, end, offset, deviation, radius)
+            x, saturated = balance.solve(x)
+            return balance.found(np.exp(x), saturated), x, balance.balanced_offset
+
+    if condensed is None:
+        return solved(rows, x, offset)[0]
+    found, x, offset = solved(condensed, x, offset)
+    return found._replace(better=lambda: solved(rows, x, offset)[0])
 
 
 def pole_of(divergence: Divergence) -> float:
@@ -113,11 +120,9 @@ class _Balance:
         offset: np.ndarray,
         deviation: np.ndarray,
         radius: np.ndarray | None,
-        *,
-        rough: bool,
     ) -> None:
         self.divergence, self.rows, self.end = divergence, rows, end
-        self.radius, self.rough, self.deviation = radius, rough, deviation
+        self.radius, self.deviation = radius, deviation
         self.share = rows.mean_and_ties()[1]
         self.finest = _FINE if rows.count < 2**17 else _FINE_LONG
         size = len(offset)
@@ -129,7 +134,7 @@ class _Balance:
 
     def solve(self, x: np.ndarray) -> Root:
         """Find the strength, or the offset at the strength given."""
-        tolerance = np.full_like(x, _ROUGH if self.rough else _TOLERANCE)
+        tolerance = np.full_like(x, _TOLERANCE)
         if self.radius is not None:
             tolerance += 4 * EPS / np.sqrt(np.maximum(self.radius, self.finest**2))
         iterations = _SHORT_ITERATIONS if self.rows.count < _SHORT else _ITERATIONS
@@ -143,8 +148,10 @@ class _Balance:
         )
         self._enter(np.exp(x))
         root = find_root(self, x, Bracket.open(len(x)), guard, follow=self.follow)
-        unfinished = ~(np.abs(self.value) <= tolerance) & (np.abs(self.best.value) < np.inf)
-        if self.rough or not some(unfinished):
+        # Where no strength is closer, as next to a jump, the last point is as good as the best
+        unfinished = ~(np.abs(self.value) <= np.maximum(tolerance, 4 * np.abs(self.best.value)))
+        unfinished &= np.abs(self.best.value) < np.inf
+        if not some(unfinished):
             return root
         # The best of what was seen, for its certificate to decide upon
         self.restored = unfinished
@@ -170,13 +177,14 @@ class _Balance:
         if some(self.at_pole):
             self._refuse_jumps()
         distance = moments.distance + moments.hs * step  # at the offset that the step leads to
-        distance = np.where(distance > 0, distance, moments.distance)
+        lost = ~(distance > 0)  # to first order nothing is left of D
+        distance = np.where(lost, moments.distance, distance)
         if some(self.collapsed):
             distance = np.where(self.collapsed, self._across()[1], distance)
         self.distance, self.moments, self.usable, self.far = distance, moments, usable, size > _LINEAR
         self.step = np.where(usable & ~self.collapsed, step, 0.0)
         if self.radius is None:
-            enough = np.full_like(x, _ROUGH if self.rough else _BALANCED)
+            enough = np.full_like(x, _BALANCED)
             value = newton = np.zeros_like(x)
         else:
             value = np.log(distance) - np.log(self.radius)
@@ -185,10 +193,11 @@ class _Balance:
             # D falls in x: on a plateau its slope may be rounding, of either sign
             newton = np.sign(value) * np.fmin(np.abs(newton), self.reach)
             # D is off by the square of what the offset is: enough to tell on which side of the radius it is
-            enough = np.clip(0.1 * np.abs(value), _ROUGH if self.rough else _BALANCED, 0.1)
+            rough = np.clip(0.1 * np.abs(value), _BALANCED, 0.1) * np.minimum(np.sqrt(self.radius), 1.0)
+            enough = np.where(lost, _BALANCED, np.maximum(rough, _BALANCED))
         next_one = np.spacing(self.offset)
         self.unresolved = usable & (np.abs(step) < next_one) & (np.abs(moments.surplus) > _MEAN) & ~self.collapsed
-        if not self.rough and some(self.unresolved):
+        if some(self.unresolved):
             self.step = np.where(self.unresolved, np.sign(step) * next_one, self.step)
             self.balanced = usable & (size <= enough) & ~self.unresolved | self.collapsed
         else:

@@ -122,8 +122,9 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
         double step = isfinite(at.step) && !collapsed(&at) ? at.step : 0;
         double distance = at.distance + at.hs * step; /* at the offset that the step leads to */
         double value = log(distance > 0 ? distance : at.distance) - log(radius), mean_s = at.hs / at.h;
-        /* D is off by the square of what the offset is: enough to tell on which side of the radius it is. */
-        if (radius >= 0) enough = fmax(enough, fmin(fabs(value), 0.1) * unit);
+        /* D is off by the square of what the offset is: enough to tell on which side of the radius it is, unless that
+         * leaves nothing of D. */
+        if (radius >= 0 && distance > 0) enough = fmax(enough, fmin(fabs(value), 0.1) * unit * fmin(1, sqrt(radius)));
         if (balanced(&at, enough)) {
             *offset = at.offset + step;
             if (radius < 0) return 1;

@@ -39,10 +39,10 @@ def kl_ball(divergence: Divergence, rows: Rows, radius: np.ndarray) -> Found:
     Since the variance under any weights is at most 1/4 (range 1), ``b >= sqrt(8 radius)``. On long rows the
     iteration starts from the solution of a weighted part of the losses.
     """
-    start, sample = None, rows.sample()
+    start, condensed = None, rows.condensed()
     with np.errstate(divide="ignore", invalid="ignore"):
-        if sample is not None:
-            start = _solve(_Shortfall(sample, radius), None, 1e-3, _STARTING_ITERATIONS, failure=None).x
+        if condensed is not None:
+            start = _solve(_Shortfall(condensed, radius), None, 1e-3, _STARTING_ITERATIONS, failure=None).x
         shortfall = _Shortfall(rows, radius)
         failure = f"the KL ball's multiplier did not converge in {_ITERATIONS} iterations"
         x, saturated = _solve(shortfall, start, _TOLERANCE, _ITERATIONS, failure)

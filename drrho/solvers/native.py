@@ -129,7 +129,7 @@ def solve_natively(
     value, *others = fields.unbind()
     solution = Solution(value, weights, *others)
     if status == _DECLINED:
-        _solve_declined(solution, z, *given, problem, portable)
+        solve_declined(solution, z, *given, problem, portable)
     return solution
 
 
@@ -159,7 +159,7 @@ def _shared(solve: Callable[..., int], size: tuple[float, ...], pointers: tuple[
     return next((status for status in found if status > 0), min(found))
 
 
-def _solve_declined(
+def solve_declined(
     solution: Solution,
     z: Tensor,
     radius: Tensor | None,

@@ -83,6 +83,7 @@ def extremes_of(z: Tensor, base: Tensor | None, group: Group) -> Tensor:
         extremes[1].neg_()
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         extremes[1].neg_()
+        extremes = torch.where(torch.isfinite(worst), extremes, torch.nan)  # NaN has no maximum that ranks agree on
     return extremes
 
 

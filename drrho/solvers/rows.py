@@ -8,6 +8,7 @@ numbers costs a tenth of what it costs as device operations, and a pass over the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,11 @@ from torch import Tensor
 from drrho.ranks import Group
 
 _BLOCK = 2**16  # losses of one row at a time on the CPU
-_SAMPLED_FROM = 2**17  # losses of a row from which an iteration starts on a part of them
+_CONDENSED_FROM = 2**17  # losses of a row from which an iteration starts on fewer of them
+_PROBES = 2**12  # losses whose quantiles place the bins
+_BINS = 2**12
+_DEVICE_BLOCK = 2**24  # and on a device, where it is put into bins
+_POINT = 1e-14  # variance in a bin, over its width squared, that may be rounding
 
 Term = Tensor | tuple[Tensor, Tensor]
 Chosen = np.ndarray | slice  # flags of some rows, or all of them
@@ -116,22 +121,81 @@ class Rows:
             part._looked = self._looked[0][chosen], self._looked[1][chosen]
         return part
 
-    def sample(self) -> Rows | None:
-        """Return a weighted part of a long row to start an iteration from; None where there is no need or no way.
+    def condensed(self) -> Rows | None:
+        """Return a long row as some thousands of weighted losses with nearly its sums; None where that saves nothing.
 
-        All of the largest losses, on which the solution hangs most, and every 32nd of the others.
+        The largest losses, on which the solution hangs most, are kept. The others are put into bins, and each bin is
+        replaced by the two weighted losses that have its mean, variance and skewness (Gauss's quadrature): a sum of
+        what is smooth in the losses is off by the fourth power of a bin's width.
         """
         n = self.z.shape[-1]
-        if len(self) > 1 or self.base is not None or self.group is not None or n < _SAMPLED_FROM:
+        if len(self) > 1 or self.group is not None or n < _CONDENSED_FROM:
             return None
-        z = self.z[0]
-        floor = float(torch.sort(z[:: n // 2**12]).values[-(2**12) // 64])
-        high = torch.cat([part[part > floor] for part in z.split(_BLOCK)])
-        low = z[::32]
-        low = low[low <= floor]
-        share = (n - len(high)) / n
-        base = torch.cat([torch.full_like(high, 1 / n), torch.full_like(low, share / len(low))])[None]
-        return Rows(torch.cat([high, low])[None], base, None, base.shape[-1], self.top, self.scale)
+        assert self.top is not None and self.scale is not None
+        probes, top = torch.sort(self.z[0, :: n // _PROBES]).values, float(self.top[0])
+        rare, floor = float(probes[len(probes) // 64]), float(probes[-len(probes) // 64])
+        least, unit = top - float(self.scale[0]), 2.0 ** (52 - math.ceil(math.log2(n)))
+        near, far = _Bins.between(rare, floor, unit, probes), _Bins.between(least, rare, unit, probes)
+        parts = [(probes.new_full((1,), top), probes.new_full((1,), float(self.mean_and_ties()[1][0])))]
+        size = _BLOCK if self.z.device.type == "cpu" else _DEVICE_BLOCK
+        for first in range(0, n, size):
+            z = self.z[0, first : first + size]
+            base = torch.full_like(z, 1 / n) if self.base is None else self.base[0, first : first + size]
+            is_high, is_far = z > floor, z < rare
+            near.add(z, base * n, is_high | is_far | (z >= top))
+            low, high = torch.where(is_far)[0], torch.where(is_high & (z < top))[0]
+            far.add(z[low], base[low] * n, None)
+            parts.append((z[high], base[high]))
+        parts += [(z, weight / n) for z, weight in (near.condensed(), far.condensed())]
+        z, base = (torch.cat(fields)[None] for fields in zip(*parts, strict=True))
+        return Rows(z, base, None, base.shape[-1], self.top, self.scale)
+
+
+class _Bins(NamedTuple):
+    """Bins of equal width from ``low`` on, ``density`` in a unit of the losses; the last is for what is outside.
+
+    ``moments`` ``[4, bins + 1]`` are sums of weights times powers of the position in the bin, in units of
+    ``1 / unit``,
+    rounded: whole numbers have the same sum in any order, as that of a GPU's threads, up to ``2**53``.
+    """
+
+    low: float
+    density: float
+    unit: float
+    moments: Tensor
+
+    @classmethod
+    def between(cls, low: float, high: float, unit: float, like: Tensor) -> _Bins:
+        """Return empty bins."""
+        density = _BINS * (1 - 2.0**-40) / (high - low) if high > low else 0.0
+        return cls(low, density, unit, like.new_zeros(4, _BINS + 1))
+
+    def add(self, z: Tensor, weight: Tensor, outside: Tensor | None) -> None:
+        """Add losses ``[m]`` of some weight, 1 on average, but for those outside."""
+        place = (z - self.low).mul_(self.density)
+        index = place.to(torch.int64).clamp_(0, _BINS - 1)  # losses without base weight may lie anywhere
+        y, term = place.frac_().sub_(0.5), weight * self.unit
+        if outside is not None:
+            index.masked_fill_(outside, _BINS)
+        for total in self.moments:
+            total.index_add_(0, index, term.round())
+            term.mul_(y)
+
+    def condensed(self) -> tuple[Tensor, Tensor]:
+        """Return two losses for each bin that is not empty, and their weights."""
+        filled = self.moments[0, :-1] > 0
+        count, *sums = self.moments[:, :-1][:, filled]
+        first, second, third = (total / count for total in sums)
+        variance, skew = second - first**2, third - 3 * first * second + 2 * first**3
+        is_point = variance <= _POINT  # losses that are all the same
+        variance = variance.clamp(min=_POINT)
+        root = torch.sqrt(skew**2 + 4 * variance**3)
+        below, above = (skew - root) / (2 * variance), (skew + root) / (2 * variance)
+        share = (above / (above - below)).masked_fill(is_point, 1.0)
+        y = first + torch.stack([below.masked_fill(is_point, 0.0), above])
+        place = torch.arange(_BINS, device=y.device)[filled] + 0.5 + y.clamp(-0.5, 0.5)
+        z = self.low + (place / self.density if self.density > 0 else torch.zeros_like(place))
+        return z.flatten(), (torch.stack([share, 1 - share]) * (count / self.unit)).flatten()
 
 
 def _sum(term: Term, base: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ from drrho.divergences import Divergence
 from drrho.solvers import native
 from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.certificate import Bound, certified
+from drrho.solvers.device import dispatch
+from drrho.solvers.dual import Found
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
 from drrho.solvers.problem import (
     REFUSED,
@@ -49,8 +51,12 @@ def solve(
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
     algorithm = algorithm_of(problem.divergence)
-    if algorithm.kernel is not None and native.takes(z, problem):
-        return native.solve_natively(z, radius, strength, alpha, base, problem, algorithm.kernel, solve_by_operations)
+    if algorithm.kernel is not None:
+        given = (z, radius, strength, alpha, base, problem, algorithm.kernel, solve_by_operations)
+        if native.takes(z, problem):
+            return native.solve_natively(*given)
+        if dispatch.takes(z, problem, algorithm.kernel):
+            return dispatch.solve_on_device(*given)
     return solve_by_operations(z, radius, strength, alpha, base, problem)
 
 
@@ -62,7 +68,7 @@ def solve_by_operations(
     base: Tensor | None,
     problem: Problem,
 ) -> Solution:
-    """Solve the same without the compiled kernels."""
+    """Solve the same without kernels."""
     algorithm = algorithm_of(problem.divergence)
     if z.ndim == 1:
         return by_rows(solve_by_operations, z, radius, strength, alpha, base, problem)
@@ -162,9 +168,18 @@ def _one_bound(
         with np.errstate(over="ignore"):
             bound, solver = Bound(divergence, strength / rows.scale, strength), algorithm.penalty
         ends = ends_of_penalty(span, bound.parameter, maximizer)
-    found, chosen = None, ends.open
-    if some(chosen):
-        found = solver(divergence, rows.select(chosen), bound.parameter[chosen])
-    if found is None or some(~chosen) or some(found.dual.saturated):
-        found, ends = with_ends(rows, ends, found, maximizer)
-    return certified(rows, span, bound, found, ends, maximizer, refuse=True)
+    chosen = ends.open
+    found = solver(divergence, rows.select(chosen), bound.parameter[chosen]) if some(chosen) else None
+
+    def certified_solution(found: Found | None) -> Solution | None:
+        everywhere, reached = found, ends
+        if everywhere is None or some(~chosen) or some(everywhere.dual.saturated):
+            everywhere, reached = with_ends(rows, ends, found, maximizer)
+        return certified(rows, span, bound, everywhere, reached, maximizer, refuse=True)
+
+    solution = certified_solution(found)
+    if solution is None:
+        assert found is not None and found.better is not None
+        solution = certified_solution(found.better())
+    assert solution is not None
+    return solution

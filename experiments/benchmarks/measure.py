@@ -59,7 +59,7 @@ def peak_arrays(name: str, n: int) -> float:
     return float(done.stdout)
 
 
-def provenance(command: str) -> dict[str, Any]:
+def provenance(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat the figures."""
     return {
         "command": command,
@@ -68,7 +68,7 @@ def provenance(command: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
         "load": _load(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("drrho", *PACKAGES)},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("drrho", *packages)},
         "oracle_digits": int(np.finfo(np.longdouble).precision),
     }
 
@@ -113,9 +113,14 @@ def within(measured: float | None, reach: float | None) -> str:
 
 
 def markdown(rows: Iterable[Any]) -> str:
-    """Return rows of one dataclass as a table; a field that is a mapping spreads over columns, empty ones go."""
-    flat = [_spread(asdict(row)) for row in rows]
-    columns = [column for column in flat[0] if any(_cell(row.get(column)) for row in flat)]
+    """Return rows of one dataclass as a table; a field that is a mapping spreads over columns."""
+    return table([_spread(asdict(row)) for row in rows])
+
+
+def table(flat: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows by the names of their columns as a table; columns that are empty in every row go."""
+    names = dict.fromkeys(name for row in flat for name in row)
+    columns = [column for column in names if any(_cell(row.get(column)) for row in flat)]
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in flat)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -107,11 +107,7 @@ WORKLOADS = {
 
 
 def photograph_shards(folder: Path) -> Path:
-    """Write seeded JPEGs with captions as webdataset shards, unless they are there.
-
-    The images are crops of noise whose amplitude falls as 1 / frequency, as that of photographs does: they compress
-    alike.
-    """
+    """Write seeded JPEGs with captions as webdataset shards, unless they are there."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,15 +115,24 @@ def photograph_shards(folder: Path) -> Path:
         made = Path(scratch) / folder.name
         made.mkdir()
         for shard in range(SHARDS):
-            rng = np.random.default_rng(shard)
-            scene = _scene(rng)
-            with tarfile.open(made / f"{shard:05d}.tar", "w") as archive:
-                for number in range(SHARD_SIZE):
-                    key = f"{shard:05d}{number:04d}"
-                    _add(archive, f"{key}.jpg", _photograph(rng, scene))
-                    _add(archive, f"{key}.txt", _caption(rng).encode())
+            photograph_shard(made, shard, SHARD_SIZE)
         made.rename(folder)
     return folder
+
+
+def photograph_shard(folder: Path, shard: int, samples: int) -> None:
+    """Write one shard, whose number is its seed.
+
+    The images are crops of noise whose amplitude falls as 1 / frequency, as that of photographs does: they compress
+    alike.
+    """
+    rng = np.random.default_rng(shard)
+    scene = _scene(rng)
+    with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+        for number in range(samples):
+            key = f"{shard:05d}{number:04d}"
+            _add(archive, f"{key}.jpg", _photograph(rng, scene))
+            _add(archive, f"{key}.txt", _caption(rng).encode())
 
 
 def _scene(rng: np.random.Generator, side: int = 1536) -> np.ndarray:

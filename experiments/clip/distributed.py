@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,7 +43,8 @@ Items = TypeVar("Items", bound=_Sliceable)
 class Ranks:
     """One process and its place among all processes of the launch.
 
-    ``group`` and ``pulse`` are None if this is the only process; ``device`` is the one that this process uses.
+    ``group``, ``hosts`` and ``pulse`` are None if this is the only process; ``device`` is the one that this process
+    uses, ``hosts`` the same ranks, who exchange what the hosts know without waiting for devices.
     """
 
     rank: int = 0
@@ -50,6 +52,7 @@ class Ranks:
     device: torch.device = _CPU
     group: dist.ProcessGroup | None = None
     pulse: Pulse | None = None
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -108,6 +111,15 @@ class Ranks:
             dist.all_reduce(part, group=self.group)
         return part
 
+    def gathered_on_hosts(self, message: np.ndarray) -> np.ndarray:
+        """Return the integers ``[ranks, length]`` of which every rank passes its own ``[length]`` (collective)."""
+        if self.hosts is None:
+            return message[None]
+        sent = torch.from_numpy(message)
+        received = [torch.empty_like(sent) for _ in range(self.count)]
+        dist.all_gather(received, sent, group=self.hosts)
+        return torch.stack(received).numpy()
+
     def own_indices(self, number: int) -> range:
         """Return the part of ``range(number)`` that is this rank's work: every ``count``-th index."""
         return range(self.rank, number, self.count)
@@ -162,8 +174,18 @@ def launched(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def set_float32_products(device: torch.device, full: bool) -> None:
+    """Choose for this process how a GPU multiplies float32: in full, or in TF32 with cuDNN's fastest algorithms.
+
+    TF32 rounds the factors to 11 bits and adds up in float32. On the CPU nothing changes.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not full
+        torch.backends.cudnn.benchmark = not full
+
+
 @contextmanager
-def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
+def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
     """Initialize the process group of this launch, and destroy it when the block ends.
 
     Parameters
@@ -190,11 +212,14 @@ def joined_ranks(device: str, minutes: float) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device=own)
         return
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=count, timeout=timedelta(minutes=minutes))
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=minutes)
+    dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout)
+    world = dist.group.WORLD
+    hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else world
+    assert isinstance(hosts, dist.ProcessGroup)
     pulse = Pulse(rank, count, 60 * minutes)
     try:
-        yield Ranks(rank, count, own, dist.group.WORLD, pulse)
+        yield Ranks(rank, count, own, world, pulse, hosts)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         if not (isinstance(error, dist.DistError) or _EXCHANGE_FAILED.search(reason)):

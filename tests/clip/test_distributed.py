@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import start_ranks
 
-from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, launched
+from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
 
 
@@ -95,3 +95,17 @@ def test_two_ranks_agree(tmp_path):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     start_ranks(on_one_rank, (port, tmp_path), 2)
+
+
+def test_products_of_float32_are_changed_on_a_gpu_alone():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    set_float32_products(torch.device("cpu"), full=False)
+    names = torch.backends.cuda.matmul, torch.backends.cudnn
+    assert before == (*(each.allow_tf32 for each in names), torch.backends.cudnn.benchmark)
+    try:
+        for full in (False, True):
+            set_float32_products(torch.device("cuda"), full=full)  # which touches no GPU
+            assert [each.allow_tf32 for each in names] == [not full] * 2
+            assert torch.backends.cudnn.benchmark is not full
+    finally:
+        names[0].allow_tf32, names[1].allow_tf32, torch.backends.cudnn.benchmark = before

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from experiments.clip.cli.building import build_method, build_selector
-from experiments.clip.distributed import Ranks
+from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.models.clip import new_model
 from experiments.clip.run import parse
@@ -25,7 +25,14 @@ def contrastive(samples=150, epochs=2):
     return GlobalContrastive(samples, epochs - 1, ConstantTemperature(0.1), final_gamma=0.6, eps=1e-8)
 
 
-def run(
+def run(pairs, method, checkpoints, *arguments, **options):
+    """Train; return the model, the records of validations and the moving average."""
+    trainer = trainer_of(pairs, method, checkpoints, *arguments, **options)
+    history = trainer.fit()
+    return trainer.clip, history, trainer.averaged_weights()
+
+
+def trainer_of(
     pairs,
     method,
     checkpoints,
@@ -41,6 +48,8 @@ def run(
     selector=None,
     patch_dropout=0.0,
     clip=None,
+    ranks=ONE_PROCESS,
+    lag=None,
     logs=("jsonl",),
     **options,
 ):
@@ -52,12 +61,17 @@ def run(
         clip,
         method,
         MemoryStream(
-            pairs, optimization.batch_size * (selector.candidates if selector else 1), seed, features=features
+            pairs,
+            optimization.batch_size * (selector.candidates if selector else 1),
+            seed,
+            ranks.rank,
+            ranks.count,
+            features,
         ),
         optimization,
         reference=features,
         selector=selector,
-        ranks=Ranks(),
+        ranks=ranks,
         execution=Execution(**options),
         seed=seed,
         folder=checkpoints,
@@ -65,14 +79,15 @@ def run(
         settings={"method": type(method).__name__, "seed": seed},
         validate=validate,
         validations=validations,
-        logs=Logs(checkpoints.parent, logs, {}),
+        logs=Logs(checkpoints.parent, logs, {}) if ranks.leads else None,
         log_every=3,
         on_step=on_step,
         stop=stop,
         nonfinite_limit=limit,
+        lag=lag,
     )
-    history = trainer.fit()
-    return clip, history, trainer.averaged_weights()
+    trainer.clip = clip
+    return trainer
 
 
 FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
@@ -123,14 +138,14 @@ SETTINGS = {
 }
 
 
-def built(name, pairs, features, reference, optimization=SHORT):
+def built(name, pairs, features, reference, optimization=SHORT, ranks=ONE_PROCESS):
     """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
     options = parse(["train", *SETTINGS[name]])
     guide = (reference, features) if options.needs_reference else (None, None)
     scored = options.selection.scored_per_pair
     return {
-        "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, Ranks())[0],
+        "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, ranks)[0],
         "features": features if options.needs_reference else None,
-        "selector": build_selector(options, guide[0], Ranks()),
+        "selector": build_selector(options, guide[0], ranks),
         "optimization": dataclasses.replace(optimization, batch_size=optimization.batch_size // scored),
     }

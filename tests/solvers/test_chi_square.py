@@ -17,7 +17,7 @@ def ratios(dual, row):
 
 @pytest.mark.parametrize("strength", [0.01, 0.3, 5.0])
 def test_the_penalty_projects_on_the_simplex(strength):
-    _, dual = chi_square_penalty(ChiSquare(), normalized_rows(LOSSES), np.full(4, strength))
+    dual = chi_square_penalty(ChiSquare(), normalized_rows(LOSSES), np.full(4, strength)).dual
     for row in range(4):
         best = np.sort(D[row] / (25 * strength))[::-1]
         excess = (np.cumsum(best) - 1) / np.arange(1, 26)
@@ -28,7 +28,7 @@ def test_the_penalty_projects_on_the_simplex(strength):
 
 @pytest.mark.parametrize("radius", [1e-10, 0.05, 0.5, 3.0])
 def test_the_ball_is_exhausted(radius):
-    _, dual = chi_square_ball(ChiSquare(), normalized_rows(LOSSES), np.full(4, radius))
+    dual = chi_square_ball(ChiSquare(), normalized_rows(LOSSES), np.full(4, radius)).dual
     for row in range(4):
         t = ratios(dual, row)
         np.testing.assert_allclose(t.mean(), 1, rtol=1e-12)
@@ -37,7 +37,7 @@ def test_the_ball_is_exhausted(radius):
 
 def test_a_long_row_ends_at_the_same_support():
     losses = np.random.default_rng(1).exponential(size=(1, 200_000))
-    _, dual = chi_square_ball(ChiSquare(), normalized_rows(losses), np.array([4.0]))
+    dual = chi_square_ball(ChiSquare(), normalized_rows(losses), np.array([4.0])).dual
     d = (losses - losses.max()) / np.ptp(losses)
     t = np.maximum(1 + (d - dual.threshold) / dual.strength, 0)
     np.testing.assert_allclose([t.mean(), np.square(t - 1).mean() / 2], [1, 4], rtol=1e-10)

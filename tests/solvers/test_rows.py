@@ -1,6 +1,7 @@
 """Normalized rows, their means, and how results of some rows are put among the others."""
 
 import numpy as np
+import pytest
 import torch
 from problems import normalized_rows, tensor
 
@@ -48,14 +49,53 @@ def test_selected_rows_keep_what_is_known_of_them():
     assert rows.select(slice(None)) is rows
 
 
-def test_a_sample_of_a_long_row_has_its_mean_and_maximum():
-    z = np.random.default_rng(1).normal(size=(1, 300_000))
-    rows = normalized_rows(z)
-    sample = rows.sample()
-    assert sample is not None
-    assert abs(sample.mean_and_ties()[0] - rows.mean_and_ties()[0])[0] < 1e-2
-    assert float(sample.z.max()) == z.max()
-    assert normalized_rows(z[:, :1000]).sample() is None
+CONDENSED = {
+    "normal": lambda rng: rng.normal(size=300_000),
+    "heavy tails": lambda rng: rng.standard_t(2, size=300_000),
+    "few values": lambda rng: rng.integers(0, 3, size=300_000) / 7,
+    "mostly the maximum": lambda rng: np.minimum(rng.normal(size=300_000), -1.0),
+    "mostly the minimum": lambda rng: np.maximum(rng.normal(size=300_000), 3.0),
+}
+
+
+@pytest.mark.parametrize("kind", CONDENSED)
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_a_condensed_row_is_short_and_has_the_sums_of_smooth_functions(kind, is_weighted):
+    rng = np.random.default_rng(1)
+    z = CONDENSED[kind](rng)[None]
+    base = None
+    if is_weighted:
+        base = rng.exponential(size=z.shape) * (rng.random(z.shape) < 0.9)
+        base /= base.sum()
+        base = tensor(base)
+    rows = normalized_rows(z, base)
+    condensed = rows.condensed()
+    assert condensed is not None
+    assert condensed.z.shape[-1] < 40_000
+    np.testing.assert_allclose(condensed.mean_and_ties(), rows.mean_and_ties(), rtol=1e-12)
+
+    def sums(block):
+        return torch.ones_like(block.d), torch.exp(4 * block.d), 1 / (1.1 - block.d), torch.sin(9 * block.d)
+
+    np.testing.assert_allclose(condensed.host_means(sums), rows.host_means(sums), rtol=1e-10, atol=1e-11)
+
+
+def test_a_condensed_row_does_not_depend_on_the_order_of_the_losses():
+    z = np.random.default_rng(1).normal(size=(1, 2**18))
+    other = z.copy()
+    others = np.flatnonzero(np.arange(2**18) % 2**6)  # all but those that place the bins
+    other[0, others] = other[0, others[::-1]]
+    first, second = normalized_rows(z).condensed(), normalized_rows(other).condensed()
+    assert first is not None
+    assert second is not None
+    bins = 2**12
+    assert first.z[0, -bins:].tolist() == second.z[0, -bins:].tolist()
+
+
+def test_short_rows_and_several_rows_are_not_condensed():
+    z = np.random.default_rng(1).normal(size=(2, 200_000))
+    assert normalized_rows(z).condensed() is None
+    assert normalized_rows(z[:1, :1000]).condensed() is None
 
 
 def test_column_is_a_number_for_one_row():

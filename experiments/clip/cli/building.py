@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.clip.cli.options import Train
@@ -12,6 +13,8 @@ from experiments.clip.data.batch import Reference
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip, load_model, lock_towers, new_model
+from experiments.clip.models.options import ModelInputs, augmentation, geometry
+from experiments.clip.models.sources import find_source
 from experiments.clip.training.methods import METHODS, Context, Distilled, Method
 from experiments.clip.training.options import Loss
 from experiments.clip.training.selection import Selector
@@ -29,17 +32,47 @@ class Models(NamedTuple):
 
 def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
     """Return the models of a run; nothing is written yet."""
-    clip, loss = _target(options, ranks), options.loss
-    reference = load_model(loss.reference, loss.reference_weights) if options.needs_reference else None
+    loss, reference = options.loss, None
+    with ranks.leader_first():  # one downloads
+        find_source(options.model, _text(options.pretrained))
+        if options.needs_reference:
+            find_source(str(loss.reference), _text(loss.reference_weights))
+    clip = _target(options, ranks)
+    if options.needs_reference:
+        # Beside the target, it sees the target's crops.
+        crops = {"aug_cfg": geometry(options.inputs.aug_cfg) or None}
+        reference = load_model(loss.reference, loss.reference_weights, crops)
     if reference is not None and options.split != "train":
         raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
     check_ranks(options, ranks)
+    say_notes(clip, *([] if reference is None else [reference]))
     return Models(clip, reference)
+
+
+def say_notes(*clips: Clip) -> None:
+    """Print what there is to say about models that were chosen."""
+    for clip in clips:
+        for note in clip.notes:
+            console.print(f"model      {note}", markup=False)
+
+
+def input_options(inputs: ModelInputs) -> dict[str, Any]:
+    """Return what `new_model` is given of the options of a model's inputs."""
+    image = {"mean": inputs.image_mean, "std": inputs.image_std, "interpolation": inputs.image_interpolation}
+    image |= {"resize_mode": inputs.image_resize_mode, "aug_cfg": augmentation(inputs.aug_cfg) or None}
+    sizes = {"force_image_size": inputs.force_image_size, "force_context_length": inputs.force_context_length}
+    return {"image": image, **{key: value for key, value in sizes.items() if value is not None}}
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _target(options: Train, ranks: Ranks) -> Clip:
     """Return the model to be trained."""
-    more: dict[str, Any] = {"force_patch_dropout": options.patch_dropout} if options.patch_dropout else {}
+    more = input_options(options.inputs)
+    if options.patch_dropout:
+        more["force_patch_dropout"] = options.patch_dropout
     if ranks.group is not None and options.execution.parallel == "fsdp":
         more["nonscalar_logit_scale"] = True
     sigmoid = options.loss.method == "siglip"

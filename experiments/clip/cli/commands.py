@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 
+from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
@@ -22,7 +23,9 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs
 from experiments.clip.evaluation.tasks import TaskScores, check_datacomp, evaluate_task
 from experiments.clip.io.files import ensure_writable, write_json
-from experiments.clip.models.clip import CONFIG_FILE, Clip, load_model, register_models
+from experiments.clip.models.clip import Clip, load_model
+from experiments.clip.models.config import CONFIG_FILE
+from experiments.clip.models.sources import register_models
 
 
 def evaluate(options: Evaluate) -> None:
@@ -207,14 +210,15 @@ def _stored_json(path: Path) -> dict[str, Any]:
 def cache_reference(options: CacheReference) -> None:
     """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
     reference = load_model(options.reference, options.reference_weights)
-    if options.catalog is None:
-        if launched(os.environ)[1] > 1:
-            raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
-        embedded_pairs().cache_features(options.data, reference)
-        return
+    say_notes(reference)
+    if options.catalog is None and launched(os.environ)[1] > 1:
+        raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
         reference.model.to(ranks.device)
+        if options.catalog is None:
+            embedded_pairs().cache_features(options.data, reference)
+            return
         reference_features(
             options.out,
             reference,
@@ -222,6 +226,7 @@ def cache_reference(options: CacheReference) -> None:
             ranks,
             views=options.views,
             precision=options.precision,
+            towers=options.towers,
             batch_size=options.batch_size,
             workers=options.workers,
             skip_limit=options.skip_limit,

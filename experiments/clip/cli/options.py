@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments.clip.errors import UserError
+from experiments.clip.models.options import ModelInputs
 from experiments.clip.ranges import (
     AtLeast,
     BelowOne,
@@ -92,9 +93,12 @@ class Train:
     """Train one model; ``--preset NAME``, or ``--config FILE`` of an earlier run, is where other options start from."""
 
     model: str = "glyph-small"
-    """A registered open_clip model."""
+    """A registered open_clip model, a JSON file with an architecture, or, with its weights, a folder in open_clip's
+    local-dir layout or hf-hub:OWNER/NAME."""
     pretrained: Path | None = None
-    """File of weights to start from, safetensors or torch's; random ones by default."""
+    """Weights to start from: a file (safetensors, torch's, OpenAI's archive), a folder, hf-hub:OWNER/NAME, or a tag
+    like openai; random ones by default. What is there under the name goes first."""
+    inputs: ModelInputs = field(default_factory=ModelInputs)
     lock: tuple[Literal["image", "text"], ...] = ()
     """Towers that stay as they are, as in LiT."""
     unlocked_groups: Annotated[int, NotNegative, OnlyWith("--lock", lambda options: options.lock)] = 0
@@ -166,6 +170,8 @@ class Train:
                 f"--select {selection.select} compares pairs at one temperature, which --temperature-scheme individual "
                 "has not: choose another"
             )
+        if self.source != "catalog":
+            refuse_if_given(self.inputs, "aug_cfg", "--catalog")
         if self.source == "catalog" and (self.split != "train" or self.fraction != 1 or self.data != Data()):
             raise UserError(
                 "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
@@ -180,9 +186,10 @@ class CacheReference:
     catalog: Path | None = None
     """Folder made by `run.py catalog`, instead of the embedded pairs."""
     reference: Path = SHIPPED_REFERENCE
-    """The reference model: a folder in open_clip's local-dir layout, or, with --reference-weights, a registered one."""
+    """The reference model: a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or, with --reference-weights, a
+    registered one."""
     reference_weights: Path | None = None
-    """File of the reference's weights, safetensors or torch's."""
+    """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
     out: Annotated[Path, _OF_A_CATALOG] = Path("reference-features")
     """Folder of a catalog's features, for `train --reference-features`."""
     views: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 1
@@ -190,6 +197,8 @@ class CacheReference:
     by turns, which the target is then shown too."""
     precision: Annotated[FeaturePrecision, _OF_A_CATALOG] = "float16"
     """Precision of the features on disk."""
+    towers: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the reference's towers, by autocast."""
     batch_size: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 256
     """Samples that go through the reference at a time."""
     workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ def parse_options(kind: type, arguments: Sequence[str], name: str) -> Any:
 def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
     """Parse and check the options of `Train` or `Plan`, which start from a preset or a stored configuration."""
     preset, path = _popped(arguments, "--preset"), _popped(arguments, "--config")
+    arguments = list(_with_its_value(arguments, "--compile", "reduce-overhead"))
     start = _start(preset, path)
     if kind is Plan:
         options = _parsed(Plan, arguments, name, Plan(start))
@@ -142,6 +144,17 @@ def _popped(arguments: list[str], name: str) -> str | None:
             del arguments[position : position + (1 if equals else 2)]
             return value
     return None
+
+
+def _with_its_value(arguments: Sequence[str], name: str, *values: str) -> Iterator[str]:
+    """Yield the words, where an option that takes a value or stands alone as a flag is given the flag's value."""
+    for word, following in itertools.pairwise([*arguments, ""]):
+        if word == f"--no-{name.removeprefix('--')}":
+            yield from (name, "False")
+        elif word == name and following not in (*values, "True", "False"):
+            yield from (name, "True")
+        else:
+            yield word
 
 
 def save_config(path: Path, options: Train) -> None:

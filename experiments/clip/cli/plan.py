@@ -13,9 +13,11 @@ import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from drrho.tiles import ROWS, TILE
+from drrho.tiles import KERNEL_TILE, ROWS, TILE
+from experiments.clip.cli.building import input_options
 from experiments.clip.cli.options import Plan
 from experiments.clip.cli.terminal import console
+from experiments.clip.io.workers import AHEAD
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.options import Execution
 
@@ -26,7 +28,7 @@ def run(options: Plan) -> None:
     """Print what a run would take."""
     train, loss = options.train, options.train.loss
     estimate = estimated(
-        cost_of(train.model, checkpointing=train.execution.activation_checkpointing),
+        cost_of(train.model, checkpointing=train.execution.activation_checkpointing, **input_options(train.inputs)),
         samples=options.samples,
         samples_seen=(train.shards.epoch_samples or options.samples) * train.optimization.epochs,
         batch_size=train.optimization.batch_size,
@@ -40,22 +42,31 @@ def run(options: Plan) -> None:
         individual_temperatures=loss.temperature_scheme == "individual",
         running=loss.is_running,
         ema=train.optimization.ema is not None,
+        workers=train.shards.workers,
     )
     console.print(described(estimate))
 
 
 class Cost(NamedTuple):
-    """Cost of one pair through both towers: operations forward, bytes kept for backward; parameters of the model."""
+    """Cost of one pair through both towers: operations forward, bytes kept for backward; parameters of the model.
+
+    ``pair_bytes`` is the size of its image in bytes and of its tokens and index, as workers give them.
+    """
 
     parameters: int
     flops: int
     kept_bytes: int
     width: int
+    pair_bytes: int
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes; memory in bytes, of one rank."""
+    """What a run takes; memory in bytes, of one rank.
+
+    ``inputs`` is of the batch at hand, in bytes and normalized, and of the one that is copied meanwhile; ``shared`` is
+    the most that batches of the workers take in the host's shared memory.
+    """
 
     parameters: int
     flops_per_pair: int
@@ -63,9 +74,11 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    inputs: int
     loss: int
     running_state: int
     memory: int
+    shared: int
     reference_cache: int
     exported_model: int
     checkpoint: int
@@ -75,7 +88,7 @@ class Estimate:
     gpu_hours: float
 
 
-def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
+def cost_of(name: str, *, checkpointing: bool = False, **options: Any) -> Cost:
     """Count one pair through a registered open_clip model.
 
     Parameters
@@ -84,9 +97,11 @@ def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
         As open_clip registers it.
     checkpointing : bool
         Whether blocks keep their inputs alone.
+    options
+        As for `experiments.clip.models.clip.new_model`.
     """
     with torch.device("meta"):
-        model = new_model(name, 0, device="meta").model
+        model = new_model(name, 0, device="meta", **options).model
     model.set_grad_checkpointing(checkpointing)
     config = open_clip.get_model_preprocess_cfg(model)
     height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
@@ -107,7 +122,8 @@ def cost_of(name: str, *, checkpointing: bool = False) -> Cost:
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         features = model(image, text)[0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, counter.get_total_flops(), sum(kept.values()), features.shape[1])
+    pair_bytes = image.numel() + 4 * text.numel() + 8
+    return Cost(parameters, counter.get_total_flops(), sum(kept.values()), features.shape[1], pair_bytes)
 
 
 def estimated(
@@ -126,6 +142,7 @@ def estimated(
     individual_temperatures: bool,
     running: bool,
     ema: bool,
+    workers: int,
 ) -> Estimate:
     """Add up what the run takes.
 
@@ -141,14 +158,17 @@ def estimated(
     activations = part * cost.kept_bytes
     rows = -(-samples // ranks)
     state = rows * (8 * running + 28 * individual_temperatures)
-    tile = max(TILE, ROWS * batch_size) * 2
+    tile = max(2 * max(TILE, ROWS * batch_size), min(own * batch_size, KERNEL_TILE))  # CPU, GPU
     columns = batch_size * (cost.width * 2 + reference_width) + own * (cost.width * 4 + 2 * reference_width)
     loss = _FLOAT * (tile + columns)
+    # With the reference's features as they are cached, of 16 bits.
+    batch = -(-batch_size * scored_per_pair // ranks) * (cost.pair_bytes + 4 * reference_width)
     parts = {
         "weights": weights // shards * (1 + ema),
         "gradients": weights // shards,
         "optimizer": 2 * weights // shards,
         "activations": activations,
+        "inputs": 2 * batch + part * cost.pair_bytes * (_FLOAT if execution.precision == "float32" else 2),
         "loss": loss,
         "running_state": state,
     }
@@ -161,6 +181,7 @@ def estimated(
         flops_per_pair=cost.flops,
         **parts,
         memory=sum(parts.values()),
+        shared=workers * AHEAD * batch,
         reference_cache=samples * reference_width * 2 * 2,
         exported_model=weights,
         checkpoint=3 * weights + ema * weights + samples * (8 * running + 28 * individual_temperatures),
@@ -178,6 +199,7 @@ def described(estimate: Estimate) -> str:
         "gradients": estimate.gradients,
         "optimizer": estimate.optimizer,
         "activations (at most)": estimate.activations,
+        "inputs": estimate.inputs,
         "loss": estimate.loss,
         "running state": estimate.running_state,
         "together": estimate.memory,
@@ -190,6 +212,7 @@ def described(estimate: Estimate) -> str:
         f"times ranks {estimate.gpu_hours:,.0f}",
         "memory of a rank",
         *(f"  {name:<22}{size / 1e9:10.2f} GB" for name, size in memory.items()),
+        f"shared memory     {estimate.shared / 1e9:.2f} GB of the host at most, for the batches of a rank's --workers",
         f"reference cache   {estimate.reference_cache / 1e9:.2f} GB on disk",
         f"exported model    {estimate.exported_model / 1e9:.2f} GB, checkpoint {estimate.checkpoint / 1e9:.2f} GB",
     ]

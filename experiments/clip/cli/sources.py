@@ -137,7 +137,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
     loader = Loader(
         catalog,
-        clip.augment,
+        clip.in_bytes(clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,
@@ -164,8 +164,15 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     if folder is not None:
         cached = open_features(reference, catalog, folder)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
+        if cached.views > 1 and options.inputs.aug_cfg:
+            raise UserError(
+                f"--aug-cfg does not fit {folder}: its {cached.views} crops of an image are the reference's own, which "
+                "the target is shown too; leave it out, or the reference features"
+            )
         return cached, cached.views
     reference.model.to(ranks.device)
+    if options.execution.compile:
+        reference.compile()
     parts = options.optimization.accumulation * options.selection.scored_per_pair
     console.print("features   computed while training: `run.py cache-reference` computes them once")
     return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"

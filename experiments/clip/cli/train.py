@@ -16,7 +16,8 @@ from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings, save_config
 from experiments.clip.cli.sources import DataSource, open_training_data
 from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
-from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks
+from experiments.clip.data.prefetch import Prefetched
+from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed, ensure_writable, write_json
 from experiments.clip.models.clip import Clip
@@ -87,6 +88,7 @@ def train_model(
 
     ``stop`` is the `Trainer`'s; ``source`` opens the pairs.
     """
+    set_float32_products(ranks.device, options.execution.full_float32)
     clip, reference = models
     data = source(options, clip, reference, ranks)
     _check_best(options.keeping.best, data.metrics)
@@ -100,12 +102,13 @@ def train_model(
     if (found := latest_checkpoint(checkpoints)) is not None:
         console.print(f"training   resuming from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
-    with closing(data.stream), progress_bar(f"training {options.out.name}") as advance:
+    stream = Prefetched(data.stream, ranks.device)
+    with closing(stream), progress_bar(f"training {options.out.name}") as advance:
         shown = _Shown(advance, data.validate)
         trainer = Trainer(
             clip,
             method,
-            data.stream,
+            stream,
             options.optimization,
             reference=data.reference,
             selector=build_selector(options, reference, ranks),
@@ -143,6 +146,7 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
+        **({"full_float32": True} if options.execution.full_float32 else {}),
         **as_settings(options.optimization),
         **as_settings(options.selection),
         **method,
@@ -188,7 +192,8 @@ def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) 
         if state:
             export_model(clip, options.out / name, dtype, state)
             path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
-            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype)
+            architecture = clip.config.model
+            export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype, config=architecture)
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
     if (best := best_record(trained.history, options.keeping.best)) is not None:
         path = step_folder(options.out / "checkpoints", int(best["step"]))

@@ -5,7 +5,7 @@ Worker processes make batches and the training loop uses them; both know streams
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -25,15 +25,18 @@ class Batch(NamedTuple):
     Attributes
     ----------
     image : Tensor ``[b, 3, h, w]``
-        Preprocessed images.
+        Preprocessed images: in bytes, before the normalization, or as floats, after it.
     text : Tensor ``[b, length]``
-        Tokens of the captions.
+        Tokens of the captions, in 32 bits.
     index : Tensor ``[b]``
-        Sample indices.
+        Sample indices, on the host.
     skipped : mapping
         Number of samples of this part that could not be used, by reason.
     reference_inputs : tuple of Tensor, optional
         The input of `Reference.features`.
+    size : int
+        Largest b of the stream, of which this part lacks skipped samples or one of an uneven cut; 0 where there is
+        none. Towers are given so many rows, because other shapes would be compiled, tuned and allocated anew.
     """
 
     image: Tensor
@@ -41,14 +44,20 @@ class Batch(NamedTuple):
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] (a field, not tuple.index)
     skipped: Mapping[str, int] = MappingProxyType({})
     reference_inputs: Tensors | None = None
+    size: int = 0
 
     def rows(self, rows: Tensor) -> Batch:
         """Return the pairs in rows ``rows`` ``[k]`` of the batch, in that order; ``skipped`` stays the same."""
+        chosen = self.of_each(lambda part: part[rows.to(part.device)])
+        return chosen._replace(index=self.index[rows.to(self.index.device)], size=0)
+
+    def of_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each tensor changed that is an input of a model; the indices stay on the host."""
         inputs = None
         if self.reference_inputs is not None:
             image, text = self.reference_inputs
-            inputs = image[rows], text[rows]
-        return Batch(self.image[rows], self.text[rows], self.index[rows], self.skipped, inputs)
+            inputs = change(image), change(text)
+        return self._replace(image=change(self.image), text=change(self.text), reference_inputs=inputs)
 
 
 class Stream(Protocol):

@@ -7,6 +7,7 @@ numbers of a visit (augmentation, choice among captions) are a function of (seed
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -33,7 +34,8 @@ class Loader:
     Parameters
     ----------
     transform : callable
-        Maps a PIL image to the model's input; may draw from the global generators of torch, NumPy and Python.
+        Maps a PIL image to the model's input, in bytes or normalized; may draw from the global generators of torch,
+        NumPy and Python.
     tokenize : callable
         Maps a list of captions to tokens ``[b, length]``.
     batch_size : int
@@ -162,6 +164,11 @@ class _Part(NamedTuple):
         first, last = _bounds(stop - start, self.ranks, self.rank)
         return self.order.visits(epoch, start + first, start + last)
 
+    @property
+    def size(self) -> int:
+        """The number of visits of the largest part."""
+        return math.ceil(math.ceil(self.order.samples / self.steps) / self.ranks)
+
 
 def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
     """Return start and end of a part of ``total``; sizes of parts differ by at most one, the larger ones come first."""
@@ -219,11 +226,14 @@ class _BatchMaker:
         reference_inputs = (
             None if self._reference is None else self._reference.collate(index, drawn, own_images, captions)
         )
-        return Batch(image, self._tokenize(captions), index, dict(skipped), reference_inputs)
+        return Batch(image, self._tokens(captions), index, dict(skipped), reference_inputs, self._part.size)
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        return self._tokenize(captions).to(torch.int32)
 
     def _empty(self, skipped: Counter[str]) -> Batch:
         """Return a batch of zero samples, whose other dimensions are those of any batch."""
         image = self._transform(Image.new("RGB", (64, 64)))[None]
         index = torch.empty(0, dtype=torch.int64)
         reference_inputs = None if self._reference is None else self._reference.empty_inputs()
-        return Batch(image[:0], self._tokenize(["none"])[:0], index, dict(skipped), reference_inputs)
+        return Batch(image[:0], self._tokens(["none"])[:0], index, dict(skipped), reference_inputs, self._part.size)

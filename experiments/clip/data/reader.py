@@ -263,7 +263,7 @@ def _image(data: bytes) -> Image.Image | _Refused:
             return _Refused("unreadable image")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=251)  # all shades of a size
 def _made_up_image(pixels: int, shade: int) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (pixels, pixels), (shade, 255 - shade, shade // 2)).save(data, "PNG", compress_level=1)

@@ -147,7 +147,7 @@ class _EncodedBatch(NamedTuple):
 
 
 def _encoded(encoder: Encoder, task: Task, progress: Progress | None) -> Iterator[_EncodedBatch]:
-    batches = TaskBatches(task, encoder.batch_size, encoder.clip.preprocess)
+    batches = TaskBatches(task, encoder.batch_size, encoder.clip.in_bytes(encoder.clip.preprocess))
     for number, batch in encoder.own_batches(batches, len(batches)):
         features = encoder.images(None if batch is None else batch.images)
         rows = slice(0, 0) if batch is None else slice(batch.first, batch.first + len(batch.labels))

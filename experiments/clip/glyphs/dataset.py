@@ -301,6 +301,11 @@ def read_samples(manifest: Manifest, split: str, *, start: int = 0) -> Iterator[
     return itertools.chain.from_iterable(_read_shard(manifest.folder / s.name, s, start) for s in shards)
 
 
+def read_shard(manifest: Manifest, shard: GlyphShard) -> Iterator[StoredPair]:
+    """Read one shard, as `read_samples` reads all of a split."""
+    return _read_shard(manifest.folder / shard.name, shard, 0)
+
+
 def _read_shard(path: Path, shard: GlyphShard, start: int) -> Iterator[StoredPair]:
     index, end = shard.first_index, shard.first_index + shard.samples
     try:

@@ -10,6 +10,7 @@ from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.presets import PRESETS
 from experiments.clip.cli.terminal import console
 from experiments.clip.cli.train import run_training
+from experiments.clip.distributed import joined_ranks
 from experiments.clip.glyphs.evaluation import evaluate_model
 from experiments.clip.glyphs.options import Demo
 from experiments.clip.glyphs.source import load_pairs, prepare
@@ -27,7 +28,11 @@ def run(options: Demo) -> None:
     data = Data(options.captions, "small" if options.quick else "full", options.cache)
     reference = load_model(options.reference)
     console.print(f"reference  {reference.name}: its README.md says how it was made")
-    trained = {name: run_training(training_options(options, data, name)) for name in ("unsteered", "steered")}
+    with joined_ranks(options.device) as ranks:
+        trained = {
+            name: run_training(training_options(options, data, name), ranks) for name in ("unsteered", "steered")
+        }
+    reference.model.to(ranks.device)
     manifest = prepare(data)
     clips = {"reference": reference} | {name: run.clip for name, run in trained.items()}
     held_out = {name: load_pairs(manifest, "test", clip) for name, clip in clips.items()}

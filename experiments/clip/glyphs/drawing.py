@@ -7,17 +7,19 @@ the running Python (``unicodedata.unidata_version``); with 14.0.0 there are 52,5
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import matplotlib
 from fontTools.ttLib import TTFont
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from experiments.clip.cli.options import Captions
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import GlyphPair
+from experiments.clip.io.workers import spread
 
 SPLITS = ("train", "reference", "validation", "test")
 VAGUE_KEEP = 0.5
@@ -109,6 +111,10 @@ def draw_glyphs(size: int = 32, chosen: Sequence[str] | None = None) -> Iterator
                 yield Glyph(face, code_point, name.lower(), image)
 
 
+def _face(size: int, face: str) -> list[Glyph]:
+    return list(draw_glyphs(size, (face,)))
+
+
 @lru_cache(maxsize=256)
 def _font(path: Path, em: float) -> ImageFont.FreeTypeFont:
     # The Raqm engine, Pillow's default where it is installed, fails on some of these characters.
@@ -134,7 +140,7 @@ def _draw(path: Path, character: str, size: int) -> Image.Image | None:
         em = min(em / excess, em - 0.5)
     x = (left + right - size) // 2
     y = min(max(baseline - round(_BASELINE * size), bottom + margin - size), top - margin)
-    return ImageOps.invert(sheet.crop((x, y, x + size, y + size)))
+    return ImageChops.invert(sheet.crop((x, y, x + size, y + size)))
 
 
 def _unit(text: str) -> float:
@@ -226,7 +232,8 @@ def glyph_splits(
     if captions not in get_args(Captions):
         raise ValueError(f"captions is {captions!r}: choose one of {', '.join(get_args(Captions))}")
     splits: dict[str, list[GlyphPair]] = {name: [] for name in SPLITS}
-    for face, code_point, name, image in draw_glyphs(size, chosen):
+    some = [face for face in faces() if chosen is None or face in chosen]
+    for face, code_point, name, image in chain.from_iterable(spread(partial(_face, size), some)):
         meta = {"face": face, "code_point": code_point, "name": name}
         pair = GlyphPair(f"{face}-{code_point:05x}", image, name, meta)
         splits[split_of(face, code_point)].append(pair)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from experiments.clip.cli.options import SHIPPED_REFERENCE, Captions, Data
 
@@ -24,6 +25,8 @@ class Demo:
     """Folder of the reference model, in open_clip's local-dir layout."""
     seed: int = 0
     """Seed of initial weights and order of the pairs, the same for both models."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)

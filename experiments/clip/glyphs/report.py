@@ -128,7 +128,7 @@ def draw_predictions(
     chosen = torch.linspace(0, len(some) - 1, height * width).round().long()
     called: dict[str, list[str]] = {}
     for name, clip in clips.items():
-        image = encode_images(clip.encode_image, [held_out[name].images(chosen)])
+        image = encode_images(clip.encode_image, [held_out[name].pixels[chosen]])
         _, best = predictions(image, encode_texts(clip.encode_text, vocabulary), 1)
         called[name] = [vocabulary[int(k)] for k in best[:, 0]]
     figure = Figure(figsize=(11, 4.4), layout="constrained")

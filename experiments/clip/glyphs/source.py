@@ -23,6 +23,7 @@ from experiments.clip.glyphs.evaluation import evaluate_model
 from experiments.clip.glyphs.options import Prepare
 from experiments.clip.glyphs.stream import MemoryStream, PreparedPairs
 from experiments.clip.io.files import locked
+from experiments.clip.io.workers import spare_cores
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference
 
@@ -88,7 +89,7 @@ def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedRe
     shards = [str(manifest.folder / shard.name) for shard in manifest.splits["train"].shards]
     catalog = make_catalog(shards, cache / f"catalog-{manifest.fingerprint[:12]}")
     folder = cache / f"features-{catalog.fingerprint[:12]}-{reference.fingerprint[:12]}"
-    return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH)
+    return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH, workers=spare_cores())
 
 
 def cache_features(data: Data, reference: Clip) -> CachedReference:
@@ -115,6 +116,8 @@ def open_data(
     # Runs that start together share what one of them has prepared.
     with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
         manifest = prepare(options.data)
+        if reference is not None:
+            reference.model.to(ranks.device)
         features = None if reference is None else glyph_features(reference, manifest, options.data.cache)
     samples = share(options, manifest)
     pairs = load(manifest, options.split, clip).first(samples)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,14 +22,15 @@ from torch import Tensor
 from experiments.clip.cli.terminal import console
 from experiments.clip.data.batch import Batch
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import Manifest, read_samples
+from experiments.clip.glyphs.dataset import GlyphShard, Manifest, read_samples, read_shard
 from experiments.clip.io.files import write_atomically
+from experiments.clip.io.workers import spread
 from experiments.clip.models.clip import Clip
+from experiments.clip.models.pixels import Transform, cut
 from experiments.clip.reference.cache import CachedReference
 
 _PREPARED_FORMAT = 1
 _RESIZING = ("size", "resize_mode", "interpolation")
-_BLOCK = 256
 
 
 class PreparedPairs:
@@ -55,8 +56,6 @@ class PreparedPairs:
         distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
         tokens = clip.tokenize(list(distinct)).to(torch.int32)
         self._tokens = tokens[torch.tensor([distinct[caption] for caption in self.captions])]
-        self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
-        self._std = torch.tensor(config["std"]).view(3, 1, 1)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -68,18 +67,14 @@ class PreparedPairs:
         part.captions, part.names = self.captions[:count], self.names[:count]
         return part
 
-    def images(self, index: Tensor) -> Tensor:
-        """Return the normalized images ``[b, 3, h, w]`` of samples ``index`` ``[b]``."""
-        return (self.pixels[index].to(torch.float32) / 255 - self._mean) / self._std
-
-    def batch(self, index: Tensor) -> Batch:
-        """Return the samples ``index`` ``[b]``."""
-        return Batch(self.images(index), self._tokens[index].to(torch.int64), index)
+    def batch(self, index: Tensor, size: int = 0) -> Batch:
+        """Return the samples ``index`` ``[b]`` of a stream whose largest batch has ``size``."""
+        pixels, tokens = (part.index_select(0, index) for part in (self.pixels, self._tokens))
+        return Batch(pixels, tokens, index, size=size)
 
     def image_batches(self, size: int = 512) -> Iterator[Tensor]:
-        """Yield all images in order of their index."""
-        for index in torch.arange(len(self)).split(size):
-            yield self.images(index)
+        """Yield all images, in bytes, in order of their index."""
+        yield from self.pixels.split(size)
 
 
 class _Prepared(NamedTuple):
@@ -102,36 +97,40 @@ def _prepared_path(manifest: Manifest, split: str, config: dict[str, Any]) -> Pa
 def _prepare(
     manifest: Manifest, split: str, config: dict[str, Any], progress: Callable[[int], None] | None
 ) -> _Prepared:
-    # With is_train False it returns one transform, not the three that its annotation allows.
-    transform = cast(
-        Callable[[Image.Image], Tensor],
-        open_clip.image_transform(
+    if split not in manifest.splits:
+        read_samples(manifest, split)  # which says so
+    parts: list[_Prepared] = []
+    done = 0
+    for part in spread(_ShardDecoder(manifest, config), manifest.splits[split].shards):
+        parts.append(part)
+        done += len(part.captions)
+        if progress is not None:
+            progress(done)
+    pixels, captions, names = zip(*parts, strict=True)
+    return _Prepared(torch.cat(pixels), list(itertools.chain(*captions)), list(itertools.chain(*names)))
+
+
+class _ShardDecoder:
+    """Decodes a shard and resizes its images as ``config`` says, in this process or in another."""
+
+    def __init__(self, manifest: Manifest, config: dict[str, Any]) -> None:
+        self._manifest = manifest
+        transform = open_clip.image_transform(
             config["size"],
             is_train=False,
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
             resize_mode=config["resize_mode"],
             interpolation=config["interpolation"],
-        ),
-    )
-    total = manifest.splits[split].samples if split in manifest.splits else 0
-    blocks: list[Tensor] = []
-    captions: list[str] = []
-    names: list[str] = []
-    samples = read_samples(manifest, split)
-    while block := list(itertools.islice(samples, _BLOCK)):
-        for sample in block:
-            if sample.index != len(captions):
-                raise UserError(
-                    f"{split} yields sample {sample.index} where {len(captions)} is due: prepare the data again"
-                )
-            captions.append(sample.caption)
-            names.append(sample.meta.get("name", sample.caption))
-        images = torch.stack([transform(sample.image) for sample in block])
-        blocks.append((images * 255).round().to(torch.uint8))
-        if progress is not None:
-            progress(min(total, len(captions)))
-    return _Prepared(torch.cat(blocks), captions, names)
+        )
+        # With is_train False it returns one transform, not the three that its annotation allows.
+        self._in_bytes, _ = cut(cast(Transform, transform))
+
+    def __call__(self, shard: GlyphShard) -> _Prepared:
+        samples = list(read_shard(self._manifest, shard))
+        return _Prepared(
+            torch.stack([self._in_bytes(sample.image) for sample in samples]),
+            [sample.caption for sample in samples],
+            [sample.meta.get("name", sample.caption) for sample in samples],
+        )
 
 
 def _save_prepared(path: Path, prepared: _Prepared) -> None:
@@ -196,11 +195,12 @@ class MemoryStream:
         self._pairs, self._batch_size, self._seed, self._features = pairs, batch_size, seed, features
         self._rank, self._ranks = rank, ranks
         self.steps_per_epoch = steps_per_epoch(len(pairs), batch_size)
+        self._size = math.ceil(math.ceil(len(pairs) / self.steps_per_epoch) / ranks)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this rank's part of the epoch's batches, from step ``first`` of the epoch on."""
         for index in epoch_order(len(self._pairs), self._batch_size, self._seed, epoch)[first:]:
-            batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank])
+            batch = self._pairs.batch(index.tensor_split(self._ranks)[self._rank], self._size)
             yield batch if self._features is None else batch._replace(reference_inputs=self._features.rows(batch.index))
 
     def state_dict(self) -> dict[str, int]:

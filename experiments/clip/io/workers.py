@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.clip.errors import UserError
+
+#: Results that each worker computes before they are requested: so many times the workers are in shared memory at most.
+AHEAD = 2
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -38,7 +42,9 @@ class Workers(Generic[Key, Result]):
         Whether tensors of the results are put into page-locked memory, which makes copies to a GPU faster.
     """
 
-    def __init__(self, task: Callable[[Key], Result], count: int, *, ahead: int = 2, pin_memory: bool = False) -> None:
+    def __init__(
+        self, task: Callable[[Key], Result], count: int, *, ahead: int = AHEAD, pin_memory: bool = False
+    ) -> None:
         self._task, self._count, self._ahead, self._pin_memory = task, count, ahead, pin_memory
         self._keys = _Keys()
         self._loader: DataLoader | None = None
@@ -108,6 +114,21 @@ class Workers(Generic[Key, Result]):
             raise UserError(
                 f"a data worker died ({reason}): look for a lack of memory, or use fewer workers"
             ) from error
+
+
+def spare_cores() -> int:
+    """Return how many cores this process may use beside its own."""
+    return len(os.sched_getaffinity(0)) - 1
+
+
+def spread(task: Callable[[Key], Result], keys: Sequence[Key]) -> Iterator[Result]:
+    """Yield ``task(key)`` in the order of the keys, computed by as many processes as this one may use cores."""
+    count = min(len(keys) - 1, spare_cores()) + 1
+    workers: Workers[Key, Result] = Workers(task, count if count > 1 else 0)
+    try:
+        yield from workers.map(keys)
+    finally:
+        workers.close()
 
 
 class _Keys:

@@ -1,30 +1,40 @@
-"""open_clip models with their preprocessing and tokenizer, made by a registered name or loaded from a folder."""
+"""open_clip models with their preprocessing and tokenizer: new ones, and those with published weights."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import open_clip
 import torch
-from PIL import Image
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from experiments.clip.errors import UserError
+from experiments.clip.models.config import CONFIG_FILE, Config, checked_preprocess, write_config
+from experiments.clip.models.pixels import Normalization, Transform, cut
+from experiments.clip.models.published import OPENAI, preprocess_of_file, quick_gelu_note
+from experiments.clip.models.sources import WEIGHTS_FILE, Source, find_source, is_quick
+from experiments.clip.models.tokenizers import folder_tokenizer, registered_tokenizer, text_tower_config
+from experiments.clip.models.weights import Weights, fill_from_big_vision, fill_model, is_big_vision, read_weights
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
-_CONFIGS = Path(__file__).parent / "configs"
 _SIGMOID_BIAS = -10.0
+# How many numbers more than its weights take bytes a model may have: buffers, and biases that are added.
+_MORE_NUMBERS = 2**24
 
-Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
@@ -35,7 +45,7 @@ class Clip:
     Attributes
     ----------
     name : str
-        The registered name, or the folder that the model was loaded from.
+        What the model was chosen by: a registered name, a folder, a configuration file, or a repository of the hub.
     preprocess : callable
         Maps a PIL image to the model's normalized input, in evaluation.
     tokenize : callable
@@ -44,6 +54,14 @@ class Clip:
         Identifies weights, preprocessing and tokenizer of a model that was loaded; empty for a new one.
     augment : callable
         The preprocessing for training, with random crops.
+    normalization : Normalization, optional
+        The last steps of ``preprocess``, which `prepared` does; None where they cannot be told apart.
+    config : Config
+        The architecture, as exports describe it.
+    vocabulary : sequence of paths
+        Files that the tokenizer is made from, beside those that come with open_clip.
+    notes : sequence of str
+        What to say about the model to whoever chose it.
     """
 
     name: str
@@ -52,15 +70,45 @@ class Clip:
     tokenize: Tokenizer
     fingerprint: str
     augment: Transform
+    normalization: Normalization | None
+    config: Config
+    vocabulary: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
         """The device of the model's weights."""
         return self.model.logit_scale.device
 
+    def compile(self) -> None:
+        """Compile the towers where features are computed, for a model that is not trained."""
+        for name in ("encode_image", "encode_text"):
+            setattr(self.model, name, torch.compile(getattr(self.model, name)))
+
+    def in_bytes(self, transform: Transform) -> Transform:
+        """Return ``preprocess`` or ``augment`` without the normalization, which `prepared` does; else as it is."""
+        shorter, normalization = cut(transform)
+        return transform if normalization is None or normalization != self.normalization else shorter
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Return images ``[b, 3, h, w]``, in bytes or normalized, as the model takes them: on its device, normalized.
+
+        Bytes become floats of autocast's type where that is on.
+        """
+        images = images.to(self.device, non_blocking=True)
+        if self.normalization is None or images.dtype != torch.uint8:
+            return images
+        kind = self.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return self.normalization(images, narrow)
+
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return unit features ``[b, d]`` of preprocessed images ``[b, 3, h, w]``."""
-        return self.model.encode_image(at_least_one(images.to(self.device)), normalize=True)[: len(images)]
+        """Return unit features ``[b, d]`` of images ``[b, 3, h, w]`` in bytes or normalized, see `prepared`."""
+        return self.model.encode_image(at_least_one(self.prepared(images)), normalize=True)[: len(images)]
+
+    def prepared_tokens(self, tokens: Tensor) -> Tensor:
+        """Return tokens ``[b, length]``, in integers of any size, as the model takes them."""
+        return tokens.to(self.device, non_blocking=True).to(torch.int64)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Return unit features ``[b, d]`` of captions."""
@@ -68,7 +116,7 @@ class Clip:
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return unit features ``[b, d]`` of tokenized captions ``[b, length]``."""
-        return self.model.encode_text(at_least_one(tokens.to(self.device)), normalize=True)[: len(tokens)]
+        return self.model.encode_text(at_least_one(self.prepared_tokens(tokens)), normalize=True)[: len(tokens)]
 
 
 def at_least_one(inputs: Tensor) -> Tensor:
@@ -76,69 +124,215 @@ def at_least_one(inputs: Tensor) -> Tensor:
     return inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
 
 
-@functools.cache
-def register_models() -> None:
-    """Add the glyph models to the names that open_clip knows, for this process."""
-    open_clip.add_model_config(_CONFIGS)
+def new_model(
+    name: str,
+    seed: int,
+    *,
+    sigmoid: bool = False,
+    weights: str | Path | None = None,
+    image: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Clip:
+    """Build a model in training mode, with weights drawn from ``seed`` where none are published under its name.
 
+    With ``sigmoid`` it has SigLIP's head, whose logit bias starts at -10 and whose scale starts at 10.
 
-def check_registered(name: str) -> None:
-    """Raise a `UserError` if no registered model has this name."""
-    register_models()
-    if name not in open_clip.list_models():
-        raise UserError(f"no model is called {name!r}: name one of open_clip.list_models() or a glyph model")
-
-
-def new_model(name: str, seed: int, *, sigmoid: bool = False, weights: Path | None = None, **options: Any) -> Clip:
-    """Build a registered open_clip model with weights drawn from ``seed``, or from a file.
-
-    With ``sigmoid`` it has SigLIP's head, whose logit bias starts at -10 and whose scale starts at 10. ``options`` are
-    passed to ``open_clip.create_model_and_transforms``.
+    Parameters
+    ----------
+    name, weights
+        See the module.
+    image
+        Preprocessing that differs from what the weights were published with: ``mean``, ``std``, ``interpolation``,
+        ``resize_mode``; and ``aug_cfg``, open_clip's augmentation in training.
+    options
+        Passed to ``open_clip.create_model``.
     """
-    check_registered(name)
     head = {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(10)} if sigmoid else {}
+    source = find_source(str(name), None if weights is None else str(weights))
+    if "multimodal_cfg" in source.config.model:
+        raise UserError(f"{name} writes captions (CoCa), which is not trained here: choose a model of two towers")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        if weights is not None:
-            return _from_weights(name, weights, **head, **options)
-        try:
-            return _create(name, name, "", **head, **options)
-        except ImportError as error:
-            raise UserError(f"--model {name} needs another package ({error}): install it") from error
+        return _build(source, dict(image or {}), **head, **options)
 
 
-def load_model(name: str | Path, weights: Path | None = None) -> Clip:
-    """Load a model in evaluation mode, from a folder in open_clip's ``local-dir:`` layout.
+def load_model(name: str | Path, weights: str | Path | None = None, image: Mapping[str, Any] | None = None) -> Clip:
+    """Load a model with its published weights, in evaluation mode; see `new_model`.
 
-    With a file of ``weights``, ``name`` is a registered model instead. The file is safetensors, or torch's format, of
-    which only tensors are read.
+    Only tensors are read from files of weights, and nothing but an architecture from a configuration: no code that they
+    name is run, no other file is opened, and no host is reached but for a tag or ``hf-hub:``.
     """
-    if weights is not None:
-        check_registered(str(name))
-        with _quiet():
-            clip = _from_weights(str(name), weights)
-        clip.model.eval()
-        return clip
-    folder = Path(name)
-    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} has no {missing[0]}: name a folder written by `run.py train` or open_clip, "
-            "or a registered model with a file of weights"
-        )
-    try:
-        with _quiet():
-            clip = _create(str(folder), f"local-dir:{folder}", fingerprint_of(folder))
-    except Exception as error:  # open_clip passes on whatever JSON, safetensors and torch raise on damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} does not load as an open_clip model ({reason}): make or copy it again") from error
+    source = find_source(str(name), None if weights is None else str(weights))
+    if source.weights is None:
+        raise UserError(f"{name} names no weights: give a file or a tag of them, or a folder with {WEIGHTS_FILE}")
+    with _quiet():
+        clip = _build(source, dict(image or {}))
     clip.model.eval()
     return clip
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Return a digest of the configuration and the weights in a folder of open_clip's ``local-dir:`` layout."""
-    return _digest(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+    """Return a digest of configuration, weights and vocabulary in a folder of open_clip's ``local-dir:`` layout."""
+    source = find_source(str(folder), None)
+    assert source.weights is not None
+    return _digest(folder / CONFIG_FILE, source.weights, *source.vocabulary)
+
+
+def _build(source: Source, image: dict[str, Any], **options: Any) -> Clip:
+    """Build a model from its parts; an error names the part that does not fit."""
+    augmentation = image.pop("aug_cfg", None)
+    size, length = options.pop("force_image_size", None), options.pop("force_context_length", None)
+    config = _resized(source.config, size, length)
+    weights, of_weights, notes = _read(source)
+    forced = checked_preprocess({key: value for key, value in image.items() if value is not None})
+    preprocess = {**config.preprocess, **of_weights, **forced}
+    try:
+        tokenize = _tokenizer(source, config.model["text_cfg"])
+        model = _created(source, config, **options)
+        if source.weights is not None:
+            _fill(model, source, weights)
+        if size is not None:
+            _check_size(model, size, source.name)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{source.name} needs another package ({_reason(error)}): install it") from error
+    except Exception as error:  # open_clip, timm and transformers pass on whatever they meet
+        raise UserError(f"{_described(source)} ({_reason(error)})") from error
+    preprocess = {**asdict(PreprocessCfg()), **preprocess, "size": model.visual.image_size}
+    set_model_preprocess_cfg(model, preprocess)
+    shown = PreprocessCfg(**preprocess)
+    plain = cast(Transform, image_transform_v2(shown, is_train=False))
+    return Clip(
+        source.name,
+        model,
+        plain,
+        tokenize,
+        _fingerprint(source, preprocess, size=size, length=length),
+        _augmenting(shown, augmentation),
+        cut(plain)[1],
+        config,
+        source.vocabulary,
+        source.notes + notes,
+    )
+
+
+def _augmenting(config: PreprocessCfg, augmentation: Mapping[str, Any] | None) -> Transform:
+    with warnings.catch_warnings():
+        # open_clip warns of what belongs to a part that it has used.
+        warnings.simplefilter("ignore")
+        made = image_transform_v2(config, is_train=True, aug_cfg=dict(augmentation) if augmentation else None)
+    return cast(Transform, made)
+
+
+def _resized(config: Config, size: int | None, length: int | None) -> Config:
+    """Return the configuration with another image size and context length."""
+    model = deepcopy(config.model)
+    if size is not None:
+        model["vision_cfg"]["image_size"] = size
+    if length is not None:
+        model["text_cfg"]["context_length"] = length
+    return Config(model, config.preprocess)
+
+
+def _read(source: Source) -> tuple[Weights | None, dict[str, Any], tuple[str, ...]]:
+    """Return the weights, the preprocessing that they were published with, and what to say of them."""
+    path = source.weights
+    if path is None:
+        return None, {}, ()
+    try:
+        weights = None if is_big_vision(path) else read_weights(path)
+    except Exception as error:  # safetensors, torch, zipfile and pickle raise their own
+        raise UserError(f"{_described(source)} ({_reason(error)})") from error
+    if source.preprocess is not None:
+        return weights, source.preprocess, ()
+    if weights is not None and weights.preprocess:
+        return weights, checked_preprocess(weights.preprocess), ()
+    if weights is not None and weights.is_archive:
+        note = quick_gelu_note(source.name, True, is_quick(source.config), str(path))
+        return weights, OPENAI, (note,) * bool(note)
+    preprocess, note = preprocess_of_file(source.name, path)
+    return weights, source.config.preprocess or preprocess, (note,) * bool(note)
+
+
+def _created(source: Source, config: Config, **options: Any) -> open_clip.CLIP:
+    """Let open_clip build the model from a configuration that was checked."""
+    written = deepcopy(config.model)
+    text = written["text_cfg"]
+    with ExitStack() as places:
+        if source.text_tower is not None and (name := text.get("hf_model_name")):
+            text["hf_model_name"] = places.enter_context(text_tower_config(source.text_tower, name))
+        place = places.enter_context(tempfile.TemporaryDirectory())
+        write_config(Path(place), Config(written, config.preprocess))
+        create = functools.partial(open_clip.create_model, f"local-dir:{place}", **options)
+        if source.weights is None:
+            return cast(open_clip.CLIP, create(pretrained_text=source.is_registered))
+        if not source.is_registered:
+            with torch.device("meta"):
+                _refuse_larger_than_weights(create(pretrained_text=False, device="meta"), source.weights)
+        return cast(open_clip.CLIP, create(pretrained_text=False))
+
+
+def _refuse_larger_than_weights(model: torch.nn.Module, weights: Path) -> None:
+    numbers = sum(each.numel() for each in (*model.parameters(), *model.buffers()))
+    if numbers > (size := weights.stat().st_size) + _MORE_NUMBERS:
+        raise ValueError(f"its configuration has {numbers} numbers, its weights are {size} bytes")
+
+
+def _fill(model: open_clip.CLIP, source: Source, weights: Weights | None) -> None:
+    if weights is None:
+        assert source.weights is not None
+        fill_from_big_vision(model, source.weights)
+    else:
+        fill_model(model, weights)
+
+
+def _check_size(model: open_clip.CLIP, size: int, name: str) -> None:
+    """Give a tower of timm another image size, unless open_clip could not load it again."""
+    if not isinstance(model.visual, TimmModel):
+        return
+    before = {key: value.shape for key, value in model.visual.state_dict().items()}
+    model.visual.set_input_size(size)
+    if before != {key: value.shape for key, value in model.visual.state_dict().items()}:
+        raise UserError(
+            f"--force-image-size {size} changes the weights of {name}, a tower of timm's that open_clip builds in one "
+            "size: choose the registered model of that size"
+        )
+
+
+def _tokenizer(source: Source, text: Mapping[str, Any]) -> Tokenizer:
+    if source.folder is None:
+        return cast(Tokenizer, registered_tokenizer(source.name, text))
+    return cast(Tokenizer, folder_tokenizer(source.folder, text))
+
+
+def _fingerprint(source: Source, preprocess: Mapping[str, Any], **forced: int | None) -> str:
+    """Return a digest of all that the model's features depend on, beside the registered name of a new one."""
+    files = [path for path in (source.config_file, source.weights, *source.vocabulary) if path is not None]
+    digest = (source.name * source.is_registered + _digest(*files)) if files else ""
+    usual = {**asdict(PreprocessCfg()), **source.config.preprocess}
+    changed: dict[str, Any] = {key: value for key, value in forced.items() if value is not None}
+    changed |= {
+        key: value for key, value in preprocess.items() if key != "size" and _as_json(value) != _as_json(usual[key])
+    }
+    return digest + (hashlib.sha256(_as_json(changed)).hexdigest() if changed else "")
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _described(source: Source) -> str:
+    """Return what to say where a model cannot be built; the reason follows in parentheses."""
+    if source.weights is None:
+        return f"the model {source.name} cannot be built"
+    if source.config_file is not None and source.weights.parent == source.config_file.parent:
+        return f"{source.name} does not load as an open_clip model, make or copy it again"
+    return f"{source.weights} does not load as weights of {source.name}, name the model that it is of"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def lock_towers(model: torch.nn.Module, towers: Sequence[str], unlocked: int) -> None:
@@ -152,24 +346,6 @@ def lock_towers(model: torch.nn.Module, towers: Sequence[str], unlocked: int) ->
             lock(unlocked, True)
         except (NotImplementedError, AssertionError, AttributeError) as error:
             raise UserError(f"this model's {tower} tower cannot be locked ({error}): choose another --model") from error
-
-
-def _from_weights(name: str, weights: Path, **options: Any) -> Clip:
-    if not weights.is_file():
-        raise UserError(f"there is no file of weights {weights}: name one that was saved for {name}")
-    try:
-        return _create(name, name, name + _digest(weights), pretrained=str(weights), **options)
-    except Exception as error:  # see load_model
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{weights} does not load as weights of {name} ({reason}): name the model it is of") from error
-
-
-def _create(name: str, location: str, fingerprint: str, **options: Any) -> Clip:
-    """Build a model from a registered name or a ``local-dir:`` folder; open_clip's annotations allow other types."""
-    model, augment, preprocess = open_clip.create_model_and_transforms(location, **options)
-    tokenize = cast(Tokenizer, open_clip.get_tokenizer(location))
-    model = cast(open_clip.CLIP, model)
-    return Clip(name, model, cast(Transform, preprocess), tokenize, fingerprint, cast(Transform, augment))
 
 
 def _digest(*paths: Path) -> str:

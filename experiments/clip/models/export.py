@@ -8,29 +8,31 @@ a checkpoint, a file   ``create_model_and_transforms(NAME, pretrained=PATH)``, w
 =====================  ==============================================================================
 
 A checkpoint does not determine the preprocessing: open_clip uses the default of the name. The glyph models are
-registered only in this program, once it has made a model or called `experiments.clip.models.clip.register_models`; so
-CLIP_benchmark's command needs a bundle of them.
+registered only in this program, once it has made a model or called `experiments.clip.models.sources.register_models`;
+so CLIP_benchmark's command needs a bundle of them.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save
 from torch import Tensor
 
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_atomically
-from experiments.clip.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, check_registered
-
-# Parts of names that compiling, activation checkpointing and older sharding add.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+from experiments.clip.models.clip import Clip
+from experiments.clip.models.config import CONFIG_FILE
+from experiments.clip.models.sources import WEIGHTS_FILE, check_registered
+from experiments.clip.models.tokenizers import TEXT_CONFIG
+from experiments.clip.models.weights import plain_name
 
 
 def plain_state(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -41,12 +43,9 @@ def plain_state(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32)
     """
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
-        parts = [part for part in name.split(".") if part not in _WRAPPERS]
-        while parts[0] == "module":
-            del parts[0]
-        if parts == ["n_averaged"]:
+        if name == "n_averaged":
             continue
-        key = ".".join(parts)
+        key = plain_name(name)
         if key in plain:
             raise ValueError(f"state has {name!r} and another name of {key!r}: pass the weights of one model")
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -63,6 +62,9 @@ def export_bundle(
     preprocess: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype = torch.float32,
+    *,
+    config: Mapping[str, Any] | None = None,
+    vocabulary: Sequence[Path] = (),
 ) -> None:
     """Write a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads.
 
@@ -78,14 +80,20 @@ def export_bundle(
         Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` are written.
     dtype
         Type of the floating-point weights in the file.
+    config
+        The architecture, in open_clip's ``model_cfg``, where it is not the registered one.
+    vocabulary
+        Files of a tokenizer that does not come with open_clip.
     """
     plain = plain_state(state, dtype)
     # open_clip builds a logit bias only if the configuration has its initial value.
     head = {"init_logit_bias": plain["logit_bias"].item()} if "logit_bias" in plain else {}
-    config = {"model_cfg": {**_config(name), **head}, "preprocess_cfg": dict(preprocess)}
+    document = {"model_cfg": {**(config or _config(name)), **head}, "preprocess_cfg": dict(preprocess)}
     folder.mkdir(parents=True, exist_ok=True)
+    for path in vocabulary:
+        write_atomically(folder / path.name, path.read_bytes())
     write_atomically(folder / WEIGHTS_FILE, save(plain, {"format": "pt"}))
-    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
+    write_atomically(folder / CONFIG_FILE, json.dumps(document, indent=2).encode() + b"\n")
 
 
 def export_checkpoint(
@@ -96,6 +104,7 @@ def export_checkpoint(
     *,
     epoch: int,
     dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a file that ``open_clip.create_model_and_transforms(name, pretrained=PATH)`` loads.
 
@@ -105,7 +114,7 @@ def export_checkpoint(
 
     Parameters
     ----------
-    name, state, preprocess, dtype
+    name, state, preprocess, dtype, config
         As for `export_bundle`.
     path
         The file, named ``epoch_K.pt`` by convention.
@@ -113,7 +122,7 @@ def export_checkpoint(
         Number of epochs that the weights have been trained.
     """
     plain = plain_state(state, dtype)
-    if "init_logit_bias" not in _config(name):
+    if "init_logit_bias" not in (config or _config(name)):
         plain.pop("logit_bias", None)
     data = io.BytesIO()
     torch.save({"state_dict": plain, "epoch": epoch, "name": name, "preprocess_cfg": dict(preprocess)}, data)
@@ -125,7 +134,13 @@ def export_model(
 ) -> None:
     """Write ``clip`` as a bundle, with ``weights`` (full tensors) in place of the model's own if given."""
     state = clip.model.state_dict() if weights is None else weights
-    export_bundle(clip.name, state, open_clip.get_model_preprocess_cfg(clip.model), folder, dtype)
+    preprocess = open_clip.get_model_preprocess_cfg(clip.model)
+    architecture = clip.config.model
+    export_bundle(clip.name, state, preprocess, folder, dtype, config=architecture, vocabulary=clip.vocabulary)
+    if isinstance(clip.tokenize, HFTokenizer) and not clip.vocabulary:
+        clip.tokenize.save_pretrained(str(folder))
+    if (tower := getattr(getattr(clip.model, "text", None), "config", None)) is not None:  # one of transformers
+        write_atomically(folder / TEXT_CONFIG, tower.to_json_string().encode())
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -12,10 +12,12 @@ and v alone, so that the target can use the same crop and caption.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from experiments.clip.data.batch import Tensors
 from experiments.clip.data.catalog import Catalog
 from experiments.clip.data.draws import Draws, random_state_restored, view_draws
+from experiments.clip.data.prefetch import copied_ahead
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
 from experiments.clip.data.scan import Shard
 from experiments.clip.distributed import Ranks
@@ -39,7 +42,9 @@ from experiments.clip.models.clip import Clip
 from experiments.clip.reference.margins import SPREAD_PAIRS, margin_spread
 
 Precision = Literal["float16", "bfloat16"]
+TowerPrecision = Literal["float32", "bfloat16"]
 
+_TOWERS: TowerPrecision = "float32"  # of files that do not say it
 _AGAIN = "run `run.py cache-reference` on this data again"
 _CONCURRENT_CHECKS = 16
 _MAPPED = 256  # files that are mapped into memory at a time
@@ -144,6 +149,7 @@ def cache_features(
     *,
     views: int = 1,
     precision: Precision = "float16",
+    towers: TowerPrecision = "float32",
     batch_size: int = 256,
     workers: int = 0,
     ranks: Ranks | None = None,
@@ -156,6 +162,10 @@ def cache_features(
 
     Parameters
     ----------
+    precision : str
+        That of the features on disk.
+    towers : str
+        That of the towers, by autocast.
     batch_size : int
         Number of samples that go through the towers at a time.
     workers : int
@@ -174,28 +184,46 @@ def cache_features(
     own = [number for number, shard in enumerate(catalog.shards) if shard.samples][ranks.rank :: ranks.count]
     total = sum(catalog.shards[number].samples for number in own)
     ensure_writable(folder)
-    task = _InputMaker(Reader(catalog), clip, views)
-    pool: Workers[tuple[int, int], _Inputs] = Workers(task, workers, pin_memory=ranks.device.type == "cuda")
-    computed = done = 0
-    try:
-        for number in own:
+    identities = {number: _identity(clip, catalog, catalog.shards[number], views, precision, towers) for number in own}
+    missing = [number for number in own if not _path(folder, number).is_file()]
+    for number in own:
+        if number not in missing:
+            _check(_path(folder, number), identities[number])
+    parts = {number: _parts(catalog.shards[number], batch_size) for number in missing}
+    pool: Workers[tuple[int, int], _Inputs] = Workers(
+        _InputMaker(Reader(catalog), clip, views), workers, pin_memory=ranks.device.type == "cuda"
+    )
+    done = total - sum(catalog.shards[number].samples for number in missing)
+    computed = 0
+    if progress is not None:
+        progress(done, total)
+    # Readers and copies go on over the end of a shard, and its file is written beside the next one's computation.
+    inputs = copied_ahead(pool.map(itertools.chain.from_iterable(parts.values())), ranks.device)
+    encoder = _Encoder(clip, views, precision, towers, skip_limit)
+    with closing(pool), ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None
+        for number in missing:
             shard = catalog.shards[number]
-            path = _path(folder, number)
-            identity = _identity(clip, catalog, shard, views, precision)
-            if path.is_file():
-                _check(path, identity)
-            else:
-                end = shard.first_index + shard.samples
-                keys = [(k, min(k + batch_size, end)) for k in range(shard.first_index, end, batch_size)]
-                tensors = _encoded(clip, pool.map(keys), shard, views, precision, skip_limit)
-                write_atomically(path, save(tensors, identity))
-                computed += shard.samples
-            done += shard.samples
+            tensors = encoder.features(itertools.islice(inputs, len(parts[number])), shard)
+            if written is not None:
+                written.result()
+            written = writer.submit(_write, _path(folder, number), tensors, identities[number])
+            computed += shard.samples
             if progress is not None:
-                progress(done, total)
-    finally:
-        pool.close()
+                progress(done + computed, total)
+        if written is not None:
+            written.result()
     return computed
+
+
+def _parts(shard: Shard, size: int) -> list[tuple[int, int]]:
+    """Return first and stop of the samples that go through the towers together."""
+    end = shard.first_index + shard.samples
+    return [(k, min(k + size, end)) for k in range(shard.first_index, end, size)]
+
+
+def _write(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> None:
+    write_atomically(path, save(tensors, identity))
 
 
 def open_features(clip: Clip, catalog: Catalog, folder: Path) -> CachedReference:
@@ -204,11 +232,12 @@ def open_features(clip: Clip, catalog: Catalog, folder: Path) -> CachedReference
     full = [number for number, shard in enumerate(catalog.shards) if shard.samples]
     made = _metadata(files[full[0]]) if files[full[0]].is_file() else {}
     views, precision = int(made.get("views", 1)), cast(Precision, made.get("precision", "float16"))
+    towers = cast(TowerPrecision, made.get("towers", _TOWERS))
 
     def check(number: int) -> str:
         if not files[number].is_file():
             return f"reference features {files[number]} are missing: {_AGAIN}"
-        _check(files[number], _identity(clip, catalog, catalog.shards[number], views, precision))
+        _check(files[number], _identity(clip, catalog, catalog.shards[number], views, precision, towers))
         return ""
 
     with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
@@ -227,6 +256,10 @@ class _Inputs(NamedTuple):
     text: Tensor
     skipped: dict[str, int]
 
+    def of_each(self, change: Callable[[Tensor], Tensor]) -> _Inputs:
+        """Return the inputs with both tensors changed."""
+        return self._replace(image=change(self.image), text=change(self.text))
+
 
 class _InputMaker:
     """Reads and decodes samples ``first`` to ``stop`` for the reference, in this process or in a worker."""
@@ -234,7 +267,7 @@ class _InputMaker:
     def __init__(self, reader: Reader, clip: Clip, views: int) -> None:
         self._reader, self._views = reader, views
         self._tokenize = clip.tokenize
-        self._preprocess, self._augment = clip.preprocess, clip.augment
+        self._transform = clip.in_bytes(clip.preprocess if views == 1 else clip.augment)
 
     def __call__(self, key: tuple[int, int]) -> _Inputs:
         indices: list[int] = []
@@ -251,56 +284,82 @@ class _InputMaker:
                 for view, pair in enumerate(pairs):
                     assert not isinstance(pair, Skip)
                     view_draws(raw.index, view).seed_generators()
-                    images.append((self._preprocess if self._views == 1 else self._augment)(pair.image))
+                    images.append(self._transform(pair.image))
                     captions.append(pair.caption)
         if not indices:
             return _Inputs([], torch.empty(0), torch.empty(0), dict(skipped))
         return _Inputs(indices, torch.stack(images), self._tokenize(captions), dict(skipped))
 
 
-@torch.no_grad()
-def _encoded(
-    clip: Clip, parts: Iterator[_Inputs], shard: Shard, views: int, precision: Precision, skip_limit: float
-) -> dict[str, Tensor]:
-    features: Tensor | None = None
-    present = torch.zeros(shard.samples, dtype=torch.uint8)
-    skipped: Counter[str] = Counter()
-    for part in parts:
-        skipped.update(part.skipped)
-        if not part.indices:
-            continue
-        both = torch.stack([clip.encode_image(part.image), clip.encode_tokens(part.text)], dim=1)
+class _Encoder(NamedTuple):
+    """Computes the reference's features of a shard."""
+
+    clip: Clip
+    views: int
+    precision: Precision
+    towers: TowerPrecision
+    skip_limit: float
+
+    @torch.no_grad()
+    def features(self, parts: Iterable[_Inputs], shard: Shard) -> dict[str, Tensor]:
+        """Return the tensors of the shard's file; a GPU is not waited for before all of its work is queued."""
+        rows: list[Tensor] = []
+        indices: list[int] = []
+        skipped: Counter[str] = Counter()
+        for part in parts:
+            skipped.update(part.skipped)
+            if part.indices:
+                rows.append(self._encoded(part))
+                indices += part.indices
+        self._refuse_too_many(skipped, shard)
+        present = torch.zeros(shard.samples, dtype=torch.uint8)
+        at = torch.tensor(indices, dtype=torch.int64) - shard.first_index
+        present[at] = 1
+        found = self._finite(torch.cat(rows), shard) if rows else self._none()
+        features = torch.zeros(shard.samples, self.views, *found.shape[1:], dtype=found.dtype)
+        features[at] = found.unflatten(0, (len(at), self.views))
+        return {"features": features, "present": present}
+
+    def _encoded(self, part: _Inputs) -> Tensor:
+        """Return features ``[m * views, 2, width]`` in float32."""
+        kind = self.clip.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.towers == "bfloat16"):
+            image, text = self.clip.encode_image(part.image), self.clip.encode_tokens(part.text)
+        return torch.stack([image.float(), text.float()], dim=1)
+
+    def _finite(self, both: Tensor, shard: Shard) -> Tensor:
+        """Return features as they are stored, on the CPU."""
         if not bool(torch.isfinite(both).all()):
             raise UserError(f"the reference gives features that are not finite on {shard.path}: check its weights")
-        rows = both.to(getattr(torch, precision)).cpu().unflatten(0, (len(part.indices), views))
-        if features is None:
-            features = torch.zeros(shard.samples, *rows.shape[1:], dtype=rows.dtype)
-        at = torch.tensor(part.indices) - shard.first_index
-        features[at] = rows
-        present[at] = 1
-    if skipped.total() > max(SKIPS_ALLOWED, skip_limit * shard.samples):
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
-        raise UserError(
-            f"{skipped.total()} of the {shard.samples} samples of {shard.path} cannot be used ({reasons}): "
-            f"correct the data, or raise the limit of {skip_limit:g}"
-        )
-    if features is None:
-        width = clip.encode_tokens(clip.tokenize(["none"])).shape[1]
-        features = torch.zeros(shard.samples, views, 2, width, dtype=getattr(torch, precision))
-    return {"features": features, "present": present}
+        return both.to(getattr(torch, self.precision)).cpu()
+
+    def _none(self) -> Tensor:
+        width = self.clip.encode_tokens(self.clip.tokenize(["none"])).shape[1]
+        return torch.zeros(0, 2, width, dtype=getattr(torch, self.precision))
+
+    def _refuse_too_many(self, skipped: Counter[str], shard: Shard) -> None:
+        if skipped.total() > max(SKIPS_ALLOWED, self.skip_limit * shard.samples):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+            raise UserError(
+                f"{skipped.total()} of the {shard.samples} samples of {shard.path} cannot be used ({reasons}): "
+                f"correct the data, or raise the limit of {self.skip_limit:g}"
+            )
 
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"features-{number:05d}.safetensors"
 
 
-def _identity(clip: Clip, catalog: Catalog, shard: Shard, views: int, precision: str) -> dict[str, str]:
+def _identity(
+    clip: Clip, catalog: Catalog, shard: Shard, views: int, precision: Precision, towers: TowerPrecision
+) -> dict[str, str]:
     return {
         "reference": clip.fingerprint,
         "data": catalog.fingerprint,
         "rows": f"{shard.first_index}+{shard.samples}",
         "views": str(views),
         "precision": precision,
+        "towers": towers,
     }
 
 
@@ -315,9 +374,10 @@ def _metadata(path: Path) -> dict[str, str]:
 def _check(path: Path, identity: dict[str, str]) -> None:
     stored = _metadata(path)
     for key, value in identity.items():
-        if stored.get(key) != value:
+        found = stored.get(key, _TOWERS if key == "towers" else None)
+        if found != value:
             raise UserError(
-                f"reference features {path} were made for another {key}, {stored.get(key)} instead of {value}: "
+                f"reference features {path} were made for another {key}, {found} instead of {value}: "
                 "delete their folder or choose another"
             )
 

@@ -36,6 +36,7 @@ class LiveReference:
 
     def __init__(self, clip: Clip, parts: int, first_pairs: Callable[[int], Sequence[tuple[Image.Image, str]]]) -> None:
         self._clip, self._parts, self._first_pairs = clip, parts, first_pairs
+        self._augment = clip.in_bytes(clip.augment)
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes only prepare inputs, for which they need no weights.
@@ -46,19 +47,22 @@ class LiveReference:
         return draws
 
     def image(self, image: Image.Image, draws: Draws) -> Tensor:
-        """Return the target's crop in the reference's own size and normalization."""
+        """Return the target's crop in the reference's own size."""
         draws.seed_generators()
-        return self._clip.augment(image)
+        return self._augment(image)
 
     def collate(
         self, index: Tensor, draws: Sequence[Draws], images: Sequence[Tensor | None], captions: Sequence[str]
     ) -> Tensors:
         """Return the images ``[b, 3, h, w]`` and the tokens ``[b, length]`` of a batch."""
-        return default_collate(list(images)), self._clip.tokenize(captions)
+        return default_collate(list(images)), self._tokens(captions)
 
     def empty_inputs(self) -> Tensors:
         """Return the inputs of a batch without samples: ``[0, 3, h, w]`` and ``[0, length]``."""
-        return self._clip.augment(Image.new("RGB", (64, 64)))[None][:0], self._clip.tokenize(["none"])[:0]
+        return self._augment(Image.new("RGB", (64, 64)))[None][:0], self._tokens(["none"])[:0]
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        return self._clip.tokenize(captions).to(torch.int32)
 
     @torch.no_grad()
     def features(self, inputs: Tensors, device: torch.device) -> Tensors:
@@ -75,6 +79,7 @@ class LiveReference:
         parts = range(0, len(images), _SPREAD_PART)
         prepare = self._clip.preprocess
         prepared = (torch.stack([prepare(image) for image in images[k : k + _SPREAD_PART]]) for k in parts)
-        image = torch.cat([self._clip.encode_image(part) for part in prepared])
-        text = torch.cat([self._clip.encode_text(captions[k : k + _SPREAD_PART]) for k in parts])
+        with torch.compiler.set_stance("force_eager"):  # towers are compiled for the batches of training
+            image = torch.cat([self._clip.encode_image(part) for part in prepared])
+            text = torch.cat([self._clip.encode_text(captions[k : k + _SPREAD_PART]) for k in parts])
         return margin_spread(image, text)

@@ -41,7 +41,8 @@ from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
 from experiments.clip.glyphs.source import load_pairs, open_data, prepare, share
 from experiments.clip.glyphs.stream import PreparedPairs
 from experiments.clip.io.files import claimed, ensure_writable, locked
-from experiments.clip.models.clip import CONFIG_FILE, Clip
+from experiments.clip.models.clip import Clip
+from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.export import export_model
 from experiments.clip.study.grid import STUDIES, TUNING_STUDIES, Cell, Tuned, reference_cell
 from experiments.clip.study.options import Study

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -39,7 +40,8 @@ class CheckpointWriter:
     """Writes the checkpoints of a run in the background, one at a time.
 
     `start` copies the state and returns; `commit`, once no rank `is_writing`, publishes the checkpoint. All ranks call
-    both at the same steps.
+    both at the same steps. From a GPU the copies go to page-locked memory, which is kept for the next checkpoint, in
+    the order of the stream that runs: the host goes on to the next step, and the thread that writes waits for them.
 
     Parameters
     ----------
@@ -57,6 +59,7 @@ class CheckpointWriter:
         self._failure: UserError | None = None
         self._step = -1
         self._spared: Callable[[int], int | None] = lambda step: None
+        self._locked_pages: dict[str, Tensor] = {}
         if ranks.leads:
             _recover(folder)
         ranks.wait()
@@ -109,7 +112,7 @@ class CheckpointWriter:
             _remove_partial(self._folder)  # what a killed run left, too
         self._ranks.wait()
         tensors, chunks = self._copied(shared)
-        tensors |= {f"{OWN}{key}": _copy(value) for key, value in own.items()}
+        tensors |= {f"{OWN}{key}": self._copy(f"{OWN}{key}", value) for key, value in own.items()}
         metadata = {
             "format": FORMAT,
             "progress": json.dumps(progress),
@@ -119,7 +122,11 @@ class CheckpointWriter:
         }
         path = partial / f"part-{self._ranks.rank}-of-{self._ranks.count}.safetensors"
         self._failure = None
-        self._thread = threading.Thread(target=self._write, args=(path, tensors, metadata))
+        copied = None
+        if self._ranks.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._thread = threading.Thread(target=self._write, args=(path, tensors, metadata, copied))
         self._thread.start()
 
     def _partial(self) -> Path:
@@ -133,14 +140,28 @@ class CheckpointWriter:
             if isinstance(value, DTensor):
                 local, offset = chunk_of(value)
                 if local.numel():
-                    tensors[f"{SHARED}{key}"] = _copy(local)
+                    tensors[f"{SHARED}{key}"] = self._copy(f"{SHARED}{key}", local)
                     chunks[f"{SHARED}{key}"] = {"shape": list(value.shape), "offset": offset}
             elif number % self._ranks.count == self._ranks.rank:
-                tensors[f"{SHARED}{key}"] = _copy(value)
+                tensors[f"{SHARED}{key}"] = self._copy(f"{SHARED}{key}", value)
         return tensors, chunks
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def _copy(self, key: str, value: Tensor) -> Tensor:
+        """Return a copy on the CPU, which from a GPU is complete only once the stream that runs has come so far."""
+        value = value.detach()
+        if value.device.type != "cuda":
+            return value.clone(memory_format=torch.contiguous_format)
+        place = self._locked_pages.get(key)
+        if place is None or place.shape != value.shape or place.dtype != value.dtype:
+            place = self._locked_pages[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return place.copy_(value, non_blocking=True)
+
+    def _write(
+        self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], copied: torch.cuda.Event | None
+    ) -> None:
         def write() -> None:
+            if copied is not None:
+                copied.synchronize()
             path.parent.mkdir(parents=True, exist_ok=True)
             with system_errors():
                 save_file(tensors, path, metadata)
@@ -213,10 +234,6 @@ class CheckpointWriter:
 def _checksum_path(part: Path) -> Path:
     """Return where a rank leaves the checksum of its part for the one that publishes the checkpoint."""
     return part.with_suffix(".sha256")
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _recover(folder: Path) -> None:

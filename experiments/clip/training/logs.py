@@ -1,4 +1,8 @@
-"""The numbers of a run: what is measured, means between two lines of the log, and where the lines are written."""
+"""The numbers of a run: what is measured, means between two lines of the log, and where the lines are written.
+
+A step's numbers are computed by the device, which is not waited for: they are summed over ranks in one message, and
+read some steps later.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,23 @@ import json
 import math
 import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from drrho.coefficient import within_anchors
+from drrho.coefficient import covariances_within_anchors
+from drrho.routes import BatchIndex
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError, printable
 from experiments.clip.io.files import append_line
-from experiments.clip.training.methods import Features
+from experiments.clip.training.methods import Features, Number, RankSum
 from experiments.clip.training.options import LogName
 
 # What a page could take for markup, and a terminal for a command, in the name of a number.
@@ -88,13 +95,13 @@ def steering_measures(features: Features, reference: Features | None, ranks: Ran
     Pooled over both directions, and by side: over an image's negative texts, over a text's negative images.
     """
     own = features[0].float(), features[1].float()
-    variance = _by_side(within_anchors(own, own, ranks.group))
+    others = own if reference is None else (reference[0].to(own[0]), reference[1].to(own[1]))
+    models = [(own, own)] if reference is None else [(own, own), (own, others), (others, others)]
+    variance, *of_both = map(_by_side, covariances_within_anchors(models, ranks.group).tolist())
     found = {f"variance_of_losses{side}": value for side, value in variance.items()}
-    if reference is None:
+    if not of_both:
         return found
-    others = reference[0].to(own[0]), reference[1].to(own[1])
-    covariance = _by_side(within_anchors(own, others, ranks.group))
-    of_reference = _by_side(within_anchors(others, others, ranks.group))
+    covariance, of_reference = of_both
     for side, value in variance.items():
         found[f"variance_of_excess{side}"] = value - 2 * covariance[side] + of_reference[side]
         found[f"correlation_with_reference{side}"] = covariance[side] / math.sqrt(
@@ -103,7 +110,7 @@ def steering_measures(features: Features, reference: Features | None, ranks: Ran
     return found
 
 
-def _by_side(sides: tuple[float, float]) -> Record:
+def _by_side(sides: Sequence[float]) -> Record:
     """Return the mean of both sides, and each, by the ending of its name."""
     return {"": sum(sides) / 2, "/image": sides[0], "/text": sides[1]}
 
@@ -132,10 +139,10 @@ class StepMeans:
                 return
             yield batch
 
-    def add(self, batch: Batch, log: Record) -> None:
-        """Add the numbers of a step."""
-        self._samples += len(batch.index)
-        self._skipped.update(batch.skipped)
+    def add(self, samples: int, skipped: Mapping[str, int], log: Record) -> None:
+        """Add the numbers of a step, with those of its samples and of the skipped ones by reason."""
+        self._samples += samples
+        self._skipped.update(skipped)
         self._counts.update(log.keys())  # a step that was skipped has few numbers
         for key, value in log.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
@@ -154,3 +161,107 @@ class StepMeans:
             found["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._ranks.device) / 1e9
         self._reset()
         return found
+
+
+class Underway(NamedTuple):
+    """A step whose numbers are not read yet.
+
+    Attributes
+    ----------
+    step : int
+        Steps before it.
+    scored, trained : BatchIndex
+        Samples that the stream gave, and those that a backward pass was for.
+    skipped : mapping
+        Number of this rank's samples that could not be used, by reason.
+    log, after : dict
+        What the step logs, and what the method's own step does.
+    steering : callable
+        Measures what steering depends on, on its batch.
+    """
+
+    step: int
+    scored: BatchIndex
+    trained: BatchIndex
+    skipped: Mapping[str, int]
+    log: dict[str, Number]
+    after: Mapping[str, Number] = MappingProxyType({})
+    steering: Callable[[], Record] = dict
+
+
+def packed(numbers: Sequence[Tensor]) -> Tensor:
+    """Return scalars of any types in one tensor, float64, by a few operations."""
+    dtypes = list(dict.fromkeys(number.dtype for number in numbers))
+    parts = [[k for k, number in enumerate(numbers) if number.dtype == dtype] for dtype in dtypes]
+    stacked = [torch.stack([numbers[k].detach().reshape(()) for k in part]).double() for part in parts]
+    if len(parts) == 1:
+        return stacked[0]
+    places = {k: place for place, k in enumerate(k for part in parts for k in part)}
+    together = torch.cat(stacked).unbind()
+    return torch.stack([together[places[k]] for k in range(len(numbers))])
+
+
+def on_device(log: Mapping[str, Number]) -> list[Tensor]:
+    """Return the numbers that the device computes and every rank has, in order."""
+    return [number for number in log.values() if isinstance(number, Tensor)]
+
+
+def parts_of_ranks(log: Mapping[str, Number]) -> list[Tensor]:
+    """Return this rank's parts of the numbers that are summed over ranks, in order."""
+    return [number.part for number in log.values() if isinstance(number, RankSum)]
+
+
+def filled_in(log: Mapping[str, Number], sums: Iterable[float], values: Iterable[float]) -> Record:
+    """Return the log with the numbers that `parts_of_ranks`, summed, and `on_device` gave."""
+    sums, values, record = iter(sums), iter(values), {}
+    for name, number in log.items():
+        if isinstance(number, RankSum):
+            record[name] = number.finish(next(sums))
+        elif isinstance(number, Tensor):
+            value = next(values)
+            record[name] = value if number.is_floating_point() else int(value)
+        else:
+            record[name] = number
+    return record
+
+
+class LateNumbers:
+    """Numbers that are copied from the device while it goes on, and received in order some steps later.
+
+    Parameters
+    ----------
+    lag : int
+        How many of the last ones may still be on their way; the same on all ranks, which receive them alike.
+    """
+
+    def __init__(self, device: torch.device, lag: int) -> None:
+        self._device, self._lag = device, lag
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: deque[tuple[Callable[[], list[float]], Callable[[list[float]], None]]] = deque()
+
+    def put(self, numbers: Tensor | None, receive: Callable[[list[float]], None]) -> None:
+        """Send numbers ``[n]``, or none, to ``receive``."""
+        self._pending.append((list if numbers is None else self._copied(numbers), receive))
+
+    def read(self, *, all_of_them: bool = False) -> None:
+        """Let those be received that are old enough."""
+        while len(self._pending) > (0 if all_of_them else self._lag):
+            values, receive = self._pending.popleft()
+            receive(values())
+
+    def _copied(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """Start to copy the numbers; return what waits for them."""
+        if self._stream is None:
+            return numbers.tolist
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        copy, done = torch.empty_like(numbers, device="cpu", pin_memory=True), torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            copy.copy_(numbers, non_blocking=True)
+            done.record()
+        numbers.record_stream(self._stream)
+
+        def values() -> list[float]:
+            done.synchronize()
+            return copy.tolist()
+
+        return values

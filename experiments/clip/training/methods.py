@@ -6,9 +6,10 @@ fields of `experiments.clip.training.options.Loss`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from open_clip.loss import SigLipLoss
@@ -18,7 +19,7 @@ from drrho import KL, Divergence
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
-from drrho.ranks import mean_over_ranks, row_counts
+from drrho.routes import BatchIndex
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip.distributed import ONE_PROCESS, Ranks
@@ -33,19 +34,47 @@ Temperatures = Tensor | tuple[Tensor, Tensor]
 _LATE_TEMPERATURE, _LATE_RATE = 0.03, 1 / 3
 
 
-class LookedUp(NamedTuple):
-    """Learned temperatures that took part in a loss, with the samples that they belong to."""
+class RankSum(NamedTuple):
+    """A number to log of which every rank has a part: ``finish`` of the sum of the parts over ranks."""
 
-    samples: Tensor
-    temperatures: Temperatures
+    part: Tensor
+    finish: Callable[[float], float]
+
+
+#: A number to log: one that the host knows, or one that the device will have computed.
+Number = float | Tensor | RankSum
+
+
+class Pending(NamedTuple):
+    """What a method changes once its loss is known to be finite: see `Method.step`.
+
+    ``temperatures`` are those that are learned, ``estimates`` the running ones after the step, ``moments`` those of the
+    adaptive coefficient before it.
+    """
+
+    batch: BatchIndex
+    temperatures: Temperatures | None
+    estimates: tuple[Tensor, Tensor]
+    moments: Tensor | None
 
 
 class MethodLoss(NamedTuple):
-    """A scalar to minimize, the numbers to log beside it, and the learned temperatures that it depends on."""
+    """A scalar to minimize, the numbers to log beside it, and what the method's own state becomes."""
 
     value: Tensor
-    log: dict[str, float]
-    learned: LookedUp | None = None
+    log: dict[str, Number]
+    pending: Pending | None = None
+
+
+class Outcome(NamedTuple):
+    """Whether a step is taken: booleans on the device.
+
+    ``is_finite``: features and loss are finite, and the gradient unless its overflow lowers the loss scale.
+    ``has_gradient``: the gradient is finite too.
+    """
+
+    is_finite: Tensor
+    has_gradient: Tensor
 
 
 class Head(NamedTuple):
@@ -70,18 +99,19 @@ class Method(Protocol):
     #: Whether the model's own learnable temperature takes part.
     learns_scale: bool
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
-        """Return the loss of the target's features of samples ``index``, given the reference's if there is one."""
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+        """Return the loss of the target's features of a batch's samples, given the reference's if there is one."""
         ...
 
-    def logits_at(self, head: Head) -> tuple[float, float]:
-        """Return the temperature and the bias of its logits as they stand."""
+    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
+        """Return the temperature and the bias of its logits as they stand, without a gradient."""
         ...
 
-    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
-        """Update what the method itself learns, after a backward pass of ``scale`` times the loss; return what to log.
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
+        """Update what the method itself keeps, after a backward pass of ``scale`` times the loss; return what to log.
 
-        ``rate`` is the model's learning rate in units of its peak.
+        ``rate`` is the model's learning rate in units of its peak. Nothing changes without ``outcome.is_finite``, and
+        nothing that is learned by its gradient without ``outcome.has_gradient``.
         """
         ...
 
@@ -110,7 +140,7 @@ class MethodClass(Protocol):
 class _Stateless:
     """A method that learns nothing of its own: what is learned is the model's."""
 
-    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Return no numbers: there is nothing to update."""
         return {}
 
@@ -136,14 +166,14 @@ class OpenCLIP(_Stateless):
         """Build the method."""
         return cls(context.ranks.group)
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return InfoNCE at the model's temperature."""
         tau = 1 / head.scale
-        return MethodLoss(info_nce(*own, tau, group=self._group), {"temperature": tau.item()})
+        return MethodLoss(info_nce(*own, tau, group=self._group, counts=batch.counts), {"temperature": tau})
 
-    def logits_at(self, head: Head) -> tuple[float, float]:
+    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return the model's temperature."""
-        return 1 / head.scale.item(), 0.0
+        return 1 / head.scale.detach(), 0.0
 
 
 class SigLIP(_Stateless):
@@ -162,17 +192,17 @@ class SigLIP(_Stateless):
         """Build the method."""
         return cls(context.ranks.group)
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the sigmoid loss: the mean of the ranks' own, each this rank's images against all texts."""
         part = self._loss(*own, head.scale, head.bias) / self._ranks
         total = part.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
-        return MethodLoss(part + (total - part.detach()), {"temperature": 1 / head.scale.item()})
+        return MethodLoss(part + (total - part.detach()), {"temperature": 1 / head.scale})
 
-    def logits_at(self, head: Head) -> tuple[float, float]:
+    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return the model's temperature and bias."""
-        return 1 / head.scale.item(), 0.0 if head.bias is None else head.bias.item()
+        return 1 / head.scale.detach(), 0.0 if head.bias is None else head.bias.detach()
 
 
 class ConstantTemperature:
@@ -181,7 +211,7 @@ class ConstantTemperature:
     def __init__(self, value: float) -> None:
         self._value = value
 
-    def lookup(self, index: Tensor) -> float:
+    def lookup(self, index: BatchIndex) -> float:
         """Return the temperature."""
         return self._value
 
@@ -264,25 +294,29 @@ class GlobalContrastive:
         }
         self._group = group
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
-        """Return the contrastive risk and update the running state of these samples."""
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+        """Return the contrastive risk of these samples."""
         gamma, log = self._gamma(epoch)
-        options: dict[str, Any] = {**self._options, "gamma": gamma}
+        options: dict[str, Any] = {**self._options, "gamma": gamma, "counts": batch.counts}
+        moments = None
         if self._is_steered and reference is not None:
             options |= {"reference": reference, "coefficient": self._coefficient}
             if isinstance(self._coefficient, AdaptiveCoefficient):
+                moments = self._coefficient.moments
                 options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
                 log["coefficient"] = options["coefficient"]
-        temperature = self._temperature.lookup(index)
-        learned = LookedUp(index, temperature) if isinstance(temperature, Tensor | tuple) else None
-        options["log_u" if self._is_kl else "threshold"] = self._running.lookup(index)
+        temperature = self._temperature.lookup(batch)
+        options["log_u" if self._is_kl else "threshold"] = self._running.lookup(batch)
         step = contrastive_risk(*own, temperature, **options)
-        self._running.update(index, step.log_u if self._is_kl else step.threshold)  # pyright: ignore[reportArgumentType]
-        share = mean_over_ranks(torch.exp(-torch.cat(step.distances)), self._group)
-        negatives = sum(row_counts(len(index), self._group, own[0].device)) - 1
-        return MethodLoss(step.value, {**log, "effective_negatives": negatives * share.item()}, learned)
+        estimates = step.log_u if self._is_kl else step.threshold
+        assert estimates is not None
+        pairs = sum(batch.counts)
+        shares = torch.exp(-torch.cat(step.distances)).sum(dtype=torch.float64)
+        log["effective_negatives"] = RankSum(shares, lambda total: (pairs - 1) * total / (2 * pairs))
+        learned = temperature if isinstance(temperature, Tensor | tuple) else None
+        return MethodLoss(step.value, log, Pending(batch, learned, estimates, moments))
 
-    def _gamma(self, epoch: int) -> tuple[float, dict[str, float]]:
+    def _gamma(self, epoch: int) -> tuple[float, dict[str, Number]]:
         """Return the rate of the running estimates, and what to log of it."""
         if self._options.get("log_step") is not None:
             return 1.0, {}
@@ -290,27 +324,32 @@ class GlobalContrastive:
         gamma = cosine_gamma(min(epoch, last), last + 1, self._final_gamma)
         return gamma, {"gamma": gamma}
 
-    def logits_at(self, head: Head) -> tuple[float, float]:
+    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return the one temperature of all samples: there must not be one for each."""
-        tau = self._temperature.lookup(torch.empty(0, dtype=torch.int64))
+        tau = self._temperature.lookup(BatchIndex([np.empty(0, np.int64)]))
         assert not isinstance(tau, tuple)
-        return tau.item() if isinstance(tau, Tensor) else tau, 0.0
+        return tau.detach() if isinstance(tau, Tensor) else tau, 0.0
 
-    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
-        """Update learned temperatures; log their mean over the batch, and how many met a bound."""
-        if loss.learned is None or isinstance(self._temperature, ConstantTemperature):
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
+        """Update running state and learned temperatures; log their mean over the batch, and how many met a bound."""
+        assert loss.pending is not None
+        (batch, taus, (image, text), moments), (finite, has_gradient) = loss.pending, outcome
+        # An estimate or a gradient that is NaN changes nothing.
+        self._running.update(batch, (torch.where(finite, image, torch.nan), torch.where(finite, text, torch.nan)))
+        if moments is not None and isinstance(self._coefficient, AdaptiveCoefficient):
+            after = self._coefficient.moments
+            self._coefficient.moments = torch.where(finite, after, moments.to(after.device))
+        if taus is None or isinstance(self._temperature, ConstantTemperature):
             return {}
-        samples, taus = loss.learned
         both = taus if isinstance(taus, tuple) else (taus,)
         for tau in both:
             assert tau.grad is not None
-            tau.grad /= scale
-        mean = torch.cat([tau.detach().reshape(-1) for tau in both]).mean().item()
-        if self._schedule == "constant":
-            rate = 1.0
-        elif self._schedule == "threshold":
-            rate = _LATE_RATE if mean < _LATE_TEMPERATURE else 1.0
-        bounded = self._temperature.step(samples, taus, rate)  # pyright: ignore[reportArgumentType]
+            tau.grad = torch.where(has_gradient, tau.grad / scale, torch.nan)
+        mean = torch.cat([tau.detach().reshape(-1) for tau in both]).mean()
+        factor: float | Tensor = rate if self._schedule == "model" else 1.0
+        if self._schedule == "threshold":
+            factor = torch.where(mean < _LATE_TEMPERATURE, _LATE_RATE, 1.0)
+        bounded = self._temperature.step(batch, taus, factor)  # pyright: ignore[reportArgumentType]
         return {"temperature": mean, "temperatures_bounded": bounded}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -401,7 +440,7 @@ class TwoLevel(_Stateless):
         """Build the method."""
         return cls(context.temperature, options.build_divergence(), options.strength, context.ranks.group)
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the outer risk over the batch."""
         assert reference is not None  # options without one are refused
         risk = two_level_risk(
@@ -411,13 +450,12 @@ class TwoLevel(_Stateless):
             reference=reference,
             strength=self._strength,
             group=self._group,
+            counts=batch.counts,
         )
         squares = risk.weights.detach().square().sum()
-        if self._group is not None:
-            dist.all_reduce(squares, group=self._group)
-        return MethodLoss(risk.value, {"effective_samples": 1 / squares.item()})
+        return MethodLoss(risk.value, {"effective_samples": RankSum(squares, lambda total: 1 / total)})
 
-    def logits_at(self, head: Head) -> tuple[float, float]:
+    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return the method's temperature."""
         return self._temperature, 0.0
 
@@ -447,26 +485,25 @@ class Distilled:
         self._method, self._weight, self._temperature, self._own, self._group = method, weight, temperature, own, group
         self.learns_scale = method.learns_scale
 
-    def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the sum of both."""
         assert reference is not None  # options without one are refused
-        first = self._method.loss(own, index, head, epoch, reference)
+        first = self._method.loss(own, batch, head, epoch, reference)
         tau: Tensor | float = self._temperature
         if self._own:
             tau = 1 / head.scale if self.learns_scale else self._method.logits_at(head)[0]
-        distilled = distillation_loss(
-            *own, tau, reference=reference, reference_temperature=self._temperature, group=self._group
-        )
-        log = {**first.log, "distillation": distilled.item()}
+        others = {"reference": reference, "reference_temperature": self._temperature}
+        distilled = distillation_loss(*own, tau, **others, group=self._group, counts=batch.counts)
+        log = {**first.log, "distillation": distilled}
         return first._replace(value=first.value + self._weight * distilled, log=log)
 
-    def logits_at(self, head: Head) -> tuple[float, float]:
+    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return what the other method returns."""
         return self._method.logits_at(head)
 
-    def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
-        """Update what the other method learns."""
-        return self._method.step(loss, scale, rate)
+    def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
+        """Update what the other method keeps."""
+        return self._method.step(loss, scale, rate, outcome)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the other method returns."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from experiments.clip.errors import UserError
 from experiments.clip.training.options import Optimization
@@ -52,6 +53,57 @@ def learning_rate(step: int, total: int, options: Optimization) -> float:
     return options.lr_min + (options.lr - options.lr_min) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def step_if(optimizer: torch.optim.Optimizer, wanted: Tensor) -> None:
+    """Take the optimizer's step if ``wanted``, a boolean on the device; else weights and moments keep their bits.
+
+    torch's fused optimizers decide on the device; others have to wait for it.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, (~wanted).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+    elif bool(wanted):
+        optimizer.step()
+
+
+class LossScale:
+    """The factor of the loss that keeps gradients within the range of float16, as `torch.amp.GradScaler` chooses it.
+
+    It is halved where the gradient overflows, and doubled after 2000 steps in which it did not; the device decides.
+
+    Attributes
+    ----------
+    scale : Tensor or float
+        The factor, 1 without float16.
+    """
+
+    _START, _STEPS = 2.0**16, 2000
+
+    def __init__(self, enabled: bool, device: torch.device) -> None:
+        self.is_enabled = enabled
+        self.scale = torch.tensor(self._START, device=device) if enabled else 1.0
+        self._successes = torch.tensor(0, device=device)
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Divide the gradients by the factor, a power of two."""
+        if isinstance(self.scale, Tensor):
+            torch._foreach_mul_([_own_part(gradient) for gradient in gradients], 1 / self.scale)  # pyright: ignore[reportPrivateImportUsage]
+
+    def update(self, is_finite: Tensor, has_gradient: Tensor) -> None:
+        """Choose the next factor after a step with or without a finite gradient, one that `is_finite` otherwise."""
+        if not isinstance(self.scale, Tensor):
+            return
+        successes = self._successes + 1
+        grows = (successes == self._STEPS) & torch.isfinite(2 * self.scale)
+        scale = torch.where(has_gradient, torch.where(grows, 2 * self.scale, self.scale), self.scale / 2)
+        successes = torch.where(has_gradient & (successes < self._STEPS), successes, 0)
+        self.scale.copy_(torch.where(is_finite, scale, self.scale))
+        self._successes.copy_(torch.where(is_finite, successes, self._successes))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the factor and the steps since it changed: the tensors themselves; nothing without float16."""
+        return {"scale": self.scale, "_growth_tracker": self._successes} if isinstance(self.scale, Tensor) else {}
+
+
 class MovingAverage:
     """``average <- decay average + (1 - decay) weights``, in float32, starting from the weights.
 
@@ -60,29 +112,32 @@ class MovingAverage:
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self._decay = decay
-        self._steps = 0
         self.average = {key: _wide(value.detach().clone()) for key, value in weights.items()}
+        self._averaged = [key for key, value in self.average.items() if value.is_floating_point()]
+        self._steps = torch.tensor(0, device=next(iter(self.average.values())).device)
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Update the average with the weights after a step."""
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        self._steps += 1
-        for key, average in self.average.items():
-            if average.is_floating_point():
-                average.lerp_(weights[key].detach().to(average.dtype), 1 - decay)
-            else:
-                average.copy_(weights[key])
+    def update(self, weights: Mapping[str, Tensor], wanted: Tensor) -> None:
+        """Update the average with the weights after a step if ``wanted``, a boolean on the device."""
+        share = 1 - ((1 + self._steps) / (10 + self._steps)).clamp(max=self._decay)
+        share = torch.where(wanted, share, 0.0).float()
+        self._steps += wanted
+        averages = [_own_part(self.average[key]) for key in self._averaged]
+        moves = torch._foreach_sub([_wide(_own_part(weights[key])) for key in self._averaged], averages)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(moves, share)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(averages, moves)  # pyright: ignore[reportPrivateImportUsage]
+        for key in self.average.keys() - set(self._averaged):
+            average = self.average[key]
+            average.copy_(torch.where(wanted, weights[key], average))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average and the number of steps."""
-        return {**self.average, "steps": torch.tensor(self._steps)}
+        """Return the average and the number of steps: the tensors themselves."""
+        return {**self.average, "steps": self._steps}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state_dict` returned."""
-        self._steps = int(state["steps"])
-        for key, average in self.average.items():
-            average.copy_(state[key])
+
+def _own_part(value: Tensor) -> Tensor:
+    """Return what this rank has of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value.detach()
 
 
 def _wide(value: Tensor) -> Tensor:

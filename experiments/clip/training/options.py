@@ -118,10 +118,10 @@ class Loss:
     ] = False
     """The target's softmax has the temperature of --method instead, learned where that is, as in MobileCLIP."""
     reference: Path = SHIPPED_REFERENCE
-    """The reference model: a folder in open_clip's local-dir layout, such as a run's model/; or, with
-    --reference-weights, a registered open_clip model."""
+    """The reference model: a folder in open_clip's local-dir layout, such as a run's model/; hf-hub:OWNER/NAME; or a
+    registered open_clip model with --reference-weights."""
     reference_weights: Path | None = None
-    """File of the reference's weights, safetensors or torch's."""
+    """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
 
     @property
     def is_running(self) -> bool:
@@ -261,8 +261,12 @@ class Execution:
     """Over ranks (torchrun or srun): a copy of the model on each, or its parameters sharded (FSDP2)."""
     precision: TowerPrecision = "float32"
     """Precision of the towers, by autocast; float16 scales the loss. Similarities and losses are always float32."""
-    compile: bool = False
-    """Compile the towers with torch.compile."""
+    full_float32: bool = False
+    """Keep products and convolutions of float32 on a GPU in full precision, and cuDNN to its usual algorithms; without
+    it they run in TF32, and cuDNN tries which algorithm is fastest, as open_clip trains."""
+    compile: bool | Literal["reduce-overhead"] = False
+    """Compile the towers with torch.compile; with reduce-overhead, a GPU replays them as CUDA graphs, for small models
+    whose steps consist of launches."""
     activation_checkpointing: bool = False
     """Keep the inputs of blocks alone and compute them again in the backward pass."""
     exchange_minutes: Annotated[float, Positive] = 10.0

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.ranks import row_counts
 from drrho.selection import PairFeatures, joint_selection_from_features, pair_losses, top_k
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
@@ -35,7 +34,7 @@ class Chosen(NamedTuple):
     """
 
     batch: Batch
-    reference: Features
+    reference: Features | None
     learnability: Callable[[], dict[str, float]]
 
 
@@ -62,8 +61,13 @@ class Selector:
         #: Pairs scored for each that is trained on.
         self.candidates = selection.candidates
 
-    def choose(self, step: int, candidates: Batch, target: PairFeatures, reference: Features | None) -> Chosen:
+    def choose(
+        self, step: int, candidates: Batch, total: int, target: PairFeatures, wrong: Tensor, reference: Features | None
+    ) -> Chosen | None:
         """Choose among the candidates, of which both models' features are given; every rank calls.
+
+        ``total`` is the number of all ranks' candidates. The result is None where ``wrong``, a scalar on the device, is
+        not 0: the device is waited for once, for this and the choice.
 
         Raises
         ------
@@ -75,7 +79,6 @@ class Selector:
                 "reference must hold the reference's features of the candidates: give the trainer a reference"
             )
         of_reference = PairFeatures(*reference, self._temperature, self._bias)
-        total = sum(row_counts(len(candidates.index), self._ranks.group, self._ranks.device))
         size = -(-total // self.candidates)
         least = max(2, self._selection.select_chunks) if self._selection.is_joint else 2
         if size < least:
@@ -84,8 +87,11 @@ class Selector:
                 "negative and one for each of --select-chunks: lower --candidates or --select-chunks, or train on more"
             )
         rows = self._rows(step, size, target, of_reference)
+        is_wrong, on_host = torch.cat([wrong.reshape(1).to(rows.dtype), rows]).cpu().tensor_split([1])
+        if is_wrong.numpy()[0]:
+            return None
         learnability = partial(self._learnability, rows, target, of_reference)
-        return Chosen(candidates.rows(rows.cpu()), (reference[0][rows], reference[1][rows]), learnability)
+        return Chosen(candidates.rows(on_host), (reference[0][rows], reference[1][rows]), learnability)
 
     def _rows(self, step: int, size: int, target: PairFeatures, of_reference: PairFeatures) -> Tensor:
         """Return the chosen among this rank's rows."""

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from drrho.accumulation import accumulate
+from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.models.clip import Clip, at_least_one
+from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
 from experiments.clip.training.options import Execution
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class NotFinite(Exception):
-    """A step that cannot be taken, on every rank: the message says what is not finite."""
+class _Part(NamedTuple):
+    """Images and tokens of some of a batch's pairs, and the number of rows to give to the towers."""
+
+    image: Tensor
+    text: Tensor
+    rows: int
 
 
 class Towers:
@@ -32,11 +38,15 @@ class Towers:
     def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
         model = clip.model.to(ranks.device)
         model.train()
-        self._ranks, self._dtype = ranks, _DTYPES[execution.precision]
+        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
+        # Statistics over a batch must not count rows that only fill it up.
+        self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:
             model.set_grad_checkpointing()
+        self._compiled, self._in_graphs = bool(execution.compile), execution.compile == "reduce-overhead"
         if execution.compile:
-            model.compile()  # in place: names of parameters stay what they are
+            # In place: names of parameters stay what they are.
+            model.compile(mode="reduce-overhead" if self._in_graphs else None)
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
             policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
@@ -47,56 +57,88 @@ class Towers:
                 register_fsdp_forward_method(model, method)
         elif ranks.group is not None:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=devices)
+            # Buffers that no checkpoint holds are constants, which would be broadcast in every forward pass.
+            constants = [name for name, _ in model.named_buffers() if name not in model.state_dict()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+            self.model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which towers run."""
         return torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def backward(
-        self, method: Method, batch: Batch, reference: Features | None, parts: int, epoch: int, scale: float
+        self,
+        method: Method,
+        batch: Batch,
+        samples: BatchIndex,
+        reference: Features | None,
+        parts: int,
+        epoch: int,
+        scale: float | Tensor,
     ) -> tuple[MethodLoss, Features]:
         """Return the batch's loss and features, after a backward pass of ``scale`` times the loss.
 
-        The gradient is in the parameters; DistributedDataParallel and FSDP2 average it over ranks.
+        The gradient is in the parameters; DistributedDataParallel and FSDP2 average it over ranks. ``samples`` are
+        those of all ranks' batches.
         """
         kept: list[Tensor] = []
 
         def loss(image: Tensor, text: Tensor, *head: Tensor) -> MethodLoss:
-            self._refuse_not_finite(image, text)
             kept[:] = image.detach(), text.detach()
-            return method.loss((image, text), batch.index, Head(*head), epoch, reference)
+            return method.loss((image, text), samples, Head(*head), epoch, reference)
 
         with self.autocast():
-            chunks = self._chunks(batch, parts)
+            chunks = self._chunks(batch, samples, parts)
             found = accumulate(self._encode, chunks, loss, model=self.model, gradient_scale=scale)
         return found, (kept[0], kept[1])
 
     @torch.no_grad()
-    def pairs(self, method: Method, batch: Batch, parts: int) -> PairFeatures:
-        """Return the batch's features without a graph, as in training, and how the method compares them."""
+    def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> tuple[PairFeatures, Tensor]:
+        """Return the batch's features without a graph, as in training, and how the method compares them.
+
+        Second comes how many ranks have features that are not finite, a scalar on the device.
+        """
         with self.autocast():
-            encoded = [self._encode(chunk) for chunk in self._chunks(batch, parts)]
+            encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
         images, texts, *heads = zip(*encoded, strict=True)
         image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
-        self._refuse_not_finite(image, text, *head)
-        return PairFeatures(image, text, *method.logits_at(Head(*head)))
+        wrong = self._ranks.sum(are_not_finite(image, text, *head))
+        return PairFeatures(image, text, *method.logits_at(Head(*head))), wrong
 
-    def _chunks(self, batch: Batch, parts: int) -> list[tuple[Tensor, Tensor]]:
+    def _chunks(self, batch: Batch, samples: BatchIndex, parts: int) -> list[_Part]:
         """Cut a batch into parts, as many on every rank, whose towers meet in each; some may be empty."""
-        parts = min(parts, max(1, self._ranks.max_over_ranks(len(batch.index)))) if parts > 1 else 1
-        return list(zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True))
+        parts = min(parts, max(1, *samples.counts))
+        rows = -(-batch.size // parts) if self._may_pad else 0
+        pairs = zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True)
+        return [_Part(image, text, max(1, rows)) for image, text in pairs]
 
-    def _encode(self, part: tuple[Tensor, Tensor]) -> list[Tensor]:
-        inputs = (at_least_one(x.to(self._ranks.device, non_blocking=True)) for x in part)
+    def _encode(self, part: _Part) -> list[Tensor]:
+        inputs = self._clip.prepared(part.image), self._clip.prepared_tokens(part.text)
+        inputs = [_filled_up(each, part.rows) for each in inputs]
+        if self._compiled and part.rows == 1:  # they may have any number of rows
+            for each in inputs:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+        if self._in_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         image, text, *head = self.model(*inputs)
-        count = len(part[0])  # 0 where a rank's samples were all skipped, or none chosen
-        return [image[:count], text[:count], *(number.reshape(()) for number in head)]
+        count = len(part.image)  # 0 where a rank's samples were all skipped, or none chosen
+        found = [image[:count], text[:count], *(number.reshape(()) for number in head)]
+        # What a graph has returned is written over when it is replayed.
+        return [each.clone() for each in found] if self._in_graphs else found
 
-    def _refuse_not_finite(self, *features: Tensor) -> None:
-        # All ranks say it together: one that raised alone would leave the others waiting in the loss.
-        if self._ranks.max_over_ranks(int(not all(bool(torch.isfinite(part.sum())) for part in features))):
-            raise NotFinite("the features are not finite")
+
+def are_not_finite(*features: Tensor) -> Tensor:
+    """Return 1 if some of the features, or their sum, are not finite, else 0: a scalar on the device."""
+    return (~torch.isfinite(torch.stack([part.sum() for part in features]))).any().double()
+
+
+def _filled_up(inputs: Tensor, rows: int) -> Tensor:
+    """Return inputs ``[b, ...]`` with the first repeated at their end, up to so many rows; zeros if there is none."""
+    lacking = rows - len(inputs)
+    if lacking <= 0:
+        return inputs
+    more = inputs[:1] if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
+    return torch.cat([inputs, more.expand(lacking, *inputs.shape[1:])])
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -106,11 +148,13 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
-def clipped_norm(model: torch.nn.Module, limit: float | None) -> float:
-    """Return the gradient's norm, and scale the gradient down to ``limit`` where it is larger."""
+def clipped_norm(model: torch.nn.Module, limit: float | None) -> Tensor:
+    """Return the gradient's norm, a scalar on the device; scale the gradient down to ``limit`` where it is larger."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-    return float(full_tensor(norm))
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # pyright: ignore[reportArgumentType]
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return full_tensor(norm)
 
 
 def full_tensor(value: Tensor) -> Tensor:

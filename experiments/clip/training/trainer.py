@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrho.ranks import gathered, row_counts
+from drrho.routes import BatchIndex
+from drrho.validation import deferred_checks
 from experiments.clip.data.batch import Batch, Reference, Stream
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted, UserError
@@ -32,17 +33,36 @@ from experiments.clip.training.checkpoint import (
     training_state,
 )
 from experiments.clip.training.checkpoint_writer import CheckpointWriter
-from experiments.clip.training.logs import Logs, Record, StepMeans, steering_measures
-from experiments.clip.training.methods import Features, Method, MethodLoss
-from experiments.clip.training.optimization import MovingAverage, build_optimizer, learning_rate
+from experiments.clip.training.logs import (
+    LateNumbers,
+    Logs,
+    Record,
+    StepMeans,
+    Underway,
+    filled_in,
+    on_device,
+    packed,
+    parts_of_ranks,
+    steering_measures,
+)
+from experiments.clip.training.methods import Features, Method, MethodLoss, Number, Outcome
+from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
-from experiments.clip.training.selection import Selector
-from experiments.clip.training.towers import NotFinite, Towers, clipped_norm, full_tensor
+from experiments.clip.training.selection import Chosen, Selector
+from experiments.clip.training.towers import Towers, are_not_finite, clipped_norm, full_tensor
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
+_FEATURES = "the features are not finite"
 # Names of a checkpoint's tensors beside weights and optimizer.
 EMA, _SCALER = "ema.", "scaler."
+
+
+class Wishes(NamedTuple):
+    """What a rank wants after a step, and whether it still writes a checkpoint."""
+
+    wanted: int = 0
+    is_writing: int = 0
 
 
 class Snapshot(NamedTuple):
@@ -72,7 +92,7 @@ class TrainState:
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
+    scaler: LossScale
     average: MovingAverage | None
     method: Method
     stream: Stream
@@ -86,8 +106,7 @@ class TrainState:
         shared = training_state(self.model, self.optimizer)
         if self.average is not None:
             shared |= {f"{EMA}{key}": value for key, value in self.average.state_dict().items()}
-        if self.scaler.is_enabled():
-            shared |= {f"{_SCALER}{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()}
+        shared |= {f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()}
         progress = {
             "step": self.step,
             "history": self.history,
@@ -110,13 +129,8 @@ class TrainState:
             if count is not None:
                 group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
         if self.average is not None:
-            state = self.average.state_dict()
-            checkpoint.fill({f"{EMA}{key}": value for key, value in state.items()})
-            self.average.load_state_dict(state)
-        if self.scaler.is_enabled():
-            state = {key: torch.tensor(value) for key, value in self.scaler.state_dict().items()}
-            checkpoint.fill({f"{_SCALER}{key}": value for key, value in state.items()})
-            self.scaler.load_state_dict({key: value.item() for key, value in state.items()})
+            checkpoint.fill({f"{EMA}{key}": value for key, value in self.average.state_dict().items()})
+        checkpoint.fill({f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()})
         self.method.load_state_dict(checkpoint.own)
         # Counts of ranks that no longer exist go to those that do.
         self.stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
@@ -141,13 +155,17 @@ class Trainer:
     logs : Logs, optional
         Receives means over ``log_every`` steps, on the rank that leads.
     on_step : callable
-        Receives the number of finished steps, their total and the step's log.
+        Receives the number of finished steps, their total and the step's log, once its numbers are read.
     stop : callable
-        Asked after every step, on every rank, for the number of a signal; other than 0 on one of them, it ends the run
+        Asked at every step, on every rank, for the number of a signal; other than 0 on one of them, it ends the run
         with a checkpoint and `Interrupted`.
     nonfinite_limit : int
         How many steps with features, a loss or a gradient that is not finite are skipped before another one ends the
         run. The samples of each are written to ``nonfinite.jsonl`` beside the checkpoints.
+    lag : int, optional
+        For how many of the last steps numbers may still be on their way from the device, which decides itself whether a
+        step is taken: by default 1 on a GPU, so that it need not wait. Lines of the log, validations and checkpoints
+        come after all numbers. A run that ends for ``nonfinite_limit`` has tried as many steps more, and saves none.
 
     Attributes
     ----------
@@ -179,13 +197,14 @@ class Trainer:
         on_step: Callable[[int, int, Record], None],
         stop: Callable[[], int],
         nonfinite_limit: int = 0,
+        lag: int | None = None,
     ) -> None:
         clip.model.logit_scale.requires_grad_(method.learns_scale)
         self._towers = Towers(clip, execution, ranks)
         self.state = TrainState(
             clip.model,
             build_optimizer(clip.model, optimization),
-            torch.amp.GradScaler(ranks.device.type, enabled=execution.precision == "float16"),  # pyright: ignore[reportPrivateImportUsage]
+            LossScale(execution.precision == "float16", ranks.device),
             None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema),
             method,
             stream,
@@ -199,6 +218,12 @@ class Trainer:
         self._validation_steps = {round(self.total * (k + 1) / validations) for k in range(validations)}
         self._writer = CheckpointWriter(folder, settings, ranks, policy.keep)
         self._means, self._saved_at = StepMeans(ranks), time.monotonic()
+        self._late = LateNumbers(ranks.device, int(ranks.device.type == "cuda") if lag is None else lag)
+        # The log of the last step whose numbers are read, and what ranks wanted before the last step.
+        self._log: Record = {}
+        self._agreed = Wishes()
+        # How many samples a rank gets at most.
+        self._capacity = -(-optimization.batch_size * (selector.candidates if selector else 1) // ranks.count)
         # Measured when a line of the log is due: what steering depends on, and what a selection has chosen.
         self._steering: Callable[[], Record] = dict
         self._learnability: Callable[[], Record] = dict
@@ -215,12 +240,13 @@ class Trainer:
         for epoch in range(state.step // stream.steps_per_epoch, self._optimization.epochs):
             first = state.step - epoch * stream.steps_per_epoch
             for candidates in self._means.timed(stream.batches(epoch, first)):
-                log = self.step(candidates, epoch)
-                self._on_step(state.step, self.total, log)
-                if state.step % self._log_every == 0 or state.step == self.total:
+                self.step(candidates, epoch)
+                logs = state.step % self._log_every == 0 or state.step == self.total
+                validates = state.step in self._validation_steps
+                self._late.read(all_of_them=logs or validates)
+                if logs:
                     self._write_log()
-                is_best = state.step in self._validation_steps and self.validate(log)
-                self._checkpoint_if_due(is_best)
+                self._checkpoint_if_due(validates and self.validate())
         if not self._writer.is_of(state.step):
             self.save()
         self._writer.commit()
@@ -249,34 +275,54 @@ class Trainer:
                 "not kept: leave out --best, or start anew in another --out"
             )
 
-    def step(self, candidates: Batch, epoch: int) -> Record:
-        """Take one step on a batch, or skip it where something is not finite; return the numbers to log."""
+    def step(self, candidates: Batch, epoch: int) -> None:
+        """Take one step on a batch, on the device, where nothing changes if something is not finite.
+
+        Its numbers are received by `_report`, some steps later.
+        """
         state = self.state
         # Dropout is a function of seed, step and rank, so that a resumed run needs no generators' states.
         torch.manual_seed(int(np.random.SeedSequence([self._seed, state.step, self._ranks.rank]).generate_state(1)[0]))
         state.optimizer.zero_grad(set_to_none=True)
-        scale = self._ranks.count * float(state.scaler.scale(torch.ones((), device=self._ranks.device)))
-        reference = self._reference_features(candidates)
-        lr = self._set_learning_rate()
-        batch, trained = candidates, 0
-        try:
-            if self._selector is not None:
-                batch, reference = self._select(self._selector, candidates, reference)
-            parts = self._optimization.accumulation
-            loss, features = self._towers.backward(state.method, batch, reference, parts, epoch, scale)
-            trained = len(batch.index)
-            norm = self._gradient_norm(loss)
-        except NotFinite as problem:
-            self._skip(batch, problem)
-            log = {"lr": lr}
-        else:
-            log = {"loss": loss.value.item(), "lr": lr, "gradient_norm": norm, **loss.log}
-            log |= self._update(loss, scale, norm, lr)
-            self._steering = partial(steering_measures, features, reference, self._ranks)
+        scored, lr = self._samples_of_ranks(candidates.index), self._set_learning_rate()
+        underway = Underway(state.step, scored, scored, candidates.skipped, {"lr": lr})
+        with deferred_checks():
+            chosen = self._chosen(candidates, scored)
+            if chosen is None:
+                self._late.put(None, lambda _: self._skip(underway, _FEATURES))
+            else:
+                batch, reference, self._learnability = chosen
+                trained = scored if batch is candidates else self._samples_of_ranks(batch.index)
+                self._train(batch, underway._replace(trained=trained), reference, epoch)
         state.step += 1
-        self._count(len(candidates.index), trained)
-        self._means.add(candidates, log)
-        return log
+
+    def _train(self, batch: Batch, underway: Underway, reference: Features | None, epoch: int) -> None:
+        """Compute the loss and its gradient, update what is learned from it, and send the step's numbers."""
+        state, parts = self.state, self._optimization.accumulation
+        scale = self._ranks.count * state.scaler.scale
+        loss, features = self._towers.backward(state.method, batch, underway.trained, reference, parts, epoch, scale)
+        norm = self._gradient_norm()
+        log = {"loss": loss.value, **underway.log, "gradient_norm": norm, **loss.log}
+        sums = self._ranks.sum(packed([are_not_finite(*features), *parts_of_ranks(log)]))
+        is_finite = (sums[0] == 0) & torch.isfinite(loss.value.detach())
+        has_gradient = is_finite & torch.isfinite(norm)
+        after = self._update(loss, scale, Outcome(is_finite if state.scaler.is_enabled else has_gradient, has_gradient))
+        steering = partial(steering_measures, features, reference, self._ranks)
+        underway = underway._replace(log=log, after=after, steering=steering)
+        numbers = [*on_device(log), *on_device(after)]
+        self._late.put(torch.cat([sums, packed(numbers)]), partial(self._report, underway, len(sums)))
+
+    def _samples_of_ranks(self, own: Tensor) -> BatchIndex:
+        """Return the samples of all ranks, and note what ranks want; the hosts exchange both in one message."""
+        ranks, index = self._ranks, own.numpy()
+        if ranks.group is None:
+            return BatchIndex([index])
+        message = np.zeros(3 + self._capacity, np.int64)
+        message[:3] = len(index), *self._wishes()
+        message[3 : 3 + len(index)] = index
+        messages = ranks.gathered_on_hosts(message)
+        self._agreed = Wishes(*messages[:, 1:3].max(0).tolist())
+        return BatchIndex([each[3 : 3 + each[0]] for each in messages], ranks.group)
 
     def _reference_features(self, batch: Batch) -> Features | None:
         if self._reference is None or batch.reference_inputs is None:
@@ -290,57 +336,68 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _select(
-        self, selector: Selector, candidates: Batch, reference: Features | None
-    ) -> tuple[Batch, Features | None]:
-        """Return the pairs to train on, with the reference's features of them."""
+    def _chosen(self, candidates: Batch, scored: BatchIndex) -> Chosen | None:
+        """Return the pairs to train on; None if that depends on features that are not finite."""
+        reference, selector = self._reference_features(candidates), self._selector
+        if selector is None:
+            return Chosen(candidates, reference, dict)
         parts = self._optimization.accumulation * selector.candidates
-        target = self._towers.pairs(self.state.method, candidates, parts)
-        batch, reference, self._learnability = selector.choose(self.state.step, candidates, target, reference)
-        return batch, reference
+        target, wrong = self._towers.pairs(self.state.method, candidates, scored, parts)
+        return selector.choose(self.state.step, candidates, sum(scored.counts), target, wrong, reference)
 
-    def _gradient_norm(self, loss: MethodLoss) -> float:
-        """Return the norm of the gradient, clipped; refuse a loss or a gradient that is not finite."""
-        state = self.state
-        if not bool(torch.isfinite(loss.value)):
-            raise NotFinite(f"the loss is {loss.value.item()}")
-        state.scaler.unscale_(state.optimizer)
-        norm = clipped_norm(state.model, self._optimization.clip_norm)
-        if not math.isfinite(norm) and not state.scaler.is_enabled():
-            raise NotFinite(f"the gradient's norm is {norm}")
-        return norm
+    def _gradient_norm(self) -> Tensor:
+        """Return the norm of the gradient before it was clipped."""
+        model = self.state.model
+        self.state.scaler.unscale([each.grad for each in model.parameters() if each.grad is not None])
+        return clipped_norm(model, self._optimization.clip_norm)
 
-    def _update(self, loss: MethodLoss, scale: float, norm: float, lr: float) -> Record:
-        """Update the weights, their moving average and what the method learns; return the method's numbers to log."""
-        state = self.state
-        log = state.method.step(loss, scale, lr / self._optimization.lr) if math.isfinite(norm) else {}
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+    def _update(self, loss: MethodLoss, scale: float | Tensor, outcome: Outcome) -> dict[str, Number]:
+        """Update the weights, their moving average and what the method keeps; return the method's numbers to log."""
+        state, rate = self.state, self.state.optimizer.param_groups[0]["lr"] / self._optimization.lr
+        log = state.method.step(loss, scale, rate, outcome)
+        step_if(state.optimizer, outcome.has_gradient)
+        state.scaler.update(*outcome)
         if state.average is not None:
-            state.average.update(state.model.state_dict())
+            state.average.update(state.model.state_dict(), outcome.is_finite)
         return log
 
-    def _skip(self, batch: Batch, problem: NotFinite) -> None:
-        """Write down the samples of a step that cannot be taken; end the run where there were too many."""
-        state, ranks = self.state, self._ranks
+    def _report(self, underway: Underway, sums: int, numbers: list[float]) -> None:
+        """Receive the numbers of a step: log it, or write down that it was not taken."""
+        shared, own = numbers[1:sums], iter(numbers[sums:])
+        log = filled_in(underway.log, shared, own)
+        problem = _problem(numbers[0] > 0, log["loss"], log["gradient_norm"], self.state.scaler.is_enabled)
+        if problem:
+            self._skip(underway, problem)
+            return
+        if math.isfinite(log["gradient_norm"]):
+            log |= filled_in(underway.after, (), own)
+        self._steering = underway.steering
+        self._finish(underway, sum(underway.trained.counts), log)
+
+    def _skip(self, underway: Underway, problem: str) -> None:
+        """Write down the samples of a step that was not taken; end the run where there were too many."""
+        state, path = self.state, self._folder.parent / "nonfinite.jsonl"
         state.skipped_steps += 1
-        path = self._folder.parent / "nonfinite.jsonl"
-        own = batch.index.to(ranks.device)
-        index = gathered(own, row_counts(len(own), ranks.group, ranks.device), ranks.group)
-        if ranks.leads:
-            append_line(path, json.dumps({"step": state.step, "problem": str(problem), "samples": index.tolist()}))
+        if self._ranks.leads:
+            index = np.concatenate(underway.trained.parts).tolist()
+            append_line(path, json.dumps({"step": underway.step, "problem": problem, "samples": index}))
         if state.skipped_steps > self._nonfinite_limit:
             self._writer.commit()
             raise UserError(
-                f"{problem} at step {state.step}, whose samples are in {path}: look at them, lower --lr, set "
+                f"{problem} at step {underway.step}, whose samples are in {path}: look at them, lower --lr, set "
                 "--clip-norm, or allow for such steps by --nonfinite-limit"
-            ) from None
+            )
+        trained = 0 if problem == _FEATURES else sum(underway.trained.counts)
+        self._finish(underway, trained, {"lr": underway.log["lr"]})  # pyright: ignore[reportArgumentType]
 
-    def _count(self, scored: int, trained: int) -> None:
-        counts = self._ranks.sum(torch.tensor([scored, trained], device=self._ranks.device)).tolist()
-        self.state.seen = {
-            key: seen + count for (key, seen), count in zip(self.state.seen.items(), counts, strict=True)
-        }
+    def _finish(self, underway: Underway, trained: int, log: Record) -> None:
+        """Count a step's samples, and give its numbers to those that want them."""
+        counts = sum(underway.scored.counts), trained
+        seen = self.state.seen
+        self.state.seen = {key: seen[key] + count for key, count in zip(seen, counts, strict=True)}
+        self._means.add(len(underway.scored.own), underway.skipped, log)
+        self._log = log
+        self._on_step(underway.step + 1, self.total, log)
 
     def _write_log(self) -> None:
         """Write the means since the last line, and what is measured on the last batch."""
@@ -349,29 +406,34 @@ class Trainer:
         if self._logs is not None:
             self._logs.write(state.step, {**values, **state.seen, "epoch": state.step / state.stream.steps_per_epoch})
 
-    def validate(self, log: Record) -> bool:
+    def validate(self) -> bool:
         """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
         state = self.state
         scores = self._validate()
-        record = {"step": state.step, **state.seen, **log, **self._steering(), **scores}
+        record = {"step": state.step, **state.seen, **self._log, **self._steering(), **scores}
         state.history.append(record)
         if self._logs is not None and scores:
             self._logs.write(state.step, {f"validation/{key}": value for key, value in scores.items()})
-        return self._policy.best is not None and best_record(state.history, self._policy.best) is record
+        if self._policy.best is None:
+            return False
+        return bool(self._ranks.max_over_ranks(int(best_record(state.history, self._policy.best) is record)))
+
+    def _wishes(self) -> Wishes:
+        """Return what this rank wants: a checkpoint by time, or one and an end because it is asked to stop."""
+        asked, seconds = self._stop(), time.monotonic() - self._saved_at
+        is_due = seconds > 60 * self._policy.checkpoint_minutes
+        return Wishes(_SAVE + asked if asked else _SAVE * is_due, int(self._writer.is_writing))
 
     def _checkpoint_if_due(self, is_best: bool) -> None:
-        """Save after the best validation so far, by time, by steps, or when asked to stop; then end the run."""
+        """Save after the best validation so far, by time, by steps, or when asked to stop; then end the run.
+
+        Ranks know of each other what they wanted before the step.
+        """
         policy, step = self._policy, self.state.step
-        asked, seconds = self._stop(), time.monotonic() - self._saved_at
-        is_due = (
-            is_best or seconds > 60 * policy.checkpoint_minutes or step % (policy.checkpoint_steps or step + 1) == 0
-        )
-        wanted, is_writing = self._ranks.maxima_over_ranks(
-            _SAVE + asked if asked else _SAVE * is_due, int(self._writer.is_writing)
-        )
+        wanted, is_writing = self._wishes() if self._ranks.group is None else self._agreed
         if self._writer.has_begun and not is_writing:
             self._writer.commit()
-        if wanted:
+        if wanted or is_best or step % (policy.checkpoint_steps or step + 1) == 0:
             self.save()
             self._saved_at = time.monotonic()
         if wanted > _SAVE:
@@ -380,7 +442,8 @@ class Trainer:
             raise Interrupted(message, wanted - _SAVE)
 
     def save(self) -> None:
-        """Start to write a checkpoint, which is committed later."""
+        """Start to write a checkpoint, which is committed later, once all steps so far are known to be right."""
+        self._late.read(all_of_them=True)
         self._writer.start(*self.state.state_dict(), self._best_step)
 
     def _best_step(self, last: int) -> int | None:
@@ -392,6 +455,15 @@ class Trainer:
         """Return the moving average of the weights in full; empty without one."""
         average = self.state.average
         return {} if average is None else {key: full_tensor(value) for key, value in average.average.items()}
+
+
+def _problem(are_features_wrong: bool, loss: float, norm: float, scales: bool) -> str:
+    """Return what is not finite in a step; with a loss scale a gradient may overflow."""
+    if are_features_wrong:
+        return _FEATURES
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return "" if scales or math.isfinite(norm) else f"the gradient's norm is {norm}"
 
 
 def best_record(history: Sequence[Record], metric: str | None) -> Record | None:

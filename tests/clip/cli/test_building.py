@@ -1,12 +1,14 @@
 """From options to models, methods and selectors."""
 
+import open_clip
 import pytest
 import torch
 
 from experiments.clip.cli.building import SPREAD_SHARE, build_method, build_models, build_selector, check_ranks
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.run import parse
+from experiments.clip.models.export import export_model
+from experiments.clip.run import main, parse
 from experiments.clip.training.methods import METHODS, Distilled
 
 
@@ -83,3 +85,46 @@ def test_a_selector_is_there_only_where_pairs_are_left_out(reference):
     assert build_selector(parse(["train"]), reference, ONE_PROCESS) is None
     selector = build_selector(parse(["train", "--select", "rho-top-k", "--candidates", "4"]), reference, ONE_PROCESS)
     assert selector is not None and selector.candidates == 4
+
+
+def test_what_the_model_takes_follows_the_options(tmp_path, capsys):
+    own = build_models(parse(["train", "--method", "openclip", "--model", "glyph-micro"])).clip
+    export_model(own, tmp_path / "model")
+    words = ["--method", "openclip", "--model", "glyph-micro", "--pretrained", str(tmp_path / "model")]
+    words += ["--force-image-size", "64", "--force-context-length", "9", "--image-mean", "0.5", "0.5", "0.5"]
+    clip = build_models(parse(["train", *words, "--seed", "7"])).clip
+    assert clip.model.visual.image_size == (64, 64) and clip.tokenize(["a"]).shape == (1, 9)
+    assert open_clip.get_model_preprocess_cfg(clip.model)["mean"] == (0.5, 0.5, 0.5)
+    assert torch.equal(clip.model.token_embedding.weight, own.model.token_embedding.weight)
+
+
+def test_a_reference_beside_the_target_sees_its_crops():
+    words = ["--catalog", "none", "--model", "glyph-micro", "--aug-cfg", "scale=(0.3,0.4)"]
+    words += ["color_jitter=(0.1,0.1,0.1,0.1)", "color_jitter_prob=0.5"]
+    clip, reference = build_models(parse(["train", *words]))
+    crops = [next(step for step in each.augment.transforms if hasattr(step, "scale")) for each in (clip, reference)]
+    assert [crop.scale for crop in crops] == [(0.3, 0.4)] * 2
+    assert len(clip.augment.transforms) == len(reference.augment.transforms) + 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["scale=0.4"], "--aug-cfg scale must be an interval"),
+        (["sclae=(0.4,1)"], "--aug-cfg takes KEY=VALUE of scale, ratio"),
+        (["ratio=(0.7,1.3)"], "--aug-cfg ratio is for timm's augmentation"),
+        (["use_timm=True", "gray_scale_prob=0.1"], "leave out use_timm=True"),
+        (["color_jitter=0.4", "color_jitter_prob=0.1"], "color_jitter must be four numbers"),
+        (["scale=__import__('os')"], "--aug-cfg scale must be an interval"),
+        (["scale=" + "(" * 10_000], "--aug-cfg scale must be an interval"),
+    ],
+)
+def test_an_augmentation_that_open_clip_would_not_use_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(["train", "--catalog", "none", "--aug-cfg", *words])
+
+
+def test_a_model_that_writes_captions_is_no_target(capsys):
+    for command in (["train"], ["plan"]):
+        assert main([*command, "--method", "openclip", "--model", "coca_ViT-B-32"]) == 2
+        assert "coca_ViT-B-32 writes captions (CoCa), which is not trained here" in capsys.readouterr().err

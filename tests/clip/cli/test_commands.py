@@ -60,7 +60,7 @@ def test_the_embedded_pairs_take_one_process(command, monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["evaluate", "nowhere"], ["cache-reference", "--reference", "nowhere"]])
 def test_a_model_that_is_not_there_is_one_line(words, capsys):
     assert main(words) == 2
-    assert "nowhere has no open_clip_config.json" in capsys.readouterr().err
+    assert "no model is called 'nowhere'" in capsys.readouterr().err
 
 
 # --- evaluate: the embedded pairs -------------------------------------------------------------------------------------

@@ -25,6 +25,25 @@ def test_a_configuration_keeps_every_option_and_is_overridden_by_later_ones(tmp_
     )
 
 
+def test_compile_stands_alone_or_has_a_mode(tmp_path):
+    for words, expected in (
+        ([], False),
+        (["--compile"], True),
+        (["--compile", "--seed", "3"], True),
+        (["--compile", "reduce-overhead"], "reduce-overhead"),
+        (["--compile=reduce-overhead", "--seed", "3"], "reduce-overhead"),
+        (["--compile", "--no-compile"], False),
+    ):
+        options = parse(["train", *words])
+        assert options.execution.compile == expected
+        assert parse(["train", *as_words(options)]) == options
+        save_config(tmp_path / "config.json", options)
+        assert parse(["train", "--config", str(tmp_path / "config.json")]) == options
+    assert parse(["plan", "--compile"]).train.execution.compile is True
+    with pytest.raises(UserError, match="Unrecognized options: often"):
+        parse(["train", "--compile", "often"])
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -9,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from drrho.running import RunningEstimates
 from drrho.temperature import IndividualTemperatures
 from experiments.clip.cli.plan import cost_of, estimated
+from experiments.clip.data.catalog import make_catalog
+from experiments.clip.data.loader import Loader
 from experiments.clip.models.clip import new_model
 from experiments.clip.models.export import export_model
+from experiments.clip.reference.cache import cache_features, open_features
 from experiments.clip.run import main, parse
 from experiments.clip.training.options import Execution
 
@@ -28,7 +31,19 @@ SMALL = {
     "individual_temperatures": False,
     "running": True,
     "ema": False,
+    "workers": 0,
 }
+
+
+@pytest.fixture
+def pairs_of_a_catalog(manifest, reference, tmp_path):
+    """Return a loader of one batch of 150 pairs, and the reference's features of them."""
+    shards = [str(manifest.folder / shard.name) for shard in manifest.splits["train"].shards]
+    catalog = make_catalog(shards, tmp_path / "catalog")
+    cache_features(reference, catalog, tmp_path / "features")
+    clip = new_model("glyph-micro", 0)
+    loader = Loader(catalog, clip.in_bytes(clip.augment), clip.tokenize, batch_size=150, seed=0)
+    return loader, open_features(reference, catalog, tmp_path / "features")
 
 
 @pytest.mark.parametrize("name", ["glyph-small", pytest.param("RN50", marks=pytest.mark.slow)])
@@ -98,9 +113,23 @@ def test_more_ranks_share_and_accumulation_divides():
     assert chosen.steps == -(-one.steps // 5)
     assert chosen.hours == pytest.approx(one.hours * (1 + 3 / 5) / 3)
     assert one.memory == sum(
-        getattr(one, name) for name in ("weights", "gradients", "optimizer", "activations", "loss", "running_state")
+        getattr(one, name)
+        for name in ("weights", "gradients", "optimizer", "activations", "inputs", "loss", "running_state")
     )
     assert one.pairs_per_second == pytest.approx(0.1e12 * 0.5 / (3 * cost.flops))
+
+
+def test_memory_for_batches_is_that_of_the_batches_that_workers_make(pairs_of_a_catalog):
+    """As many as there are, each with the images in bytes, tokens in 32 bits and the cached features."""
+    loader, features = pairs_of_a_catalog
+    [batch] = loader.batches(0)
+    own = sum(part.nbytes for part in (batch.image, batch.text, batch.index))
+    cached = sum(part.nbytes for part in features.rows(batch.index))
+    plan = estimated(cost_of("glyph-micro"), **SMALL | {"batch_size": len(batch.index), "workers": 3})
+    assert plan.shared == 3 * 2 * (own + cached)
+    assert plan.inputs == 2 * (own + cached) + 4 * own
+    half = estimated(cost_of("glyph-micro"), **SMALL | {"batch_size": len(batch.index), "workers": 3, "ranks": 2})
+    assert half.shared == plan.shared // 2
 
 
 @pytest.mark.slow

@@ -224,6 +224,26 @@ def test_skips_make_batches_smaller_and_are_counted(make, tmp_path, workers):
     }
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_batch_says_how_many_rows_the_largest_has(make, ranks):
+    """Of 63 samples in 7 batches of 9 and 10 in 63 // 9, whatever is skipped."""
+    for size, largest in ((8, 8), (10, 9), (100, 63)):
+        parts = [list(make(batch_size=size, rank=rank, ranks=ranks).batches(0)) for rank in range(ranks)]
+        stated = {batch.size for part in parts for batch in part}
+        assert stated == {max(len(batch.index) for part in parts for batch in part)} == {-(-largest // ranks)}
+
+
+def test_a_batch_in_bytes_is_the_batch_of_floats(make, clip, tmp_path):
+    """From shards of JPEG, in the bytes that a step is thought to take."""
+    members = [m for n in range(6) for m in ((f"{n}.jpg", image_bytes(9 * n, (40, 30), "JPEG")), (f"{n}.txt", b"x"))]
+    catalog = make_catalog(write_tar(tmp_path / "x.tar", members), tmp_path / "c")
+    [pixels] = make(catalog, clip.in_bytes(clip.augment)).batches(0)
+    [floats] = make(catalog, clip.augment).batches(0)
+    assert torch.equal(clip.prepared(pixels.image), floats.image) and torch.equal(pixels.index, floats.index)
+    assert pixels.image.dtype == torch.uint8 and pixels.text.dtype == torch.int32
+    assert pixels.image.nbytes == 6 * 3 * 32 * 32 and pixels.text.nbytes == 6 * 4 * pixels.text.shape[1]
+
+
 @pytest.mark.slow
 def test_too_many_skips_stop_the_run(make, tmp_path, monkeypatch):
     catalog = mixed(tmp_path, 200, 40)

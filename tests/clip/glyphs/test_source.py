@@ -23,7 +23,7 @@ def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference
         (batch,) = opened.stream.batches(0, 0)
         assert (opened.samples, opened.identity["fraction"]) == (samples, fraction)
         assert sorted(batch.index.tolist()) == list(range(samples))
-        assert torch.equal(batch.image, pairs.images(batch.index))
+        assert torch.equal(batch.image, pairs.pixels[batch.index])
         # The automatic temperature rests on no pair outside of the share.
         features = glyph_features(reference, prepare(data), data.cache).rows(torch.arange(min(samples, 64)))
         assert isinstance(opened.reference, CachedReference)

@@ -14,8 +14,8 @@ def test_pairs_in_memory_are_open_clips_preprocessing_row_by_row(manifest):
     samples = list(read_samples(manifest, "train"))
     batch = pairs.batch(torch.tensor([149, 0, 63, 64]))
     for row, index in enumerate(batch.index.tolist()):
-        assert torch.allclose(batch.image[row], clip.preprocess(samples[index].image), rtol=0, atol=1e-6)
-        assert torch.equal(batch.text[row], clip.tokenize([samples[index].caption])[0])
+        assert torch.equal(clip.prepared(batch.image[row][None])[0], clip.preprocess(samples[index].image))
+        assert torch.equal(clip.prepared_tokens(batch.text[row]), clip.tokenize([samples[index].caption])[0])
 
 
 @pytest.mark.slow

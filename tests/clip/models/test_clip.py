@@ -7,15 +7,9 @@ import pytest
 import torch
 
 from experiments.clip.errors import UserError
-from experiments.clip.models.clip import (
-    WEIGHTS_FILE,
-    at_least_one,
-    load_model,
-    lock_towers,
-    new_model,
-    register_models,
-)
+from experiments.clip.models.clip import at_least_one, load_model, lock_towers, new_model
 from experiments.clip.models.export import export_model
+from experiments.clip.models.sources import WEIGHTS_FILE, register_models
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
 

@@ -10,8 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiments.clip.errors import UserError
-from experiments.clip.models.clip import CONFIG_FILE, WEIGHTS_FILE, load_model, new_model
+from experiments.clip.models.clip import load_model, new_model
+from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.export import export_bundle, export_checkpoint, export_model, plain_state
+from experiments.clip.models.sources import WEIGHTS_FILE
 
 
 @pytest.fixture(scope="module")

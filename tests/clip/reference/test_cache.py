@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.draws import view_draws, visit_draws
@@ -16,6 +17,7 @@ from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import Reader, decode
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
+from experiments.clip.reference import cache as cache_module
 from experiments.clip.reference.cache import cache_features, open_features
 from experiments.clip.reference.live import LiveReference
 from experiments.clip.reference.margins import margin_spread
@@ -93,6 +95,47 @@ def test_ranks_and_workers_make_the_same_files(catalog, reference, cached, tmp_p
     assert sorted(made) == [64, 86]
     for path in cached.iterdir():
         assert contents(tmp_path / path.name) == contents(path)
+
+
+def test_towers_in_bfloat16_give_features_near_those_of_float32_and_say_so(catalog, reference, cached, tmp_path):
+    cache_features(reference, catalog, tmp_path, towers="bfloat16")
+    near, exact = (open_features(reference, catalog, folder).rows(torch.arange(150)) for folder in (tmp_path, cached))
+    for found, expected in zip(near, exact, strict=True):
+        difference = (found.float() - expected.float()).abs().max()
+        assert 0 < difference < 2**-6
+    path = min(tmp_path.iterdir())
+    assert contents(path)[0]["towers"] == "bfloat16"
+    with pytest.raises(UserError, match="another towers, bfloat16 instead of float32"):
+        cache_features(reference, catalog, tmp_path)
+
+
+def test_files_that_do_not_name_the_towers_precision_are_of_float32(catalog, reference, copied):
+    for path in copied.iterdir():
+        metadata, _ = contents(path)
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        del metadata["towers"]
+        save_file(tensors, path, metadata)
+    assert len(open_features(reference, catalog, copied)) == 150
+    assert cache_features(reference, catalog, copied) == 0
+
+
+def test_readers_go_on_over_the_ends_of_shards(catalog, reference, tmp_path, monkeypatch):
+    """When a shard's file is written, samples of the next one have been read; errors of writing are raised."""
+    read, states = [], []
+    original, write = Reader.read_many, cache_module.write_atomically
+    monkeypatch.setattr(Reader, "read_many", lambda self, indices: read.extend(indices) or original(self, indices))
+    monkeypatch.setattr(cache_module, "write_atomically", lambda *given: states.append(max(read)) or write(*given))
+    cache_features(reference, catalog, tmp_path, batch_size=32)
+    assert [shard.samples for shard in catalog.shards] == [64, 64, 22]
+    assert states[0] >= 64 and states[1] >= 128 and len(states) == 3
+
+    def failing(path, data):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(cache_module, "write_atomically", failing)
+    with pytest.raises(UserError, match="the disk is full"):
+        cache_features(reference, catalog, tmp_path / "other", batch_size=32)
 
 
 def test_missing_file_is_refused(catalog, reference, copied):

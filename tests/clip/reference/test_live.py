@@ -4,14 +4,16 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 
 from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.draws import random_state_restored, visit_draws
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import first_pairs
-from experiments.clip.models.clip import new_model
+from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.reference.live import LiveReference
 from experiments.clip.reference.margins import margin_spread
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 CPU = torch.device("cpu")
 
@@ -70,3 +72,19 @@ def test_the_spread_is_over_the_first_pairs_without_augmentation(catalog, refere
     assert LiveReference(reference, 1, first).margin_spread(70) == pytest.approx(expected, rel=1e-5)
     LiveReference(reference, 1, first).margin_spread(10_000)
     assert asked == [70, 1024]
+
+
+@pytest.mark.slow
+def test_a_compiled_reference_has_the_features_of_one_that_is_not(monkeypatch):
+    generating = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: generating(function, backend="aot_eager"))
+    plain, compiled = load_model(SHIPPED_REFERENCE), load_model(SHIPPED_REFERENCE)
+    compiled.compile()
+    images = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = images, plain.tokenize(["latin small letter a", "digit one", "letter b"] * 3)
+    both = (LiveReference(each, 2, list).features(inputs, CPU) for each in (plain, compiled))
+    for expected, found in zip(*both, strict=True):
+        assert torch.equal(found, expected)
+    pairs = [(Image.new("RGB", (40, 40), (9 * k, 80, 90)), f"letter {k}") for k in range(5)]
+    spreads = [LiveReference(each, 1, lambda count: pairs).margin_spread(5) for each in (plain, compiled)]
+    assert spreads[0] == spreads[1]

@@ -5,9 +5,10 @@ import torch
 from training_runs import HEAD, contrastive
 
 from drrho import KL, penalized_risk
+from drrho.routes import BatchIndex
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.models.clip import new_model
-from experiments.clip.training.methods import Distilled, Head, OpenCLIP
+from experiments.clip.training.methods import Distilled, Head, OpenCLIP, Outcome
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_sample
     tau = 0.1
     rows = [features.rows(torch.tensor([k])) for k in index.tolist()]
     guided = features.features(features.rows(index), torch.device("cpu"))
-    loss = contrastive(len(samples)).loss((image, text), index, HEAD, 0, guided)
+    loss = contrastive(len(samples)).loss((image, text), BatchIndex.gathered(index), HEAD, 0, guided)
 
     ref_image, ref_text = (torch.cat(part).double() for part in zip(*rows, strict=True))
     views = torch.stack([reference.preprocess(samples[k].image) for k in index.tolist()])
@@ -41,7 +42,8 @@ def test_steered_loss_is_the_penalized_risk_of_excess_losses_of_the_right_sample
 def test_estimates_belong_to_the_samples_of_the_batch():
     method = contrastive()
     image, text = torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=-1)
-    method.loss((image, text), torch.tensor([7, 149, 20]), HEAD, 0, None)
+    loss = method.loss((image, text), BatchIndex.gathered([7, 149, 20]), HEAD, 0, None)
+    method.step(loss, 1.0, 1.0, Outcome(torch.tensor(True), torch.tensor(True)))
     visited = torch.isfinite(method.state_dict()["running.log_u"]).all(0).nonzero().flatten()
     assert visited.tolist() == [7, 20, 149]
 
@@ -51,7 +53,8 @@ def test_distillation_has_one_temperature_or_each_softmax_its_own():
     image, text, image_guide, text_guide = (
         torch.nn.functional.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64)) for _ in range(4)
     )
-    head, index, guide_tau = Head(torch.tensor(8.0, dtype=torch.float64, requires_grad=True)), torch.arange(6), 0.3
+    head, guide_tau = Head(torch.tensor(8.0, dtype=torch.float64, requires_grad=True)), 0.3
+    index = BatchIndex.gathered(torch.arange(6))
 
     def cross_entropy(tau):
         target, guide = image @ text.T / tau, image_guide @ text_guide.T / guide_tau
@@ -70,4 +73,4 @@ def test_distillation_has_one_temperature_or_each_softmax_its_own():
     steered = contrastive(6)
     tau, _ = steered.logits_at(head)
     loss = Distilled(steered, 2.0, guide_tau, own=True).loss(own, index, head, 0, (image_guide, text_guide))
-    assert loss.log["distillation"] == pytest.approx(cross_entropy(tau).item(), rel=1e-12)
+    assert loss.log["distillation"].item() == pytest.approx(cross_entropy(tau).item(), rel=1e-12)

@@ -39,10 +39,33 @@ def test_the_moving_average_is_that_of_the_weights_and_is_resumed(pairs, tmp_pat
     assert not all(moved)
     # Against its definition, on two steps of one number.
     average = MovingAverage({"w": torch.tensor(0.0)}, 0.9)
-    average.update({"w": torch.tensor(1.0)})
+    average.update({"w": torch.tensor(1.0)}, torch.tensor(True))
     assert float(average.average["w"]) == pytest.approx(0.9)  # the first decay is 1 / 10
-    average.update({"w": torch.tensor(0.0)})
+    average.update({"w": torch.tensor(7.0)}, torch.tensor(False))
+    assert float(average.average["w"]) == pytest.approx(0.9)
+    average.update({"w": torch.tensor(0.0)}, torch.tensor(True))
     assert float(average.average["w"]) == pytest.approx(0.9 * 2 / 11)
+
+
+def test_the_moving_average_of_many_tensors_is_that_of_each_one():
+    torch.manual_seed(0)
+    steps = [
+        {"a": torch.randn(7, 5), "b": torch.randn(()), "half": torch.randn(9).half(), "count": torch.tensor(step)}
+        for step in range(5)
+    ]
+    together, own = MovingAverage(steps[0], 0.99), {key: value.clone() for key, value in steps[0].items()}
+    own["half"] = own["half"].float()
+    for step, weights in enumerate(steps[1:]):
+        together.update(weights, torch.tensor(True))
+        for key in ("a", "b", "half"):
+            own[key].lerp_(weights[key].float(), 1 - min(0.99, (1 + step) / (10 + step)))
+        own["count"] = weights["count"]
+    assert together.average.keys() == own.keys()
+    torch.testing.assert_close(together.average, own, rtol=1e-6, atol=1e-7)
+    assert together.average["half"].dtype == torch.float32
+    kept = {key: value.clone() for key, value in together.state_dict().items()}
+    together.update(steps[0], torch.tensor(False))  # of a step that was not taken
+    assert all(torch.equal(value, kept[key]) for key, value in together.state_dict().items())
 
 
 def test_schedules():

@@ -29,7 +29,7 @@ def remembering(method):
     class Remembering(type(method)):
         def loss(self, own, index, head, epoch, reference):
             loss = super().loss(own, index, head, epoch, reference)
-            steps.append(index.tolist())
+            steps.append(index.own.tolist())
             losses.append(loss.value.item())
             return loss
 
@@ -127,7 +127,7 @@ def test_an_unsteered_method_gets_no_reference(pairs, features, reference, tmp_p
         run(pairs, chosen, tmp_path / method / "c", features, optimization=SHORT, selector=selector)
         index, clip = torch.tensor(steps[0]), new_model("glyph-micro", 0)
         with torch.no_grad():
-            own = clip.encode_image(pairs.images(index)), clip.encode_tokens(pairs.batch(index).text)
+            own = clip.encode_image(pairs.pixels[index]), clip.encode_tokens(pairs.batch(index).text)
             given = features.features(features.rows(index), own[0].device) if method == "drrho" else None
             expected = contrastive_risk(*own, 0.1, reference=given).value.item()
         assert losses[0] == pytest.approx(expected, abs=1e-5)

@@ -2,12 +2,18 @@
 
 import dataclasses
 
+import open_clip
 import pytest
 import torch
 from training_runs import SHORT, built, contrastive, run
 
+from drrho.routes import BatchIndex
+from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted
-from experiments.clip.training.options import Optimization
+from experiments.clip.models.clip import new_model
+from experiments.clip.training.methods import OpenCLIP
+from experiments.clip.training.options import Execution, Optimization
+from experiments.clip.training.towers import Towers
 
 
 @pytest.mark.slow
@@ -48,3 +54,71 @@ def test_dropped_patches_of_candidates_and_parts_resume_at_the_same_bits(pairs, 
     assert resumed == history
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def shapes_and_gradient(clip, batch, parts=1):
+    """Return the shapes that the towers are given in a step, its loss, and its gradient."""
+    towers, shapes = Towers(clip, Execution(), Ranks()), []
+    clip.model.register_forward_pre_hook(lambda model, inputs: shapes.append([len(part) for part in inputs]))
+    loss, (image, text) = towers.backward(OpenCLIP(), batch, BatchIndex.gathered(batch.index), None, parts, 0, 1.0)
+    assert len(image) == len(text) == len(batch.index)
+    return shapes, loss.value.item(), torch.cat([p.grad.flatten() for p in clip.model.parameters()])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_that_fill_a_batch_up_leave_loss_and_gradient_as_they_are(parts, pairs):
+    batch = pairs.batch(torch.arange(11))
+    plain = shapes_and_gradient(new_model("glyph-micro", 0), batch, parts)
+    full = shapes_and_gradient(new_model("glyph-micro", 0), batch._replace(size=16), parts)
+    assert plain[0] == ([[11, 11]] if parts == 1 else [[6, 6], [5, 5]] * 2)
+    assert full[0] == ([[16, 16]] if parts == 1 else [[8, 8]] * 4)
+    assert full[1] == pytest.approx(plain[1], rel=1e-6)
+    assert (full[2] - plain[2]).abs().max() <= 1e-5 * plain[2].abs().max()
+    assert full[2].abs().max() > 0
+
+
+def test_a_batch_without_a_sample_is_filled_up_too(pairs):
+    batch = pairs.batch(torch.arange(0))._replace(size=4)
+    towers = Towers(new_model("glyph-micro", 0), Execution(), Ranks())
+    found, wrong = towers.pairs(OpenCLIP(), batch, BatchIndex.gathered(batch.index), 1)
+    assert not wrong
+    assert found.image.shape == found.text.shape == (0, 32)
+
+
+def with_batch_norm():
+    """Return the smallest of open_clip's ResNets that takes the glyphs."""
+    clip = new_model("glyph-micro", 0)
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 16}
+    text = {"width": 16, "heads": 1, "layers": 1, "context_length": clip.model.context_length}
+    torch.manual_seed(0)
+    return dataclasses.replace(clip, model=open_clip.CLIP(64, vision, text))
+
+
+def test_statistics_over_a_batch_count_no_row_that_fills_it_up(pairs):
+    batch = pairs.batch(torch.arange(11))
+    plain, full = (shapes_and_gradient(with_batch_norm(), batch._replace(size=size)) for size in (0, 16))
+    assert plain[0] == full[0] == [[11, 11]]
+    assert plain[1] == full[1] and torch.equal(plain[2], full[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 0])
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_compiled_towers_are_not_compiled_again_for_batches_of_other_sizes(mode, size, pairs, monkeypatch):
+    """With a size to fill up to, and without one. The graph is torch's own; no code is generated for it here."""
+    torch.compiler.reset()
+    given = []
+
+    def compile_without_generating_code(model, mode):
+        given.append(mode)
+        model._compiled_call_impl = torch.compile(model._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_generating_code)
+    plain = Towers(new_model("glyph-micro", 0), Execution(), Ranks())
+    compiled = Towers(new_model("glyph-micro", 0), Execution(compile=mode), Ranks())
+    assert given == [None if mode is True else mode]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (12, 16, 9, 11):
+            batch = pairs.batch(torch.arange(count))._replace(size=size)
+            found, expected = (each.backward(OpenCLIP(), batch, None, 1, 0, 1.0)[0] for each in (compiled, plain))
+            assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)

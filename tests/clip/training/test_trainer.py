@@ -59,15 +59,16 @@ def test_training_lowers_the_loss(manifest, tmp_path):
 
 
 class Poisoned(PreparedPairs):
-    """The pairs, of which sample 77 has an image that is not finite."""
+    """The pairs as floats, of which sample 77 has an image that is not finite."""
 
     def __init__(self, pairs):
         self.__dict__ = pairs.__dict__
 
-    def images(self, index):
-        images = super().images(index)
+    def batch(self, index, size=0):
+        batch = super().batch(index, size)
+        images = batch.image.float() / 255
         images[index == 77] = torch.inf
-        return images
+        return batch._replace(image=images)
 
 
 @pytest.mark.slow

@@ -1,0 +1,174 @@
+"""KL balls and penalties on the device: weights proportional to ``exp(b d)`` (``kernels_kl.c``)."""
+
+# Triton's language is checked by its compiler:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from drrho.solvers.device.answers import (
+    answer_of,
+    into_ball,
+    store_ties,
+    tolerated,
+    with_ends,
+)
+from drrho.solvers.device.functions import exponentials, log1p, rough_exponentials
+from drrho.solvers.device.search import AGAIN, LOST, Limits, advance, open_search
+from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, store, three_sums
+
+_FLAT = tl.constexpr(2.0**1022)  # strength in units of the range at which no weight differs from the base weights
+_CEILING = tl.constexpr(688.49)  # of log b
+_FAR = tl.constexpr(30.0)  # exponent at the maximum beyond which the mean is no origin for the sums
+
+
+class Path(NamedTuple):
+    """``p ~ q exp(b d)`` at given b, ``[rows]``.
+
+    ``mass`` is the mean of ``exp(b (d - origin))`` and ``psi`` its logarithm; ``gain`` and ``variance`` are those of
+    d under the weights, the gain over the mean; ``slope`` is d log D / d log b.
+    """
+
+    origin: Any
+    mass: Any
+    psi: Any
+    gain: Any
+    distance: Any
+    slope: Any
+
+
+@triton.jit
+def _path(row, b, each, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr, STORE: tl.constexpr):
+    """Return the path at b, by sums about the mean while that is near enough to the maximum, else about that.
+
+    With ``e = exp(b y) - 1`` all sums about the mean are of positive terms, that of ``e - b y`` too. Exponentials of
+    chosen rows are stored, times a factor.
+    """
+    WORK: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    NARROW: tl.constexpr = row.z.dtype.element_ty != tl.float64
+    near = b * -row.mean <= _FAR
+    origin, rate = tl.where(near, row.mean, 0.0).to(WORK), b.to(WORK)[:, None]
+    first = tl.zeros([row.z.shape[0], TILE], WORK)
+    second, third = tl.zeros_like(first), tl.zeros_like(first)
+    for begin in range(0, row.n, TILE):
+        i = places(begin, TILE)
+        d = depth(row, i) if PRECISE else rough_depth(row, i)
+        y = d - origin[:, None]
+        if PRECISE:
+            ratio, tilt, beyond = exponentials(y * rate, NARROW)
+        else:
+            ratio, tilt, beyond = rough_exponentials(y * rate)
+        one, e = tl.where(near[:, None], beyond, ratio), tl.where(near[:, None], tilt, ratio)
+        if row.base is None:
+            inside = i < row.n
+            one, e = tl.where(inside, one, 0.0), tl.where(inside, e, 0.0)
+        else:
+            m = mass(row, i)
+            ratio, one, e = ratio * m, one * m.to(WORK), e * m.to(WORK)
+        if STORE:
+            store(row, i, ratio * each[:, None], chosen)
+        ye = y * e
+        first += one
+        second += ye
+        third += ye * y
+    first, second, third = three_sums(first, second, third)
+    first, second, third = first / row.all, second / row.all, third / row.all
+    shift = tl.where(near, row.mean - origin.to(tl.float64), 0.0)  # the mean, as seen from the origin
+    total = tl.where(near, 1 + (first + b * shift), first)
+    psi = tl.where(near, log1p(first + b * shift), tl.log(first))
+    at = (second + shift) / total
+    square = third + tl.where(near, row.variance + shift * shift, 0.0)
+    distance = b * at - psi
+    slope = b * b * (square / total - at * at) / distance
+    return Path(origin.to(tl.float64), total, psi, at + (origin.to(tl.float64) - row.mean), distance, slope)
+
+
+@triton.jit
+def _find_rate(row, radius, x, limits, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr):
+    """Return log b by Newton on log D, which increases with it, psi foretold there, and what went wrong."""
+    low = 0.5 * (tl.log(tl.zeros_like(radius) + 8) + tl.log(radius)) - tl.log(row.range)
+    search = open_search(low, low * 0 + float("nan"))
+    x = tl.minimum(tl.maximum(low, x), _CEILING)
+    psi, state = tl.zeros_like(x), tl.where(chosen, AGAIN, LOST)
+    saturated = search.saturated
+    going = tl.max((state == AGAIN).to(tl.int32), 0)
+    while going > 0:
+        path = _path(row, tl.exp(x), psi, chosen, TILE, PRECISE, False)
+        value = tl.log(radius) - tl.log(path.distance)  # D has plateaus in b, between the gaps of close losses
+        value = tl.where(value == value, value, -INFINITY)
+        found, moved, reached = advance(search, limits, x, value, value / path.slope)
+        live = state == AGAIN
+        same = (tl.exp(moved) * -row.mean <= _FAR) == (tl.exp(x) * -row.mean <= _FAR)
+        foretold = tl.where(same, path.psi + (path.distance + path.psi) * (moved - x), 0.0)
+        psi, x, state = tl.where(live, foretold, psi), tl.where(live, moved, x), tl.where(live, reached, state)
+        search, saturated = found, tl.where(live, found.saturated, saturated)
+        going = tl.max((state == AGAIN).to(tl.int32), 0)
+    return x, psi, saturated != 0, state == LOST
+
+
+@triton.jit
+def _begun(row, radius, live, TILE: tl.constexpr):
+    """Return where log b is sought from: as of normal losses, or in narrow rows from what float32 finds."""
+    x = 0.5 * (tl.log(2 * radius) - tl.log(row.variance))
+    if row.z.dtype.element_ty != tl.float64:
+        limits = Limits(1e-5, 1e-5, 13, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
+        rough, _, _, lost = _find_rate(row, radius, x, limits, live, TILE, False)
+        x = tl.where(~lost & (tl.abs(rough) < INFINITY), rough, x)
+    return x
+
+
+@triton.jit
+def _ball(row, radius, hard, flat, chosen, TILE: tl.constexpr):
+    """Store weights; return b, the path there, psi as it was foretold, and which rows are highest and which failed."""
+    CLOSE: tl.constexpr = 1e-16 if row.z.dtype.element_ty == tl.float64 else 1e-9
+    todo = chosen & ~hard & ~flat
+    held = tl.where(hard | flat, 1.0, radius)
+    tolerance = tolerated(row, held)
+    x, psi, failed, tried = _begun(row, held, todo, TILE), tl.zeros_like(held), todo & ~todo, 0
+    b, path = psi, Path(psi, psi, psi, psi, psi, psi)
+    going = 1
+    while going > 0:
+        close = tl.where(todo, CLOSE if tried == 0 else 0.0, 0.0)
+        limits = Limits(tolerance, close, 400, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
+        at, foretold, saturated, lost = _find_rate(row, held, x, limits, todo, TILE, True)
+        x, psi = tl.where(todo, at, x), tl.where(todo, foretold, psi)
+        hard, failed = hard | (todo & saturated), failed | (todo & lost)
+        b = tl.where(hard | flat, 0.0, tl.exp(x))
+        psi = tl.where(hard | flat, 0.0, psi)
+        path = _path(row, b, tl.exp(-psi) / row.all, chosen & ~hard, TILE, True, True)
+        # A curvature from a long step may have misled the last one.
+        off = ~(tl.abs(tl.log(path.distance) - tl.log(held)) <= 8 * tolerance)
+        tried += 1
+        todo = todo & off & ~hard & ~failed & (tried < 2)
+        going = tl.max(todo.to(tl.int32), 0)
+    return b, path, psi, hard, failed
+
+
+@triton.jit
+def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
+    """Solve balls or penalties, whose price is in units of d: store weights of chosen rows, and return the answer."""
+    largest = -tl.log(row.share)
+    psi, failed = tl.zeros_like(row.mean), chosen & ~chosen
+    if BALL:
+        hard = (row.range == 0) | (radius >= largest)
+        flat = (radius == 0) & ~hard
+        b, path, psi, hard, failed = _ball(row, radius, hard, flat, chosen, TILE)
+        strength = 1 / b
+    else:
+        hard = (row.range == 0) | (price == 0)
+        flat = (price > _FLAT) & ~hard
+        b = tl.where(hard | flat, 0.0, tl.minimum(1 / price, 1e300))
+        path = _path(row, b, 1 / row.all, chosen & ~hard, TILE, True, True)
+        strength = price
+    store_ties(row, chosen & hard, TILE)
+    premium = strength * path.psi + (path.origin - row.mean)  # of second order, about the mean
+    # phi* has mean zero at the threshold, so that nothing else is in the dual value.
+    gain, dual = path.gain if BALL else premium, premium + strength * radius if BALL else premium
+    answer = answer_of(gain, dual, path.origin + strength * path.psi, strength, path.distance, failed.to(tl.int32))
+    answer = into_ball(row, answer, radius, path.mass * tl.exp(-psi), chosen & ~hard & ~flat, TILE, BALL)
+    return with_ends(answer, row, hard, flat, largest)
