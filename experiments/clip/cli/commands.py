@@ -16,7 +16,7 @@ from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.catalog import make_catalog, open_catalog
-from experiments.clip.distributed import Ranks, joined_ranks, launched
+from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.datacomp import averages
 from experiments.clip.evaluation.encoding import Encoder
@@ -43,6 +43,7 @@ def evaluate(options: Evaluate) -> None:
             check_datacomp(validation.tasks)
         clip = load_model(options.model, options.weights)
         clip.model.to(ranks.device)
+        set_float32_products(ranks.device, full=True)
         encoder = Encoder(clip, ranks, options.batch_size, options.workers, options.precision)
         results = _Results(options, clip, ranks)
         _score(validation, options.skip_limit, encoder, results)
