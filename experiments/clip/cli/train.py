@@ -29,6 +29,7 @@ from experiments.clip.training.checkpoint import (
     latest_checkpoint,
     set_aside_damaged,
     step_folder,
+    step_number,
 )
 from experiments.clip.training.logs import Logs, Record
 from experiments.clip.training.towers import full_tensor
@@ -99,11 +100,15 @@ def train_model(
     checkpoints = options.out / "checkpoints"
     for path, moved_to, fault in set_aside_damaged(checkpoints, ranks):
         console.print(f"training   {path} is damaged ({fault}): it is now {moved_to.name}")
+    step = 0
     if (found := latest_checkpoint(checkpoints)) is not None:
+        step = step_number(found)
         console.print(f"training   resuming from {found}")
     logs = Logs(options.out, options.logs, identity) if ranks.leads else None
     stream = Prefetched(data.stream, ranks.device)
     with closing(stream), progress_bar(f"training {options.out.name}") as advance:
+        if step < stream.steps_per_epoch * options.optimization.epochs:
+            stream.begin(*divmod(step, stream.steps_per_epoch))
         shown = _Shown(advance, data.validate)
         trainer = Trainer(
             clip,

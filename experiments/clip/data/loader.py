@@ -107,7 +107,7 @@ class Loader:
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from step ``first`` on, without reading those before.
+        """Return an epoch's batches from step ``first`` on, without reading those before; workers begin at once.
 
         The parts of the ranks differ in size by one and by their skipped samples; with several ranks a part may be
         empty.
@@ -120,7 +120,10 @@ class Loader:
         if not 0 <= first <= self.steps_per_epoch:
             raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
         keys = [(epoch, step) for step in range(first, self.steps_per_epoch)]
-        for (_, step), batch in zip(keys, self._workers.map(keys), strict=True):
+        return self._counted(keys, self._workers.map(keys))
+
+    def _counted(self, keys: Sequence[tuple[int, int]], batches: Iterator[Batch]) -> Iterator[Batch]:
+        for (_, step), batch in zip(keys, batches, strict=True):
             self._count(batch, step)
             yield batch
 

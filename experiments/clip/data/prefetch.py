@@ -92,11 +92,17 @@ class Prefetched:
     def __init__(self, stream: Stream, device: torch.device) -> None:
         self._stream, self._copies = stream, Copies(device)
         self._counts = stream.state_dict()
+        self._begun: tuple[tuple[int, int], Iterator[Batch]] | None = None
         self.steps_per_epoch = stream.steps_per_epoch
+
+    def begin(self, epoch: int, first: int) -> None:
+        """Let workers make the batches that `batches` will be asked for first, while the caller prepares for them."""
+        self._begun = (epoch, first), self._stream.batches(epoch, first)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this rank's part of each batch of the epoch, beginning with step ``first``."""
-        source = self._stream.batches(epoch, first)
+        begun, self._begun = self._begun, None
+        source = begun[1] if begun and begun[0] == (epoch, first) else self._stream.batches(epoch, first)
         due = self._fetch(source)
         while due is not None:
             if isinstance(due, Exception):

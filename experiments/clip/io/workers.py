@@ -29,7 +29,7 @@ _TASK_FAILED = "Caught "
 class Workers(Generic[Key, Result]):
     """Computes ``task(key)`` in ``count`` worker processes; with 0 of them, in this process.
 
-    The processes start at the first `map` and end at `close`. They ignore signals that a scheduler sends to all
+    The processes start with the first `map` and end at `close`. They ignore signals that a scheduler sends to all
     processes of a job: their parent decides when they end.
 
     Parameters
@@ -51,7 +51,7 @@ class Workers(Generic[Key, Result]):
         self._iterations = 0
 
     def map(self, keys: Iterable[Key]) -> Iterator[Result]:
-        """Yield the results in the order of the keys. A new iteration ends the previous one.
+        """Begin to compute, and return the results in the order of the keys. A new iteration ends the previous one.
 
         Raises
         ------
@@ -67,6 +67,9 @@ class Workers(Generic[Key, Result]):
             if self._loader is None:
                 self._loader = self._start()
             results = iter(self._loader)
+        return self._results(own, results)
+
+    def _results(self, own: int, results: Iterator[Any]) -> Iterator[Result]:
         while own == self._iterations:
             with self._reporting_deaths():
                 try:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -81,6 +82,39 @@ def test_an_error_is_raised_when_its_batch_is_due(fails_at):
 def test_an_interruption_is_raised_at_once():
     with pytest.raises(KeyboardInterrupt):
         next(Prefetched(Numbers(1, KeyboardInterrupt()), CPU).batches(0, 0))
+
+
+def test_what_has_begun_is_used_once_and_only_for_what_it_was_begun_for():
+    stream = Numbers()
+    ahead = Prefetched(stream, CPU)
+    asked, batches = [], stream.batches
+    stream.batches = lambda *place: asked.append(place) or batches(*place)
+    ahead.begin(1, 2)
+    assert asked == [(1, 2)]
+    assert [int(batch.index) for batch in ahead.batches(1, 2)] == [12, 13, 14, 15]
+    assert asked == [(1, 2)]
+    assert len(list(ahead.batches(1, 2))) == 4
+    assert asked == [(1, 2)] * 2
+    ahead.begin(0, 0)
+    assert [int(batch.index) for batch in ahead.batches(0, 5)] == [5]
+
+
+@pytest.mark.slow
+def test_workers_that_have_begun_read_before_a_batch_is_asked_for(catalog, clip, tmp_path):
+    class Noting:
+        def __call__(self, image):
+            (tmp_path / f"{os.getpid()}").touch()
+            return clip.preprocess(image)
+
+    ahead = Prefetched(Loader(catalog, Noting(), clip.tokenize, batch_size=10, seed=0, workers=2), CPU)
+    ahead.begin(0, 1)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert any(tmp_path.iterdir())
+    expected = loader(catalog, clip).batches(0, 1)
+    assert all(torch.equal(a.index, b.index) for a, b in zip(ahead.batches(0, 1), expected, strict=True))
+    ahead.close()
 
 
 def test_closing_ends_the_stream():

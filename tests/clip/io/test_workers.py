@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.clip.errors import UserError
-from experiments.clip.io.workers import Workers
+from experiments.clip.io.workers import Workers, spare_cores, spread
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,6 +50,17 @@ def test_results_come_in_the_order_of_the_keys(start, count):
         assert len({process for _, process in results}) <= max(1, count)
         assert (os.getpid() in {process for _, process in results}) == (count == 0 and len(keys) > 0)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("keys", [[], [3], [5, 2, 9, 1]])
+def test_work_is_spread_over_the_cores_and_comes_in_order(keys):
+    found = list(spread(square, keys))
+    assert [value for value, _ in found] == [key**2 for key in keys]
+    cores = min(len(keys), spare_cores() + 1)
+    assert len({process for _, process in found}) <= max(1, cores)
+    assert (os.getpid() in {process for _, process in found}) == (cores == 1)
+    with pytest.raises(UserError, match=r"^-1 is negative$"):
+        list(spread(square, [1, -1]))
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -95,7 +106,7 @@ def test_a_worker_that_dies_between_results_is_reported_by_the_next(start):
 
 SIGNALLED = """
 import os, signal, time
-from experiments.clip.io.workers import Workers
+from experiments.clip.io.workers import Workers, spare_cores, spread
 workers = Workers(abs, 2)
 results = workers.map(range(8))
 next(results), next(results)  # one of each worker, which then has its handlers
