@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from drrho.solvers.device.answers import answer_of, into_ball, store_ties, with_ends
-from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, store, three_sums
+from drrho.solvers.device.tiles import (
+    INFINITY,
+    depth,
+    depth_of,
+    losses,
+    mass,
+    places,
+    rough_depth_of,
+    store,
+    three_sums,
+)
 
 _FLAT = tl.constexpr(2.0**1022)  # strength in units of the range at which no weight differs from the base weights
 
@@ -48,23 +58,31 @@ def _supported(radius, price, kept, dropped, mean, variance, BALL: tl.constexpr)
 
 @triton.jit
 def _moments_above(row, floor, origin, TILE: tl.constexpr, PRECISE: tl.constexpr):
-    """Return of ``d >= floor`` the mass in and out, over all, and mean and variance as seen from the origin."""
+    """Return of ``d >= floor`` the mass in and out, over all, mean, variance, how far that is off, and the least d."""
     WORK: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    READ: tl.constexpr = tl.float64 if row.z.dtype.element_ty == tl.float64 else tl.float32
     floor, held = floor.to(WORK)[:, None], origin.to(WORK)
     kept = tl.zeros([row.z.shape[0], TILE], WORK)
     sum, square = tl.zeros_like(kept), tl.zeros_like(kept)
+    least = tl.zeros([row.z.shape[0], TILE], READ) + row.top.to(READ)[:, None]
     for begin in range(0, row.n, TILE):
         i = places(begin, TILE)
-        d = depth(row, i) if PRECISE else rough_depth(row, i)
+        z = losses(row, i)
+        d = depth_of(row, z) if PRECISE else rough_depth_of(row, z)
         inside = tl.where(d >= floor, mass(row, i).to(WORK), 0.0)
         y = d - held[:, None]
         weighted = y * inside
         kept += inside
         sum += weighted
         square += y * weighted
+        least = tl.minimum(least, tl.where(inside > 0, z.to(READ), INFINITY))
+    least = (tl.min(least, 1).to(tl.float64) - row.top) * row.scale
     kept, sum, square = three_sums(kept, sum, square)
-    shift = sum / kept
-    return kept / row.all, (row.all - kept) / row.all, held.to(tl.float64) + shift, square / kept - shift * shift, shift
+    dropped, each = (row.all - kept).to(WORK), (1 / row.all).to(WORK)
+    kept, sum, square = kept.to(WORK), sum.to(WORK), square.to(WORK)
+    inverse = 1 / kept
+    shift = sum * inverse
+    return kept * each, dropped * each, held + shift, square * inverse - shift * shift, shift, least
 
 
 @triton.jit
@@ -77,15 +95,15 @@ def _active_set(
     ever dropped. Moments are summed about what is close to the mean.
     """
     center = support.origin
-    attempt = tl.zeros_like(center)
-    live = live & (support.eta > -row.range) & ~support.saturated
+    attempt, low = tl.zeros_like(center), -row.range.to(center.dtype)
+    live = live & (support.eta > low) & ~support.saturated
     going = tl.max(live.to(tl.int32), 0)
     while going > 0:
         floor = tl.minimum(support.eta, 0.0)
-        kept, out, mean, variance, shift = _moments_above(row, floor, center, TILE, PRECISE)
+        kept, out, mean, variance, shift, least = _moments_above(row, floor, center, TILE, PRECISE)
         settled = live & ((shift * shift <= 64 * variance) | (attempt >= 2))
         found = _supported(radius, price, kept, out, mean, variance, BALL)
-        same = out == dropped
+        same = (out == dropped) | (least >= found.eta)
         support = Support(
             tl.where(settled, tl.maximum(found.eta, floor), support.eta),  # it only grows, but for rounding
             tl.where(settled, found.threshold, support.threshold),
@@ -96,7 +114,7 @@ def _active_set(
         )
         dropped = tl.where(settled, out, dropped)
         center, attempt = tl.where(live, mean, center), tl.where(settled, 0.0, attempt + 1)
-        live = live & ~(settled & (same | found.saturated | ~(support.eta > -row.range)))
+        live = live & ~(settled & (same | found.saturated | ~(support.eta > low)))
         going = tl.max(live.to(tl.int32), 0)
     return support
 
@@ -134,28 +152,41 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
     flat = (radius == 0 if BALL else price > _FLAT) & ~hard
     end = hard | flat
     live = chosen & ~end
+    todo = live
     r, p = tl.where(end, 1.0, radius), tl.where(end, 1.0, price)
     zero = tl.zeros_like(row.mean)
     support = _supported(r, p, zero + 1, zero, row.mean, row.variance, BALL)
     if row.z.dtype.element_ty != tl.float64:
         # From a floor somewhat lower than it seems; had it been too high, the next were lower.
-        rough = _active_set(row, r, p, support, zero, live, TILE, BALL, False)
-        floor = rough.eta - 1e-5 * row.range
-        good = live & (rough.eta > support.eta) & ~rough.saturated & (floor <= 0)
+        begun = Support(
+            support.eta.to(tl.float32),
+            support.threshold.to(tl.float32),
+            support.strength.to(tl.float32),
+            support.origin.to(tl.float32),
+            support.offset.to(tl.float32),
+            support.saturated,
+        )
+        nothing = zero.to(tl.float32)
+        rough = _active_set(row, r.to(tl.float32), p.to(tl.float32), begun, nothing, live, TILE, BALL, False)
+        floor = rough.eta.to(tl.float64) - 1e-5 * row.range
+        good = live & (rough.eta > begun.eta) & ~rough.saturated & (floor <= 0)
         if tl.max(good.to(tl.int32), 0) > 0:
-            kept, dropped, mean, variance, _ = _moments_above(row, floor, rough.origin, TILE, True)
-            begun = _supported(r, p, kept, dropped, mean, variance, BALL)
-            good = good & (begun.eta >= floor) & ~begun.saturated
-            zero = tl.where(good, dropped, zero)
-            support = Support(
-                tl.where(good, begun.eta, support.eta),
-                tl.where(good, begun.threshold, support.threshold),
-                tl.where(good, begun.strength, support.strength),
-                tl.where(good, begun.origin, support.origin),
-                tl.where(good, begun.offset, support.offset),
-                tl.where(good, begun.saturated, support.saturated),
+            kept, dropped, mean, variance, _, least = _moments_above(
+                row, floor, rough.origin.to(tl.float64), TILE, True
             )
-    support = _active_set(row, r, p, support, zero, live, TILE, BALL, True)
+            found = _supported(r, p, kept, dropped, mean, variance, BALL)
+            good = good & (found.eta >= floor) & ~found.saturated
+            zero = tl.where(good, dropped, zero)
+            todo = live & ~(good & (least >= found.eta))
+            support = Support(
+                tl.where(good, found.eta, support.eta),
+                tl.where(good, found.threshold, support.threshold),
+                tl.where(good, found.strength, support.strength),
+                tl.where(good, found.origin, support.origin),
+                tl.where(good, found.offset, support.offset),
+                tl.where(good, found.saturated, support.saturated),
+            )
+    support = _active_set(row, r, p, support, zero, todo, TILE, BALL, True)
     hard = hard | (live & support.saturated)
     inner = chosen & ~hard
     held = Support(

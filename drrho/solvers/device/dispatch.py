@@ -132,8 +132,8 @@ def _by_operations(
     portable: Portable,
 ) -> Solution:
     """Solve rows that there is no kernel for in float64, and answer in float32 where they are narrower."""
-    radius, strength, alpha, base = (_float64(tensor) for tensor in (radius, strength, alpha, base))
-    found = portable(z.to(torch.float64), radius, strength, alpha, base, problem)
+    given = _float64(radius), _float64(strength), _float64(alpha), _float64(base)
+    found = portable(z.to(torch.float64), *given, problem)
     answer = torch.float64 if z.dtype == torch.float64 else torch.float32
     return Solution(*(field.to(answer) for field in found))
 

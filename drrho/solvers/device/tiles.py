@@ -68,8 +68,14 @@ def mass(row, i):
 
 @triton.jit
 def depth(row, i):
+    """Return d in float64."""
+    return depth_of(row, losses(row, i))
+
+
+@triton.jit
+def depth_of(row, z):
     """Return d in float64; losses without base weight may lie outside its range, and are moved to the nearer end."""
-    d = (losses(row, i).to(tl.float64) - row.top[:, None]) * row.scale[:, None]
+    d = (z.to(tl.float64) - row.top[:, None]) * row.scale[:, None]
     if row.base is not None:
         d = tl.maximum(tl.minimum(d, 0.0), -row.range[:, None])
     return d
@@ -78,8 +84,14 @@ def depth(row, i):
 @triton.jit
 def rough_depth(row, i):
     """Return d in float32."""
+    return rough_depth_of(row, losses(row, i))
+
+
+@triton.jit
+def rough_depth_of(row, z):
+    """Return d in float32."""
     top, scale = row.top.to(tl.float32), row.scale.to(tl.float32)
-    d = (losses(row, i).to(tl.float32) - top[:, None]) * scale[:, None]
+    d = (z.to(tl.float32) - top[:, None]) * scale[:, None]
     if row.base is not None:
         d = tl.maximum(tl.minimum(d, 0.0), -row.range.to(tl.float32)[:, None])
     return d
