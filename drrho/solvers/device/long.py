@@ -13,7 +13,8 @@ from drrho.solvers.device import long_passes, long_rows, long_tail
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _KL, _TAIL = 1, 2  # the numbers of KL and CVaR
-_STEPS = 6, 8  # of Newton's method on rows of float32 and float64: most rows need two or three; hybrids twice as many
+_STEPS = 8, 6  # of Newton's method for chi-square and KL in float32: most rows need two to four; hybrids twice as many
+_MORE = 2  # in float64
 _SAMPLE = 4096
 _PROGRAMS = 256  # that share a row at most: two for each multiprocessor of an H100
 _ALL_PROGRAMS, _FEWEST = 1024, 8  # for all rows, and for each of many
@@ -120,7 +121,7 @@ def _solve(
     n, parts, turn = z.shape[1], call.parts, 1
     call.over_rows(long_rows.look, 8, z, work, n)
     call.for_rows(long_passes.start, z, work, radius, strength, n, parts, FAMILY=kernel)
-    steps = 1 if kernel == _KL and radius is None else _STEPS[not call.single]
+    steps = 1 if kernel == _KL and radius is None else _STEPS[kernel] + (0 if call.single else _MORE)
     for _ in range(2 * steps if radius is not None and strength is not None else steps):
         call.over_rows(long_passes.step, 8, z, work, n, parts, turn, FAMILY=kernel)
         turn += 1
