@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from drrho.divergences import KL, Divergence
-from drrho.negatives import robust_anchors
+from drrho.negatives import excess_pair_losses, robust_anchors
 from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
@@ -325,7 +325,7 @@ def anchor_risks(
     checks = Checks()
     check_pairs(image, text, "image", "text", checks, alone=True)
     taus = checks.close(*_temperatures(temperature, image, checks))
-    both = _excess_pair_losses(image, text, reference, coefficient, include_positive)
+    both = excess_pair_losses(image, text, reference, coefficient, include_positive)
     first, second = (penalized_risk(losses, divergence, tau) for losses, tau in zip(both, taus, strict=True))
     return first, second
 
@@ -482,40 +482,6 @@ def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> 
         checks.refuse(~(old < torch.inf), old, message)
         found.append(old)
     return torch.stack(found)
-
-
-def _excess_pair_losses(
-    image: Tensor, text: Tensor, reference: TensorPair | None, coefficient: float, include_positive: bool
-) -> TensorPair:
-    """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
-    similarity = _similarity(image, text, torch.float32)
-    reference_similarity = None
-    if reference is not None:
-        reference_similarity = _similarity(*reference, similarity.dtype).detach().to(similarity.dtype)
-    directions = []
-    for transposed in (False, True):
-        losses = _margins(similarity.T if transposed else similarity, include_positive)
-        if reference_similarity is not None:
-            margins = _margins(reference_similarity.T if transposed else reference_similarity, include_positive)
-            losses = excess_losses(losses, margins, coefficient)
-        directions.append(losses)
-    return directions[0], directions[1]
-
-
-def _similarity(image: Tensor, text: Tensor, narrowest: torch.dtype) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), narrowest)
-    with torch.autocast(image.device.type, enabled=False):
-        return image.to(dtype) @ text.to(dtype).T
-
-
-def _margins(similarity: Tensor, include_positive: bool) -> Tensor:
-    """Return ``s_ij - s_ii`` for ``j != i``, ``[b, b - 1]``, in the order of j; ``[b, b]`` with the positive."""
-    b = len(similarity)
-    losses = similarity - similarity.diagonal()[:, None]
-    if include_positive:
-        return losses
-    # After the first entry, each run of b + 1 ends with a diagonal one.
-    return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)
 
 
 def _averaged(old: Tensor, log_g: Tensor, gamma: float, log_step: float | None) -> Tensor:

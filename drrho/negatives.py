@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from drrho.divergences import Divergence
 from drrho.ranks import first_row, gathered, gathered_with_gradient, row_counts
+from drrho.reference import excess_losses
 from drrho.risk import penalized_risk
 from drrho.tiles import ALIGNED, Pairs, TensorPair, tile_rows, wide_dtype
 
@@ -179,3 +180,37 @@ class _Solved(torch.autograd.Function):
             torch.mm(matrix, other, out=to_anchor[place])
             to_other.addmm_(matrix.T, anchor[place])
         return to_anchor, to_other, None
+
+
+def excess_pair_losses(
+    image: Tensor, text: Tensor, reference: TensorPair | None, coefficient: float, include_positive: bool
+) -> TensorPair:
+    """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
+    similarity = _similarity(image, text, torch.float32)
+    reference_similarity = None
+    if reference is not None:
+        reference_similarity = _similarity(*reference, similarity.dtype).detach().to(similarity.dtype)
+    directions = []
+    for transposed in (False, True):
+        losses = _margins(similarity.T if transposed else similarity, include_positive)
+        if reference_similarity is not None:
+            margins = _margins(reference_similarity.T if transposed else reference_similarity, include_positive)
+            losses = excess_losses(losses, margins, coefficient)
+        directions.append(losses)
+    return directions[0], directions[1]
+
+
+def _similarity(image: Tensor, text: Tensor, narrowest: torch.dtype) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), narrowest)
+    with torch.autocast(image.device.type, enabled=False):
+        return image.to(dtype) @ text.to(dtype).T
+
+
+def _margins(similarity: Tensor, include_positive: bool) -> Tensor:
+    """Return ``s_ij - s_ii`` for ``j != i``, ``[b, b - 1]``, in the order of j; ``[b, b]`` with the positive."""
+    b = len(similarity)
+    losses = similarity - similarity.diagonal()[:, None]
+    if include_positive:
+        return losses
+    # After the first entry, each run of b + 1 ends with a diagonal one.
+    return losses.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1)

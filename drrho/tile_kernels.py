@@ -17,19 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
-SPREAD = tl.constexpr(60.0)  # of exponents whose exponentials, relative to the largest, are far from vanishing
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+LEAST = tl.constexpr(1e-26)  # of a sum of exponentials relative to the largest, which is far from vanishing
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)  # exponentials are those of base 2
 MERGED, PARTS = 64, 32  # anchors of a program that merges parts, and parts that it reads at a time
+WARPS, REGISTERS = 8, 64  # of a program that reads a block, and of its threads: four programs to a processor
 
-_COUNTS = ["height", "width", "first_row", "first_column", "offset", "include_positive"]
+_COUNTS = ["across", "height", "width", "first_row", "first_column", "offset", "include_positive"]
 _STRIDES = ["row_stride", "column_stride"]
 VECTORS = ["row_rate_ptr", "column_rate_ptr", "row_log_ptr", "column_log_ptr", "by_row_ptr", "by_column_ptr"]  # views
 
 
 @triton.jit
 def _exponentials(d):
-    """Return ``exp(d)`` and ``d exp(d)``, which are 0 at minus infinity."""
-    e = tl.exp(d)
+    """Return ``2^d`` and ``d 2^d``, which are 0 at minus infinity."""
+    e = tl.exp2(d)
     return e, tl.maximum(d, -1e30) * e
 
 
@@ -43,13 +45,6 @@ def _shifted(y, axis: tl.constexpr):
 
 
 @triton.jit
-def _summed(e, moments, base, axis: tl.constexpr):
-    """Return the sums relative to the base along the axis, and the base where there is anything to sum."""
-    total = tl.sum(e, axis)
-    return tl.where(total > 0, base, -float("inf")), total, tl.sum(moments, axis)
-
-
-@triton.jit
 def _entries(x_ptr, rows, columns, height, pitch):
     """Return pointers to a block, and which of them lie in memory; there are aligned rows, so that loads are wide."""
     held = (rows < height)[:, None] & (columns < pitch)[None, :]
@@ -57,12 +52,23 @@ def _entries(x_ptr, rows, columns, height, pitch):
 
 
 @triton.jit
+def _negatives(places, held, columns, width, own, excluded):
+    """Return the similarities of a block, minus infinity where there are none, and in columns ``own`` if excluded."""
+    x = tl.load(places, mask=held, other=-float("inf"))
+    x = tl.where((columns < width)[None, :], x, -float("inf"))
+    if excluded:
+        x = tl.where(columns[None, :] == own[:, None], -float("inf"), x)
+    return x
+
+
+@triton.jit
 def _store_parts(parts_ptr, slot, slots, place, size, top, total, moment):
+    """Store sums of exponentials, whose exponents are of base 2, as those of base e."""
     at = parts_ptr + slot.to(tl.int64) * size + place
     plane = slots.to(tl.int64) * size
-    tl.store(at, top, mask=place < size)
+    tl.store(at, top * LN2, mask=place < size)
     tl.store(at + plane, total, mask=place < size)
-    tl.store(at + 2 * plane, moment, mask=place < size)
+    tl.store(at + 2 * plane, moment * LN2, mask=place < size)
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, *_STRIDES], do_not_specialize_on_alignment=VECTORS)
@@ -72,6 +78,7 @@ def sum_tile(
     positive_ptr,
     row_rate_ptr,
     column_rate_ptr,
+    across,
     pitch,
     height,
     width,
@@ -86,40 +93,43 @@ def sum_tile(
 ):
     """Write the parts of a block's sums, ``[3, blocks, height]`` and ``[3, blocks, width]``, and its positives.
 
-    Where one rate is shared by all anchors and exponents differ little in the block, both directions use the same
-    exponentials, relative to the largest of the block.
+    Where all anchors share one rate, both directions use the same exponentials, relative to the largest of the block,
+    unless those of some anchor vanish.
     """
-    j, i = tl.program_id(0), tl.program_id(1)
+    j, i = tl.program_id(0) % across, tl.program_id(0) // across
     rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
-    x_ptr, held = _entries(x_ptr, rows, columns, height, pitch)
-    inside = held & (columns < width)[None, :]
-    x = tl.where(inside, tl.load(x_ptr, mask=held, other=0.0), -float("inf"))
-    first = i * ROWS + offset  # column of the first row's positive
-    if (first < (j + 1) * COLUMNS) & (first + ROWS > j * COLUMNS):
-        own = (rows + offset)[:, None] == columns[None, :]
-        positive = tl.sum(tl.where(own & inside, x, 0.0), 1)
-        here = (rows + offset >= j * COLUMNS) & (rows + offset < (j + 1) * COLUMNS) & (rows + offset < width)
-        tl.store(positive_ptr + first_row + rows, positive, mask=here & (rows < height))
-        x = tl.where(own & (include_positive == 0), -float("inf"), x)
-    row_slots, column_slots = tl.num_programs(0), tl.num_programs(1)
-    column_parts = parts_ptr + 3 * row_slots.to(tl.int64) * height
-    highest, lowest = tl.max(x), tl.min(tl.where(x == -float("inf"), float("inf"), x))
+    own = rows + offset  # columns of the positives
+    here = (own >= j * COLUMNS) & (own < (j + 1) * COLUMNS) & (own < width) & (rows < height)
+    positive = tl.load(x_ptr + rows.to(tl.int64) * pitch + own, mask=here, other=0.0)
+    tl.store(positive_ptr + first_row + rows, positive, mask=here)
+    first = i * ROWS + offset
+    excluded = (include_positive == 0) & (first < (j + 1) * COLUMNS) & (first + ROWS > j * COLUMNS)
+    places, held = _entries(x_ptr, rows, columns, height, pitch)
+    x = _negatives(places, held, columns, width, own, excluded)
+    down = tl.num_programs(0) // across
+    column_parts = parts_ptr + 3 * across.to(tl.int64) * height
     rate = tl.load(row_rate_ptr + first_row * row_stride)
-    shared = (row_stride == 0) & (column_stride == 0) & (rate == tl.load(column_rate_ptr))
-    if shared & (highest > -float("inf")) & (rate * (highest - lowest) < SPREAD):
-        base = highest * rate
-        e, moments = _exponentials(x * rate - base)
-        top, total, moment = _summed(e, moments, base, 1)
-        _store_parts(parts_ptr, j, row_slots, rows, height, top, total, moment)
-        top, total, moment = _summed(e, moments, base, 0)
-        _store_parts(column_parts, i, column_slots, columns, width, top, total, moment)
-    else:
-        rates = tl.load(row_rate_ptr + (first_row + rows) * row_stride, mask=rows < height, other=1.0)
+    done = (row_stride == 0) & (column_stride == 0) & (rate == tl.load(column_rate_ptr))
+    if done:
+        base = tl.max(x) * (rate * LOG2E)
+        e, moments = _exponentials(x * (rate * LOG2E) - base)
+        by_row, row_moment = tl.sum(e, 1), tl.sum(moments, 1)
+        by_column, column_moment = tl.sum(e, 0), tl.sum(moments, 0)
+        row_least = tl.min(tl.where(rows < height, by_row, 1.0))
+        done = tl.minimum(row_least, tl.min(tl.where(columns < width, by_column, 1.0))) > LEAST
+        if done:
+            top = tl.zeros_like(by_row) + base
+            _store_parts(parts_ptr, j, across, rows, height, top, by_row, row_moment)
+            top = tl.zeros_like(by_column) + base
+            _store_parts(column_parts, i, down, columns, width, top, by_column, column_moment)
+    if done == 0:  # similarities are read again, so that they take no registers in the other branch
+        x = _negatives(places, held, columns, width, own, excluded)
+        rates = tl.load(row_rate_ptr + (first_row + rows) * row_stride, mask=rows < height, other=1.0) * LOG2E
         top, total, moment = _shifted(x * rates[:, None], 1)
-        _store_parts(parts_ptr, j, row_slots, rows, height, top, total, moment)
+        _store_parts(parts_ptr, j, across, rows, height, top, total, moment)
         rates = tl.load(column_rate_ptr + (first_column + columns) * column_stride, mask=columns < width, other=1.0)
-        top, total, moment = _shifted(x * rates[None, :], 0)
-        _store_parts(column_parts, i, column_slots, columns, width, top, total, moment)
+        top, total, moment = _shifted(x * (rates * LOG2E)[None, :], 0)
+        _store_parts(column_parts, i, down, columns, width, top, total, moment)
 
 
 @triton.jit(do_not_specialize=["height", "width", "row_slots", "column_slots", "first_row", "first_column", "anchors"])
@@ -190,7 +200,8 @@ def finish_totals(
     MERGED: tl.constexpr,
 ):
     """Write log sums, log means of exp(l / tau) and mean exponents, ``[3, 2, count]``, of a rank's own anchors."""
-    place, side = tl.program_id(0) * MERGED + tl.arange(0, MERGED), tl.program_id(1)
+    side = tl.program_id(0) % 2  # 0: images, 1: texts
+    place = tl.program_id(0) // 2 * MERGED + tl.arange(0, MERGED)
     inside = place < count
     positive = tl.load(positive_ptr + place, mask=inside, other=0.0).to(tl.float64)
     row_rate = tl.load(row_rate_ptr + place * row_stride, mask=inside & (side == 0), other=0.0)
@@ -210,12 +221,14 @@ def finish_totals(
 @triton.jit(do_not_specialize=[*_COUNTS, *_STRIDES], do_not_specialize_on_alignment=VECTORS)
 def weigh_tile(
     x_ptr,
+    weights_ptr,
     row_log_ptr,
     column_log_ptr,
     by_row_ptr,
     by_column_ptr,
     row_rate_ptr,
     column_rate_ptr,
+    across,
     pitch,
     height,
     width,
@@ -227,25 +240,36 @@ def weigh_tile(
     include_positive,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Replace the similarities by the gradient with respect to them.
+    """Write the gradient with respect to the similarities, in their place or as ``[2, height, pitch]`` in bfloat16.
 
-    Given are the gradients with respect to the log means of exp(l / tau), and the log sums of rows and columns.
+    Given are the gradients with respect to the log means of exp(l / tau), and the log sums of rows and columns. The two
+    bfloat16 parts of a weight, rounded and the rest, add up to it within 2^-17 of it.
     """
-    j, i = tl.program_id(0), tl.program_id(1)
+    j, i = tl.program_id(0) % across, tl.program_id(0) // across
     rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
-    x_ptr, held = _entries(x_ptr, rows, columns, height, pitch)
-    x = tl.load(x_ptr, mask=held, other=0.0)
+    places, held = _entries(x_ptr, rows, columns, height, pitch)
+    x = tl.load(places, mask=held, other=0.0)
     at, valid = first_row + rows, rows < height
     rate = tl.load(row_rate_ptr + at * row_stride, mask=valid, other=0.0)
     by_row = tl.load(by_row_ptr + at, mask=valid, other=0.0) * rate
-    log = tl.load(row_log_ptr + at, mask=valid, other=0.0)
-    weights = by_row[:, None] * tl.exp(x * rate[:, None] - log[:, None])
+    log = tl.load(row_log_ptr + at, mask=valid, other=0.0) * LOG2E
+    weights = by_row[:, None] * tl.exp2(x * (rate * LOG2E)[:, None] - log[:, None])
     at, valid = first_column + columns, columns < width
     rate = tl.load(column_rate_ptr + at * column_stride, mask=valid, other=0.0)
     by_column = tl.load(by_column_ptr + at, mask=valid, other=0.0) * rate
-    log = tl.load(column_log_ptr + at, mask=valid, other=0.0)
-    weights += by_column[None, :] * tl.exp(x * rate[None, :] - log[None, :])
-    own = (rows + offset)[:, None] == columns[None, :]
-    at_positive = tl.where(include_positive == 0, 0.0, weights) - (by_row[:, None] + by_column[None, :])
-    tl.store(x_ptr, tl.where(own, at_positive, weights), mask=held)
+    log = tl.load(column_log_ptr + at, mask=valid, other=0.0) * LOG2E
+    weights += by_column[None, :] * tl.exp2(x * (rate * LOG2E)[None, :] - log[None, :])
+    first = i * ROWS + offset
+    if (first < (j + 1) * COLUMNS) & (first + ROWS > j * COLUMNS):
+        own = (rows + offset)[:, None] == columns[None, :]
+        at_positive = tl.where(include_positive == 0, 0.0, weights) - (by_row[:, None] + by_column[None, :])
+        weights = tl.where(own, at_positive, weights)
+    places, held = _entries(weights_ptr, rows, columns, height, pitch)
+    if SPLIT:
+        high = weights.to(tl.bfloat16)
+        tl.store(places, high, mask=held)
+        tl.store(places + height.to(tl.int64) * pitch, (weights - high.to(tl.float32)).to(tl.bfloat16), mask=held)
+    else:
+        tl.store(places, weights, mask=held)

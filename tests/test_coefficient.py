@@ -7,8 +7,9 @@ import torch
 from problems import features
 from torch.nn.functional import normalize
 
-from drrho.coefficient import AdaptiveCoefficient, within_anchors
+from drrho.coefficient import AdaptiveCoefficient, covariances_within_anchors, within_anchors
 from drrho.contrastive import contrastive_risk
+from drrho.validation import deferred_checks
 
 
 def moments_by_definition(a, b):
@@ -116,3 +117,24 @@ def test_coefficient_refusals_leave_it_as_it_was():
     assert coefficient.value == pytest.approx(1.0, abs=1e-12)
     with pytest.raises(ValueError, match=r"rate must lie in \(0, 1\], got 0"):
         AdaptiveCoefficient(0)
+
+
+def test_with_deferred_checks_the_coefficient_is_a_tensor_and_nan_changes_nothing():
+    own, guide = features(20, 6, 9), features(20, 4, 10)
+    there, here = AdaptiveCoefficient(), AdaptiveCoefficient()
+    with deferred_checks():
+        found = there.update(*own, reference=guide)
+        wrong = there.update(own[0] * math.nan, own[1], reference=guide)
+    assert isinstance(found, torch.Tensor) and found.item() == here.update(*own, reference=guide)
+    assert wrong.isnan() and torch.equal(there.moments, here.moments)
+    steps = [contrastive_risk(*own, 0.1, reference=guide, coefficient=c) for c in (found, found.item())]
+    torch.testing.assert_close(steps[0].value, steps[1].value, rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match="coefficient must be finite, got nan"):
+        contrastive_risk(*own, 0.1, reference=guide, coefficient=wrong)
+
+
+def test_covariances_of_several_models_are_those_of_each():
+    own, guide = features(9, 6, 1), features(9, 4, 2)
+    pairs = [(own, own), (own, guide), (guide, guide)]
+    expected = torch.tensor([within_anchors(*models) for models in pairs], dtype=torch.float64)
+    torch.testing.assert_close(covariances_within_anchors(pairs), expected, rtol=1e-14, atol=0)

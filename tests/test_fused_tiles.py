@@ -24,7 +24,15 @@ TEMPERATURES = [0.01, 0.07, 1.0]
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Compute all tiles by the kernels, also on the CPU."""
+    from drrho import fused_tiles
+
+    def widened(left, right, total, **how):
+        product(left.to(total.dtype), right.to(total.dtype), total, **how)
+
+    product = fused_tiles._add_product
     monkeypatch.setattr(tiles, "KERNEL_DEVICES", {DEVICE})
+    if DEVICE == "cpu":  # which has no products of bfloat16 with sums in float32
+        monkeypatch.setattr(fused_tiles, "_add_product", widened)
 
 
 def problem(pairs, steered, individual, size=1.0):
@@ -127,6 +135,29 @@ def test_running_estimates_and_temperature():
     for exact, found in zip(*results, strict=True):
         assert found.dtype == torch.float32
         assert (found - exact).norm() <= 2e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("guide", [None, torch.bfloat16, torch.float32])
+def test_features_in_bfloat16_are_multiplied_as_they_are(guide, tau, monkeypatch):
+    """Similarities are those of the given features in float32, and gradients are rounded to bfloat16 at the end."""
+    from drrho import fused_tiles
+
+    image, text, reference, _ = problem(130, True, False)
+    image, text = (part.to(DEVICE, torch.bfloat16).requires_grad_() for part in (image, text))
+    wide = [part.detach().float().requires_grad_() for part in (image, text)]
+    reference = None if guide is None else tuple(part.to(DEVICE, guide) for part in reference)
+    step = contrastive_risk(image, text, tau, reference=reference, coefficient=0.7)
+    exact = contrastive_risk(*wide, tau, reference=reference, coefficient=0.7)
+    assert abs(step.value - exact.value) <= 1e-6
+    to_narrow, to_wide = torch.autograd.grad(step.value, (image, text)), torch.autograd.grad(exact.value, wide)
+    for ours, theirs in zip(to_narrow, to_wide, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ((ours - theirs).abs() <= 2**-8 * theirs.abs() + 2**-14 * theirs.abs().max()).all()
+    monkeypatch.setattr(fused_tiles, "KERNEL_TILE", 2**12)
+    monkeypatch.setattr(fused_tiles, "SIDE", 64)
+    tiled = contrastive_risk(image, text, tau, reference=reference, coefficient=0.7)
+    assert abs(tiled.value - exact.value) <= 1e-6
 
 
 def test_kernels_are_used():

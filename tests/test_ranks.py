@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 from processes import start_ranks
 
-from drrho.ranks import first_row, gathered, gathered_with_gradient, mean_over_ranks, row_counts, sum_to_owners
+from drrho.ranks import (
+    first_row,
+    gathered,
+    gathered_together,
+    gathered_with_gradient,
+    mean_over_ranks,
+    row_counts,
+    sum_to_owners,
+    terms_for_owners,
+)
 
 COUNTS = (3, 0, 4)
 ROWS = torch.randn(sum(COUNTS), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -32,6 +41,8 @@ def answers(own, rank, group):
         "gathered": gathered(own.detach(), counts, group),
         "gathered with gradient": everything.detach(),
         "gradient": own.grad,
+        "together": gathered_together([own.detach(), terms.detach(), own.detach()[:, :, None]], counts, group),
+        "terms": terms_for_owners(weights_of(rank), counts, group),
         "sum": sum_to_owners(weights_of(rank), counts, group),
         "mean": mean.detach(),
         "gradient of the mean": torch.autograd.grad(mean, own)[0],
@@ -69,7 +80,16 @@ def test_ranks_have_all_rows_and_their_own_sums(tmp_path):
         assert found["counts"] == list(COUNTS) and found["first"] == first
         assert torch.equal(found["gathered"], ROWS) and torch.equal(found["gathered with gradient"], ROWS)
         assert torch.equal(found["gradient"], everybody[own]) and torch.equal(found["sum"], everybody[own])
+        assert torch.equal(found["terms"], torch.stack([weights_of(each)[own] for each in range(len(COUNTS))]))
+        for together, expected in zip(found["together"], (ROWS, (ROWS**2).sum(1), ROWS[:, :, None]), strict=True):
+            assert torch.equal(together, expected)
         torch.testing.assert_close(found["mean"], alone["mean"], rtol=1e-15, atol=0)
         torch.testing.assert_close(
             found["gradient of the mean"], alone["gradient of the mean"][own], rtol=1e-15, atol=0
         )
+
+
+def test_one_process_sends_nothing():
+    columns, rows = torch.arange(7.0), ROWS
+    assert gathered_together([columns, rows], [7], None) == [columns, rows]
+    assert torch.equal(terms_for_owners(rows, [7], None), rows[None])

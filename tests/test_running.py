@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from processes import start_ranks
 
+from drrho.routes import BatchIndex
 from drrho.running import (
     RunningEstimates,
     RunningThresholds,
@@ -22,6 +23,7 @@ from drrho.running import (
     moving_average,
     published_final_gamma,
 )
+from drrho.validation import deferred_checks
 
 ULP = 2.0**-23
 GROUPS = {1: [1], 2: [2, 3], 4: [0, 1, 2, 3]}
@@ -410,3 +412,27 @@ def test_gamma_decays_from_one_to_final():
 def test_published_rule():
     assert published_final_gamma(7) == 1.0
     assert published_final_gamma(30) == pytest.approx(4.177 * 30**-0.7265)
+
+
+@pytest.mark.parametrize("kind", [RunningEstimates, RunningThresholds])
+def test_with_deferred_checks_an_estimate_that_is_not_finite_changes_nothing(kind):
+    estimates, index = kind(5), BatchIndex.gathered([3, 0, 4, 4])
+    estimates.update(index, (torch.tensor([0.5, -1.0, 1.0, 1.0]), torch.tensor([2.0, 0.0, 1.0, 1.0])))
+    before = estimates.state_dict()
+    with deferred_checks():
+        estimates.update(index, (torch.tensor([1.0, math.nan, 2.0, 2.0]), torch.tensor([1e39, 3.0, 2.0, math.inf])))
+    after = estimates.state_dict()
+    assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
+    with deferred_checks():
+        estimates.update(index, (torch.tensor([1.0, math.nan, 2.0, 4.0]), torch.tensor([1.5, 3.0, 2.0, 2.0])))
+    image, text = (part.tolist() for part in estimates.lookup(index))
+    mean = 3.0 if kind is RunningThresholds else math.log((math.exp(2.0) + math.exp(4.0)) / 2)
+    assert image == pytest.approx([1.0, -1.0, mean, mean]) and text == pytest.approx([1.5, 0.0, 2.0, 2.0])
+
+
+def test_a_batch_of_other_ranks_or_samples_is_refused():
+    estimates = RunningEstimates(5)
+    with pytest.raises(ValueError, match="index must be of the 1 ranks of the group, got one of 2"):
+        estimates.lookup(BatchIndex([np.array([0]), np.array([1])]))
+    with pytest.raises(ValueError, match=r"\[0, 5\), got 7"):
+        estimates.lookup(BatchIndex.gathered([2, 7]))

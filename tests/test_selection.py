@@ -22,6 +22,7 @@ from drrho.selection import (
     sample,
     top_k,
 )
+from drrho.validation import deferred_checks
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCORES = [0.3, -1.0, 1.1, 0.0]
@@ -456,3 +457,19 @@ def test_refusals_meet_on_all_ranks(ranks):
         assert "k must be the same on every rank, got [2, 3, 4]" in different
         assert "scores must have shape [n] with a group" in rows
         assert ("at index [0]" if rank == 0 else "on another") in features_
+
+
+def test_with_deferred_checks_the_choice_is_the_same_and_nan_gives_some_indices():
+    generator = torch.Generator().manual_seed(3)
+    image, text, other = (
+        torch.nn.functional.normalize(torch.randn(12, 4, generator=generator), dim=1) for _ in range(3)
+    )
+    tau, options = torch.tensor(0.2), {"chunks": 3, "seed": 5}
+    known = PairFeatures(image, text, 0.2), PairFeatures(other, text, 0.1)
+    with deferred_checks():
+        model = PairFeatures(image, text, tau, torch.tensor(0.0))
+        chosen = joint_selection_from_features(model, known[1], 6, **options)
+        wrong = model._replace(image=image * torch.nan)
+        any_of_them = joint_selection_from_features(wrong, known[1], 6, **options)
+    assert torch.equal(chosen, joint_selection_from_features(*known, 6, **options))
+    assert len(any_of_them) == 6 and ((any_of_them >= 0) & (any_of_them < 12)).all()

@@ -15,7 +15,9 @@ from processes import start_ranks
 
 from drrho import KL, constrained_risk
 from drrho.contrastive import contrastive_risk
+from drrho.routes import BatchIndex
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
+from drrho.validation import deferred_checks
 
 ULP = 2.0**-23
 LOW, INITIAL, HIGH, RATE = 0.05, 0.2, 0.6, 0.02
@@ -507,3 +509,31 @@ def test_what_one_rank_refuses_all_refuse_and_nothing_changes(saved):
             assert (own if rank == culprit else f"rank {culprit} are refused") in message
         before, after = (loaded(saved / f"{name}-{rank}.pt")["temperatures"] for name in ("moved-4", "unchanged"))
         assert torch.equal(before, after)
+
+
+def test_with_deferred_checks_a_gradient_that_is_not_finite_changes_nothing():
+    temperatures, index = made(), BatchIndex.gathered([9, 2, 9, 4])
+    with deferred_checks():
+        moved = stepped(temperatures, torch.tensor([9, 2, 9, 4]), torch.randn(2, 4))
+        assert isinstance(moved, torch.Tensor) and moved == 0
+        before = temperatures.state_dict()["temperatures"]
+        taus = temperatures.lookup(index)
+        for tau, gradient in zip(taus, ([1.0, math.nan, 1.0, 1.0], [1.0, 1.0, math.inf, 1e30]), strict=True):
+            tau.grad = torch.tensor(gradient)
+        temperatures.step(index, taus)
+    assert torch.equal(temperatures.state_dict()["temperatures"], before)  # 9 twice, 2, and 4 for its square
+
+
+def test_with_deferred_checks_the_global_temperature_stays_without_a_gradient():
+    temperature, alike = (GlobalTemperature(0.1, learning_rate=0.01, low=0.05, high=0.2) for _ in range(2))
+    for slope in (1.0, math.nan, -2.0):
+        with deferred_checks():
+            tau = temperature.lookup([])
+            (slope * tau).backward()
+            moved = temperature.step([], tau, torch.tensor(0.5))
+        assert isinstance(moved, torch.Tensor)
+        if not math.isnan(slope):
+            other = alike.lookup([])
+            (slope * other).backward()
+            alike.step([], other, 0.5)
+    assert torch.equal(temperature.state_dict()["temperature"], alike.state_dict()["temperature"])

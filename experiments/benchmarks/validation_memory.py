@@ -159,7 +159,7 @@ def main() -> None:
         f"thread, load at the start {record['load']}; torch {record['versions']['torch']}.\n\n"
         f"Megabytes of resident memory at the peak, beyond what is there once the model ({MODEL}, images of {PIXELS} "
         f"pixels, batches of {BATCH}) is loaded, each in a fresh process. `classification`: {CLASSES} classes, two "
-        "prompts each; counts are added up batch by batch, no feature is kept. `retrieval`: one caption per image; "
+        "prompts each; three numbers of each sample are kept, and no feature. `retrieval`: one caption per image; "
         f"exact recall needs every image's and every caption's feature, {WIDTH} floats each (`features mb`); "
         "`beyond mb` is what it takes besides them. `pairs`: naming and retrieval by `evaluate.evaluate` among "
         f"{CLASSES} captions, which keeps the images' features. `ratio` is that of `beyond mb` to the first size.\n\n"

@@ -227,7 +227,7 @@ def scores(path):
 
 def test_ranks_evaluate_as_one_process(tasks, tmp_path):
     """As torchrun starts them; equal to the last digit, and what one rank began another number of them ends."""
-    words = (SHIPPED_REFERENCE, *tasks, "--batch-size", "4", "--workers", "1")
+    words = (SHIPPED_REFERENCE, *tasks, "--batch-size", "4")
     assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "one.json")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
     words = [*map(str, words), "--out", str(tmp_path / "two.json")]
@@ -260,7 +260,7 @@ def test_ranks_validate_in_training_as_evaluate_does_afterwards(parallel, tasks,
     assert main(["catalog", "synthetic:48:48", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
     options = ("--catalog", tmp_path / "catalog", "--epochs", "2", "--batch-size", "16", "--method", "openclip")
     options = (*options, *tasks, "--validation-batch-size", "4", "--best", "held_out/loss", "--validations", "2")
-    options = (*options, "--parallel", parallel, "--workers", "1", "--model", "glyph-micro")
+    options = (*options, "--parallel", parallel, "--model", "glyph-micro")
     statuses, errors = start(2, *options, "--out", tmp_path / "out")
     assert statuses == [0, 0], errors
     history = json.loads((tmp_path / "out" / "run.json").read_text())["history"]

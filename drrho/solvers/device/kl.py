@@ -92,22 +92,29 @@ def _path(row, b, each, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr, STORE
 
 @triton.jit
 def _find_rate(row, radius, x, limits, chosen, TILE: tl.constexpr, PRECISE: tl.constexpr):
-    """Return log b by Newton on log D, which increases with it, psi foretold there, and what went wrong."""
-    low = 0.5 * (tl.log(tl.zeros_like(radius) + 8) + tl.log(radius)) - tl.log(row.range)
+    """Return log b by Newton on log D, which increases with it, psi foretold there, and what went wrong.
+
+    A search that is not precise has its own arithmetic in float32 too, but for what cancels.
+    """
+    WORK: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    low = (0.5 * (tl.log(tl.zeros_like(radius) + 8) + tl.log(radius)) - tl.log(row.range)).to(WORK)
     search = open_search(low, low * 0 + float("nan"))
-    x = tl.minimum(tl.maximum(low, x), _CEILING)
-    psi, state = tl.zeros_like(x), tl.where(chosen, AGAIN, LOST)
+    x = tl.minimum(tl.maximum(low, x.to(WORK)), _CEILING)
+    psi, state = tl.zeros_like(radius), tl.where(chosen, AGAIN, LOST)
     saturated = search.saturated
-    target, b = tl.log(radius), tl.exp(x)
+    target, inverse, b = tl.log(radius), 1 / radius, tl.exp(x).to(tl.float64)
     going = tl.max((state == AGAIN).to(tl.int32), 0)
     while going > 0:
         path = _path(row, b, psi, chosen, TILE, PRECISE, False)
-        value = target - tl.log(path.distance)  # D has plateaus in b, between the gaps of close losses
-        value = tl.where(value == value, value, -INFINITY)
-        found, moved, reached = advance(search, limits, x, value, path.slope)
-        live, following = state == AGAIN, tl.exp(moved)
+        if PRECISE:
+            value = target - tl.log(path.distance)
+        else:
+            value = -tl.log((path.distance * inverse).to(WORK))
+        value = tl.where(value == value, value, -INFINITY)  # D has plateaus in b, between the gaps of close losses
+        found, moved, reached = advance(search, limits, x, value, path.slope.to(WORK))
+        live, following = state == AGAIN, tl.exp(moved).to(tl.float64)
         same = (following * -row.mean <= _FAR) == (b * -row.mean <= _FAR)
-        foretold = tl.where(same, path.psi + (path.distance + path.psi) * (moved - x), 0.0)
+        foretold = tl.where(same, path.psi + (path.distance + path.psi) * (moved - x).to(tl.float64), 0.0)
         psi, x, state = tl.where(live, foretold, psi), tl.where(live, moved, x), tl.where(live, reached, state)
         search, saturated, b = found, tl.where(live, found.saturated, saturated), tl.where(live, following, b)
         going = tl.max((state == AGAIN).to(tl.int32), 0)
@@ -121,7 +128,7 @@ def _begun(row, radius, live, TILE: tl.constexpr):
     if row.z.dtype.element_ty != tl.float64:
         limits = Limits(1e-5, 1e-5, 13, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
         rough, _, _, lost = _find_rate(row, radius, x, limits, live, TILE, False)
-        x = tl.where(~lost & (tl.abs(rough) < INFINITY), rough, x)
+        x = tl.where(~lost & (tl.abs(rough) < 80), rough.to(tl.float64), x)
     return x
 
 

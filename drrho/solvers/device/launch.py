@@ -17,20 +17,22 @@ def launch(
     arguments: tuple[Tensor | int | float | None, ...],
     constants: tuple[int, ...],
     warps: int,
+    registers: int | None = None,
 ) -> None:
     """Run ``function[(programs,)](*arguments, *constants, num_warps=warps)`` on the device of the first argument.
 
-    Triton's own look at the arguments and at all global constants takes several times as long as the launch.
+    ``registers`` limits those of a thread, so that more programs run at a time. Triton's own look at the arguments and
+    at all global constants takes several times as long as the launch.
     """
     first = arguments[0]
     assert isinstance(first, Tensor)
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            return launch(function, programs, arguments, constants, warps)
-    key = (first.device, function, constants, warps, *map(_kind, arguments))
+            return launch(function, programs, arguments, constants, warps, registers)
+    key = (first.device, function, constants, warps, registers, *map(_kind, arguments))
     kernel = _compiled.get(key)
     if kernel is None:
-        _compiled[key] = function[(programs,)](*arguments, *constants, num_warps=warps)
+        _compiled[key] = function[(programs,)](*arguments, *constants, num_warps=warps, maxnreg=registers)
     else:
         kernel[(programs, 1, 1)](*arguments, *constants)
 

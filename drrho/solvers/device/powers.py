@@ -18,7 +18,7 @@ import triton.language as tl
 from drrho.solvers.device.answers import answer_of, into_ball, store_ties, tolerated, with_ends
 from drrho.solvers.device.functions import expm1, exponentials, log1p, logarithms, power
 from drrho.solvers.device.search import AGAIN, LOST, Limits, advance, open_search
-from drrho.solvers.device.tiles import INFINITY, depth, mass, places, store, three_sums
+from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_depth, store, three_sums
 
 #: How powers are taken: those of the orders 1.5, 3, 0.5 and -1 by a few operations. LOGARITHMIC: of small orders,
 #: whose D is a difference of logarithms.
@@ -28,6 +28,10 @@ INVERSE_SQUARE = tl.constexpr(2)
 INVERSE_ROOT = tl.constexpr(3)
 GENERAL = tl.constexpr(4)
 LOGARITHMIC = tl.constexpr(5)
+#: What a pass over the losses does: sum roughly, in float32, sum precisely, or that and store.
+ROUGH = tl.constexpr(0)
+PRECISE = tl.constexpr(1)
+LAST = tl.constexpr(2)
 _FAR = tl.constexpr(30.0)  # logarithm of the maximum's power beyond which the mean is no origin for the sums
 _LOG_LEAST = tl.constexpr(-667.7496)  # log 1e-290
 _LOG_LARGEST = tl.constexpr(667.7496)
@@ -90,18 +94,21 @@ def _powers(y, p, FORM: tl.constexpr):
 
 
 @triton.jit
-def _sums(row, k, origin, rate, central, each, chosen, TILE: tl.constexpr, FORM: tl.constexpr, STORE: tl.constexpr):
+def _sums(row, k, origin, rate, central, each, chosen, TILE: tl.constexpr, FORM: tl.constexpr, PASS: tl.constexpr):
     """Return the means of four terms, and store the powers of chosen rows, times a factor."""
+    WORK: tl.constexpr = tl.float32 if PASS == ROUGH else tl.float64
     p = (1 / (k - 1))[:, None]
     squared = (central | (tl.abs(k - 1) < 0.1))[:, None]
     inverse = tl.where(tl.abs(k) < 1e-20, 0.0, 1 / k)[:, None]
-    first = tl.zeros([row.z.shape[0], TILE], tl.float64)
+    held, unit = origin.to(WORK), rate.to(WORK)
+    first = tl.zeros([row.z.shape[0], TILE], WORK)
     second, third, fourth = tl.zeros_like(first), tl.zeros_like(first), tl.zeros_like(first)
     for begin in range(0, row.n, TILE):
         i = places(begin, TILE)
-        y, m = (depth(row, i) - origin[:, None]) * rate[:, None], mass(row, i)
+        d = rough_depth(row, i) if PASS == ROUGH else depth(row, i)
+        y, m = (d - held[:, None]) * unit[:, None], mass(row, i).to(WORK)
         ratio, beyond_one, beyond_line, reciprocal = _powers(y, p, FORM)
-        if STORE:
+        if PASS == LAST:
             store(row, i, ratio * m * each[:, None], chosen)
         ym = y * m
         first += tl.where(central[:, None], beyond_line, ratio) * m
@@ -112,18 +119,21 @@ def _sums(row, k, origin, rate, central, each, chosen, TILE: tl.constexpr, FORM:
             _, _, curved = exponentials(u * (p * k[:, None]))
             fourth += (curved * inverse + p * tl.where(central[:, None], bent, u)) * m
     first, second, third = three_sums(first, second, third)
-    return first / row.all, second / row.all, third / row.all, tl.sum(fourth, 1) / row.all
+    # What rounding of the origin leaves of the mean of y
+    shift = tl.where(central, (origin - held.to(tl.float64)) * rate, 0.0)
+    first, second = first / row.all + shift / (k - 1), second / row.all + shift
+    return first, second, third / row.all, tl.sum(fourth, 1) / row.all
 
 
 @triton.jit
-def _path(row, k, v, each, chosen, TILE: tl.constexpr, FORM: tl.constexpr, STORE: tl.constexpr):
+def _path(row, k, v, each, chosen, TILE: tl.constexpr, FORM: tl.constexpr, PASS: tl.constexpr):
     """Return the path at v."""
     sign = tl.where(k < 1, 1.0, -1.0).to(tl.float64)
     about_mean = v - sign * row.mean
     near = tl.where(k < 1, v > 1e-3 * about_mean, about_mean > -0.3 * row.mean)
     central = near & (tl.log(v / about_mean) / (k - 1) <= _FAR)
     origin, unit = tl.where(central, row.mean, 0.0), tl.where(central, about_mean, v)
-    first, second, third, fourth = _sums(row, k, origin, -sign / unit, central, each, chosen, TILE, FORM, STORE)
+    first, second, third, fourth = _sums(row, k, origin, -sign / unit, central, each, chosen, TILE, FORM, PASS)
     log_total = tl.where(central, log1p(first), tl.log(first))
     total, rate = tl.exp(log_total), tl.exp((1 - k) * log_total)
     y, curved = second / total, third / total
@@ -155,7 +165,19 @@ def _residual(path, k, radius, unit, BALL: tl.constexpr):
 
 
 @triton.jit
-def _find_pole(row, k, radius, unit, x, limits, chosen, TILE: tl.constexpr, FORM: tl.constexpr, BALL: tl.constexpr):
+def _find_pole(
+    row,
+    k,
+    radius,
+    unit,
+    x,
+    limits,
+    chosen,
+    TILE: tl.constexpr,
+    FORM: tl.constexpr,
+    BALL: tl.constexpr,
+    PASS: tl.constexpr,
+):
     """Return log v, log_total foretold there, and how the search went."""
     nothing = tl.zeros_like(x)
     search = open_search(nothing - INFINITY, nothing + float("nan"))
@@ -163,7 +185,7 @@ def _find_pole(row, k, radius, unit, x, limits, chosen, TILE: tl.constexpr, FORM
     saturated, missed = search.saturated, search.missed
     going = tl.max((state == AGAIN).to(tl.int32), 0)
     while going > 0:
-        path = _path(row, k, tl.exp(x), nothing, chosen, TILE, FORM, False)
+        path = _path(row, k, tl.exp(x), nothing, chosen, TILE, FORM, PASS)
         value = _residual(path, k, radius, unit, BALL)
         slope = path.slope if BALL else -path.mean_slope
         value = tl.where(value == value, value, -INFINITY)
@@ -193,6 +215,10 @@ def powers(row, k, radius, price, chosen, TILE: tl.constexpr, FORM: tl.constexpr
     begun = tl.sqrt(row.variance) / (tl.abs(k - 1) * tl.sqrt(2 * r)) if BALL else unit
     x = tl.log(tl.maximum(begun + tl.where(k < 1, 1.0, -1.0) * row.mean, 1e-3 * begun))
     todo, tried = chosen & ~hard & ~flat, 0
+    if (row.z.dtype.element_ty != tl.float64) and FORM < GENERAL:
+        loose = Limits(1e-5, 1e-5, 20, 20, 10.0, 10.0, _LOG_LEAST, _LOG_LARGEST, 1)
+        rough, _, _, _, lost = _find_pole(row, k, r, unit, x, loose, todo, TILE, FORM, BALL, ROUGH)
+        x = tl.where(~lost & (tl.abs(rough) < _LOG_LARGEST), rough, x)
     failed, log_total = todo & ~todo, zero
     path = Path(zero, zero + 1, zero, zero, zero, zero, zero, zero)
     going = 1
@@ -201,14 +227,14 @@ def powers(row, k, radius, price, chosen, TILE: tl.constexpr, FORM: tl.constexpr
         ends = (tried > 0) | (k > 2)
         close = tl.where(ends, 0.0, CLOSE)
         limits = Limits(tolerance, close, 400, 50, 10.0, 10.0, _LOG_LEAST, _LOG_LARGEST, 1)
-        at, foretold, saturated, missed, lost = _find_pole(row, k, r, unit, x, limits, todo, TILE, FORM, BALL)
+        at, foretold, saturated, missed, lost = _find_pole(row, k, r, unit, x, limits, todo, TILE, FORM, BALL, PRECISE)
         highest = todo & saturated & (r >= largest * (1 - 1e-8)) if BALL else todo & ~todo
         # Where ratios jump between two numbers they are to be mixed.
         bad = todo & (lost | (saturated & ~highest) | (missed & (k > 2)))
         x = tl.where(todo, at, x)
         log_total = tl.where(todo, tl.where(tl.abs(foretold) < 600, foretold, 0.0), log_total)
         failed, hard = failed | bad, hard | highest
-        path = _path(row, k, tl.exp(x), tl.exp(-log_total) / row.all, chosen & ~hard & ~flat, TILE, FORM, True)
+        path = _path(row, k, tl.exp(x), tl.exp(-log_total) / row.all, chosen & ~hard & ~flat, TILE, FORM, LAST)
         # A slope that has cancelled, as next to a far outlier, may have misled the last step.
         off = ~(tl.abs(_residual(path, k, r, unit, BALL)) <= 8 * tolerance)
         todo = todo & off & ~ends & ~missed & ~failed & ~hard

@@ -15,11 +15,12 @@ from drrho.solvers.device.answers import chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
 from drrho.solvers.device.kl import kl, lies_outside
 from drrho.solvers.device.launch import launch
-from drrho.solvers.device.powers import form_of, powers
+from drrho.solvers.device.powers import GENERAL, form_of, powers
 from drrho.solvers.device.tail import tail_mean, total_variation
 from drrho.solvers.device.tiles import EPS, INFINITY, Row, look
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
+_REGISTERS = 128  # of a thread, so that sixteen warps run at a time: the rest of an iteration waits for itself
 _CHI_SQUARE = tl.constexpr(0)
 _KL = tl.constexpr(1)
 _TAIL = tl.constexpr(2)
@@ -183,5 +184,8 @@ def solve_rows(
     stride = 0 if base is None or len(base) == 1 else n
     kind = kernel + form_of(order) if kernel == _POWER.value else kernel
     arguments = (z, base, radius, strength, alpha, weights, fields, failed, rows, n, stride, order)
-    launch(_solve_rows, -(-rows // together), arguments, (kind, together, tile), warps)
+    is_light = answer == torch.float32 and kind < _POWER.value + GENERAL.value
+    launch(
+        _solve_rows, -(-rows // together), arguments, (kind, together, tile), warps, _REGISTERS if is_light else None
+    )
     return weights, fields

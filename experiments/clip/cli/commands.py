@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 
@@ -15,7 +16,7 @@ from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.catalog import make_catalog, open_catalog
-from experiments.clip.distributed import Ranks, joined_ranks, launched
+from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.datacomp import averages
 from experiments.clip.evaluation.encoding import Encoder
@@ -42,6 +43,7 @@ def evaluate(options: Evaluate) -> None:
             check_datacomp(validation.tasks)
         clip = load_model(options.model, options.weights)
         clip.model.to(ranks.device)
+        set_float32_products(ranks.device, full=True)
         encoder = Encoder(clip, ranks, options.batch_size, options.workers, options.precision)
         results = _Results(options, clip, ranks)
         _score(validation, options.skip_limit, encoder, results)
@@ -64,6 +66,21 @@ def _score(validation: Validation, skip_limit: float, encoder: Encoder, results:
         results.add(pairs.fingerprint, TaskScores(HELD_OUT, HELD_OUT, found.samples, found.metrics, skipped, None))
 
 
+class _Found(NamedTuple):
+    """The scores of a task, and the fingerprint of its data."""
+
+    fingerprint: str
+    scores: TaskScores
+
+
+def _found(row: Mapping[str, Any]) -> _Found:
+    """Return what a row of the file holds; it raises if that is something else."""
+    scores = TaskScores(*(row[name] for name in TaskScores._fields))
+    if not scores.metrics or not all(isinstance(value, float) for value in scores.metrics.values()):
+        raise ValueError("no scores")
+    return _Found(row["fingerprint"], scores)
+
+
 class _Results:
     """The scores so far, of which the leading rank keeps a file."""
 
@@ -75,16 +92,16 @@ class _Results:
             "batch_size": options.batch_size,
             "skip_limit": options.skip_limit,
         }
-        self._rows = ranks.run_on_all_or_fail(lambda: self._stored() if ranks.leads else {})
+        self._found = ranks.run_on_all_or_fail(lambda: self._stored() if ranks.leads else {})
 
-    def _stored(self) -> dict[str, dict[str, Any]]:
+    def _stored(self) -> dict[str, _Found]:
         """Return what an earlier command has written; refuse the scores of another model, or of other settings."""
         if self._path is None or not self._path.exists():
             return {}
         try:
             stored = json.loads(self._path.read_bytes())
-            settings, rows = stored["settings"], {row["name"]: row for row in stored["results"]}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            settings, found = dict(stored["settings"]), [_found(row) for row in stored["results"]]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"--out {self._path} is there and holds no scores: choose another file") from error
         for key, value in self._settings.items():
             if settings.get(key) != value:
@@ -92,12 +109,12 @@ class _Results:
                     f"--out {self._path} has scores with {key}={settings.get(key)}, now it is {value}: choose another "
                     "file, or delete it"
                 )
-        return rows
+        return {each.scores.name: each for each in found}
 
     def has(self, name: str, fingerprint: str) -> bool:
         """Whether the scores of a task, as it is now, are there (collective)."""
-        row = self._rows.get(name)
-        known = bool(self._ranks.max_over_ranks(int(row is not None and row.get("fingerprint") == fingerprint)))
+        own = name in self._found and self._found[name].fingerprint == fingerprint
+        known = bool(self._ranks.max_over_ranks(int(own)))
         if known:
             console.print(f"evaluate   {name}: reusing the scores in {self._path}")
         return known
@@ -108,21 +125,22 @@ class _Results:
             return
         numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.metrics.items())
         console.print(f"evaluate   {scores.name}: {numbers}")
-        self._rows[scores.name] = {"fingerprint": fingerprint, **scores._asdict()}
+        self._found[scores.name] = _Found(fingerprint, scores)
         self._write({})
 
     def _write(self, more: dict[str, Any]) -> None:
         if self._path is not None:
-            write_json(self._path, {"settings": self._settings, "results": list(self._rows.values()), **more})
+            rows = [{"fingerprint": each.fingerprint, **each.scores._asdict()} for each in self._found.values()]
+            write_json(self._path, {"settings": self._settings, "results": rows, **more})
 
     def show(self, validation: Validation, datacomp: bool) -> None:
         """Print the table, and DataComp's averages if they are wanted."""
         named = [task.name for task in validation.tasks] + ([HELD_OUT] if validation.held_out is not None else [])
-        console.print("\n".join(_table([self._rows[name] for name in named])))
+        console.print("\n".join(_table([self._found[name].scores for name in named])))
         if not datacomp:
             return
         scores = {
-            task.entry.key: self._rows[task.name]["metrics"][task.entry.main]
+            task.entry.key: self._found[task.name].scores.metrics[task.entry.main]
             for task in validation.tasks
             if task.entry is not None and task.entry.main is not None
         }
@@ -132,15 +150,15 @@ class _Results:
         self._write({"datacomp": found})
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(rows: Sequence[TaskScores]) -> list[str]:
     """Return the lines of a table: a task's main metric (DataComp's, or the first), then its others."""
     cells = [("task", "samples", "main metric", "score", "other metrics")]
     for row in rows:
-        metrics = dict(row["metrics"])
-        main = row["main"] or next(iter(metrics))
+        metrics = dict(row.metrics)
+        main = row.main or next(iter(metrics))
         score = metrics.pop(main)
         others = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        cells.append((row["name"], str(row["samples"]), main, f"{score:.4f}", others))
+        cells.append((row.name, str(row.samples), main, f"{score:.4f}", others))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         f"{name:<{widths[0]}}  {samples:>{widths[1]}}  {main:<{widths[2]}}  {score:>{widths[3]}}  {others}".rstrip()

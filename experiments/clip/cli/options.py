@@ -67,7 +67,7 @@ class Shards:
     catalog: Path | None = None
     """Folder made by `run.py catalog`."""
     workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
-    """Processes of a rank that read and decode; the batches are the same for any number."""
+    """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number."""
     source_weights: Annotated[str | None, _OF_A_CATALOG] = None
     """How often each source is visited in an epoch, joined by ::, like 1::2; fractions need --resampled."""
     resampled: Annotated[bool, _OF_A_CATALOG] = False

@@ -152,7 +152,12 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     )
     console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
     encoder = Encoder(
-        clip, ranks, shards.validation_batch_size or VALIDATION_BATCH, shards.workers, options.execution.precision
+        clip,
+        ranks,
+        shards.validation_batch_size or VALIDATION_BATCH,
+        shards.workers,
+        options.execution.precision,
+        tf32=not options.execution.full_float32,
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)
     return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)

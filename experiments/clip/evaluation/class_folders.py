@@ -32,6 +32,8 @@ def open_class_folders(folder: Path) -> Task:
     """List the images of each class; `UserError` is raised if there are none, or if names and folders do not agree."""
     folders = _folders(folder)
     names = [path.name for path in folders]
+    if any((path / "test" / "nshards.txt").exists() for path in folders):
+        raise UserError(f"{folder} holds tasks: name them, like {folder}/*")
     shards = [ClassFolder(path, _images(path, folder), label) for label, path in enumerate(folders)]
     if len(shards) < 2:
         raise UserError(f"{folder} has one folder, {names[0]}: a task has a folder for each of its classes")

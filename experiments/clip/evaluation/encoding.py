@@ -70,6 +70,8 @@ class Encoder:
         Processes of a rank that read and decode; 0 decodes in this one.
     precision
         Of the towers, by autocast; features are float32.
+    tf32
+        Whether a GPU's towers may multiply float32 in TF32, as in training; scores are always multiplied in full.
     """
 
     clip: Clip
@@ -77,6 +79,7 @@ class Encoder:
     batch_size: int = 64
     workers: int = 0
     precision: Precision = "float32"
+    tf32: bool = False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -84,7 +87,7 @@ class Encoder:
         was_training = self.clip.model.training
         self.clip.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _products(tf32=False):
                 yield
         finally:
             self.clip.model.train(was_training)
@@ -124,7 +127,8 @@ class Encoder:
 
     def _features(self, encode: Callable[[Inputs], Tensor], inputs: Inputs, what: str) -> Tensor:
         dtype = getattr(torch, self.precision)
-        with torch.autocast(self.clip.device.type, dtype, enabled=dtype != torch.float32):
+        autocast = torch.autocast(self.clip.device.type, dtype, enabled=dtype != torch.float32)
+        with _products(self.tf32), autocast:
             features = encode(inputs).float()
         bad = int((~features.isfinite()).any(dim=1).sum())
         problem = (
@@ -132,6 +136,17 @@ class Encoder:
         )
         self.ranks.raise_on_all(UserError(problem) if bad else None)
         return F.normalize(features, dim=-1)
+
+
+@contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    """Choose how a GPU multiplies matrices of float32 during the block."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 class Rows:

@@ -87,7 +87,7 @@ class _PairBatches:
 
     def __init__(self, catalog: Catalog, encoder: Encoder) -> None:
         self._reader, self._samples, self._size = Reader(catalog), len(catalog), encoder.batch_size
-        self._preprocess: Callable[[Image.Image], Tensor] = encoder.clip.preprocess
+        self._preprocess: Callable[[Image.Image], Tensor] = encoder.clip.in_bytes(encoder.clip.preprocess)
 
     def __len__(self) -> int:
         return -(-self._samples // self._size)

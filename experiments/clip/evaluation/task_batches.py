@@ -129,6 +129,8 @@ def _association(task: Task, sample: RawSample, data: bytes) -> Association:
     cue, candidates, associations = (stored[name] for name in ("cue", "candidates", "associations"))
     if not isinstance(cue, str) or not cue:
         raise ValueError("the cue is no word")
+    if not (isinstance(candidates, list) and isinstance(associations, list)):
+        raise ValueError("candidates and associations are no lists")
     if len(candidates) != len(sample.images):
         raise ValueError(f"{len(candidates)} candidates, but {len(sample.images)} images")
     is_right = np.array([name in associations for name in candidates])

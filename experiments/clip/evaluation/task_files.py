@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from experiments.clip.data.reader import MAX_CAPTION_CHARACTERS
+from experiments.clip.data.reader import MAX_IMAGE_BYTES
 from experiments.clip.errors import UserError, printable
 from experiments.clip.evaluation.datacomp import Entry, entry_of
 from experiments.clip.evaluation.shards import Shard, TarShard
@@ -43,10 +43,13 @@ TYPE_FILE, CLASSES_FILE, TEMPLATES_FILE = "dataset_type.txt", "classnames.txt", 
 #: What `run.py glyph-tasks` writes beside its tasks.
 MARKER = "tasks.json"
 METADATA = "npy"
-_MAX_IMAGE, _MAX_LABEL, _MAX_TEXT = 2**28, 2**20, 2**24  # bytes
+_MAX_LABEL, _MAX_TEXT = 2**20, 2**24  # bytes
+# Characters of a class or a prompt: the tokenizer takes time quadratic in the length of a word, for each prompt.
+_MAX_LINE = 1024
 # As webdataset splits a member's name: the type is what follows the first dot of the last part.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
-_CANDIDATE = re.compile(rf"([0-9]{{1,3}})\.({'|'.join(IMAGES)})")
+_CANDIDATE = re.compile(rf"([0-9]{{1,4}})\.({'|'.join(IMAGES)})")
+MAX_CANDIDATES = 32  # of an association
 AGAIN = "copy the task again"
 # Folders that are a part of a data set, and named so, in the layout of a folder for each class.
 _PARTS = ("val", "validation", "test")
@@ -167,10 +170,10 @@ def prompt_templates(path: Path) -> list[str]:
 
 def _check_lengths(path: Path, lines: Sequence[str]) -> None:
     for number, line in enumerate(lines, 1):
-        if len(line) > MAX_CAPTION_CHARACTERS:
+        if len(line) > _MAX_LINE:
             raise UserError(
-                f"line {number} of {path} has {len(line)} characters: keep them <= {MAX_CAPTION_CHARACTERS}, "
-                "more than any model reads"
+                f"line {number} of {path} has {len(line)} characters: keep them <= {_MAX_LINE}, more than any model "
+                "reads"
             )
 
 
@@ -206,7 +209,7 @@ def _open_shard(path: Path, label: str, more: Sequence[str]) -> TarShard:
                 raise _lacking(key, path, f".{suffix}")
         if not images:
             raise _lacking(key, path, ", ".join(f".{suffix}" for suffix in IMAGES))
-        for sizes, limit in ((images, _MAX_IMAGE), ([found[suffix] for suffix in wanted], _MAX_LABEL)):
+        for sizes, limit in ((images, MAX_IMAGE_BYTES), ([found[suffix] for suffix in wanted], _MAX_LABEL)):
             if (size := max(size for _, size in sizes)) > limit:
                 raise UserError(f"the sample {key} of {path} has a member of {size} bytes: keep it <= {limit}")
         parts += [*(found[suffix] for suffix in wanted), *images]
@@ -225,7 +228,7 @@ def _image(found: Parts) -> list[tuple[int, int]]:
 def _candidates(found: Parts) -> list[tuple[int, int]]:
     """Return the images of an association's candidates, in the order of their numbers."""
     numbered = {int(match[1]): place for suffix, place in found.items() if (match := _CANDIDATE.fullmatch(suffix))}
-    return [numbered[number] for number in sorted(numbered)]
+    return [numbered[number] for number in sorted(numbered)][:MAX_CANDIDATES]
 
 
 def _has_metadata(paths: Sequence[Path]) -> bool:

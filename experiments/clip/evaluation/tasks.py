@@ -242,7 +242,8 @@ def _classification_names(task: Task) -> list[str]:
     if task.entry is None:
         return names
     names += ["recall-macro_all", "F1-macro_all"] if task.entry.macro else []
-    return names + [name for each in task.entry.groups for name in (f"{each.metric}_avg", each.worst)]
+    names += [name for each in task.entry.groups for name in (f"{each.metric}_avg", each.worst)]
+    return list(dict.fromkeys(names))
 
 
 def _objectives(encoder: Encoder, task: Task, batches: Iterable[_EncodedBatch]) -> tuple[Scores, Scores]:

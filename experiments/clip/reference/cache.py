@@ -197,6 +197,8 @@ def cache_features(
     computed = 0
     if progress is not None:
         progress(done, total)
+    if not missing:
+        return 0
     # Readers and copies go on over the end of a shard, and its file is written beside the next one's computation.
     inputs = copied_ahead(pool.map(itertools.chain.from_iterable(parts.values())), ranks.device)
     encoder = _Encoder(clip, views, precision, towers, skip_limit)

@@ -119,7 +119,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], wanted: Tensor) -> None:
         """Update the average with the weights after a step if ``wanted``, a boolean on the device."""
-        share = 1 - ((1 + self._steps) / (10 + self._steps)).clamp(max=self._decay)
+        steps = self._steps.double()
+        share = 1 - ((1 + steps) / (10 + steps)).clamp(max=self._decay)
         share = torch.where(wanted, share, 0.0).float()
         self._steps += wanted
         averages = [_own_part(self.average[key]) for key in self._averaged]

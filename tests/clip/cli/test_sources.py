@@ -1,13 +1,15 @@
 """The one place through which data enter a training."""
 
 import pytest
+from task_folders import DATACOMP, classification, write_catalog
 
 from experiments.clip.cli.options import SOURCES
-from experiments.clip.cli.sources import embedded_pairs, open_training_data
+from experiments.clip.cli.sources import embedded_pairs, open_training_data, open_validation
 from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.errors import UserError
+from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.glyphs import source as glyph_source
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.models.clip import new_model
@@ -47,6 +49,27 @@ def test_tasks_that_are_no_folder_are_refused_before_anything_is_read(clip, tmp_
     words = ["train", "--method", "openclip", "--catalog", str(tmp_path), "--tasks", str(tmp_path / "none")]
     with pytest.raises(UserError, match=r"--tasks .*none is no folder"):
         open_training_data(parse(words), clip, None, ONE_PROCESS)
+
+
+def test_what_is_wrong_with_tasks_and_held_out_pairs_is_said_before_anything_is_read(clip, tmp_path):
+    words = ["train", "--method", "openclip", "--catalog", "nowhere"]
+    damaged = classification(tmp_path / "damaged")
+    (damaged / "test" / "1.tar").write_bytes(b"damaged")
+    for more, message in (
+        (["--tasks", str(damaged)], r"1\.tar is damaged"),
+        (["--tasks", str(classification(tmp_path / "held_out")), "--val-data", "x"], "has a folder called held_out"),
+        (["--val-data", str(tmp_path / "none")], "none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_training_data(parse([*words, *more]), clip, None, ONE_PROCESS)
+
+
+def test_a_validation_has_the_metrics_that_it_names(clip, tmp_path):
+    names = [DATACOMP[name](tmp_path) for name in ("wds_wilds-fmow_test", "wds_winogavil_test")]
+    write_catalog(tmp_path)
+    validation = open_validation(names, tmp_path / "catalog")
+    assert list(validation.scores(Encoder(clip), 0.1)) == validation.metrics()
+    assert {"wds_wilds-fmow_test/acc_worst_region", "held_out/loss"} <= set(validation.metrics())
 
 
 def test_the_embedded_pairs_are_the_glyphs():

@@ -38,6 +38,31 @@ def test_a_run_leaves_its_options_records_and_models(finished):
 
 
 @pytest.mark.slow
+def test_scores_are_printed_and_written_at_each_validation(words, tmp_path, capsys):
+    """Also where there is no terminal, as here."""
+    assert main([*words, "--logs", "text", "--out", str(tmp_path / "run")]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation")]
+    history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
+    assert shown == [
+        f"validation step {each['step']} of 6: naming_top1 {each['naming_top1']:.4f}, "
+        f"naming_top5 {each['naming_top5']:.4f}"
+        for each in history
+    ]
+    logged = [line.split("  ")[1:] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    names = ("naming_top1", "naming_top5")
+    assert [line for line in logged if line[1].startswith("validation")] == [
+        [f"step {each['step']}", *(f"validation/{name} {each[name]:.6g}" for name in names)] for each in history
+    ]
+
+
+def test_a_metric_that_no_validation_has_is_refused_before_the_first_step(words, tmp_path, capsys):
+    assert main([*words, "--best", "loss", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "--best loss is no metric of the validations: choose one of naming_top1, naming_top5" in error
+    assert not (tmp_path / "run" / "log.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
 def test_a_finished_run_that_is_started_again_ends_at_the_same_weights(words, finished):
     before = load_model(finished / "model").model.state_dict()
     assert main(["train", "--config", str(finished / "config.json")]) == 0

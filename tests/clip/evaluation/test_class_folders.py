@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-from task_folders import CLASSES, LABELS, class_folders, evaluate, picture, samples, write_task
+from task_folders import CLASSES, LABELS, class_folders, classification, evaluate, picture, samples, write_task
 from torchvision.datasets import ImageFolder
 
 from experiments.clip.errors import UserError
@@ -68,6 +68,12 @@ def test_other_classes_are_named_by_a_file_or_by_their_folders(tmp_path):
 
 def nested(path):
     shutil.move(folders(path.with_name("inner"), ["a", "b"]), path / "train")
+
+
+def test_a_folder_of_tasks_is_none(tmp_path):
+    classification(tmp_path / "wds" / "task")
+    with pytest.raises(UserError, match=r"wds holds tasks: name them, like .*wds/\*"):
+        open_tasks([tmp_path / "wds"])
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,7 @@ def test_numbers_that_are_none_are_refused_by_name(about, message, reference, tm
         (b"[]", "is of no use"),
         (b'{"cue": "a"}', "is of no use"),
         (b'{"cue": "", "candidates": ["a", "b"], "associations": ["a"]}', "the cue is no word"),
+        (b'{"cue": "c", "candidates": "ab", "associations": "a"}', "are no lists"),
         (b'{"cue": "c", "candidates": ["a"], "associations": ["a"]}', "1 candidates, but 2 images"),
         (b'{"cue": "c", "candidates": ["a", "b"], "associations": ["d"]}', "none of the candidates"),
         (b'{"cue": "' + b"c" * 60_000 + b'", "candidates": ["a", "b"], "associations": ["a"]}', "60000 characters"),
@@ -296,6 +297,14 @@ def test_associations_that_are_none_are_refused_by_name(stored, message, referen
     members = [("0.json", stored), ("0.0.jpg", picture(0, "jpg")), ("0.1.jpg", picture(1, "jpg"))]
     folder = write_task(tmp_path / "winogavil", [members], "association")
     with pytest.raises(UserError, match=rf"0\.json in .*{message}"):
+        evaluate(reference, folder)
+
+
+def test_candidates_are_bounded(reference, tmp_path):
+    names = {"cue": "c", "candidates": list(range(40)), "associations": [1]}
+    members = [("0.json", json.dumps(names).encode()), *((f"0.{k}.jpg", picture(0, "jpg")) for k in range(40))]
+    folder = write_task(tmp_path / "winogavil", [members], "association")
+    with pytest.raises(UserError, match="40 candidates, but 32 images"):
         evaluate(reference, folder)
 
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from random_tensors import features, integers
+from task_folders import classification, evaluate
 
-from experiments.clip.evaluation.encoding import encode_images, encode_texts, zero_shot_classifier
-from experiments.clip.evaluation.metrics import naming, predictions, retrieval
+from experiments.clip.errors import UserError
+from experiments.clip.evaluation import tasks
+from experiments.clip.evaluation.encoding import Encoder, encode_images, encode_texts, zero_shot_classifier
+from experiments.clip.evaluation.metrics import naming, predictions, retrieval, wrong_items_ahead
 
 
 def encode_letters(texts):
@@ -82,3 +85,61 @@ def test_non_finite_features_are_refused_by_name(value):
         encode_texts(lambda texts: bad, ["a", "b", "c"])
     with pytest.raises(ValueError, match="image_features has non-finite values in 1 of 3 rows"):
         encode_images(lambda batch: batch, [bad])
+
+
+# --- an encoder of a model ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tf32_is_on():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    yield
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.usefixtures("tf32_is_on")
+def test_only_towers_multiply_in_tf32_and_what_was_set_stays(tf32, reference, tmp_path, monkeypatch):
+    """The switch of a GPU, which a CPU keeps too."""
+    matmul = torch.backends.cuda.matmul
+    seen = {"towers": [], "scores": []}
+
+    def ahead(*arguments):
+        seen["scores"].append(matmul.allow_tf32)
+        return wrong_items_ahead(*arguments)
+
+    monkeypatch.setattr(tasks, "wrong_items_ahead", ahead)
+    hooks = [
+        tower.register_forward_hook(lambda *_: seen["towers"].append(matmul.allow_tf32))
+        for tower in (reference.model.visual, reference.model.transformer)
+    ]
+    evaluate(reference, classification(tmp_path / "task"), tf32=tf32, batch_size=4)
+    for hook in hooks:
+        hook.remove()
+    assert set(seen["towers"]) == {tf32} and set(seen["scores"]) == {False}
+    assert matmul.allow_tf32
+
+
+def test_features_do_not_depend_on_how_many_calls_there_are(reference):
+    texts = [f"letter {letter}" for letter in "abcdefg"]
+    encoder = Encoder(reference, batch_size=3)
+    with encoder.evaluating():
+        by_three, at_once = encoder.texts(texts), Encoder(reference, batch_size=7).texts(texts)
+        none = encoder.texts([]), encoder.images(None)
+    torch.testing.assert_close(by_three, at_once)
+    torch.testing.assert_close(by_three.norm(dim=1), torch.ones(7))
+    assert [tuple(each.shape) for each in none] == [(0, at_once.shape[1])] * 2
+
+
+def test_a_worker_s_error_is_raised_once_and_ends_the_batches(reference):
+    def read(number):
+        if number == 2:
+            raise UserError("the third is damaged")
+        return number
+
+    batches = Encoder(reference, workers=2).own_batches(read, 5)
+    assert [next(batches), next(batches)] == [(0, 0), (1, 1)]
+    with pytest.raises(UserError, match="the third is damaged"):
+        next(batches)
+    assert list(batches) == []

@@ -106,7 +106,7 @@ def test_a_worker_that_dies_between_results_is_reported_by_the_next(start):
 
 SIGNALLED = """
 import os, signal, time
-from experiments.clip.io.workers import Workers, spare_cores, spread
+from experiments.clip.io.workers import Workers
 workers = Workers(abs, 2)
 results = workers.map(range(8))
 next(results), next(results)  # one of each worker, which then has its handlers

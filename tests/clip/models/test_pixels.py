@@ -62,6 +62,13 @@ def test_every_byte_in_every_channel(dtype):
     assert torch.equal(OPENAI(every, dtype), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_byte_has_the_same_bits_on_a_gpu(dtype):
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    assert torch.equal(OPENAI(every.cuda(), dtype).cpu(), OPENAI(every, dtype))
+
+
 def test_a_transform_that_cannot_be_cut_stays_as_it_is():
     erasing = {"use_timm": True, "scale": (0.5, 1.0), "re_prob": 1.0}
     whole = [

@@ -13,7 +13,7 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.io import files
 from experiments.clip.training import checkpoint_writer as writer_module
-from experiments.clip.training.checkpoint import latest_checkpoint
+from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint, step_folder
 from experiments.clip.training.checkpoint_writer import CheckpointWriter
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import CheckpointPolicy
@@ -32,6 +32,28 @@ def test_a_folder_that_is_moved_while_a_checkpoint_is_made_is_named(tmp_path):
     writer.start({"weight": torch.zeros(3)}, {}, {}, {"step": 2})
     with pytest.raises(UserError, match=r"cannot write .*(Not a directory|File exists)"):
         writer.commit()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_changes_after_the_start_is_not_in_the_checkpoint(kind, tmp_path):
+    """Twice: the second is copied to where the first was."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    device = torch.device(kind)
+    writer = CheckpointWriter(tmp_path, {}, Ranks(device=device), keep=2)
+    weight, state = torch.zeros(2**20, device=device), torch.zeros(5, device=device)
+    for step in (1, 2):
+        weight.fill_(step)
+        state.fill_(10 * step)
+        writer.start({"weight": weight, "count": torch.tensor(step)}, {"state": state}, {}, {"step": step})
+        weight.fill_(-1)
+        state.fill_(-1)
+    writer.commit()
+    for step in (1, 2):
+        kept = Checkpoint(step_folder(tmp_path, step))
+        assert torch.equal(kept.full_tensors("")["weight"], torch.full((2**20,), float(step)))
+        assert int(kept.full_tensors("")["count"]) == step
+        assert kept.own[0]["state"].tolist() == [10 * step] * 5
 
 
 @pytest.mark.slow

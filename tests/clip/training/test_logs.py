@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import contrastive, run
 
 from experiments.clip.errors import UserError
-from experiments.clip.training.logs import Logs
+from experiments.clip.training.logs import LateNumbers, Logs, filled_in, on_device, packed, parts_of_ranks
+from experiments.clip.training.methods import RankSum
 
 
 @pytest.mark.slow
@@ -85,3 +87,28 @@ def test_tensorboard_and_unknown_writers(pairs, tmp_path):
     assert not (tmp_path / "log.jsonl").exists()
     with pytest.raises(UserError, match="--logs wandb needs the package wandb"):
         Logs(tmp_path, ("wandb",), {})
+
+
+def test_numbers_of_several_types_are_packed_in_their_order():
+    numbers = [torch.tensor(0.1), torch.tensor(True), torch.tensor(3), torch.tensor([0.2]), torch.tensor(0.1).double()]
+    assert packed(numbers).tolist() == [number.item() for number in numbers]
+    assert packed(numbers[:1]).dtype == torch.float64
+
+
+def test_a_log_is_filled_in_with_what_the_device_computed():
+    log = {"a": torch.tensor(0.5), "rate": 0.1, "share": RankSum(torch.tensor(2.0), lambda total: total / 4)}
+    log["bounded"] = torch.tensor(7)
+    sums, values = packed(parts_of_ranks(log)).tolist(), packed(on_device(log)).tolist()
+    found = filled_in(log, sums, values)
+    assert found == {"a": 0.5, "rate": 0.1, "share": 0.5, "bounded": 7} and list(found) == list(log)
+    assert isinstance(found["bounded"], int)
+
+
+def test_late_numbers_come_in_order_and_all_of_them_when_asked():
+    late, received = LateNumbers(torch.device("cpu"), 2), []
+    for k in range(4):
+        late.put(torch.tensor([float(k)]) if k else None, received.append)
+        late.read()
+        assert len(received) == max(0, k - 1)
+    late.read(all_of_them=True)
+    assert received == [[], [1.0], [2.0], [3.0]]

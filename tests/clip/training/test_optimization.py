@@ -1,6 +1,7 @@
 """Optimizers, schedules and the moving average."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from training_runs import SHORT, run
 
 from experiments.clip.errors import Interrupted
 from experiments.clip.training.methods import OpenCLIP
-from experiments.clip.training.optimization import MovingAverage, learning_rate
+from experiments.clip.training.optimization import (
+    LossScale,
+    MovingAverage,
+    build_optimizer,
+    learning_rate,
+    step_if,
+)
 from experiments.clip.training.options import Optimization
 
 
@@ -87,3 +94,43 @@ def test_a_timm_optimizer_trains(pairs, tmp_path):
     again, *_ = run(pairs, OpenCLIP(), tmp_path / "b", optimization=optimization)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_step_that_is_not_wanted_is_left_out_without_a_trace(name):
+    """Of two optimizers, one sees gradients that are not finite in between."""
+    options = Optimization(optimizer=name, lr=0.1)
+    models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(model, options) for model in models]
+    for step, wanted in enumerate((True, False, True)):
+        for model, optimizer in list(zip(models, optimizers, strict=True))[: 1 + wanted]:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, step + 1.0 if wanted else torch.nan)
+            step_if(optimizer, torch.tensor(wanted))
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for key, values in states[0].items():
+        assert all(torch.equal(torch.as_tensor(values[name]), torch.as_tensor(states[1][key][name])) for name in values)
+
+
+def test_the_loss_scale_is_that_of_torch(monkeypatch):
+    """Over steps with and without a finite gradient, in one of which the loss is not finite, which changes nothing."""
+    monkeypatch.setattr(LossScale, "_STEPS", 3)
+    scale = LossScale(True, torch.device("cpu"))
+    grad_scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    for finite in (True, True, True, False, True, True, False, False, True, True, True, True):
+        value = 1.0 if finite else math.inf
+        weight.grad = value * grad_scaler.scale(torch.ones(2))
+        ours = [weight.grad.clone()]
+        scale.unscale(ours)
+        assert ours[0].tolist() == [value, value]
+        grad_scaler.step(optimizer)
+        grad_scaler.update()
+        scale.update(torch.tensor(True), torch.tensor(finite))
+        scale.update(torch.tensor(False), torch.tensor(False))
+        assert float(scale.scale) == grad_scaler.get_scale()
+    assert LossScale(False, torch.device("cpu")).scale == 1.0 and not LossScale(False, torch.device("cpu")).state_dict()

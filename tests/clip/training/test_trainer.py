@@ -14,6 +14,7 @@ from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
 from experiments.clip.training.methods import SigLIP
 from experiments.clip.training.options import Optimization
+from experiments.clip.training.trainer import best_record
 
 
 @pytest.mark.parametrize("name", thorough(SETTINGS, ("drrho",)))
@@ -89,3 +90,17 @@ def test_a_step_that_is_not_finite_ends_the_run_or_is_passed_over_and_its_sample
     assert history[-1]["step"] == 10
     with pytest.raises(UserError, match="the features are not finite at step"):
         run(poisoned, contrastive(), tmp_path / "d" / "c", limit=1)
+
+
+@pytest.mark.parametrize(
+    "metric, values, best",
+    [
+        ("imagenet1k/acc1", (0.1, 0.3, 0.3, 0.2), 2),
+        ("held_out/loss", (3.0, 1.0, 2.0, 1.0), 2),
+        ("held_out/image_to_text_mean_rank", (8.0, 9.0, 5.0, 5.0), 3),
+        ("held_out/image_to_text_R@1", (0.0, 0.0, 0.1, 0.2), 4),
+    ],
+)
+def test_the_best_validation_is_the_lowest_of_losses_and_ranks(metric, values, best):
+    history = [{"step": step, metric: value} for step, value in enumerate(values, 1)]
+    assert best_record(history, metric)["step"] == best
