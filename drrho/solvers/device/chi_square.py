@@ -63,8 +63,11 @@ def _moments_above(row, floor, origin, TILE: tl.constexpr, PRECISE: tl.constexpr
         sum += weighted
         square += y * weighted
     kept, sum, square = three_sums(kept, sum, square)
-    shift = sum / kept
-    return kept / row.all, (row.all - kept) / row.all, held.to(tl.float64) + shift, square / kept - shift * shift, shift
+    dropped, each = (row.all - kept).to(WORK), (1 / row.all).to(WORK)
+    kept, sum, square = kept.to(WORK), sum.to(WORK), square.to(WORK)
+    inverse = 1 / kept
+    shift = sum * inverse
+    return kept * each, dropped * each, held + shift, square * inverse - shift * shift, shift
 
 
 @triton.jit
@@ -77,8 +80,8 @@ def _active_set(
     ever dropped. Moments are summed about what is close to the mean.
     """
     center = support.origin
-    attempt = tl.zeros_like(center)
-    live = live & (support.eta > -row.range) & ~support.saturated
+    attempt, low = tl.zeros_like(center), -row.range.to(center.dtype)
+    live = live & (support.eta > low) & ~support.saturated
     going = tl.max(live.to(tl.int32), 0)
     while going > 0:
         floor = tl.minimum(support.eta, 0.0)
@@ -96,7 +99,7 @@ def _active_set(
         )
         dropped = tl.where(settled, out, dropped)
         center, attempt = tl.where(live, mean, center), tl.where(settled, 0.0, attempt + 1)
-        live = live & ~(settled & (same | found.saturated | ~(support.eta > -row.range)))
+        live = live & ~(settled & (same | found.saturated | ~(support.eta > low)))
         going = tl.max(live.to(tl.int32), 0)
     return support
 
@@ -139,21 +142,30 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
     support = _supported(r, p, zero + 1, zero, row.mean, row.variance, BALL)
     if row.z.dtype.element_ty != tl.float64:
         # From a floor somewhat lower than it seems; had it been too high, the next were lower.
-        rough = _active_set(row, r, p, support, zero, live, TILE, BALL, False)
-        floor = rough.eta - 1e-5 * row.range
-        good = live & (rough.eta > support.eta) & ~rough.saturated & (floor <= 0)
+        begun = Support(
+            support.eta.to(tl.float32),
+            support.threshold.to(tl.float32),
+            support.strength.to(tl.float32),
+            support.origin.to(tl.float32),
+            support.offset.to(tl.float32),
+            support.saturated,
+        )
+        nothing = zero.to(tl.float32)
+        rough = _active_set(row, r.to(tl.float32), p.to(tl.float32), begun, nothing, live, TILE, BALL, False)
+        floor = rough.eta.to(tl.float64) - 1e-5 * row.range
+        good = live & (rough.eta > begun.eta) & ~rough.saturated & (floor <= 0)
         if tl.max(good.to(tl.int32), 0) > 0:
-            kept, dropped, mean, variance, _ = _moments_above(row, floor, rough.origin, TILE, True)
-            begun = _supported(r, p, kept, dropped, mean, variance, BALL)
-            good = good & (begun.eta >= floor) & ~begun.saturated
+            kept, dropped, mean, variance, _ = _moments_above(row, floor, rough.origin.to(tl.float64), TILE, True)
+            found = _supported(r, p, kept, dropped, mean, variance, BALL)
+            good = good & (found.eta >= floor) & ~found.saturated
             zero = tl.where(good, dropped, zero)
             support = Support(
-                tl.where(good, begun.eta, support.eta),
-                tl.where(good, begun.threshold, support.threshold),
-                tl.where(good, begun.strength, support.strength),
-                tl.where(good, begun.origin, support.origin),
-                tl.where(good, begun.offset, support.offset),
-                tl.where(good, begun.saturated, support.saturated),
+                tl.where(good, found.eta, support.eta),
+                tl.where(good, found.threshold, support.threshold),
+                tl.where(good, found.strength, support.strength),
+                tl.where(good, found.origin, support.origin),
+                tl.where(good, found.offset, support.offset),
+                tl.where(good, found.saturated, support.saturated),
             )
     support = _active_set(row, r, p, support, zero, live, TILE, BALL, True)
     hard = hard | (live & support.saturated)

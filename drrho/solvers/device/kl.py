@@ -186,9 +186,7 @@ def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
         hard = (row.range == 0) | (price == 0)
         flat = (price > _FLAT) & ~hard
         b = tl.where(hard | flat, 0.0, tl.minimum(1 / price, 1e300))
-        path = Path(psi, psi, psi, psi, psi, psi)
-        if tl.max(chosen.to(tl.int32), 0) > 0:
-            path = _path(row, b, 1 / row.all, chosen & ~hard, TILE, True, True)
+        path = _path(row, b, 1 / row.all, chosen & ~hard, TILE, True, True)
         strength = price
     store_ties(row, chosen & hard, TILE)
     premium = strength * path.psi + (path.origin - row.mean)  # of second order, about the mean

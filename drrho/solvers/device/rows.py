@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drrho.solvers.device.answers import chosen_of, fill
+from drrho.solvers.device.answers import answer_of, chosen_of, fill
 from drrho.solvers.device.chi_square import chi_square
 from drrho.solvers.device.kl import kl, lies_outside
 from drrho.solvers.device.launch import launch
@@ -70,7 +70,9 @@ def _answered(row, radius, strength, alpha, order, index, good, KIND: tl.constex
         if KIND == _KL:
             if radius is not None:
                 far = good & lies_outside(row, r, price, good, TILE)
-        answer = _solved(row, order, r, price, good & ~far, KIND, TILE, False)
+        answer = answer_of(zero, zero, zero, zero, zero, zero.to(tl.int32))
+        if tl.max((~far).to(tl.int32), 0) > 0:
+            answer = _solved(row, order, r, price, good & ~far, KIND, TILE, False)
         if radius is not None:
             outside = good & (far | (answer.distance > r))
             if tl.max(outside.to(tl.int32), 0) > 0:

@@ -61,11 +61,11 @@ def _select(row, wanted, live, TILE: tl.constexpr, FROM_BELOW: tl.constexpr):
     zero = tl.zeros_like(row.all)
     at_low, above_high = (zero, -row.all) if FROM_BELOW else (row.all, zero)
     share = wanted / row.all + 1 if FROM_BELOW else wanted / row.all
-    pivot = row.top + (row.mean + tl.sqrt(row.variance) * _normal_quantile(share)) / row.scale
-    half, side, step = 0.5 * row.all / row.n, zero, 0
+    pivot = (row.top + (row.mean + tl.sqrt(row.variance) * _normal_quantile(share)) / row.scale).to(WORK)
+    half, side, step = 0.5 * row.all / row.n, zero.to(WORK), 0
     going = tl.max((low < high).to(tl.int32), 0)
     while going > 0:
-        t = pivot.to(WORK)
+        t = pivot
         if (step >= _CHORDS) & (step % 2 == 0):
             a, b = key_of(low), key_of(high)
             t = number_of((a | b) - ((a ^ b) >> 1))
@@ -77,11 +77,10 @@ def _select(row, wanted, live, TILE: tl.constexpr, FROM_BELOW: tl.constexpr):
         low, at_low = tl.where(up, least, low), tl.where(up, reached, at_low)
         high, above_high = tl.where(down, largest, high), tl.where(down, reached, above_high)
         side = tl.where(enough, tl.maximum(side, 0.0) + 1, tl.minimum(side, 0.0) - 1)
-        fewer = tl.exp2((1 - tl.abs(side)).to(tl.float32)).to(tl.float64)
-        over = (at_low - wanted + half) * tl.where(side < 0, fewer, 1.0)
-        under = (wanted - above_high - half) * tl.where(side > 0, fewer, 1.0)
-        a, b = low.to(tl.float64), high.to(tl.float64)
-        pivot = a + (b - a) * (over / (over + under))
+        fewer = tl.exp2((1 - tl.abs(side)).to(tl.float32)).to(WORK)
+        over = (at_low - wanted + half).to(WORK) * tl.where(side < 0, fewer, 1.0)
+        under = (wanted - above_high - half).to(WORK) * tl.where(side > 0, fewer, 1.0)
+        pivot = low + (high - low) * (over / (over + under))
         step += 1
         going = tl.max((low < high).to(tl.int32), 0)
     return low.to(tl.float64), at_low, above_high
