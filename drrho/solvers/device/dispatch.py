@@ -111,13 +111,19 @@ def solve_on_device(
     if divergence.tail_fraction is not None and alpha is None:
         order = float(divergence.tail_fraction)
     readable = values_are_readable() and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
-    failed = _failed.flag if readable else _failed.unread
-    solve = solve_long_rows if is_long else solve_rows
+    z, failed = z.contiguous(), _failed.flag if readable else _failed.unread
     given = _float64(radius), _float64(strength), _float64(alpha), _float64(base)
-    weights, fields = solve(z.contiguous(), *given, failed, kernel, order)
+    if is_long:
+        weights, fields = solve_long_rows(z, *given, failed, kernel, order, thorough=not readable)
+    else:
+        weights, fields = solve_rows(z, *given, failed, kernel, order)
+    declined = readable and _failed.is_set(z)
+    if declined and is_long:
+        weights, fields = solve_long_rows(z, *given, failed, kernel, order)
+        declined = _failed.is_set(z)
     value, *others = fields.unbind()
     solution = Solution(value, weights, *others)
-    if readable and _failed.is_set(z):
+    if declined:
         solve_declined(solution, z, radius, strength, alpha, base, problem, portable)
     return solution
 

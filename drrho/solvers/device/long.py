@@ -13,7 +13,8 @@ from drrho.solvers.device import long_passes, long_rows, long_tail
 
 FIELDS = 8  # value, premium, threshold, strength, gap, distance, alpha_slope, on_ball
 _KL, _TAIL = 1, 2  # the numbers of KL and CVaR
-_STEPS = 6, 8  # of Newton's method on rows of float32 and float64: most rows need two or three; hybrids twice as many
+_STEPS = 4, 3  # of Newton's method for chi-square and KL in float32: most rows need two or three; one more in float64
+_THOROUGH = 3  # times as many, for the others
 _SAMPLE = 4096
 _PROGRAMS = 256  # that share a row at most: two for each multiprocessor of an H100
 _ALL_PROGRAMS, _FEWEST = 1024, 8  # for all rows, and for each of many
@@ -81,10 +82,12 @@ def solve_long_rows(
     failed: Tensor | None,
     kernel: int,
     order: float,
+    thorough: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels on rows ``[rows, n]``, or one ``[n]``; return weights and fields ``[FIELDS, rows]``.
 
-    As `solve_rows` of ``rows.py``, for rows of at least 2^15 losses, and without base weights.
+    As `solve_rows` of ``rows.py``, for rows of at least 2^15 losses, and without base weights. Few passes suffice for
+    most rows; those that others need, which is ``thorough``, cost launches.
     """
     assert base is None
     answer = torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -95,13 +98,13 @@ def solve_long_rows(
     parts = min(-(-n // (8 * 256)), _PROGRAMS, max(_FEWEST, _ALL_PROGRAMS // rows))
     parts = parts if z.is_cuda else _INTERPRETED
     work = torch.empty(rows * long_rows.room(parts), dtype=torch.float64, device=z.device)
-    key = kernel, *(argument is None for argument in (radius, strength, alpha, failed))
+    key = kernel, thorough, *(argument is None for argument in (radius, strength, alpha, failed))
     with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
         call = _Call(z, parts, key)
         if kernel == _TAIL:
-            _solve_tail(call, z, weights, fields, work, strength, alpha, failed, order)
+            _solve_tail(call, z, weights, fields, work, strength, alpha, failed, order, thorough)
         else:
-            _solve(call, z, weights, fields, work, radius, strength, failed, kernel)
+            _solve(call, z, weights, fields, work, radius, strength, failed, kernel, thorough)
         call.remember()
     return weights, fields
 
@@ -116,12 +119,14 @@ def _solve(
     strength: Tensor | None,
     failed: Tensor | None,
     kernel: int,
+    thorough: bool,
 ) -> None:
     n, parts, turn = z.shape[1], call.parts, 1
     call.over_rows(long_rows.look, 8, z, work, n)
     call.for_rows(long_passes.start, z, work, radius, strength, n, parts, FAMILY=kernel)
-    steps = 1 if kernel == _KL and radius is None else _STEPS[not call.single]
-    for _ in range(2 * steps if radius is not None and strength is not None else steps):
+    steps = 1 if kernel == _KL and radius is None else _STEPS[kernel] + (not call.single)
+    steps *= (_THOROUGH if thorough else 1) * (1 if radius is None or strength is None else 2)
+    for _ in range(steps):
         call.over_rows(long_passes.step, 8, z, work, n, parts, turn, FAMILY=kernel)
         turn += 1
     call.over_rows(long_passes.weigh, 4 if kernel == _KL else 8, z, weights, work, n, parts, turn, FAMILY=kernel)
@@ -139,9 +144,11 @@ def _solve_tail(
     alpha: Tensor | None,
     failed: Tensor | None,
     order: float,
+    thorough: bool,
 ) -> None:
     n, parts = z.shape[1], call.parts
-    passes = 4 if call.single else 7  # one over the sample's bracket, and what finds 32 or 64 bits whatever that is
+    # One over the sample's bracket, and what finds 32 or 64 bits whatever that is; less where the bracket is right.
+    passes = (4 if call.single else 7) if thorough else (3 if call.single else 5)
     counts = torch.empty(call.rows * passes * long_tail.BINS, dtype=torch.int32, device=z.device)
     call.over_rows(long_rows.look, 8, z, work, n)
     call.for_rows(long_tail.start_tail, z, work, counts, alpha, strength, order, n, parts, passes)

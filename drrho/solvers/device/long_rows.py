@@ -225,8 +225,8 @@ def sampled(z, here, parts, n, top, scale, SAMPLE: tl.constexpr, PARTS: tl.const
     """Return a sample of d and the share of the row that each of its losses stands for.
 
     Of its first half, a loss at equal distances, those up to a cut stand for all others up to it. Above the cut, the
-    mean of the peaks, the peaks stand for what is there: of the parts of the row, ``exp(-m)`` have no loss above it
-    where these have m on average.
+    mean of the peaks, the peaks stand for what is there. How much that is the first half tells, if it has enough of
+    it; if not: of the parts of a row in no order ``exp(-m)`` have no loss above the cut where they have m on average.
     """
     HALF: tl.constexpr = SAMPLE // 2
     i = tl.arange(0, SAMPLE)
@@ -241,6 +241,8 @@ def sampled(z, here, parts, n, top, scale, SAMPLE: tl.constexpr, PARTS: tl.const
     number = tl.sum(over.to(tl.float64), 0)
     some = (number > 0) & (number < count)
     mass = tl.minimum(-tl.log(tl.where(some, 1.0 - number / count, 1.0)) * count / n, 0.5)
+    seen = tl.sum((plain & (d > cut)).to(tl.float64), 0)
+    mass = tl.where(some & (seen >= 16), seen / HALF, mass)
     under = plain & (d <= tl.where(some, cut, 0.0))
     each = (1.0 - mass) / tl.maximum(tl.sum(under.to(tl.float64), 0), 1.0)
     return d, tl.where(under, each, tl.where(over, mass / tl.maximum(number, 1.0), 0.0))

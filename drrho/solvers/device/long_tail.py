@@ -44,6 +44,7 @@ from drrho.solvers.device.long_rows import (
 BINS = 2048
 _BINS = tl.constexpr(BINS)
 _DIGITS = tl.constexpr(11)
+_PLACES = tl.constexpr(20)  # to which a sample's keys are found
 
 # Integers of a state, int64: the first key of the bracket, and the keys of a bin, as a power of two; the sample's keys;
 # the largest and least key; how many losses are in the tail; the threshold's key, and what exceeds it and equals it.
@@ -90,10 +91,10 @@ def _unsigned(difference):
 
 @triton.jit
 def _ranked(keys, ranks, bits: tl.constexpr):
-    """Return those of the keys that have given ranks ``[4]`` from the largest, bit by bit."""
+    """Return those of the keys that have given ranks ``[4]`` from the largest, or close below, bit by bit."""
     found = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= ranks, 0, -(1 << (bits - 1)))
     found = found.to(tl.int64)
-    for place in range(bits - 1):
+    for place in range(_PLACES):
         candidate = found + (tl.full((), 1, tl.int64) << (bits - 2 - place))
         count = tl.sum((keys[:, None] >= candidate[None, :]).to(tl.int32), 0)
         found = tl.where(count >= ranks, candidate, found)
@@ -128,6 +129,7 @@ def start_tail(
     ranks = tl.where(j == 0, tl.ceil(rank + margin), tl.where(j == 2, tl.floor(rank - margin), tl.ceil(rank)))
     clamped = tl.minimum(tl.maximum(ranks, 1.0), 1.0 * SAMPLE).to(tl.int32)
     found = _ranked(keys.to(tl.int64), clamped, BITS)
+    found = tl.where(j == 2, found + ((tl.full((), 1, tl.int64) << (BITS - 1 - _PLACES)) - 1), found)
     found = tl.where(ranks > SAMPLE, lowest, tl.where(ranks < 1, highest, found))
     tl.store(_integers(state) + _SAMPLED + j, found, mask=j < 3)
     first = tl.sum(tl.where(j == 0, found, 0), 0)

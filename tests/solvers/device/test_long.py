@@ -243,6 +243,15 @@ def test_risks_are_solved_so():
             torch.testing.assert_close(field.cpu().double(), by_cpu, rtol=3e-7, atol=1e-8)
 
 
+def test_where_few_passes_do_not_suffice_more_are_made():
+    z = torch.tensor(losses_like("sorted"), device=DEVICE)
+    with by_device_kernels():
+        found = constrained_risk(z, ChiSquare(), 1000.0)
+    expected = constrained_risk(z.cpu(), ChiSquare(), 1000.0)
+    torch.testing.assert_close(found.value.cpu(), expected.value, rtol=0, atol=1e-14)
+    torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-11, atol=1e-15)
+
+
 def test_refusals_name_what_is_refused():
     z = torch.tensor(losses_like("normal"), device=DEVICE)
     with by_device_kernels():
