@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import open_clip
 
 from experiments.clip.errors import UserError
+from experiments.clip.io.checksums import MANIFEST, checksum, fault_of, write_manifest
 from experiments.clip.models.config import CONFIG_FILE, Config, read_config, registered_config
 from experiments.clip.models.published import (
     HUB,
@@ -28,7 +29,7 @@ from experiments.clip.models.published import (
     tagged_weights,
     weights_in,
 )
-from experiments.clip.models.tokenizers import vocabulary_files
+from experiments.clip.models.tokenizers import TEXT_CONFIG, vocabulary_files
 
 WEIGHTS_FILE = WEIGHTS_FILES[0]
 _CONFIGS = Path(__file__).parent / "configs"
@@ -143,3 +144,20 @@ def _with_weights(source: Source, weights: str) -> Source:
 def is_quick(config: Config) -> bool:
     """Whether a model has QuickGELU, as OpenAI's have."""
     return bool(config.model.get("quick_gelu"))
+
+
+def write_model_manifest(folder: Path) -> None:
+    """Write the checksums of a model folder's files."""
+    write_manifest(folder, {name: checksum(folder / name) for name in _files_of(folder)})
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a model folder whose files are not as they were exported, where it has their checksums."""
+    if (folder / MANIFEST).is_file() and (fault := fault_of(folder, _files_of(folder))):
+        raise UserError(f"{folder} is damaged ({fault}): export or copy it again")
+
+
+def _files_of(folder: Path) -> list[str]:
+    weights = weights_in(folder)
+    own = (CONFIG_FILE, TEXT_CONFIG, *([] if weights is None else [weights.name]))
+    return [name for name in own if (folder / name).is_file()] + [path.name for path in vocabulary_files(folder)]
