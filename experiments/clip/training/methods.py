@@ -7,18 +7,19 @@ fields of `experiments.clip.training.options.Loss`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from open_clip.loss import SigLipLoss
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from drrho import KL, Divergence
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
-from drrho.ranks import mean_over_ranks, row_counts
+from drrho.ranks import gathered_with_gradient, mean_over_ranks, row_counts
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 from experiments.clip.distributed import ONE_PROCESS, Ranks
@@ -67,8 +68,9 @@ class Context(NamedTuple):
 class Method(Protocol):
     """What the training loop asks of a method."""
 
-    #: Whether the model's own learnable temperature takes part.
+    #: Whether the model's own learnable temperature takes part, and its logit bias.
     learns_scale: bool
+    learns_bias: bool
 
     def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the loss of the target's features of samples ``index``, given the reference's if there is one."""
@@ -83,6 +85,10 @@ class Method(Protocol):
 
         ``rate`` is the model's learning rate in units of its peak.
         """
+        ...
+
+    def learned_temperature(self) -> Tensor | None:
+        """Return the one temperature of all samples, if the method itself learns it."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -109,6 +115,11 @@ class MethodClass(Protocol):
 
 class _Stateless:
     """A method that learns nothing of its own: what is learned is the model's."""
+
+    learns_bias = False
+
+    def learned_temperature(self) -> None:
+        """Return None: there is none of its own."""
 
     def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
         """Return no numbers: there is nothing to update."""
@@ -147,15 +158,13 @@ class OpenCLIP(_Stateless):
 
 
 class SigLIP(_Stateless):
-    """The pairwise sigmoid loss with the model's learnable scale and bias: open_clip's own ``SigLipLoss``."""
+    """The pairwise sigmoid loss with the model's learnable scale and bias, as open_clip's ``SigLipLoss``."""
 
     takes: ClassVar[frozenset[str]] = frozenset()
-    learns_scale = True
+    learns_scale = learns_bias = True
 
     def __init__(self, group: Group = None) -> None:
         self._group = group
-        rank, self._ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self._loss = SigLipLoss(rank=rank, world_size=self._ranks)
 
     @classmethod
     def from_options(cls, options: Loss, context: Context) -> SigLIP:
@@ -163,8 +172,9 @@ class SigLIP(_Stateless):
         return cls(context.ranks.group)
 
     def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
-        """Return the sigmoid loss: the mean of the ranks' own, each this rank's images against all texts."""
-        part = self._loss(*own, head.scale, head.bias) / self._ranks
+        """Return the sigmoid loss of the batch of all ranks; each rank compares its images with all texts."""
+        counts = row_counts(len(index), self._group, own[0].device)
+        part = sigmoid_loss(*own, head, counts, self._group)
         total = part.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
@@ -173,6 +183,27 @@ class SigLIP(_Stateless):
     def logits_at(self, head: Head) -> tuple[float, float]:
         """Return the model's temperature and bias."""
         return 1 / head.scale.item(), 0.0 if head.bias is None else head.bias.item()
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, head: Head, counts: Sequence[int], group: Group) -> Tensor:
+    """Return this rank's part of ``-1/b sum_ij log sigmoid(z_ij (scale s_ij + bias))``, z_ii = 1 and else -1 (SigLIP).
+
+    Of n ranks, ``counts`` are the rows of each, b of them together; the parts of all add up to the loss.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    rows = gathered_with_gradient(text, counts, group).split(list(counts))
+
+    def against(texts: Tensor, *, own: bool) -> Tensor:
+        logits = head.scale * image @ texts.T
+        logits = logits if head.bias is None else logits + head.bias
+        labels = 2 * torch.eye(*logits.shape, device=logits.device, dtype=logits.dtype) - 1 if own else -1
+        return -nn.functional.logsigmoid(labels * logits).sum() / sum(counts)
+
+    if group is None:
+        return against(text, own=True)
+    # The logits of one rank's texts are in memory at a time, and computed again in the backward pass.
+    again = partial(checkpoint, against, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(texts, own=number == rank) for number, texts in enumerate(rows)]).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 class ConstantTemperature:
@@ -222,7 +253,7 @@ class GlobalContrastive:
         Where the running state is kept and its rows are sent.
     """
 
-    learns_scale = False
+    learns_scale = learns_bias = False
 
     def __init__(
         self,
@@ -312,6 +343,10 @@ class GlobalContrastive:
             rate = _LATE_RATE if mean < _LATE_TEMPERATURE else 1.0
         bounded = self._temperature.step(samples, taus, rate)  # pyright: ignore[reportArgumentType]
         return {"temperature": mean, "temperatures_bounded": bounded}
+
+    def learned_temperature(self) -> Tensor | None:
+        """Return the learned temperature, unless each sample has its own."""
+        return self._temperature.lookup([]).detach() if isinstance(self._temperature, GlobalTemperature) else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return running state, learned temperatures and the adaptive coefficient."""
@@ -445,7 +480,7 @@ class Distilled:
         self, method: Method, weight: float, temperature: float, *, own: bool = False, group: Group = None
     ) -> None:
         self._method, self._weight, self._temperature, self._own, self._group = method, weight, temperature, own, group
-        self.learns_scale = method.learns_scale
+        self.learns_scale, self.learns_bias = method.learns_scale, method.learns_bias
 
     def loss(self, own: Features, index: Tensor, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the sum of both."""
@@ -467,6 +502,10 @@ class Distilled:
     def step(self, loss: MethodLoss, scale: float, rate: float) -> dict[str, float]:
         """Update what the other method learns."""
         return self._method.step(loss, scale, rate)
+
+    def learned_temperature(self) -> Tensor | None:
+        """Return what the other method returns."""
+        return self._method.learned_temperature()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the other method returns."""

@@ -129,6 +129,24 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
+def choose_head(model: torch.nn.Module, method: Method) -> None:
+    """Let the logit scale and bias learn only where the loss depends on them: ranks wait for the gradient of each."""
+    for name, parameter in model.named_parameters(recurse=False):
+        if name in ("logit_scale", "logit_bias"):
+            parameter.requires_grad_(method.learns_scale if name == "logit_scale" else method.learns_bias)
+
+
+@torch.no_grad()
+def hold_scale(model: torch.nn.Module, method: Method) -> None:
+    """Keep a learned logit scale in [1, 100], as open_clip does after each step; or set it to the method's own."""
+    scale = model.get_parameter("logit_scale")
+    scale = scale.to_local() if isinstance(scale, DTensor) else scale
+    if method.learns_scale:
+        scale.clamp_(0, math.log(100))
+    elif (temperature := method.learned_temperature()) is not None:
+        scale.copy_(-temperature.log().expand_as(scale))
+
+
 def clipped_norm(model: torch.nn.Module, limit: float | None) -> float:
     """Return the gradient's norm, and scale the gradient down to ``limit`` where it is larger."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]

@@ -37,7 +37,7 @@ from experiments.clip.training.methods import Features, Method, MethodLoss
 from experiments.clip.training.optimization import MovingAverage, build_optimizer, learning_rate
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
 from experiments.clip.training.selection import Selector
-from experiments.clip.training.towers import NotFinite, Towers, clipped_norm, full_tensor
+from experiments.clip.training.towers import NotFinite, Towers, choose_head, clipped_norm, full_tensor, hold_scale
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
@@ -180,7 +180,7 @@ class Trainer:
         stop: Callable[[], int],
         nonfinite_limit: int = 0,
     ) -> None:
-        clip.model.logit_scale.requires_grad_(method.learns_scale)
+        choose_head(clip.model, method)
         self._towers = Towers(clip, execution, ranks)
         self.state = TrainState(
             clip.model,
@@ -316,6 +316,7 @@ class Trainer:
         log = state.method.step(loss, scale, lr / self._optimization.lr) if math.isfinite(norm) else {}
         state.scaler.step(state.optimizer)
         state.scaler.update()
+        hold_scale(state.model, state.method)
         if state.average is not None:
             state.average.update(state.model.state_dict())
         return log
