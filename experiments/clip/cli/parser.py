@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingA
 
 from experiments.clip.cli.options import Plan, Shards, Train
 from experiments.clip.cli.presets import EMBEDDED, PRESETS
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, nearest
 from experiments.clip.io.files import write_json
 from experiments.clip.ranges import annotations_of, check_options, default_of, flag, refuse_if_given
 from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
@@ -78,12 +77,11 @@ def _refusal(event: object, kind: type) -> str:
     """Return what the parser found wrong."""
     match event:
         case UnrecognizedArgs():
-            near = difflib.get_close_matches(event.tokens[0], sorted(_flags(kind)), n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
-            return f"Unrecognized options: {', '.join(event.tokens)}{hint}"
+            word = event.tokens[0].partition("=")[0]
+            return f"Unrecognized options: {', '.join(event.tokens)}{nearest(word, sorted(_flags(kind)), 1)}"
         case InvalidChoice():
-            name = event.argument.display_name()
-            return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}"
+            name, hint = event.argument.display_name(), nearest(str(event.value), event.choices, 1)
+            return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}{hint}"
         case InstantiationFailure() if event.argument is not None:
             return f"{event.argument.display_name()}: {event.message.splitlines()[0]}"
         case MissingArgs():
@@ -128,7 +126,9 @@ def _start(preset: str | None, path: str | None) -> Train:
         raise UserError(f"--preset {preset} and --config {path} both say where to start from: give one of them")
     if preset is not None:
         if preset not in PRESETS:
-            raise UserError(f"no preset is called {preset!r}: choose one of {', '.join(PRESETS)}")
+            raise UserError(
+                f"no preset is called {preset[:80]!r}{nearest(preset, PRESETS)}: choose one of {', '.join(PRESETS)}"
+            )
         return PRESETS[preset]
     return Train() if path is None else load_config(Path(path))
 
@@ -155,8 +155,8 @@ def load_config(path: Path) -> Train:
         return from_dict(Train, json.loads(path.read_bytes()))
     except OSError as error:
         raise UserError(f"--config {path} cannot be read ({error.strerror}): name the config.json of a run") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--config {path} is not the config.json of a run ({error!r}): name one") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"--config {path} is not the config.json of a run ({str(error)[:200]!r}): name one") from error
 
 
 def as_settings(options: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def run(options: Train) -> None:
     """Train on the ranks of this launch, and keep what was done in ``run.json``."""
     with joined_ranks(options.execution.device, options.execution.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
+        ranks.check_same_options(as_settings(options))
         trained = run_training(options, ranks)
         if ranks.leads:
             write_json(options.out / "run.json", {"options": as_settings(options), **trained.record()})

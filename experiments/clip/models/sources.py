@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, nearest
 from experiments.clip.io.checksums import MANIFEST, checksum, fault_of, write_manifest
 from experiments.clip.models.config import CONFIG_FILE, Config, read_config, registered_config
 from experiments.clip.models.published import (
@@ -22,7 +22,6 @@ from experiments.clip.models.published import (
     WEIGHTS_FILES,
     hub_folder,
     hub_text_config,
-    nearest,
     preprocess_of,
     quick_gelu_note,
     tag_config,
