@@ -22,6 +22,8 @@ from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
 _CHECKOUT = Path(__file__).parents[3]
 #: Where earlier versions kept what a stored configuration may name.
 _MOVED = {"experiments/clip/reference": SHIPPED_REFERENCE}
+#: Options that are called otherwise than their fields.
+_OTHER_FLAGS = {"logs": "--log-to"}
 T = TypeVar("T")
 
 
@@ -98,7 +100,7 @@ def _flags(kind: type) -> Iterator[str]:
         if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             yield from _flags(annotation)
         else:
-            yield flag(name)
+            yield _OTHER_FLAGS.get(name, flag(name))
 
 
 def check_method(loss: Loss) -> None:
