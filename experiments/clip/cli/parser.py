@@ -100,7 +100,12 @@ def _flags(kind: type) -> Iterator[str]:
         if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             yield from _flags(annotation)
         else:
-            yield _OTHER_FLAGS.get(name, flag(name))
+            yield _flag(name)
+
+
+def _flag(name: str) -> str:
+    """Return an option by the name of its field."""
+    return _OTHER_FLAGS.get(name, flag(name))
 
 
 def check_method(loss: Loss) -> None:
@@ -248,8 +253,8 @@ def _words(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator
         if isinstance(value, dict):
             yield from _words(defaults[name], value)
         elif isinstance(value, bool):
-            yield flag(name) if value else f"--no-{name.replace('_', '-')}"
+            yield _flag(name) if value else f"--no-{name.replace('_', '-')}"
         elif isinstance(value, list):
-            yield from (flag(name), *map(str, value))
+            yield from (_flag(name), *map(str, value))
         else:
-            yield from (flag(name), str(value))
+            yield from (_flag(name), str(value))

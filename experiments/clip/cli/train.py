@@ -147,7 +147,7 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
-        **({"full_float32": True} if options.execution.full_float32 else {}),
+        **{key: True for key in ("full_float32", "use_bn_sync") if getattr(options.execution, key)},
         **as_settings(options.optimization),
         **as_settings(options.selection),
         **method,

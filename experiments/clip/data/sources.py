@@ -131,7 +131,7 @@ def expand(pattern: str) -> list[str]:
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"the braces of {pattern!r} do not match: write them like {{00000..00099}}") from error
+        raise UserError(f"the braces of {pattern[:80]!r} do not match: write them like {{00000..00099}}") from error
     if pattern.startswith(PIPE):
         return names
     paths = [path for name in names for path in _matches(name)]

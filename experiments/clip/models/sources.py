@@ -45,7 +45,7 @@ def check_registered(name: str) -> None:
     register_models()
     if name not in open_clip.list_models():
         raise UserError(
-            f"no model is called {name[:80]!r}{nearest(name, open_clip.list_models())}: name one of "
+            f"no model is called {name[:200]!r}{nearest(name, open_clip.list_models())}: name one of "
             "open_clip.list_models(), a glyph model, a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or a "
             "JSON file with an architecture"
         )

@@ -17,6 +17,7 @@ from drrho.accumulation import accumulate
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
+from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
 from experiments.clip.training.options import Execution
@@ -41,6 +42,8 @@ class Towers:
 
     def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
         model = clip.model.to(ranks.device)
+        if execution.use_bn_sync:
+            synchronize_batch_norm(model, ranks)
         model.train()
         self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
         # Statistics over a batch must not count rows that only fill it up.
@@ -127,6 +130,20 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for module in model.modules():
         if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
             yield module
+
+
+def synchronize_batch_norm(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Normalize batches over all ranks, in place; one rank stays as it is."""
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError("--use-bn-sync has no part in this run: the model has no batch normalization")
+    if ranks.group is None:
+        return
+    if ranks.device.type != "cuda":
+        raise UserError("--use-bn-sync needs a GPU for each rank: leave it out")
+    # torch's own conversion would lose the activations in timm's normalizations.
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    convert_sync_batchnorm(model, ranks.group)
 
 
 def choose_head(model: torch.nn.Module, method: Method) -> None:

@@ -8,11 +8,11 @@ import torch
 from training_runs import SHORT, built, contrastive, run
 
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import Interrupted
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import Execution, Optimization
-from experiments.clip.training.towers import Towers
+from experiments.clip.training.towers import Towers, synchronize_batch_norm
 
 
 @pytest.mark.slow
@@ -97,3 +97,20 @@ def test_statistics_over_a_batch_count_no_row_that_fills_it_up(pairs):
     plain, full = (shapes_and_gradient(with_batch_norm(), batch._replace(size=size)) for size in (0, 16))
     assert plain[0] == full[0] == [[11, 11]]
     assert plain[1] == full[1] and torch.equal(plain[2], full[2])
+
+
+def test_batch_normalization_over_ranks_keeps_the_names_of_weights_and_says_where_it_cannot_be():
+    from timm.layers import BatchNormAct2d
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), BatchNormAct2d(4))
+    names = list(model.state_dict())
+    synchronize_batch_norm(model, Ranks())
+    assert type(model[1]) is torch.nn.BatchNorm2d  # one process has the whole batch
+    group = object()  # which no collective operation is given here
+    with pytest.raises(UserError, match="--use-bn-sync needs a GPU for each rank"):
+        synchronize_batch_norm(model, Ranks(0, 2, torch.device("cpu"), group))
+    synchronize_batch_norm(model, Ranks(0, 2, torch.device("cuda"), group))
+    assert type(model[1]) is torch.nn.SyncBatchNorm and list(model.state_dict()) == names
+    assert isinstance(model[2].act, torch.nn.ReLU) and isinstance(model[2], torch.nn.SyncBatchNorm)
+    with pytest.raises(UserError, match="--use-bn-sync has no part in this run"):
+        synchronize_batch_norm(torch.nn.Linear(2, 2), Ranks())
