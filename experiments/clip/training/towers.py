@@ -78,7 +78,7 @@ class Towers:
         kept: list[Tensor] = []
 
         def loss(image: Tensor, text: Tensor, *head: Tensor) -> MethodLoss:
-            self._refuse_not_finite(image, text)
+            self._refuse_not_finite(image, text, *(reference or ()))
             kept[:] = image.detach(), text.detach()
             return method.loss((image, text), batch.index, Head(*head), epoch, reference)
 
