@@ -55,6 +55,8 @@ class Towers:
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
             policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
+            # Before the hooks of sharding, which free the memory of parameters after the forward pass.
+            model.register_forward_hook(_without_parameters)
             for block in _blocks(model):
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
@@ -130,6 +132,11 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for module in model.modules():
         if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
             yield module
+
+
+def _without_parameters(module: torch.nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a model's outputs with copies of those that are parameters, as open_clip's logit bias is."""
+    return tuple(each.clone() if isinstance(each, torch.nn.Parameter) else each for each in outputs)
 
 
 def synchronize_batch_norm(model: torch.nn.Module, ranks: Ranks) -> None:
