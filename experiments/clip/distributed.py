@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from drrho.ranks import gathered
 from experiments.clip.errors import UserError
 from experiments.clip.pulse import Pulse
+from experiments.clip.ranges import flag
 
 _LAUNCHERS = (
     ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
@@ -139,6 +141,22 @@ class Ranks:
         if failed:
             raise UserError(f"stopped because rank {self.count - failed} did: see its message")
 
+    def check_same_options(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to start on all ranks where a rank has other options than rank 0, by their names (collective)."""
+        if self.group is None:
+            return
+        content = json.dumps(settings, sort_keys=True).encode()
+        size = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(size, 0, group=self.group)
+        leader = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.leads:
+            leader.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(leader, 0, group=self.group)
+        others = dict(_leaves(json.loads(bytes(leader.tolist()))))
+        differing = [(key, value) for key, value in _leaves(settings) if others.get(key) != _in_json(value)]
+        problem = "; ".join(f"{flag(key)} is {value} here, {others.get(key)} on rank 0" for key, value in differing)
+        self.raise_on_all(UserError(f"rank {self.rank} has other options: {problem}") if differing else None)
+
     def run_on_all_or_fail(self, action: Callable[[], T]) -> T:
         """Run ``action`` and return its result; raise on all ranks if it raises a `UserError` on any (collective)."""
         try:
@@ -148,6 +166,19 @@ class Ranks:
             raise  # not reached: raise_on_all has raised it
         self.raise_on_all(None)
         return result
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the options of a group and of the groups in it."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield key, value
+
+
+def _in_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 #: The ranks of a program that was started without a launcher.
@@ -168,8 +199,13 @@ def launched(environment: Mapping[str, str]) -> tuple[int, int, int]:
         except (TypeError, ValueError):
             stated = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
             raise UserError(f"{launcher} must set {', '.join(names)} to numbers, got {stated}") from None
-        if count > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+        if not 0 <= rank < count or local < 0:
+            raise UserError(f"{launcher} set rank {rank} of {count}, number {local} of its node: ranks count from 0")
+        port = environment.get("MASTER_PORT", "")
+        if count > 1 and not (environment.get("MASTER_ADDR") and port):
             raise UserError(f"{count} ranks need MASTER_ADDR and MASTER_PORT: torchrun sets them, for srun export them")
+        if count > 1 and not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16):
+            raise UserError(f"MASTER_PORT must be a number from 1 to 65535, got {port!r}")
         return rank, count, local
     return 0, 1, 0
 
@@ -212,12 +248,10 @@ def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device=own)
         return
-    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=minutes)
-    dist.init_process_group(backend, rank=rank, world_size=count, timeout=timeout)
+    pulse = _meet("nccl" if on_gpu else "gloo", rank, count, minutes)
     world = dist.group.WORLD
-    hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else world
+    hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)) if on_gpu else world
     assert isinstance(hosts, dist.ProcessGroup)
-    pulse = Pulse(rank, count, 60 * minutes)
     try:
         yield Ranks(rank, count, own, world, pulse, hosts)
     except RuntimeError as error:
@@ -231,3 +265,16 @@ def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
     finally:
         pulse.stop()
         dist.destroy_process_group()
+
+
+def _meet(backend: str, rank: int, count: int, minutes: float) -> Pulse:
+    """Initialize the process group, once all ranks are there, and start this rank's pulse."""
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=count, timeout=timedelta(minutes=minutes))
+        return Pulse(rank, count, 60 * minutes)
+    except (RuntimeError, ValueError, OSError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {rank} of {count} has not met the others at {place} within {minutes:g} minutes "
+            f"({' '.join(str(error).split())[:160]}): see what the others say, check MASTER_ADDR and MASTER_PORT"
+        ) from error

@@ -12,9 +12,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import PurePath
 from typing import Any, get_type_hints
 
 from experiments.clip.errors import UserError
+
+_INTEGERS = 2**63  # from here on, torch and NumPy take none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ def check_options(options: Any) -> None:
     groups = list(_groups(options))
     for group in groups:
         for name, value, notes in _fields(group):
+            _check_size(name, value)
             for note in notes:
                 if isinstance(note, Range) and value is not None and not isinstance(value, str):
                     if not note.allows(value):
@@ -75,6 +79,17 @@ def check_options(options: Any) -> None:
     for group in groups:
         if hasattr(group, "check_together"):
             group.check_together()
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Refuse what no machine's number or file name can be."""
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, int) and abs(each) >= _INTEGERS:
+            raise UserError(
+                f"{flag(name)} must be below 2^63, got {str(each)[:40] if abs(each) < 10**4000 else 'more'}"
+            )
+        if isinstance(each, str | PurePath) and "\0" in str(each):
+            raise UserError(f"{flag(name)} cannot hold a NUL character, got {str(each)[:80]!r}")
 
 
 def refuse_if_given(group: Any, name: str, where: str) -> None:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from experiments.clip.errors import Interrupted, UserError, printable
+from experiments.clip.errors import Interrupted, UserError, nearest, printable
 
 
 class Command(NamedTuple):
@@ -128,7 +128,7 @@ def parse(arguments: Sequence[str]) -> Any:
         raise SystemExit(0)
     name, words = _name_and_words(arguments)
     if name not in COMMANDS:
-        raise UserError(f"no command is called {name!r}: choose one of {', '.join(COMMANDS)}")
+        raise UserError(f"no command is called {name!r}{nearest(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
     from experiments.clip.cli.parser import parse_options
 
     return parse_options(_part(COMMANDS[name].options), words, name)

@@ -2,11 +2,15 @@
 
 import os
 import socket
+import time
 
 import pytest
 import torch
 from processes import start_ranks
+from torch.distributed.run import get_args_parser
 
+from experiments.clip.cli.options import Train
+from experiments.clip.cli.parser import _flags
 from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
 
@@ -109,3 +113,67 @@ def test_products_of_float32_are_changed_on_a_gpu_alone():
             assert torch.backends.cudnn.benchmark is not full
     finally:
         names[0].allow_tf32, names[1].allow_tf32, torch.backends.cudnn.benchmark = before
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"MASTER_PORT": "x"}, "MASTER_PORT must be a number from 1 to 65535, got 'x'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT must be a number from 1 to 65535"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT must be a number from 1 to 65535"),
+        ({"MASTER_PORT": "9" * 5000}, "MASTER_PORT must be a number from 1 to 65535"),
+        ({"RANK": "2"}, "torchrun set rank 2 of 2, number 0 of its node: ranks count from 0"),
+        ({"RANK": "-1"}, "torchrun set rank -1 of 2"),
+        ({"WORLD_SIZE": "0"}, "torchrun set rank 0 of 0"),
+    ],
+    ids=["word", "large", "negative", "long", "no such rank", "negative rank", "no rank"],
+)
+def test_variables_that_no_launcher_sets_are_one_line(changed, message):
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    with pytest.raises(UserError, match=message):
+        launched(variables | changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("address", ["127.0.0.1", "nowhere.invalid"])
+def test_a_rank_that_is_absent_is_one_line_within_the_time(rank, address, monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"rank {rank} of 2 has not met the others at {address}:{port} within") as said:
+        with joined_ranks("cpu", 0.05):
+            pass
+    assert time.monotonic() - started < 60 and "\n" not in str(said.value)
+
+
+def with_other_options(rank, port):
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    with joined_ranks("cpu", 1) as ranks:
+        ranks.check_same_options({"seed": 1, "optimization": {"lr": 0.1, "betas": (0.9, 0.98)}})
+        message = (
+            "stopped because rank 1 did: see its message",
+            r"rank 1 has other options: --seed is 2 here, 1 on rank 0; --weight-decay is 0\.2 here, 0\.1 on rank 0",
+        )[rank]
+        with pytest.raises(UserError, match=message):
+            ranks.check_same_options({"seed": 1 + rank, "optimization": {"lr": 0.1, "weight_decay": (1 + rank) / 10}})
+
+
+@pytest.mark.slow
+def test_ranks_with_other_options_refuse_to_start():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    start_ranks(with_other_options, (port,), 2)
+
+
+def test_torchrun_leaves_every_option_of_training_to_the_program():
+    parser, words = get_args_parser(), list(_flags(Train))
+    assert "--log-to" in words and "--logs" not in words
+    for word in words:
+        assert parser.parse_args(["run.py", "train", word, "x"]).training_script_args == ["train", word, "x"]

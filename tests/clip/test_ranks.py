@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from task_folders import DATACOMP, TASKS, class_folders, samples, write_catalog, write_task
 
 from experiments.clip.data.order import Order
+from experiments.clip.models.clip import new_model
 from experiments.clip.run import main
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
 from experiments.clip.training.options import SHIPPED_REFERENCE
@@ -95,6 +96,7 @@ def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, glyph_
     [
         (2, "ddp", ("--select", "rho-top-k", "--accumulation", "2")),
         (2, "fsdp", ("--select", "jest", "--select-chunks", "4", "--method", "openclip")),
+        (2, "ddp", ("--select", "jest", "--select-chunks", "4", "--method", "siglip")),
     ],
 )
 def test_ranks_train_on_the_pairs_that_one_process_chooses(ranks, parallel, words, glyph_cache, tmp_path):
@@ -115,6 +117,29 @@ def test_ranks_train_on_the_pairs_that_one_process_chooses(ranks, parallel, word
     assert found[-1]["samples_scored"] == 450
     (record,) = json.loads((folders[1] / "run.json").read_text())["history"]
     assert [record["samples_scored"], record["samples_trained"]] == [450, found[-1]["samples_trained"]]
+
+
+@pytest.mark.parametrize("ranks, parallel", [(3, "ddp"), (2, "fsdp")])
+def test_the_sigmoid_loss_of_ranks_is_that_of_one_process(ranks, parallel, glyph_cache, tmp_path):
+    """150 pairs in batches of up to 31: ranks have different numbers of pairs."""
+    words = (*OPTIONS, "--method", "siglip", "--batch-size", "31", "--epochs", "3", "--cache", glyph_cache)
+    for count, name in ((1, "one"), (ranks, "many")):
+        statuses, errors = start(count, *words, "--parallel", parallel, "--out", tmp_path / name)
+        assert statuses == [0] * count, errors
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+    one, many = (load_file(tmp_path / name / "model" / "open_clip_model.safetensors") for name in ("one", "many"))
+    assert all((value - many[key]).norm() <= 0.02 * value.norm() for key, value in one.items())
+
+
+@pytest.mark.parametrize("method", ["openclip", "drrho", "siglip"])
+def test_a_model_with_a_logit_bias_trains_on_ranks_by_any_method(method, glyph_cache, tmp_path):
+    config = new_model("glyph-micro", 0).config.model | {"init_logit_bias": -10, "init_logit_scale": 2.3}
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    words = (*OPTIONS, "--model", tmp_path / "own.json", "--method", method, "--epochs", "2", "--cache", glyph_cache)
+    statuses, errors = start(2, *words, "--out", tmp_path / "out")
+    assert statuses == [0, 0], errors
+    bias = load_file(tmp_path / "out" / "model" / "open_clip_model.safetensors")["logit_bias"]
+    assert (bias.item() == -10) == (method != "siglip")
 
 
 @pytest.mark.parametrize(

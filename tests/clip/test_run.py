@@ -87,8 +87,8 @@ def test_quick_demo_interrupted_resumed_and_reused(glyph_cache, tmp_path):
         (["train", "--ema", "1"], "--ema must be in"),
         (["train", "--device", "cuda"], "--device cuda needs a GPU"),
         (["evaluate"], "Missing"),
-        (["evaluate", "nowhere"], "nowhere has no open_clip_config.json"),
-        (["--reference", "nowhere"], "nowhere has no open_clip_config.json"),
+        (["evaluate", "nowhere"], "no model is called 'nowhere'"),
+        (["--reference", "nowhere"], "no model is called 'nowhere'"),
     ],
 )
 def test_wrong_options_get_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import open_clip
 
 from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
+from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
@@ -216,6 +217,7 @@ def cache_reference(options: CacheReference) -> None:
         raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
+        ranks.check_same_options(as_settings(options))
         reference.model.to(ranks.device)
         if options.catalog is None:
             embedded_pairs().cache_features(options.data, reference)

@@ -122,7 +122,12 @@ class Train:
     keeping: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     validations: Annotated[int, AtLeast(1)] = 5
     """How many times to score the model on the validation split, evenly spaced."""
-    logs: tuple[LogName, ...] = ("text", "jsonl", "tensorboard")
+    # torchrun takes --logs for an ambiguous start of options of its own.
+    logs: Annotated[tuple[LogName, ...], tyro.conf.arg(name="log-to", aliases=["--logs"])] = (
+        "text",
+        "jsonl",
+        "tensorboard",
+    )
     """Where the run's numbers are written, within --out: lines of text and of JSON, TensorBoard's events, Weights &
     Biases."""
     log_every: Annotated[int, AtLeast(1)] = 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import json
 import types
@@ -16,7 +15,7 @@ from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingA
 
 from experiments.clip.cli.options import Plan, Shards, Train
 from experiments.clip.cli.presets import EMBEDDED, PRESETS
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, nearest
 from experiments.clip.io.files import write_json
 from experiments.clip.ranges import annotations_of, check_options, default_of, flag, refuse_if_given
 from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
@@ -24,6 +23,8 @@ from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
 _CHECKOUT = Path(__file__).parents[3]
 #: Where earlier versions kept what a stored configuration may name.
 _MOVED = {"experiments/clip/reference": SHIPPED_REFERENCE}
+#: Options that are called otherwise than their fields.
+_OTHER_FLAGS = {"logs": "--log-to"}
 T = TypeVar("T")
 
 
@@ -80,12 +81,11 @@ def _refusal(event: object, kind: type) -> str:
     """Return what the parser found wrong."""
     match event:
         case UnrecognizedArgs():
-            near = difflib.get_close_matches(event.tokens[0], sorted(_flags(kind)), n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
-            return f"Unrecognized options: {', '.join(event.tokens)}{hint}"
+            word = event.tokens[0].partition("=")[0]
+            return f"Unrecognized options: {', '.join(event.tokens)}{nearest(word, sorted(_flags(kind)), 1)}"
         case InvalidChoice():
-            name = event.argument.display_name()
-            return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}"
+            name, hint = event.argument.display_name(), nearest(str(event.value), event.choices, 1)
+            return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}{hint}"
         case InstantiationFailure() if event.argument is not None:
             return f"{event.argument.display_name()}: {event.message.splitlines()[0]}"
         case MissingArgs():
@@ -102,7 +102,12 @@ def _flags(kind: type) -> Iterator[str]:
         if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             yield from _flags(annotation)
         else:
-            yield flag(name)
+            yield _flag(name)
+
+
+def _flag(name: str) -> str:
+    """Return an option by the name of its field."""
+    return _OTHER_FLAGS.get(name, flag(name))
 
 
 def check_method(loss: Loss) -> None:
@@ -130,7 +135,9 @@ def _start(preset: str | None, path: str | None) -> Train:
         raise UserError(f"--preset {preset} and --config {path} both say where to start from: give one of them")
     if preset is not None:
         if preset not in PRESETS:
-            raise UserError(f"no preset is called {preset!r}: choose one of {', '.join(PRESETS)}")
+            raise UserError(
+                f"no preset is called {preset[:80]!r}{nearest(preset, PRESETS)}: choose one of {', '.join(PRESETS)}"
+            )
         return PRESETS[preset]
     return Train() if path is None else load_config(Path(path))
 
@@ -168,8 +175,8 @@ def load_config(path: Path) -> Train:
         return from_dict(Train, json.loads(path.read_bytes()))
     except OSError as error:
         raise UserError(f"--config {path} cannot be read ({error.strerror}): name the config.json of a run") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--config {path} is not the config.json of a run ({error!r}): name one") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"--config {path} is not the config.json of a run ({str(error)[:200]!r}): name one") from error
 
 
 def as_settings(options: Any) -> dict[str, Any]:
@@ -259,8 +266,8 @@ def _words(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator
         if isinstance(value, dict):
             yield from _words(defaults[name], value)
         elif isinstance(value, bool):
-            yield flag(name) if value else f"--no-{name.replace('_', '-')}"
+            yield _flag(name) if value else f"--no-{name.replace('_', '-')}"
         elif isinstance(value, list):
-            yield from (flag(name), *map(str, value))
+            yield from (_flag(name), *map(str, value))
         else:
-            yield from (flag(name), str(value))
+            yield from (_flag(name), str(value))

@@ -40,6 +40,7 @@ def run(options: Train) -> None:
     """Train on the ranks of this launch, and keep what was done in ``run.json``."""
     with joined_ranks(options.execution.device, options.execution.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
+        ranks.check_same_options(as_settings(options))
         trained = run_training(options, ranks)
         if ranks.leads:
             write_json(options.out / "run.json", {"options": as_settings(options), **trained.record()})
@@ -151,7 +152,7 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
-        **({"full_float32": True} if options.execution.full_float32 else {}),
+        **{key: True for key in ("full_float32", "use_bn_sync") if getattr(options.execution, key)},
         **as_settings(options.optimization),
         **as_settings(options.selection),
         **method,

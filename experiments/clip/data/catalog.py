@@ -25,7 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from experiments.clip.data.scan import CHUNK, FORMAT, ScanJob, Shard, canonical, digest_of, heads_digest, scan
+from experiments.clip.data.scan import (
+    CHUNK,
+    FORMAT,
+    ScanJob,
+    Shard,
+    canonical,
+    digest_of,
+    file_digest,
+    heads_digest,
+    scan,
+)
 from experiments.clip.data.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
@@ -189,6 +199,8 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
         )
         if catalog.fingerprint != _fingerprint(catalog):
             raise ValueError("its fingerprint does not match its contents")
+        if document.get("checksum", (whole := _checksum(document))) != whole:
+            raise ValueError("it is not as it was written, its checksum differs")
     except FileNotFoundError as error:
         raise UserError(f"there is no catalog in {folder}: make it from the data first") from error
     except OSError as error:
@@ -208,14 +220,16 @@ def data_path(catalog: Catalog, shard: Shard) -> str:
     return str(catalog.folder / shard.path) if shard.kind == "table" else shard.path
 
 
-def open_index(catalog: Catalog, shard: Shard) -> np.ndarray:
-    """Map a shard's index into memory: a structured array with a row for each sample.
+def open_index(catalog: Catalog, shard: Shard, *, verify: bool = True) -> np.ndarray:
+    """Map a shard's index, whose checksum the catalog holds: a structured array with a row for each sample.
 
     The fields ``image`` [2] and ``caption`` [k, 2] hold offset and size of each member; ``key`` is the sample's key. A
     caption that a sample lacks has the size -1.
     """
     path = catalog.folder / shard.index
     try:
+        if verify and file_digest(path) != shard.index_sha256:
+            raise ValueError("it is not as it was written, its checksum differs")
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {path} ({error}): make the catalog again") from error
@@ -236,7 +250,7 @@ def _problem(catalog: Catalog, shard: Shard) -> str:
         if (now := file_size(path)) != size:
             return f"{path} has {now} bytes, not {size}"
     if shard.kind == "tar" and shard.samples and not is_remote(shard.path):
-        rows = open_index(catalog, shard)
+        rows = open_index(catalog, shard, verify=False)  # readers do, each when it first needs the index
         with open_seekable(shard.path) as file:
             if heads_digest(file, [int(rows["image"][row, 0]) for row in (0, -1)]) != shard.heads:
                 return f"{shard.path} holds other samples"
@@ -336,8 +350,12 @@ def _describe(source: Source) -> dict[str, Any]:
     return json.loads(canonical({"kind": source.kind, **dataclasses.asdict(source)}))
 
 
+def _checksum(document: dict[str, Any]) -> str:
+    return digest_of(canonical({key: value for key, value in document.items() if key != "checksum"}))
+
+
 def _document(catalog: Catalog) -> dict[str, Any]:
-    return {
+    document = {
         "format": FORMAT,
         "fingerprint": catalog.fingerprint,
         "samples": len(catalog),
@@ -347,6 +365,7 @@ def _document(catalog: Catalog) -> dict[str, Any]:
         "caption_keys": catalog.caption_keys,
         "shards": [dataclasses.asdict(shard) for shard in catalog.shards],
     }
+    return document | {"checksum": _checksum(document)}
 
 
 def _fingerprint(catalog: Catalog) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 from collections import Counter
@@ -278,3 +279,9 @@ def canonical(value: Any) -> bytes:
 def digest_of(data: bytes) -> str:
     """Return the SHA-256 digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file in hexadecimal."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()

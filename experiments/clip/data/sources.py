@@ -6,6 +6,7 @@ import csv
 import glob
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -20,6 +21,9 @@ from experiments.clip.io.storage import filesystem, is_remote
 PIPE = "pipe:"
 _TABLES = (".csv", ".tsv", ".parquet")
 _SYNTHETIC = "synthetic:"
+_MOST_SYNTHETIC, _MOST_PIXELS, _MOST_NAMES = 10**10, 10_000, 5_000_000
+_INNERMOST = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d{1,300})\.\.(-?\d{1,300})(?:\.\.(-?\d{1,300}))?")
 # A row that is added after the last one: a quote that is not closed would include it.
 _END = "\x1c"
 
@@ -86,8 +90,12 @@ def _parse(source: str | Path) -> Source:
     text = str(source)
     if text.startswith(_SYNTHETIC):
         numbers = text.removeprefix(_SYNTHETIC).split(":")
-        if not 1 <= len(numbers) <= 2 or not all(n.isdecimal() and 0 < int(n) <= 10**12 for n in numbers):
-            raise UserError(f"the data {text!r} must be synthetic:SAMPLES or synthetic:SAMPLES:PIXELS")
+        # Of 5,000 digits or more, Python makes no number.
+        if not 1 <= len(numbers) <= 2 or not all(n.isdecimal() and 0 < int(n[:20]) for n in numbers):
+            raise UserError(f"the data {text[:80]!r} must be synthetic:SAMPLES or synthetic:SAMPLES:PIXELS")
+        for number, most, what in zip(numbers, (_MOST_SYNTHETIC, _MOST_PIXELS), ("samples", "pixels"), strict=False):
+            if len(number) > 20 or int(number) > most:
+                raise UserError(f"the data {text[:80]!r} have more than {most} {what}: make up fewer")
         return Synthetic(*map(int, numbers))
     if Path(text).suffix.lower() in _TABLES:
         return Table(text)
@@ -116,10 +124,14 @@ def expand(pattern: str) -> list[str]:
         if os.path.isdir(pattern):
             raise UserError(f"{pattern} is a folder: name its tar files, like {pattern.rstrip('/')}/*.tar")
         return [os.path.abspath(pattern)]
+    if (count := _expansions(pattern)) > _MOST_NAMES:
+        raise UserError(
+            f"the braces of {pattern[:80]!r} stand for {count:.3g} names, more than {_MOST_NAMES}: name fewer"
+        )
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"the braces of {pattern!r} do not match: write them like {{00000..00099}}") from error
+        raise UserError(f"the braces of {pattern[:80]!r} do not match: write them like {{00000..00099}}") from error
     if pattern.startswith(PIPE):
         return names
     paths = [path for name in names for path in _matches(name)]
@@ -132,6 +144,20 @@ def expand(pattern: str) -> list[str]:
     if not paths:
         raise UserError(f"the data {pattern!r} cannot be used: no file matches: correct the pattern")
     return paths
+
+
+def _expansions(pattern: str) -> float:
+    """Return how many names the braces of a pattern stand for, at most."""
+    count = 1.0
+    while (group := _INNERMOST.search(pattern)) is not None:
+        ends = _RANGE.fullmatch(group[1])
+        if ends is None:
+            count *= group[1].count(",") + 1
+        else:
+            first, last, step = (float(each or 1) for each in ends.groups())
+            count *= abs(last - first) / max(1.0, abs(step)) + 1
+        pattern = pattern[: group.start()] + pattern[group.end() :]
+    return count
 
 
 def _matches(name: str) -> list[str]:

@@ -27,7 +27,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.models.config import CONFIG_FILE, Config, checked_preprocess, write_config
 from experiments.clip.models.pixels import Normalization, Transform, cut
 from experiments.clip.models.published import OPENAI, preprocess_of_file, quick_gelu_note
-from experiments.clip.models.sources import WEIGHTS_FILE, Source, find_source, is_quick
+from experiments.clip.models.sources import WEIGHTS_FILE, Source, check_model_folder, find_source, is_quick
 from experiments.clip.models.tokenizers import folder_tokenizer, registered_tokenizer, text_tower_config
 from experiments.clip.models.weights import Weights, fill_from_big_vision, fill_model, is_big_vision, read_weights
 
@@ -240,6 +240,8 @@ def _read(source: Source) -> tuple[Weights | None, dict[str, Any], tuple[str, ..
     path = source.weights
     if path is None:
         return None, {}, ()
+    if (path.parent / CONFIG_FILE).is_file():
+        check_model_folder(path.parent)
     try:
         weights = None if is_big_vision(path) else read_weights(path)
     except Exception as error:  # safetensors, torch, zipfile and pickle raise their own

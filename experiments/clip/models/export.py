@@ -27,10 +27,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from experiments.clip.errors import UserError
+from experiments.clip.io.checksums import MANIFEST
 from experiments.clip.io.files import write_atomically
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.config import CONFIG_FILE
-from experiments.clip.models.sources import WEIGHTS_FILE, check_registered
+from experiments.clip.models.sources import WEIGHTS_FILE, check_registered, write_model_manifest
 from experiments.clip.models.tokenizers import TEXT_CONFIG
 from experiments.clip.models.weights import plain_name
 
@@ -90,10 +91,12 @@ def export_bundle(
     head = {"init_logit_bias": plain["logit_bias"].item()} if "logit_bias" in plain else {}
     document = {"model_cfg": {**(config or _config(name)), **head}, "preprocess_cfg": dict(preprocess)}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     for path in vocabulary:
         write_atomically(folder / path.name, path.read_bytes())
     write_atomically(folder / WEIGHTS_FILE, save(plain, {"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(document, indent=2).encode() + b"\n")
+    write_model_manifest(folder)
 
 
 def export_checkpoint(
@@ -141,6 +144,7 @@ def export_model(
         clip.tokenize.save_pretrained(str(folder))
     if (tower := getattr(getattr(clip.model, "text", None), "config", None)) is not None:  # one of transformers
         write_atomically(folder / TEXT_CONFIG, tower.to_json_string().encode())
+    write_model_manifest(folder)
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -11,9 +11,6 @@ from typing import Annotated, Any, Literal
 from experiments.clip.errors import UserError
 from experiments.clip.ranges import AtLeast, Range
 
-_FINITE = Range("three finite numbers", lambda value: all(math.isfinite(each) for each in value))
-_POSITIVE = Range("three positive numbers", lambda value: all(0 < each < math.inf for each in value))
-
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
@@ -25,6 +22,10 @@ def _is_share(value: Any) -> bool:
 
 def _are_numbers(*counts: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, tuple) and len(value) in counts and all(_is_number(each) for each in value)
+
+
+_FINITE = Range("three finite numbers", _are_numbers(3))
+_POSITIVE = Range("three positive numbers", lambda value: _are_numbers(3)(value) and min(value) > 0)
 
 
 def _is_interval(value: Any) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +89,6 @@ def quick_gelu_note(name: str, trained_with: bool, has: bool, weights: str) -> s
     other = f"{name}-quickgelu" if trained_with else name.removesuffix("-quickgelu")
     advice = f": take the model {other}" if other in open_clip.list_models() else ""
     return f"QuickGELU mismatch: {weights} was trained with {names[trained_with]}, {name} has {names[has]}{advice}"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a hint at the names that a mistyped one is nearest to."""
-    by_lower = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(name.lower(), list(by_lower), n=3)
-    return f" (nearest: {', '.join(by_lower[each] for each in found)})" if found else ""
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:

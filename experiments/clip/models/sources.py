@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.errors import UserError
+from experiments.clip.errors import UserError, nearest
+from experiments.clip.io.checksums import MANIFEST, checksum, fault_of, write_manifest
 from experiments.clip.models.config import CONFIG_FILE, Config, read_config, registered_config
 from experiments.clip.models.published import (
     HUB,
     WEIGHTS_FILES,
     hub_folder,
     hub_text_config,
-    nearest,
     preprocess_of,
     quick_gelu_note,
     tag_config,
     tagged_weights,
     weights_in,
 )
-from experiments.clip.models.tokenizers import vocabulary_files
+from experiments.clip.models.tokenizers import TEXT_CONFIG, vocabulary_files
 
 WEIGHTS_FILE = WEIGHTS_FILES[0]
 _CONFIGS = Path(__file__).parent / "configs"
@@ -45,7 +45,7 @@ def check_registered(name: str) -> None:
     register_models()
     if name not in open_clip.list_models():
         raise UserError(
-            f"no model is called {name[:80]!r}{nearest(name, open_clip.list_models())}: name one of "
+            f"no model is called {name[:200]!r}{nearest(name, open_clip.list_models())}: name one of "
             "open_clip.list_models(), a glyph model, a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or a "
             "JSON file with an architecture"
         )
@@ -143,3 +143,20 @@ def _with_weights(source: Source, weights: str) -> Source:
 def is_quick(config: Config) -> bool:
     """Whether a model has QuickGELU, as OpenAI's have."""
     return bool(config.model.get("quick_gelu"))
+
+
+def write_model_manifest(folder: Path) -> None:
+    """Write the checksums of a model folder's files."""
+    write_manifest(folder, {name: checksum(folder / name) for name in _files_of(folder)})
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a model folder whose files are not as they were exported, where it has their checksums."""
+    if (folder / MANIFEST).is_file() and (fault := fault_of(folder, _files_of(folder))):
+        raise UserError(f"{folder} is damaged ({fault}): export or copy it again")
+
+
+def _files_of(folder: Path) -> list[str]:
+    weights = weights_in(folder)
+    own = (CONFIG_FILE, TEXT_CONFIG, *([] if weights is None else [weights.name]))
+    return [name for name in own if (folder / name).is_file()] + [path.name for path in vocabulary_files(folder)]

@@ -1,8 +1,9 @@
 """The reference model's features of every sample of a catalog, computed once and looked up while training.
 
 There is one file for each shard. ``features-00012.safetensors`` holds the tensor ``features`` ``[samples, views, 2,
-width]`` (image and text, unit length, float16 or bfloat16), whose rows are in the order of the shard, and ``present``
-``[samples]``, which tells the samples that could be decoded. Its metadata identify the reference, the data and the
+width]`` (image and text, unit length, float16 or bfloat16), whose rows are in the order of the shard, ``present``
+``[samples]``, which tells the samples that could be decoded, and ``checksums`` ``[samples, views]``, the CRC-32 of each
+row's bytes, which is compared whenever the row is read. Its metadata identify the reference, the data and the
 rows; a file that was made for others, or a missing row, is an error.
 
 With one view, features are those of the reference's evaluation preprocessing and the first caption. With several, view
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -66,7 +68,7 @@ class CachedReference:
         self._files, self._firsts, self._samples = files, firsts, samples
         self._dtype: torch.dtype = getattr(torch, precision)
         self._first = int(np.searchsorted(firsts, 0, side="right")) - 1  # shards before it are empty
-        self._mapped: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._mapped: OrderedDict[int, _File] = OrderedDict()
 
     def __len__(self) -> int:
         return self._samples
@@ -111,15 +113,15 @@ class CachedReference:
         numbers, views = index.numpy(), np.broadcast_to(np.asarray(view), index.shape)
         absent = (numbers < 0) | (numbers >= len(self))
         shards = np.searchsorted(self._firsts, numbers, side="right") - 1
-        found = np.empty((len(numbers), *self._file(self._first)[0].shape[2:]), np.uint16)
+        found = np.empty((len(numbers), *self._file(self._first).features.shape[2:]), np.uint16)
         for shard in np.unique(shards[~absent]):
-            features, present = self._file(int(shard))
+            file = self._file(int(shard))
             here = np.flatnonzero((shards == shard) & ~absent)
             rows = numbers[here] - self._firsts[shard]
-            absent[here] = present[rows] == 0
+            absent[here] = file.present[rows] == 0
             if absent[here].any():
                 break
-            found[here] = features[rows, views[here]]
+            found[here] = self._checked(int(shard), rows, views[here])
         if absent.any():
             raise UserError(f"the reference features of sample {numbers[absent][0]} are missing: {_AGAIN}")
         both = torch.from_numpy(found).view(self._dtype)
@@ -127,13 +129,26 @@ class CachedReference:
 
     def first(self, count: int) -> Tensors:
         """Return the features of the first ``count`` samples of the first file that have features, in float32."""
-        features, present = self._file(self._first)
-        rows = np.flatnonzero(present)[:count]
-        both = torch.from_numpy(np.array(features[rows, 0])).view(self._dtype).float()
+        rows = np.flatnonzero(self._file(self._first).present)[:count]
+        found = self._checked(self._first, rows, np.zeros(len(rows), np.int64))
+        both = torch.from_numpy(found).view(self._dtype).float()
         return both[:, 0], both[:, 1]
 
-    def _file(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a file's features ``[samples, views, 2, width]``, as 16-bit integers, and its ``present``."""
+    def _checked(self, shard: int, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Return rows ``[b, 2, width]`` of a file, as 16-bit integers, whose checksums are those that were stored."""
+        file = self._file(shard)
+        found = file.features[rows, views]
+        if file.checksums is not None:
+            wrong = np.flatnonzero(_checksums(found) != file.checksums[rows, views])
+            if len(wrong):
+                sample = self._firsts[shard] + rows[wrong[0]]
+                raise UserError(
+                    f"the reference features of sample {sample} in {self._files[shard]} are not as they were written, "
+                    "their checksum differs: delete the file and cache again"
+                )
+        return found
+
+    def _file(self, shard: int) -> _File:
         if shard not in self._mapped:
             while len(self._mapped) >= _MAPPED:
                 self._mapped.popitem(last=False)
@@ -320,7 +335,9 @@ class _Encoder(NamedTuple):
         found = self._finite(torch.cat(rows), shard) if rows else self._none()
         features = torch.zeros(shard.samples, self.views, *found.shape[1:], dtype=found.dtype)
         features[at] = found.unflatten(0, (len(at), self.views))
-        return {"features": features, "present": present}
+        sums = _checksums(features.flatten(0, 1).view(torch.int16).numpy())
+        checksums = torch.from_numpy(sums.view(np.int32)).unflatten(0, (shard.samples, self.views))
+        return {"features": features, "present": present, "checksums": checksums}
 
     def _encoded(self, part: _Inputs) -> Tensor:
         """Return features ``[m * views, 2, width]`` in float32."""
@@ -346,6 +363,10 @@ class _Encoder(NamedTuple):
                 f"{skipped.total()} of the {shard.samples} samples of {shard.path} cannot be used ({reasons}): "
                 f"correct the data, or raise the limit of {self.skip_limit:g}"
             )
+
+
+def _checksums(rows: np.ndarray) -> np.ndarray:  # [b, ...] -> [b]
+    return np.fromiter((crc32(row) for row in np.ascontiguousarray(rows)), np.uint32, len(rows))
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -384,17 +405,25 @@ def _check(path: Path, identity: dict[str, str]) -> None:
             )
 
 
-def _map(path: Path) -> tuple[np.ndarray, np.ndarray]:
+class _File(NamedTuple):
+    """A file's features ``[samples, views, 2, width]``, as 16-bit integers; checksums, which older files lack."""
+
+    features: np.ndarray
+    present: np.ndarray
+    checksums: np.ndarray | None
+
+
+def _map(path: Path) -> _File:
     """Map a safetensors file: 8 bytes with the length of its header, the header in JSON, the bytes of the tensors."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        entries = header["features"], header["present"]
-        features, present = (
-            np.memmap(path, dtype, "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
-            for dtype, entry in zip((np.uint16, np.uint8), entries, strict=True)
-        )
-    except (OSError, ValueError, LookupError) as error:
+
+        def tensor(name: str, dtype: type) -> np.ndarray:
+            return np.memmap(path, dtype, "r", 8 + size + header[name]["data_offsets"][0], tuple(header[name]["shape"]))
+
+        checksums = tensor("checksums", np.uint32) if "checksums" in header else None
+        return _File(tensor("features", np.uint16), tensor("present", np.uint8), checksums)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(f"reference features {path} cannot be read ({error}): {_AGAIN}") from error
-    return features, present

@@ -57,13 +57,13 @@ class Logs:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--logs tensorboard needs the package tensorboard: pip install tensorboard") from None
+                raise UserError("--log-to tensorboard needs the package tensorboard: pip install tensorboard") from None
             self._board = SummaryWriter(folder / "tensorboard")
         if "wandb" in names:
             try:
                 import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
-                raise UserError("--logs wandb needs the package wandb: pip install wandb") from None
+                raise UserError("--log-to wandb needs the package wandb: pip install wandb") from None
             self._wandb = wandb.init(project="drrho", dir=folder, config=settings, resume="allow", id=folder.name)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

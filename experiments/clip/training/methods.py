@@ -7,18 +7,20 @@ fields of `experiments.clip.training.options.Loss`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from open_clip.loss import SigLipLoss
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from drrho import KL, Divergence
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
+from drrho.ranks import gathered_with_gradient
 from drrho.routes import BatchIndex
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
@@ -96,8 +98,9 @@ class Context(NamedTuple):
 class Method(Protocol):
     """What the training loop asks of a method."""
 
-    #: Whether the model's own learnable temperature takes part.
+    #: Whether the model's own learnable temperature takes part, and its logit bias.
     learns_scale: bool
+    learns_bias: bool
 
     def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the loss of the target's features of a batch's samples, given the reference's if there is one."""
@@ -113,6 +116,10 @@ class Method(Protocol):
         ``rate`` is the model's learning rate in units of its peak. Nothing changes without ``outcome.is_finite``, and
         nothing that is learned by its gradient without ``outcome.has_gradient``.
         """
+        ...
+
+    def learned_temperature(self) -> Tensor | None:
+        """Return the one temperature of all samples, if the method itself learns it."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -139,6 +146,11 @@ class MethodClass(Protocol):
 
 class _Stateless:
     """A method that learns nothing of its own: what is learned is the model's."""
+
+    learns_bias = False
+
+    def learned_temperature(self) -> None:
+        """Return None: there is none of its own."""
 
     def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Return no numbers: there is nothing to update."""
@@ -177,15 +189,13 @@ class OpenCLIP(_Stateless):
 
 
 class SigLIP(_Stateless):
-    """The pairwise sigmoid loss with the model's learnable scale and bias: open_clip's own ``SigLipLoss``."""
+    """The pairwise sigmoid loss with the model's learnable scale and bias, as open_clip's ``SigLipLoss``."""
 
     takes: ClassVar[frozenset[str]] = frozenset()
-    learns_scale = True
+    learns_scale = learns_bias = True
 
     def __init__(self, group: Group = None) -> None:
         self._group = group
-        rank, self._ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self._loss = SigLipLoss(rank=rank, world_size=self._ranks)
 
     @classmethod
     def from_options(cls, options: Loss, context: Context) -> SigLIP:
@@ -193,8 +203,8 @@ class SigLIP(_Stateless):
         return cls(context.ranks.group)
 
     def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
-        """Return the sigmoid loss: the mean of the ranks' own, each this rank's images against all texts."""
-        part = self._loss(*own, head.scale, head.bias) / self._ranks
+        """Return the sigmoid loss of the batch of all ranks; each rank compares its images with all texts."""
+        part = sigmoid_loss(*own, head, batch.counts, self._group)
         total = part.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
@@ -203,6 +213,27 @@ class SigLIP(_Stateless):
     def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return the model's temperature and bias."""
         return 1 / head.scale.detach(), 0.0 if head.bias is None else head.bias.detach()
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, head: Head, counts: Sequence[int], group: Group) -> Tensor:
+    """Return this rank's part of ``-1/b sum_ij log sigmoid(z_ij (scale s_ij + bias))``, z_ii = 1 and else -1 (SigLIP).
+
+    Of n ranks, ``counts`` are the rows of each, b of them together; the parts of all add up to the loss.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    rows = gathered_with_gradient(text, counts, group).split(list(counts))
+
+    def against(texts: Tensor, *, own: bool) -> Tensor:
+        logits = head.scale * image @ texts.T
+        logits = logits if head.bias is None else logits + head.bias
+        labels = 2 * torch.eye(*logits.shape, device=logits.device, dtype=logits.dtype) - 1 if own else -1
+        return -nn.functional.logsigmoid(labels * logits).sum() / sum(counts)
+
+    if group is None:
+        return against(text, own=True)
+    # The logits of one rank's texts are in memory at a time, and computed again in the backward pass.
+    again = partial(checkpoint, against, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(texts, own=number == rank) for number, texts in enumerate(rows)]).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 class ConstantTemperature:
@@ -252,7 +283,7 @@ class GlobalContrastive:
         Where the running state is kept and its rows are sent.
     """
 
-    learns_scale = False
+    learns_scale = learns_bias = False
 
     def __init__(
         self,
@@ -351,6 +382,10 @@ class GlobalContrastive:
             factor = torch.where(mean < _LATE_TEMPERATURE, _LATE_RATE, 1.0)
         bounded = self._temperature.step(batch, taus, factor)  # pyright: ignore[reportArgumentType]
         return {"temperature": mean, "temperatures_bounded": bounded}
+
+    def learned_temperature(self) -> Tensor | None:
+        """Return the learned temperature, unless each sample has its own."""
+        return self._temperature.lookup([]).detach() if isinstance(self._temperature, GlobalTemperature) else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return running state, learned temperatures and the adaptive coefficient."""
@@ -483,7 +518,7 @@ class Distilled:
         self, method: Method, weight: float, temperature: float, *, own: bool = False, group: Group = None
     ) -> None:
         self._method, self._weight, self._temperature, self._own, self._group = method, weight, temperature, own, group
-        self.learns_scale = method.learns_scale
+        self.learns_scale, self.learns_bias = method.learns_scale, method.learns_bias
 
     def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the sum of both."""
@@ -504,6 +539,10 @@ class Distilled:
     def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Update what the other method keeps."""
         return self._method.step(loss, scale, rate, outcome)
+
+    def learned_temperature(self) -> Tensor | None:
+        """Return what the other method returns."""
+        return self._method.learned_temperature()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the other method returns."""

@@ -264,6 +264,8 @@ class Execution:
     full_float32: bool = False
     """Keep products and convolutions of float32 on a GPU in full precision, and cuDNN to its usual algorithms; without
     it they run in TF32, and cuDNN tries which algorithm is fastest, as open_clip trains."""
+    use_bn_sync: bool = False
+    """Batch normalization over the pairs of all ranks, on GPUs."""
     compile: bool | Literal["reduce-overhead"] = False
     """Compile the towers with torch.compile; with reduce-overhead, a GPU replays them as CUDA graphs, for small models
     whose steps consist of launches."""

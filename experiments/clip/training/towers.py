@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
+from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
 from experiments.clip.training.options import Execution
@@ -37,6 +39,8 @@ class Towers:
 
     def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
         model = clip.model.to(ranks.device)
+        if execution.use_bn_sync:
+            synchronize_batch_norm(model, ranks)
         model.train()
         self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
         # Statistics over a batch must not count rows that only fill it up.
@@ -50,6 +54,8 @@ class Towers:
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
             policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
+            # Before the hooks of sharding, which free the memory of parameters after the forward pass.
+            model.register_forward_hook(_without_parameters)
             for block in _blocks(model):
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
@@ -146,6 +152,46 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for module in model.modules():
         if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
             yield module
+
+
+def _without_parameters(module: torch.nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a model's outputs with copies of those that are parameters, as open_clip's logit bias is."""
+    return tuple(each.clone() if isinstance(each, torch.nn.Parameter) else each for each in outputs)
+
+
+def synchronize_batch_norm(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Normalize batches over all ranks, in place; one rank stays as it is."""
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError("--use-bn-sync has no part in this run: the model has no batch normalization")
+    if ranks.group is None:
+        return
+    if ranks.device.type != "cuda":
+        raise UserError("--use-bn-sync needs a GPU for each rank: leave it out")
+    # torch's own conversion would lose the activations in timm's normalizations.
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    convert_sync_batchnorm(model, ranks.group)
+
+
+def choose_head(model: torch.nn.Module, method: Method) -> None:
+    """Let the logit scale and bias learn only where the loss depends on them: ranks wait for the gradient of each."""
+    for name, parameter in model.named_parameters(recurse=False):
+        if name in ("logit_scale", "logit_bias"):
+            parameter.requires_grad_(method.learns_scale if name == "logit_scale" else method.learns_bias)
+
+
+@torch.no_grad()
+def hold_scale(model: torch.nn.Module, method: Method, wanted: Tensor) -> None:
+    """Keep a learned logit scale in [1, 100], as open_clip does after each step; or set it to the method's own.
+
+    It stays as it is unless ``wanted``, a boolean on the device: after a step that was not taken.
+    """
+    scale = model.get_parameter("logit_scale")
+    scale = scale.to_local() if isinstance(scale, DTensor) else scale
+    if method.learns_scale:
+        scale.copy_(torch.where(wanted, scale.clamp(0, math.log(100)), scale))
+    elif (temperature := method.learned_temperature()) is not None:
+        scale.copy_(torch.where(wanted, -temperature.log().expand_as(scale), scale))
 
 
 def clipped_norm(model: torch.nn.Module, limit: float | None) -> Tensor:

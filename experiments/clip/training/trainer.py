@@ -49,7 +49,14 @@ from experiments.clip.training.methods import Features, Method, MethodLoss, Numb
 from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
 from experiments.clip.training.selection import Chosen, Selector
-from experiments.clip.training.towers import Towers, are_not_finite, clipped_norm, full_tensor
+from experiments.clip.training.towers import (
+    Towers,
+    are_not_finite,
+    choose_head,
+    clipped_norm,
+    full_tensor,
+    hold_scale,
+)
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
@@ -199,7 +206,7 @@ class Trainer:
         nonfinite_limit: int = 0,
         lag: int | None = None,
     ) -> None:
-        clip.model.logit_scale.requires_grad_(method.learns_scale)
+        choose_head(clip.model, method)
         self._towers = Towers(clip, execution, ranks)
         self.state = TrainState(
             clip.model,
@@ -303,7 +310,7 @@ class Trainer:
         loss, features = self._towers.backward(state.method, batch, underway.trained, reference, parts, epoch, scale)
         norm = self._gradient_norm()
         log = {"loss": loss.value, **underway.log, "gradient_norm": norm, **loss.log}
-        sums = self._ranks.sum(packed([are_not_finite(*features), *parts_of_ranks(log)]))
+        sums = self._ranks.sum(packed([are_not_finite(*features, *(reference or ())), *parts_of_ranks(log)]))
         is_finite = (sums[0] == 0) & torch.isfinite(loss.value.detach())
         has_gradient = is_finite & torch.isfinite(norm)
         after = self._update(loss, scale, Outcome(is_finite if state.scaler.is_enabled else has_gradient, has_gradient))
@@ -356,6 +363,7 @@ class Trainer:
         state, rate = self.state, self.state.optimizer.param_groups[0]["lr"] / self._optimization.lr
         log = state.method.step(loss, scale, rate, outcome)
         step_if(state.optimizer, outcome.has_gradient)
+        hold_scale(state.model, state.method, outcome.has_gradient)
         state.scaler.update(*outcome)
         if state.average is not None:
             state.average.update(state.model.state_dict(), outcome.is_finite)

@@ -57,7 +57,6 @@ def test_distillation_wraps_any_method_at_the_references_temperature(reference):
     "words, count, message",
     [
         (["--batch-size", "3"], 4, "--batch-size 3 is less than the 4 ranks: every rank needs a pair"),
-        (["--method", "siglip"], 2, "--method siglip runs in one process"),
         (["--method", "two-level", "--select", "jest"], 2, "--method two-level with --select jest runs in one process"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from tars import everything, expected, image_bytes, write_pairs, write_shards, write_tar
 
 from experiments.clip.data import catalog as catalog_module
-from experiments.clip.data.catalog import make_catalog, open_catalog
+from experiments.clip.data.catalog import make_catalog, open_catalog, open_index
 from experiments.clip.data.reader import Reader, decode
 from experiments.clip.errors import UserError
 
@@ -197,8 +197,10 @@ def test_lost_or_foreign_index_files(shards, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*npy"):
         Reader(catalog).read(5)
     index.write_bytes((catalog.folder / catalog.shards[0].index).read_bytes())
-    with pytest.raises(UserError, match=r"is not the index of"):
+    with pytest.raises(UserError, match=r"cannot read .*npy .*its checksum differs"):
         Reader(catalog).read(5)
+    with pytest.raises(UserError, match=r"is not the index of"):
+        open_index(catalog, catalog.shards[1], verify=False)
     index.unlink()
     with pytest.raises(UserError, match=r"is missing: make it again"):
         open_catalog(tmp_path / "catalog")
@@ -328,6 +330,23 @@ def test_catalogs_of_earlier_versions_stay_as_they_are(tmp_path):
         for name in ("index",) if old["kind"] == "tar" else ("index", "path") if old["kind"] == "table" else ():
             (catalog.folder / new[name]).rename(catalog.folder / old[name])
             new[name] = old[name]
+    assert len(document.pop("checksum")) == 64  # which they did not have
     assert document == written and list(document) == list(written)
     path.write_text(json.dumps(written))
     assert open_catalog(tmp_path / "catalog").fingerprint == written["fingerprint"] == catalog.fingerprint
+
+
+def test_a_flipped_bit_in_an_index_or_a_catalog_is_refused_by_name(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.txt", b"one"), ("1.jpg", b"y"), ("1.txt", b"two")])
+    catalog = make_catalog(str(tmp_path / "a.tar"), tmp_path / "catalog")
+    [shard] = catalog.shards
+    index, content = catalog.folder / shard.index, (catalog.folder / shard.index).read_bytes()
+    index.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"cannot read {index} .*checksum differs"):
+        open_index(open_catalog(tmp_path / "catalog"), shard)
+    index.write_bytes(content)
+    assert len(open_index(catalog, shard)) == 2
+    path = tmp_path / "catalog" / "catalog.json"
+    path.write_text(path.read_text().replace('"left_out": {}', '"left_out": {"x": 1}', 1))
+    with pytest.raises(UserError, match=r"catalog\.json .*checksum differs"):
+        open_catalog(tmp_path / "catalog")

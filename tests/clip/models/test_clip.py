@@ -39,6 +39,9 @@ def test_damaged_weights_are_refused(tmp_path):
     export_model(new_model("glyph-small", 0), tmp_path)
     weights = tmp_path / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"is damaged \(open_clip_model.safetensors is not as it was written"):
+        load_model(tmp_path)
+    (tmp_path / "manifest.json").unlink()  # as in a folder from elsewhere
     with pytest.raises(UserError, match="does not load"):
         load_model(tmp_path)
 

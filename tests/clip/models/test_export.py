@@ -185,3 +185,27 @@ def test_export_loads_in_open_clip_and_gives_the_same_features(tmp_path):
     expected = clip.model.encode_image(image)
     assert torch.equal(model.encode_image(image), expected)
     assert torch.equal(again.encode_image(image), expected)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE, "epoch_1.pt"])
+def test_a_flipped_bit_in_an_export_is_refused_by_name(name, clip, tmp_path):
+    export_model(clip, tmp_path / "model")
+    export_checkpoint(clip.name, clip.model.state_dict(), {}, tmp_path / "epoch_1.pt", epoch=1)
+    path = tmp_path / name if name.endswith(".pt") else tmp_path / "model" / name
+    content = bytearray(path.read_bytes())
+    position = content.index(b"0.48") + 3 if name == CONFIG_FILE else len(content) // 2  # a digit, or a weight
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"checksum.* differs"):
+        load_model("glyph-small", path) if name.endswith(".pt") else load_model(tmp_path / "model")
+
+
+def test_a_file_that_an_export_lost_or_got_is_named(clip, tmp_path):
+    export_model(clip, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest.json is of .*, the folder has .*tokenizer.json"):
+        load_model(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    load_model(tmp_path)
+    (tmp_path / "manifest.json").unlink()  # as in a folder from elsewhere
+    load_model(tmp_path)

@@ -70,6 +70,7 @@ def with_code_in_tokenizer(trusted):
 def with_code_in_text_tower(folder):
     text(hf_model_name="x", hf_tokenizer_name="x")(folder)
     code(folder, "config.json", "AutoConfig")
+    words(folder / "tokenizer.json")
 
 
 def with_paths_in_tokenizer(folder):
@@ -170,6 +171,7 @@ def told(tmp_path_factory):
     """Return what loading each hostile folder says and does, in one process without a terminal."""
     root = tmp_path_factory.mktemp("hostile")
     export_model(new_model("glyph-micro", 0), root / "whole")
+    (root / "whole" / "manifest.json").unlink()  # which could be made for the hostile files
     folders = {}
     for number, (name, (change, _)) in enumerate(ATTACKS.items()):
         folders[name] = root / f"{number}"

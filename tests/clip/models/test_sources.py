@@ -90,7 +90,8 @@ def test_a_folder_and_its_weights_alone(name, tmp_path):
     clip = new_model(NAME, 7, image=OTHER)
     export_model(clip, tmp_path / "model")
     if name != WEIGHTS_FILE:
-        (tmp_path / "model" / WEIGHTS_FILE).unlink()
+        for each in (WEIGHTS_FILE, "manifest.json"):
+            (tmp_path / "model" / each).unlink()
         torch.save({"state_dict": clip.model.state_dict()}, tmp_path / "model" / name)
     for loaded in (load_model(tmp_path / "model"), new_model(NAME, 0, weights=tmp_path / "model")):
         assert is_seven(loaded) and shown(loaded) == expected(**OTHER)
@@ -276,7 +277,8 @@ def test_models_and_tags_come_from_the_hub(kind, tmp_path):
     clip = new_model(NAME, 7, image=OTHER)
     export_model(clip, tmp_path / "model")
     if kind == "bin":
-        (tmp_path / "model" / WEIGHTS_FILE).unlink()
+        for each in (WEIGHTS_FILE, "manifest.json"):
+            (tmp_path / "model" / each).unlink()
         torch.save(clip.model.state_dict(), tmp_path / "model" / "open_clip_pytorch_model.bin")
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": tmp_path / "model"}))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pickle
 
 import numpy as np
@@ -230,3 +231,43 @@ def test_the_spread_is_over_the_first_rows_of_the_first_file(catalog, reference,
     for pairs, rows in ((10, 10), (64, 64), (10_000, 64)):
         expected = margin_spread(*features.rows(torch.arange(rows)))
         assert features.margin_spread(pairs) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["features", "present", "checksums"])
+def test_a_flipped_bit_in_a_row_is_refused_by_name_when_the_row_is_read(name, catalog, reference, copied):
+    path = sorted(copied.iterdir())[1]
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+    start, end = entry["data_offsets"]
+    content = bytearray(path.read_bytes())
+    row = (end - start) // entry["shape"][0]
+    content[8 + size + start + 3 * row] ^= 1  # of the file's row 3, sample 67
+    path.write_bytes(content)
+    features = open_features(reference, catalog, copied)
+    features.rows(torch.tensor([0, 66, 68, 149]))
+    with pytest.raises(UserError, match=r"sample 67.*(checksum differs|are missing)"):
+        features.rows(torch.tensor([1, 67]))
+
+
+def test_files_of_an_earlier_version_have_no_checksums(catalog, reference, copied):
+    path = sorted(copied.iterdir())[0]
+    with safe_open(path, "pt") as file:
+        kept = {key: file.get_tensor(key) for key in ("features", "present")}, file.metadata()
+    before = open_features(reference, catalog, copied).rows(torch.tensor([5]))
+    save_file(*kept[:1], path, kept[1])
+    after = open_features(reference, catalog, copied).rows(torch.tensor([5]))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("shape", [[10**12, 1, 2, 64], [-1, 1, 2, 64], "x", [64], None])
+def test_a_forged_shape_is_one_line(shape, catalog, reference, copied):
+    path = sorted(copied.iterdir())[0]
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["features"]["shape"] = shape
+    forged = json.dumps(header).encode()
+    path.write_bytes(len(forged).to_bytes(8, "little") + forged + content[8 + size :])
+    with pytest.raises(UserError, match="reference features"):
+        open_features(reference, catalog, copied).rows(torch.tensor([0]))

@@ -1,14 +1,19 @@
 """What the methods compute, against the core."""
 
+import math
+
 import pytest
 import torch
+from open_clip.loss import SigLipLoss
 from training_runs import HEAD, contrastive
 
 from drrho import KL, penalized_risk
 from drrho.routes import BatchIndex
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.models.clip import new_model
-from experiments.clip.training.methods import Distilled, Head, OpenCLIP, Outcome
+from experiments.clip.training.methods import METHODS, Context, Distilled, Head, OpenCLIP, Outcome, SigLIP
+from experiments.clip.training.options import Loss
+from experiments.clip.training.towers import choose_head, hold_scale
 
 
 @torch.no_grad()
@@ -74,3 +79,48 @@ def test_distillation_has_one_temperature_or_each_softmax_its_own():
     tau, _ = steered.logits_at(head)
     loss = Distilled(steered, 2.0, guide_tau, own=True).loss(own, index, head, 0, (image_guide, text_guide))
     assert loss.log["distillation"].item() == pytest.approx(cross_entropy(tau).item(), rel=1e-12)
+
+
+def test_the_sigmoid_loss_has_the_bits_of_open_clips():
+    image, text = torch.nn.functional.normalize(torch.randn(2, 7, 5), dim=-1)
+    for bias in (torch.tensor(-3.0), None):
+        head = Head(torch.tensor(11.0, requires_grad=True), bias)
+        own, other = (image.clone().requires_grad_() for _ in range(2))
+        ours = SigLIP().loss((own, text), BatchIndex.gathered(torch.arange(7)), head, 0, None).value
+        theirs = SigLipLoss()(other, text, head.scale, bias)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(torch.autograd.grad(ours, own)[0], torch.autograd.grad(theirs, other)[0])
+
+
+@pytest.mark.parametrize("start, end", [(8.0, math.log(100)), (-0.5, 0.0), (2.5, 2.5)])
+@pytest.mark.parametrize("method", [OpenCLIP(), SigLIP()], ids=["openclip", "siglip"])
+def test_a_learned_scale_is_kept_as_open_clip_keeps_it(method, start, end):
+    model = new_model("glyph-micro", 0).model
+    with torch.no_grad():
+        model.logit_scale.fill_(start)
+    hold_scale(model, method, torch.tensor(True))
+    assert model.logit_scale.item() == pytest.approx(end)
+    with torch.no_grad():
+        model.logit_scale.fill_(start)
+    hold_scale(model, method, torch.tensor(False))
+    assert model.logit_scale.item() == start
+
+
+@pytest.mark.parametrize("scheme", ["global", "per-temperature", "individual", "constant"])
+def test_a_learned_temperature_is_the_models_scale(scheme):
+    options = Loss(method="fastclip", temperature=0.05, temperature_scheme=scheme)
+    method = METHODS["fastclip"].from_options(options, Context(10, 1, 0.05))
+    model = new_model("glyph-micro", 0).model
+    before = model.logit_scale.item()
+    hold_scale(model, Distilled(method, 1.0, 0.1), torch.tensor(True))
+    one = scheme in ("global", "per-temperature")
+    assert model.logit_scale.exp().item() == pytest.approx(20 if one else math.exp(before))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_what_the_loss_depends_on_learns(name):
+    method = METHODS[name].from_options(Loss(method=name, temperature=0.1), Context(10, 1, 0.1))
+    model = new_model("glyph-micro", 0, sigmoid=True).model
+    choose_head(model, method)
+    assert model.logit_scale.requires_grad == (name in ("openclip", "siglip"))
+    assert model.logit_bias.requires_grad == (name == "siglip")

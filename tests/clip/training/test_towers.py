@@ -9,11 +9,11 @@ from training_runs import SHORT, built, contrastive, run
 
 from drrho.routes import BatchIndex
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import Interrupted
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import Execution, Optimization
-from experiments.clip.training.towers import Towers
+from experiments.clip.training.towers import Towers, synchronize_batch_norm
 
 
 @pytest.mark.slow
@@ -120,5 +120,25 @@ def test_compiled_towers_are_not_compiled_again_for_batches_of_other_sizes(mode,
     with torch._dynamo.config.patch(error_on_recompile=True):
         for count in (12, 16, 9, 11):
             batch = pairs.batch(torch.arange(count))._replace(size=size)
-            found, expected = (each.backward(OpenCLIP(), batch, None, 1, 0, 1.0)[0] for each in (compiled, plain))
+            found, expected = (
+                each.backward(OpenCLIP(), batch, BatchIndex.gathered(batch.index), None, 1, 0, 1.0)[0]
+                for each in (compiled, plain)
+            )
             assert found.value.item() == pytest.approx(expected.value.item(), rel=1e-5)
+
+
+def test_batch_normalization_over_ranks_keeps_the_names_of_weights_and_says_where_it_cannot_be():
+    from timm.layers import BatchNormAct2d
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), BatchNormAct2d(4))
+    names = list(model.state_dict())
+    synchronize_batch_norm(model, Ranks())
+    assert type(model[1]) is torch.nn.BatchNorm2d  # one process has the whole batch
+    group = object()  # which no collective operation is given here
+    with pytest.raises(UserError, match="--use-bn-sync needs a GPU for each rank"):
+        synchronize_batch_norm(model, Ranks(0, 2, torch.device("cpu"), group))
+    synchronize_batch_norm(model, Ranks(0, 2, torch.device("cuda"), group))
+    assert type(model[1]) is torch.nn.SyncBatchNorm and list(model.state_dict()) == names
+    assert isinstance(model[2].act, torch.nn.ReLU) and isinstance(model[2], torch.nn.SyncBatchNorm)
+    with pytest.raises(UserError, match="--use-bn-sync has no part in this run"):
+        synchronize_batch_norm(torch.nn.Linear(2, 2), Ranks())

@@ -104,3 +104,29 @@ def test_a_step_that_is_not_finite_ends_the_run_or_is_passed_over_and_its_sample
 def test_the_best_validation_is_the_lowest_of_losses_and_ranks(metric, values, best):
     history = [{"step": step, metric: value} for step, value in enumerate(values, 1)]
     assert best_record(history, metric)["step"] == best
+
+
+class Wrong:
+    """A reference whose features of sample 77 are not finite."""
+
+    def __init__(self, features):
+        self._features = features
+
+    def __getattr__(self, name):
+        return getattr(self._features, name)
+
+    def rows(self, index, view=0):
+        image, text = self._features.rows(index, view)
+        return torch.where((index == 77)[:, None], torch.nan, image), text
+
+    def collate(self, index, draws, images, captions):
+        return self.rows(index)
+
+
+@pytest.mark.slow
+def test_a_step_with_reference_features_that_are_not_finite_is_passed_over_and_written_down(pairs, features, tmp_path):
+    (tmp_path / "a").mkdir()
+    clip, _, _ = run(pairs, contrastive(), tmp_path / "a" / "c", features=Wrong(features), limit=2)
+    lines = (tmp_path / "a" / "nonfinite.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and all(77 in json.loads(line)["samples"] for line in lines)
+    assert all(bool(torch.isfinite(value).all()) for value in clip.model.state_dict().values())
