@@ -85,21 +85,27 @@ def store_ties(row, hard, TILE: tl.constexpr):
 
 
 @triton.jit
-def _reweigh(row, factor, added, chosen, TILE: tl.constexpr):
-    """Multiply stored weights of chosen rows by a factor, and add a multiple of the base weights."""
+def _reweigh(row, factor, added, rate, center, chosen, TILE: tl.constexpr):
+    """Multiply stored weights of chosen rows by a factor, and add a multiple of the base weights.
+
+    With a small rate, the factor is times ``exp(rate (d - center))``, to second order.
+    """
     tl.debug_barrier()  # so that what others have stored is there
     for begin in range(0, row.n, TILE):
         i = places(begin, TILE)
         weights = tl.load(row.weights + i, mask=i < row.n, other=0.0).to(tl.float64)
+        if rate is not None:
+            u = (depth(row, i) - center[:, None]) * rate[:, None]
+            weights += weights * (u + 0.5 * u * u)
         store(row, i, weights * factor[:, None] + mass(row, i) * added[:, None], chosen)
 
 
 @triton.jit
-def into_ball(row, answer, radius, total, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
+def into_ball(row, answer, radius, total, rate, center, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
     """Make the stored weights of chosen rows sum to one and lie in the ball; return what answer they give.
 
     Rounding may have left D outside: it is convex, and zero at the base weights, with the slope ``gain / strength``
-    towards them, which no more than a little of them needs.
+    towards them, which no more than a little of them needs. A rate, where it is given, is one of `_reweigh`.
     """
     UNFELT: tl.constexpr = 2.0**-50 if row.weights.dtype.element_ty == tl.float64 else 2.0**-25
     gain, distance, kept = answer.gain, answer.distance, tl.zeros_like(answer.gain) + 1
@@ -115,8 +121,10 @@ def into_ball(row, answer, radius, total, chosen, TILE: tl.constexpr, BALL: tl.c
         kept = tl.where(above, kept * (answer.dual / gain), kept)
     gain = tl.where(above, answer.dual, gain)
     changed = chosen & ((tl.abs(total - 1) > UNFELT) | (1 - kept > UNFELT))
+    if rate is not None:
+        changed = changed | (chosen & (rate != 0))
     if tl.max(changed.to(tl.int32), 0) > 0:
-        _reweigh(row, kept / total, (1 - kept) / row.all, changed, TILE)
+        _reweigh(row, kept / total, (1 - kept) / row.all, rate, center, changed, TILE)
     return Answer(
         gain,
         answer.dual,

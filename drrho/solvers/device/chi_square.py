@@ -207,5 +207,5 @@ def chi_square(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexp
     else:
         gain -= price * distance
     answer = answer_of(gain, dual, held.threshold, held.strength, distance, (hard & ~hard).to(tl.int32))
-    answer = into_ball(row, answer, radius, 1 + surplus, inner & ~flat, TILE, BALL)
+    answer = into_ball(row, answer, radius, 1 + surplus, None, None, inner & ~flat, TILE, BALL)
     return with_ends(answer, row, hard, flat, largest)

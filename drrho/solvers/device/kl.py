@@ -24,6 +24,7 @@ from drrho.solvers.device.tiles import INFINITY, depth, mass, places, rough_dept
 
 _FLAT = tl.constexpr(2.0**1022)  # strength in units of the range at which no weight differs from the base weights
 _CEILING = tl.constexpr(688.49)  # of log b
+_SMALL = tl.constexpr(3e-5)  # step in log b whose third order is not felt in float32
 _FAR = tl.constexpr(30.0)  # exponent at the maximum beyond which the mean is no origin for the sums
 
 
@@ -123,40 +124,71 @@ def _find_rate(row, radius, x, limits, chosen, TILE: tl.constexpr, PRECISE: tl.c
 
 @triton.jit
 def _begun(row, radius, live, TILE: tl.constexpr):
-    """Return where log b is sought from: as of normal losses, or in narrow rows from what float32 finds."""
-    x = 0.5 * (tl.log(2 * radius) - tl.log(row.variance))
+    """Return log b to begin at, psi foretold there, and which rows are so near that a small step leads to the root.
+
+    That is as of normal losses, or in narrow rows what float32 finds.
+    """
+    x, psi, near = 0.5 * (tl.log(2 * radius) - tl.log(row.variance)), tl.zeros_like(radius), live & ~live
     if row.z.dtype.element_ty != tl.float64:
         limits = Limits(1e-5, 1e-5, 13, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
-        rough, _, _, lost = _find_rate(row, radius, x, limits, live, TILE, False)
-        x = tl.where(~lost & (tl.abs(rough) < 80), rough.to(tl.float64), x)
-    return x
+        rough, foretold, saturated, lost = _find_rate(row, radius, x, limits, live, TILE, False)
+        near = live & ~lost & ~saturated & (tl.abs(rough) < 80) & (tl.abs(foretold) < 80)
+        x, psi = tl.where(near, rough.to(tl.float64), x), tl.where(near, foretold, 0.0)
+    return x, psi, near
 
 
 @triton.jit
 def _ball(row, radius, hard, flat, chosen, TILE: tl.constexpr):
-    """Store weights; return b, the path there, psi as it was foretold, and which rows are highest and which failed."""
+    """Store weights; return b, the path there, psi as it was foretold, and what is left to do.
+
+    That is a small step in log b, zero in most rows that are not narrow, which rows are at their maximum, and which
+    failed.
+    """
     CLOSE: tl.constexpr = 1e-16 if row.z.dtype.element_ty == tl.float64 else 1e-9
-    todo = chosen & ~hard & ~flat
-    held = tl.where(hard | flat, 1.0, radius)
-    tolerance = tolerated(row, held)
-    x, psi, failed, tried = _begun(row, held, todo, TILE), tl.zeros_like(held), todo & ~todo, 0
-    b, path = psi, Path(psi, psi, psi, psi, psi, psi)
+    live, held = chosen & ~hard & ~flat, tl.where(hard | flat, 1.0, radius)
+    tolerance, target = tolerated(row, held), tl.log(held)
+    x, psi, near = _begun(row, held, live, TILE)
+    sought, failed, tried = live & ~near, live & ~live, tl.zeros_like(live.to(tl.int32))
+    b, path, step = psi, Path(psi, psi, psi, psi, psi, psi), psi
     going = 1
     while going > 0:
-        close = tl.where(todo, CLOSE if tried == 0 else 0.0, 0.0)
-        limits = Limits(tolerance, close, 400, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
-        at, foretold, saturated, lost = _find_rate(row, held, x, limits, todo, TILE, True)
-        x, psi = tl.where(todo, at, x), tl.where(todo, foretold, psi)
-        hard, failed = hard | (todo & saturated), failed | (todo & lost)
+        limits = Limits(tolerance, tl.where(tried == 0, CLOSE, 0.0), 400, 40, INFINITY, 10.0, -INFINITY, _CEILING, 0)
+        at, foretold, saturated, lost = _find_rate(row, held, x, limits, sought, TILE, True)
+        x, psi = tl.where(sought, at, x), tl.where(sought, foretold, psi)
+        hard, failed = hard | (sought & saturated), failed | (sought & lost)
+        tried += sought.to(tl.int32)
         b = tl.where(hard | flat, 0.0, tl.exp(x))
         psi = tl.where(hard | flat, 0.0, psi)
         path = _path(row, b, tl.exp(-psi) / row.all, chosen & ~hard, TILE, True, True)
+        value = target - tl.log(path.distance)
+        newton = -value / path.slope
+        followed = live & ~hard & (tried == 0) & (tl.abs(newton) <= _SMALL)
+        step = tl.where(followed, newton, 0.0)
         # A curvature from a long step may have misled the last one.
-        off = ~(tl.abs(tl.log(path.distance) - tl.log(held)) <= 8 * tolerance)
-        tried += 1
-        todo = todo & off & ~hard & ~failed & (tried < 2)
-        going = tl.max(todo.to(tl.int32), 0)
-    return b, path, psi, hard, failed
+        off = ~(tl.abs(value) <= 8 * tolerance)
+        sought = live & ~hard & ~failed & ~followed & off & (tried < 2)
+        going = tl.max(sought.to(tl.int32), 0)
+    return b, path, psi, step, hard, failed
+
+
+@triton.jit
+def _followed(row, path, b, step):
+    """Return b and the path after a small step in log b: psi to third order, the mean of d to second order."""
+    at = path.gain + (row.mean - path.origin)
+    spread = -path.slope * path.distance  # b^2 times the variance
+    turned = step + 0.5 * step * step
+    rate, moved = b * (1 + turned), at + spread / b * turned
+    psi = path.psi + b * at * turned + 0.5 * spread * step * step
+    mass = path.mass * (1 + 0.5 * spread * step * step)
+    there = step != 0
+    return tl.where(there, rate, b), Path(
+        path.origin,
+        tl.where(there, mass, path.mass),
+        tl.where(there, psi, path.psi),
+        tl.where(there, moved + (path.origin - row.mean), path.gain),
+        tl.where(there, rate * moved - psi, path.distance),
+        path.slope,
+    )
 
 
 @triton.jit
@@ -180,7 +212,9 @@ def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
     if BALL:
         hard = (row.range == 0) | (radius >= largest)
         flat = (radius == 0) & ~hard
-        b, path, psi, hard, failed = _ball(row, radius, hard, flat, chosen, TILE)
+        b, path, psi, step, hard, failed = _ball(row, radius, hard, flat, chosen, TILE)
+        center, tilt = path.gain + row.mean, step * b
+        b, path = _followed(row, path, b, step)
         strength = 1 / b
     else:
         hard = (row.range == 0) | (price == 0)
@@ -193,5 +227,9 @@ def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
     # phi* has mean zero at the threshold, so that nothing else is in the dual value.
     gain, dual = path.gain if BALL else premium, premium + strength * radius if BALL else premium
     answer = answer_of(gain, dual, path.origin + strength * path.psi, strength, path.distance, failed.to(tl.int32))
-    answer = into_ball(row, answer, radius, path.mass * tl.exp(-psi), chosen & ~hard & ~flat, TILE, BALL)
+    total, inner = path.mass * tl.exp(-psi), chosen & ~hard & ~flat
+    if BALL:
+        answer = into_ball(row, answer, radius, total, tilt, center, inner, TILE, True)
+    else:
+        answer = into_ball(row, answer, radius, total, None, None, inner, TILE, False)
     return with_ends(answer, row, hard, flat, largest)

@@ -253,7 +253,7 @@ def powers(row, k, radius, price, chosen, TILE: tl.constexpr, FORM: tl.constexpr
         gain -= price * path.distance
     answer = answer_of(gain, dual, path.origin - strength * shift, strength, path.distance, failed.to(tl.int32))
     total = tl.exp(path.log_total - log_total)
-    answer = into_ball(row, answer, radius, total, chosen & ~hard & ~flat & ~failed, TILE, BALL)
+    answer = into_ball(row, answer, radius, total, None, None, chosen & ~hard & ~flat & ~failed, TILE, BALL)
     return with_ends(answer, row, hard, flat, largest)
 
 

@@ -214,5 +214,5 @@ def total_variation(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.con
         gain -= price * distance
     threshold = -tl.minimum(-at, row.range) / 2
     answer = answer_of(gain, dual, threshold, -at, distance, (hard & ~hard).to(tl.int32))
-    answer = into_ball(row, answer, radius, 1 + surplus, inner & ~flat, TILE, BALL)
+    answer = into_ball(row, answer, radius, 1 + surplus, None, None, inner & ~flat, TILE, BALL)
     return with_ends(answer, row, hard, flat, largest)
