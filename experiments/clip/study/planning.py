@@ -77,6 +77,8 @@ def cell_hash(cell: Cell) -> str:
     settings = {key: value for key, value in as_settings(cell.train).items() if key not in _WITHOUT_EFFECT}
     settings["data"] = dataset_settings(cell.train.data)
     del settings["execution"]["exchange_minutes"]
+    if not _without_off(settings["inputs"]):  # a group that is newer than some results, and off
+        del settings["inputs"]
     loss = cell.train.loss
     if cell.reference:
         settings["loss"]["reference"] = {"trained": cell_hash(reference_cell(cell.reference))}

@@ -85,7 +85,7 @@ def test_tensorboard_and_unknown_writers(pairs, tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
     assert not (tmp_path / "log.jsonl").exists()
-    with pytest.raises(UserError, match="--logs wandb needs the package wandb"):
+    with pytest.raises(UserError, match="--log-to wandb needs the package wandb"):
         Logs(tmp_path, ("wandb",), {})
 
 
