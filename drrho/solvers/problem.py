@@ -68,7 +68,7 @@ def by_rows(
 
 def extremes_of(z: Tensor, base: Tensor | None, group: Group) -> Tensor:
     """Return maximum and minimum of each row over the losses that have base weight, ``[2, rows]``."""
-    extremes = torch.stack([z.amax(-1), z.amin(-1)])
+    extremes, worst = torch.stack([z.amax(-1), z.amin(-1)]), None
     if group is not None:  # all ranks refuse, or those that see nothing wrong would wait for those that do
         worst = extremes.abs().amax().nan_to_num_(nan=torch.inf)
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
@@ -79,7 +79,7 @@ def extremes_of(z: Tensor, base: Tensor | None, group: Group) -> Tensor:
         extremes = torch.stack(
             [z.masked_fill(outside, -torch.inf).amax(-1), z.masked_fill(outside, torch.inf).amin(-1)]
         )
-    if group is not None:
+    if worst is not None:
         extremes[1].neg_()
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         extremes[1].neg_()

@@ -209,6 +209,7 @@ def kl(row, radius, price, chosen, TILE: tl.constexpr, BALL: tl.constexpr):
     """Solve balls or penalties, whose price is in units of d: store weights of chosen rows, and return the answer."""
     largest = -tl.log(row.share)
     psi, failed = tl.zeros_like(row.mean), chosen & ~chosen
+    tilt, center = row.mean, row.mean  # of a ball
     if BALL:
         hard = (row.range == 0) | (radius >= largest)
         flat = (radius == 0) & ~hard
