@@ -154,9 +154,8 @@ class Rows:
 class _Bins(NamedTuple):
     """Bins of equal width from ``low`` on, ``density`` in a unit of the losses; the last is for what is outside.
 
-    ``moments`` ``[4, bins + 1]`` are sums of weights times powers of the position in the bin, in units of
-    ``1 / unit``,
-    rounded: whole numbers have the same sum in any order, as that of a GPU's threads, up to ``2**53``.
+    ``moments`` ``[4, bins + 1]`` are sums of weights times powers of the position in the bin. Each term is rounded to
+    a multiple of ``1 / unit``: whole numbers up to ``2**53`` have the same sum in any order, as a GPU adds them.
     """
 
     low: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from experiments.clip.data.catalog import make_catalog
 from experiments.clip.distributed import Ranks
 from experiments.clip.run import parse
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
-from experiments.clip.training.options import Execution
 from experiments.clip.training.towers import full_tensor
 
 _FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
@@ -103,19 +101,26 @@ def few_steps(name: str, extra: Sequence[Any], batch: int, scratch: Path, out: P
     """Train by a method of `METHODS` on made-up pairs for some steps, in full float32 and little moved by rounding."""
     pixels = 32
     words = ["--catalog", made_up_catalog(batch * STEPS, scratch / f"catalog-{ranks.rank}", pixels), "--epochs", 1]
-    words += ["--model", "glyph-micro", "--batch-size", batch, "--log-every", 1, "--logs", "jsonl", *_SMOOTH]
-    if "full_float32" in {field.name for field in fields(Execution)}:
-        words.append("--full-float32")
+    words += [
+        "--model",
+        "glyph-micro",
+        "--batch-size",
+        batch,
+        "--log-every",
+        1,
+        "--log-to",
+        "jsonl",
+        "--full-float32",
+        *_SMOOTH,
+    ]
     return train([*words, *METHODS[name], *extra], out, ranks)
 
 
 def group_ranks(rank: int, count: int, device: torch.device) -> Ranks:
     """Return the ranks of the group that is initialized, forced where there is one."""
-    world = dist.group.WORLD
-    more: dict[str, Any] = {}
-    if "hosts" in {field.name for field in fields(Ranks)}:
-        more["hosts"] = dist.new_group(backend="gloo")
-    return Ranks(rank, count, device, world, **more)
+    hosts = dist.new_group(backend="gloo")
+    assert isinstance(hosts, dist.ProcessGroup)
+    return Ranks(rank, count, device, dist.group.WORLD, hosts=hosts)
 
 
 def made_up_catalog(samples: int, folder: Path, pixels: int = 224) -> Path:
