@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.clip.data.catalog import make_catalog
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.tasks import evaluate_task, open_tasks

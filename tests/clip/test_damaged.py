@@ -20,11 +20,11 @@ from corpus import BLOCK, FORMATS, HEADERS, VICTIMS, archive, expected, image, n
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.clip.data.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.scan import LeftOut
+from experiments.clip.catalog.sources import Table
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import Reader, Reason, Skip, decode
-from experiments.clip.data.scan import LeftOut
-from experiments.clip.data.sources import Table
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import new_model
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.benchmarks.gpu.agreement import relative
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.building import build_models
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.terminal import console
 from experiments.clip.cli.train import train_model
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.distributed import Ranks
 from experiments.clip.run import parse
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint

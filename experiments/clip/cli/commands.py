@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import open_clip
 
+from experiments.clip.catalog.catalog import make_catalog, open_catalog
 from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.data.catalog import make_catalog, open_catalog
 from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.datacomp import averages

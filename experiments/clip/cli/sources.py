@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, Protocol
 
 from rich.table import Table
 
+from experiments.clip.catalog.catalog import Catalog, open_catalog
+from experiments.clip.catalog.sources import parse_weights
 from experiments.clip.cli.options import SOURCES, Data, Train
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.batch import Reference, Stream
-from experiments.clip.data.catalog import Catalog, open_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import first_pairs
-from experiments.clip.data.sources import parse_weights
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder

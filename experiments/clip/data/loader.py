@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from experiments.clip.catalog.catalog import Catalog
 from experiments.clip.data.batch import Batch, Reference
-from experiments.clip.data.catalog import Catalog
 from experiments.clip.data.draws import Draws, random_state_restored, visit_draws
 from experiments.clip.data.order import Order, Visits
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode

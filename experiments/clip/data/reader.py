@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiments.clip.data.catalog import Catalog, data_path, open_index
-from experiments.clip.data.scan import Shard, json_field
+from experiments.clip.catalog.catalog import Catalog, data_path, open_index
+from experiments.clip.catalog.scan import Shard, json_field
 from experiments.clip.io.storage import Ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.clip.data.catalog import Catalog
+from experiments.clip.catalog.catalog import Catalog
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Reason, Skip, decode
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder, Progress

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.options import Data, Train
 from experiments.clip.cli.sources import TrainingData, reference_features
 from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError, printable
 from experiments.clip.glyphs.dataset import Manifest, open_dataset, write_dataset

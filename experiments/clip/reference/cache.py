@@ -30,12 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from experiments.clip.catalog.catalog import Catalog
+from experiments.clip.catalog.scan import Shard
 from experiments.clip.data.batch import Tensors
-from experiments.clip.data.catalog import Catalog
 from experiments.clip.data.draws import Draws, random_state_restored, view_draws
 from experiments.clip.data.prefetch import copied_ahead
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
-from experiments.clip.data.scan import Shard
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_atomically

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drrho.running import RunningEstimates
 from drrho.temperature import IndividualTemperatures
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.plan import cost_of, estimated
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.models.clip import new_model
 from experiments.clip.models.export import export_model

@@ -3,9 +3,9 @@
 import pytest
 from task_folders import DATACOMP, classification, write_catalog
 
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.options import SOURCES
 from experiments.clip.cli.sources import embedded_pairs, open_training_data, open_validation
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.errors import UserError

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tars import image_bytes, pair, write_shards, write_tar
 
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.data import loader as loader_module
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import Reader, decode
 from experiments.clip.errors import UserError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tars import image_bytes, write_shards, write_tar
 
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.data.batch import Batch
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.prefetch import Prefetched
 from experiments.clip.errors import UserError

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tars import image_bytes, numbered, pair, write_shards, write_tar
 
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.data import reader as reading
-from experiments.clip.data.catalog import make_catalog
 from experiments.clip.data.reader import RawSample, Reader, Skip, decode
 from experiments.clip.errors import UserError
 from experiments.clip.io import storage
@@ -286,7 +286,7 @@ def test_damage_ends_in_user_errors_and_counted_skips(victims, tmp_path, monkeyp
 BOMBS = """
 import sys
 from pathlib import Path
-from experiments.clip.data.catalog import make_catalog
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.data.reader import Reader, Skip, decode
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024

@@ -12,7 +12,7 @@ from open_clip_train.train import evaluate as open_clip_evaluate
 from PIL import Image
 from task_folders import PAIRS, UNUSABLE, pair_caption, picture, write_catalog
 
-from experiments.clip.data.catalog import make_catalog
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics

@@ -38,7 +38,7 @@ from task_folders import (
     write_task,
 )
 
-from experiments.clip.data.catalog import open_catalog
+from experiments.clip.catalog.catalog import open_catalog
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation import encoding, metrics

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from experiments.clip.data.catalog import make_catalog
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.data.draws import view_draws, visit_draws
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import Reader, decode

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.clip.data.catalog import make_catalog
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.data.draws import random_state_restored, visit_draws
 from experiments.clip.data.loader import Loader
 from experiments.clip.data.reader import first_pairs

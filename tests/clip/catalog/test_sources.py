@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 
-from experiments.clip.data.sources import (
+from experiments.clip.catalog.sources import (
     Synthetic,
     Table,
     TarPattern,

@@ -21,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from experiments.clip.data.sources import Source, Table, table_rows
+from experiments.clip.catalog.index import Row, index_bytes
+from experiments.clip.catalog.sources import Source, Table, table_rows
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_atomically
 from experiments.clip.io.storage import is_remote, open_seekable, retry
@@ -124,7 +124,7 @@ def _scan_tar(job: ScanJob) -> Shard:
     size = job.stamp[0]
     left_out: Counter[str] = Counter()
     damage = ""
-    rows: list[_Row] = []
+    rows: list[Row] = []
     with open_seekable(job.path) as file:
         start = file.read(8)
         for magic, method in _COMPRESSED.items():
@@ -145,10 +145,6 @@ def _scan_tar(job: ScanJob) -> Shard:
     return _with_index(shard, job.folder, job.name, rows, len(job.caption_keys))
 
 
-# Offset and size of the image, those of the captions, and the key.
-_Row = tuple[tuple[int, int], list[tuple[int, int]], bytes]
-
-
 class _Grouping:
     """Groups consecutive members into samples."""
 
@@ -157,7 +153,7 @@ class _Grouping:
         self._key: str | None = None
         self._found: dict[str, Member] = {}
 
-    def add(self, member: Member) -> list[_Row]:
+    def add(self, member: Member) -> list[Row]:
         """Add the next member; return the sample before it if it ends there and is complete, in a list."""
         if member.kind == "folder":
             return []
@@ -174,7 +170,7 @@ class _Grouping:
         self._found[suffix] = member
         return ended
 
-    def end(self) -> list[_Row]:
+    def end(self) -> list[Row]:
         """Return the last sample if it is complete, in a list."""
         found, key = self._found, self._key
         self._found, self._key = {}, None
@@ -218,7 +214,7 @@ def _scan_table(job: ScanJob, table: Table) -> list[Shard]:
     while (chunk := list(islice(rows, CHUNK))) or left_out:
         name = f"{job.name}-{len(shards):06d}"
         data = io.BytesIO()
-        places: list[_Row] = []
+        places: list[Row] = []
         for key, image, captions in chunk:
             image_place = (data.tell(), data.write(image))
             caption_places = [(data.tell(), data.write(text)) if text is not None else _ABSENT for text in captions]
@@ -250,16 +246,12 @@ def _complete_rows(table: Table, left_out: Counter[str]) -> Iterator[tuple[bytes
             yield str(number).encode(), image.encode("utf-8", "surrogateescape"), encoded
 
 
-def _with_index(shard: Shard, folder: Path, name: str, rows: Sequence[_Row], captions: int) -> Shard:
+def _with_index(shard: Shard, folder: Path, name: str, rows: Sequence[Row], captions: int) -> Shard:
     """Write the index of a shard and return the shard with the index's path, size and digest."""
-    width = max((len(key) for *_, key in rows), default=1)
-    fields = [("image", "<i8", (2,)), ("caption", "<i8", (captions, 2)), ("key", f"S{width}")]
-    data = io.BytesIO()
-    np.save(data, np.array(rows, dtype=fields), allow_pickle=False)
+    data = index_bytes(rows, captions)
     path = f"{_INDEX}/{name}.npy"
-    write_atomically(folder / path, data.getvalue())
-    size, digest = len(data.getvalue()), digest_of(data.getvalue())
-    return dataclasses.replace(shard, index=path, index_bytes=size, index_sha256=digest)
+    write_atomically(folder / path, data)
+    return dataclasses.replace(shard, index=path, index_bytes=len(data), index_sha256=digest_of(data))
 
 
 def heads_digest(file: BinaryIO, offsets: Iterable[int]) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tars import everything, expected, image_bytes, write_pairs, write_shards, write_tar
 
-from experiments.clip.data import catalog as catalog_module
-from experiments.clip.data.catalog import make_catalog, open_catalog, open_index
+from experiments.clip.catalog import catalog as catalog_module
+from experiments.clip.catalog.catalog import make_catalog, open_catalog, open_index
 from experiments.clip.data.reader import Reader, decode
 from experiments.clip.errors import UserError
 
@@ -239,7 +239,7 @@ def test_unchanged_shards_are_not_scanned_again(shards, tmp_path, monkeypatch):
 
 SCAN = """
 import sys, time
-from experiments.clip.data import catalog
+from experiments.clip.catalog import catalog
 scan = catalog.scan
 def slow(job):
     time.sleep(0.1)

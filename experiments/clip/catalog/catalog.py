@@ -1,8 +1,8 @@
 """A catalog of training data: a dense stable index for every sample, and where its image and captions are.
 
-`experiments.clip.data.scan` defines what a sample is. Samples are numbered in the order of sources, shards and members,
-and named by their index, because keys may repeat within a shard and across shards. Those without an image or a caption
-are left out, and counted by reason.
+`experiments.clip.catalog.scan` defines what a sample is. Samples are numbered in the order of sources, shards and
+members, and named by their index, because keys may repeat within a shard and across shards. Those without an image or a
+caption are left out, and counted by reason.
 
 In the catalog's folder, ``catalog.json`` lists the shards, and ``index/`` holds an npy file for each of them, with the
 offsets and sizes of its samples' members. ``journal.jsonl`` records each shard when its scan is finished, so that an
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.clip.data.scan import (
+from experiments.clip.catalog.index import map_index
+from experiments.clip.catalog.scan import (
     CHUNK,
     FORMAT,
     ScanJob,
@@ -36,7 +37,7 @@ from experiments.clip.data.scan import (
     heads_digest,
     scan,
 )
-from experiments.clip.data.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
+from experiments.clip.catalog.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
 from experiments.clip.io.storage import file_size, is_remote, open_seekable
@@ -116,7 +117,7 @@ def make_catalog(
     Parameters
     ----------
     sources
-        See `experiments.clip.data.sources.parse_sources`.
+        See `experiments.clip.catalog.sources.parse_sources`.
     folder : Path
         Where the catalog is written. Tables, and the output of ``pipe:`` commands, are copied into it.
     image_keys : sequence of str
@@ -230,12 +231,11 @@ def open_index(catalog: Catalog, shard: Shard, *, verify: bool = True) -> np.nda
     try:
         if verify and file_digest(path) != shard.index_sha256:
             raise ValueError("it is not as it was written, its checksum differs")
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        rows = map_index(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): make the catalog again") from error
     captions = len(catalog.caption_keys) if shard.kind == "tar" else None
-    is_right = rows.shape == (shard.samples,) and rows.dtype.names == ("image", "caption", "key")
-    if not is_right or captions not in (None, rows.dtype["caption"].shape[0]):
+    if len(rows) != shard.samples or captions not in (None, rows.dtype["caption"].shape[0]):
         raise UserError(f"{path} is not the index of {shard.path}: make the catalog again")
     return rows
 

@@ -8,11 +8,11 @@ import pytest
 from tars import everything, expected, image_bytes, keys, pair, write_shards, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from experiments.clip.data import scan as scan_module
-from experiments.clip.data.catalog import make_catalog, open_catalog
+from experiments.clip.catalog import scan as scan_module
+from experiments.clip.catalog.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.scan import ScanJob, json_field, scan
+from experiments.clip.catalog.sources import Table, TarPattern
 from experiments.clip.data.reader import Reader, decode
-from experiments.clip.data.scan import ScanJob, json_field, scan
-from experiments.clip.data.sources import Table, TarPattern
 from experiments.clip.errors import UserError
 
 
