@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 from bisect import bisect_right
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from experiments.clip.catalog.index import map_index
+from experiments.clip.catalog.layout import layout_hint
 from experiments.clip.catalog.scan import (
     CHUNK,
     FORMAT,
@@ -37,13 +39,24 @@ from experiments.clip.catalog.scan import (
     heads_digest,
     scan,
 )
-from experiments.clip.catalog.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
+from experiments.clip.catalog.sources import (
+    PIPE,
+    Source,
+    Synthetic,
+    Table,
+    TarPattern,
+    expand,
+    parse_sources,
+    parse_weights,
+)
+from experiments.clip.catalog.subset import Subset
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
 from experiments.clip.io.storage import file_size, is_remote, open_seekable
 from experiments.clip.io.workers import Workers
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+CAPTION_KEYS = ("txt",)
 
 _CATALOG = "catalog.json"
 _JOURNAL = "journal.jsonl"
@@ -64,6 +77,7 @@ class Catalog:
     caption_keys: tuple[str, ...]
     shards: tuple[Shard, ...]
     fingerprint: str
+    subset: Subset | None = None
 
     def __len__(self) -> int:
         last = self.shards[-1]
@@ -78,6 +92,13 @@ class Catalog:
     def damaged(self) -> list[str]:
         """A line for each damaged shard that says where and how it is damaged."""
         return [f"{shard.path}: {shard.damage}" for shard in self.shards if shard.damage]
+
+    def hint(self) -> str:
+        """Return what may help where samples were left out, by the first shard of which some were; empty if unknown."""
+        for shard in self.shards:
+            if shard.kind == "tar" and {"no image", "no caption"} & set(shard.left_out):
+                return layout_hint(shard.path, shard.bytes, self.image_keys, self.caption_keys)
+        return ""
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """Return the shard of a sample and the sample's row in it."""
@@ -94,6 +115,20 @@ class Catalog:
             raise UserError(f"there are {len(weights)} weights for {len(self.sources)} sources: give one for each")
         return [float(weights[shard.source]) for shard in self.shards]
 
+    def caption_weights(self, text: str) -> list[float]:
+        """Parse a weight for each source of captions: for each type of member, and each column of every table."""
+        counts = {len(own["captions"]) for own in self.sources if own["kind"] == Table.kind}
+        counts |= {len(self.caption_keys)} if any(own["kind"] == TarPattern.kind for own in self.sources) else set()
+        if len(counts) != 1:
+            raise UserError(
+                f"the weights {text!r} are for sources of captions, of which this catalog's data has "
+                f"{' or '.join(map(str, sorted(counts))) or 'none'}: leave them out"
+            )
+        weights = parse_weights(text, counts.pop(), "sources of captions")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise UserError(f"the weights {text!r} must be positive: make the catalog without captions of no weight")
+        return weights
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "_firsts", [shard.first_index for shard in self.shards])
 
@@ -105,10 +140,11 @@ def make_catalog(
     folder: Path,
     *,
     image_keys: Sequence[str] = IMAGE_KEYS,
-    caption_key: str | Sequence[str] = "txt",
+    caption_key: str | Sequence[str] = CAPTION_KEYS,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     run_pipe_commands: bool = False,
+    subset: Subset | None = None,
 ) -> Catalog:
     """Scan the data and write its catalog; an earlier scan is resumed, and unchanged shards are not scanned again.
 
@@ -131,6 +167,8 @@ def make_catalog(
         Called with the number of tar files and tables that are scanned, and their total.
     run_pipe_commands : bool
         Whether to run the shell commands of ``pipe:`` sources, which are refused otherwise.
+    subset : Subset, optional
+        The samples to take, each as many times as it is named. Of these the member ``json`` is read too.
 
     Raises
     ------
@@ -143,7 +181,7 @@ def make_catalog(
     if not image_keys or not caption_keys or not all((*image_keys, *caption_keys)):
         raise UserError(f"images {list(image_keys)} and captions {list(caption_keys)} must each have a type of member")
     ensure_writable(folder)
-    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands))
+    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset))
     journal = _Journal(folder)
     todo = [job for _, job in jobs if isinstance(job, ScanJob) and job.name not in journal.done]
     total = sum(isinstance(job, ScanJob) for _, job in jobs)
@@ -162,10 +200,11 @@ def make_catalog(
             shards.append(dataclasses.replace(shard, source=source, first_index=first))
             first += shards[-1].samples
     described = tuple(_describe(source) for source in parsed)
-    catalog = Catalog(folder, described, tuple(image_keys), caption_keys, tuple(shards), "")
+    catalog = Catalog(folder, described, tuple(image_keys), caption_keys, tuple(shards), "", subset)
     if not first:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in catalog.left_out.items()) or "no members"
-        raise UserError(f"the data has no sample with image and caption ({reasons}): check --caption-key and files")
+        hint = catalog.hint() or "check --image-key, --caption-key and files"
+        raise UserError(f"the data has no sample with image and caption ({reasons}): {hint}")
     catalog = dataclasses.replace(catalog, fingerprint=_fingerprint(catalog))
     write_json(folder / _CATALOG, _document(catalog))
     return catalog
@@ -197,6 +236,7 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
             tuple(document["caption_keys"]),
             tuple(Shard(**shard) for shard in document["shards"]),
             document["fingerprint"],
+            Subset(**document["subset"]) if "subset" in document else None,
         )
         if catalog.fingerprint != _fingerprint(catalog):
             raise ValueError("its fingerprint does not match its contents")
@@ -263,11 +303,14 @@ def _jobs(
     image_keys: tuple[str, ...],
     caption_keys: tuple[str, ...],
     run_pipe_commands: bool,
+    subset: Subset | None,
 ) -> Iterator[tuple[int, ScanJob | list[Shard]]]:
     """Yield the number of each source with its jobs, or with its shards if nothing needs to be read."""
     seen: set[str] = set()
     for number, source in enumerate(sources):
         if isinstance(source, Synthetic):
+            if subset is not None:
+                raise UserError(f"synthetic:{source.samples} has no uids of a subset: leave out one of them")
             sizes = [min(CHUNK, source.samples - first) for first in range(0, source.samples, CHUNK)]
             path = f"synthetic:{source.samples}:{source.pixels}"
             yield number, [Shard("synthetic", path, 0, size, pixels=source.pixels) for size in sizes]
@@ -281,7 +324,7 @@ def _jobs(
                 path = _pipe_output(path, folder, run_pipe_commands)
             size = file_size(path)
             modified = 0 if is_remote(path) else os.stat(path).st_mtime_ns
-            yield number, ScanJob(source, path, (size, modified), folder, image_keys, caption_keys)
+            yield number, ScanJob(source, path, (size, modified), folder, image_keys, caption_keys, subset)
 
 
 def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
@@ -365,6 +408,8 @@ def _document(catalog: Catalog) -> dict[str, Any]:
         "caption_keys": catalog.caption_keys,
         "shards": [dataclasses.asdict(shard) for shard in catalog.shards],
     }
+    if catalog.subset is not None:
+        document["subset"] = dataclasses.asdict(catalog.subset)
     return document | {"checksum": _checksum(document)}
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.catalog.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog, open_catalog
+from experiments.clip.catalog.sources import parse_sources, with_columns
+from experiments.clip.catalog.subset import open_subset
 from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.parser import as_settings
@@ -240,13 +242,18 @@ def catalog(options: MakeCatalog) -> None:
     """Make a catalog, and say what it holds and what it left out."""
     with progress_bar("scanning") as advance:
         made = make_catalog(
-            list(options.sources),
+            with_columns(parse_sources(options.sources), options.image_key, options.caption_key, options.separator),
             options.out,
-            caption_key=options.caption_key,
+            image_keys=options.image_key or IMAGE_KEYS,
+            caption_key=options.caption_key or CAPTION_KEYS,
             workers=options.workers,
             progress=advance,
             run_pipe_commands=options.run_pipe_commands,
+            subset=None if options.uids is None else open_subset(options.uids, options.uid_key),
         )
     console.print(f"catalog    {len(made)} pairs in {len(made.shards)} shards: {made.folder}")
     for reason, count in made.left_out.items():
         console.print(f"left out   {count} for {reason}")
+    incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption"))
+    if incomplete > len(made) and (hint := made.hint()):
+        console.print(f"left out   more than there is: {hint}", markup=False)

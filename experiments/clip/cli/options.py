@@ -70,6 +70,9 @@ class Shards:
     """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number."""
     source_weights: Annotated[str | None, _OF_A_CATALOG] = None
     """How often each source is visited in an epoch, joined by ::, like 1::2; fractions need --resampled."""
+    caption_weights: Annotated[str | None, _OF_A_CATALOG] = None
+    """How often a sample is shown with a caption of each --caption-key of its catalog, joined by ::, like 1::3, among
+    those that it has; all of a sample's captions alike by default."""
     resampled: Annotated[bool, _OF_A_CATALOG] = False
     """Draw samples with replacement, instead of each once per epoch."""
     epoch_samples: Annotated[int | None, AtLeast(1), _OF_A_CATALOG] = None
@@ -175,6 +178,8 @@ class Train:
                 f"--select {selection.select} compares pairs at one temperature, which --temperature-scheme individual "
                 "has not: choose another"
             )
+        if self.shards.reference_features is not None:
+            refuse_if_given(self.shards, "caption_weights", "runs without --reference-features, which are of captions")
         if self.source != "catalog":
             refuse_if_given(self.inputs, "aug_cfg", "--catalog")
         if self.source == "catalog" and (self.split != "train" or self.fraction != 1 or self.data != Data()):
@@ -266,12 +271,22 @@ class MakeCatalog:
     """Count the samples of shards once and give each an index, for `train --catalog`."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Patterns of webdataset shards like data/{00000..00099}.tar, also remote; tables (.csv, .tsv, .parquet) of image
-    paths and captions; or synthetic:N."""
+    """Patterns of webdataset shards like data/{00000..00099}.tar, or folders of them, also remote; tables (.csv, .tsv,
+    .parquet) of image paths and captions; or synthetic:N. They may be joined by ::."""
     out: Path = Path("catalog")
     """Folder of the catalog."""
-    caption_key: tuple[str, ...] = ("txt",)
-    """Members that are captions; json:FIELD is a field of the member json."""
+    image_key: tuple[str, ...] = ()
+    """Members of shards that are images, of which the first that a sample has is its image (jpg, jpeg, png and webp by
+    default); or the column of a table that has their paths (filepath)."""
+    caption_key: tuple[str, ...] = ()
+    """Members of shards that are captions (txt by default), json:FIELD being a field of the member json; or columns of
+    a table (title). A sample may lack some of them."""
+    separator: str = ""
+    """What separates the columns of a table: one character, or tab; by default found in its header."""
+    uids: Path | None = None
+    """Take a subset: a file of DataComp's, sorted uids in .npy, each as many times as it is there."""
+    uid_key: Annotated[str, OnlyWith("--uids", lambda options: options.uids is not None)] = "uid"
+    """The field of the member json, or the column of a table, that has the uid."""
     workers: Annotated[int, NotNegative] = 2
     """Processes that scan."""
     run_pipe_commands: bool = False

@@ -132,6 +132,9 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         "block_shards": shards.block_shards,
     }
     identity = {"data": catalog.fingerprint, "weights": weights, **order}
+    caption_weights: list[float] = []
+    if shards.caption_weights is not None:
+        caption_weights = identity["caption_weights"] = catalog.caption_weights(shards.caption_weights)
     beside: Reference | None = None
     if reference is not None:
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
@@ -148,6 +151,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         skip_limit=shards.skip_limit,
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
+        caption_weights=caption_weights,
         **order,
     )
     console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")

@@ -54,6 +54,8 @@ class Loader:
         Whether batches are put into page-locked memory, which makes copies to a GPU faster.
     reference : Reference, optional
         The reference, whose inputs are collated into each batch.
+    caption_weights : sequence of float
+        Weights of the sources of captions, see `experiments.clip.data.reader.decode`.
 
     Attributes
     ----------
@@ -83,6 +85,7 @@ class Loader:
         skip_limit: float = 0.1,
         pin_memory: bool = False,
         reference: Reference | None = None,
+        caption_weights: Sequence[float] = (),
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
@@ -103,7 +106,8 @@ class Loader:
         self._skip_limit, self._ranks = skip_limit, ranks
         part = _Part(order, self.steps_per_epoch, rank, ranks)
         # At any time, workers read from at most two neighboring blocks.
-        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, reference)
+        reader = Reader(catalog, 2 * block_shards + 2, caption_weights)
+        task = _BatchMaker(part, reader, transform, tokenize, seed, reference)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:

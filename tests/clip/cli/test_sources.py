@@ -1,6 +1,7 @@
 """The one place through which data enter a training."""
 
 import pytest
+from tars import image_bytes, write_tar
 from task_folders import DATACOMP, classification, write_catalog
 
 from experiments.clip.catalog.catalog import make_catalog
@@ -43,6 +44,29 @@ def test_a_reference_beside_a_catalog_runs_or_is_cached(clip, reference, tmp_pat
         open_training_data(
             parse([*words, "--reference-features", str(tmp_path / "none")]), clip, reference, ONE_PROCESS
         )
+
+
+def test_captions_are_weighted_by_their_sources(clip, reference, tmp_path):
+    members = [("a.png", image_bytes(1)), ("a.txt", b"txt"), ("a.alt", b"alt")]
+    shard = write_tar(tmp_path / "x.tar", members)
+    make_catalog(shard, tmp_path / "catalog", caption_key=("txt", "alt"))
+    words = ["train", "--model", "glyph-micro", "--catalog", str(tmp_path / "catalog"), "--caption-weights"]
+    plain = ["--method", "openclip", "--workers", "0"]
+    data = open_training_data(parse([*words, "1::3", *plain]), clip, None, ONE_PROCESS)
+    assert data.identity["caption_weights"] == [1, 3]
+    for text, message in (
+        ("1", "there are 1 weights, '1', for 2 sources of captions: give one for each"),
+        ("1::0", "must be positive: make the catalog without"),
+        ("1::x", "must be numbers joined by ::"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_training_data(parse([*words, text, *plain]), clip, None, ONE_PROCESS)
+    (tmp_path / "t.csv").write_text("filepath,title\na.png,x\n")
+    make_catalog([shard, tmp_path / "t.csv"], tmp_path / "catalog", caption_key=("txt", "alt"))
+    with pytest.raises(UserError, match="of which this catalog's data has 1 or 2: leave them out"):
+        open_training_data(parse([*words, "1::3", *plain]), clip, None, ONE_PROCESS)
+    with pytest.raises(UserError, match="--caption-weights 1::3 has no part in this run: it is for runs without"):
+        parse([*words, "1::3", "--reference", "r", "--reference-features", "f"])
 
 
 def test_tasks_that_are_no_folder_are_refused_before_anything_is_read(clip, tmp_path):
