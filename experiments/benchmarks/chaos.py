@@ -39,6 +39,7 @@ from experiments.clip.glyphs.drawing import glyph_splits
 from experiments.clip.io import files
 from experiments.clip.run import main as run
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint, step_folders, step_number
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 RESULTS = Path(__file__).parent / "results" / "chaos.md"
 PAIRS, SHARD = 300, 60
@@ -46,6 +47,7 @@ PART = "part-0-of-1.safetensors"
 STAGES = ("data", "catalog", "features", "train")
 TRAIN = ("--method", "drrho", "--temperature", "0.1", "--temperature-scheme", "individual", "--rho", "0.1")
 TRAIN = (*TRAIN, "--epochs", "4", "--batch-size", "48", "--warmup", "5", "--ema", "0.9", "--validations", "2")
+TRAIN = (*TRAIN, "--model", "glyph-small", "--reference", str(SHIPPED_REFERENCE), "--lr", "2e-3")
 TRAIN = (*TRAIN, "--logs", "jsonl", "--log-every", "1", "--workers", "1", "--block-shards", "2")
 OFTEN = "0.002"  # minutes between checkpoints: 0.12 s
 PATIENCE = 180.0  # seconds, after which a process counts as hung
@@ -166,7 +168,8 @@ def _all_stages(folder: Path, splits: Splits, ranks: int) -> int:
         if status := run(["catalog", str(shards / "train" / "*.tar"), "--out", str(catalog), "--workers", "0"]):
             return status
         stage("features")
-        words = ["--catalog", str(catalog), "--out", str(features), "--batch-size", "16"]
+        words = ["--catalog", str(catalog), "--reference", str(SHIPPED_REFERENCE), "--out", str(features)]
+        words += ["--batch-size", "16", "--workers", "0"]
         if status := run(["cache-reference", *words]):
             return status
     stage("train")

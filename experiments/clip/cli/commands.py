@@ -26,9 +26,11 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs
 from experiments.clip.evaluation.tasks import TaskScores, check_datacomp, evaluate_task
 from experiments.clip.io.files import ensure_writable, write_json
+from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip, load_model
 from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.sources import register_models
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 def evaluate(options: Evaluate) -> None:
@@ -47,7 +49,8 @@ def evaluate(options: Evaluate) -> None:
         clip = load_model(options.model, options.weights)
         clip.model.to(ranks.device)
         set_float32_products(ranks.device, full=True)
-        encoder = Encoder(clip, ranks, options.batch_size, options.workers, options.precision)
+        workers = usual_workers() if options.workers is None else options.workers
+        encoder = Encoder(clip, ranks, options.batch_size, workers, options.precision)
         results = _Results(options, clip, ranks)
         _score(validation, options.skip_limit, encoder, results)
         if ranks.leads:
@@ -213,7 +216,7 @@ def _stored_json(path: Path) -> dict[str, Any]:
 
 def cache_reference(options: CacheReference) -> None:
     """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
-    reference = load_model(options.reference, options.reference_weights)
+    reference = load_model(options.reference or SHIPPED_REFERENCE, options.reference_weights)
     say_notes(reference)
     if options.catalog is None and launched(os.environ)[1] > 1:
         raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
@@ -233,7 +236,7 @@ def cache_reference(options: CacheReference) -> None:
             precision=options.precision,
             towers=options.towers,
             batch_size=options.batch_size,
-            workers=options.workers,
+            workers=usual_workers() if options.workers is None else options.workers,
             skip_limit=options.skip_limit,
         )
 

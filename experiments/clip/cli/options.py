@@ -25,6 +25,7 @@ from experiments.clip.ranges import (
 )
 from experiments.clip.training.options import (
     SHIPPED_REFERENCE,
+    STEERED,
     CheckpointPolicy,
     Execution,
     LogName,
@@ -66,8 +67,9 @@ class Shards:
 
     catalog: Path | None = None
     """Folder made by `run.py catalog`."""
-    workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
-    """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number."""
+    workers: Annotated[int | None, NotNegative, _OF_A_CATALOG] = None
+    """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number. By
+    default a rank's share of the cores but one, up to 16."""
     source_weights: Annotated[str | None, _OF_A_CATALOG] = None
     """How often each source is visited in an epoch, joined by ::, like 1::2; fractions need --resampled."""
     caption_weights: Annotated[str | None, _OF_A_CATALOG] = None
@@ -95,7 +97,7 @@ class Shards:
 class Train:
     """Train one model; ``--preset NAME``, or ``--config FILE`` of an earlier run, is where other options start from."""
 
-    model: str = "glyph-small"
+    model: str = ""
     """A registered open_clip model, a JSON file with an architecture, or, with its weights, a folder in open_clip's
     local-dir layout or hf-hub:OWNER/NAME."""
     pretrained: Path | None = None
@@ -152,6 +154,11 @@ class Train:
         return self.loss.needs_reference or self.selection.is_on
 
     @property
+    def reference(self) -> Path:
+        """The reference model that is named, or the one that ships with the embedded pairs."""
+        return self.loss.reference or SHIPPED_REFERENCE
+
+    @property
     def pairs_per_step(self) -> int:
         """Pairs that the stream gives each step, over all ranks, at most."""
         return self.optimization.batch_size * self.selection.scored_per_pair
@@ -186,6 +193,22 @@ class Train:
             raise UserError(
                 "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
             )
+        if self.source == "catalog":
+            self._check_models()
+
+    def _check_models(self) -> None:
+        """Refuse to train on a user's data without knowing which model, and which reference."""
+        if not self.model:
+            raise UserError("--catalog needs --model: the model to train, like ViT-B-32")
+        if self.needs_reference and self.loss.reference is None:
+            if self.loss.method in STEERED:
+                option = f"--method {self.loss.method}"
+            else:
+                option = "--distill" if self.loss.distill else f"--select {self.selection.select}"
+            raise UserError(
+                f"{option} needs --reference: the model that steers, like hf-hub:OWNER/NAME, or ViT-B-32 with "
+                "--reference-weights openai (--method openclip, siglip and fastclip train without one)"
+            )
 
 
 @dataclass(frozen=True)
@@ -195,9 +218,9 @@ class CacheReference:
     data: Data = field(default_factory=Data)
     catalog: Path | None = None
     """Folder made by `run.py catalog`, instead of the embedded pairs."""
-    reference: Path = SHIPPED_REFERENCE
+    reference: Path | None = None
     """The reference model: a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or, with --reference-weights, a
-    registered one."""
+    registered one. The embedded pairs have one that ships with them."""
     reference_weights: Path | None = None
     """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
     out: Annotated[Path, _OF_A_CATALOG] = Path("reference-features")
@@ -211,8 +234,8 @@ class CacheReference:
     """Precision of the reference's towers, by autocast."""
     batch_size: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 256
     """Samples that go through the reference at a time."""
-    workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
-    """Processes of a rank that read and decode."""
+    workers: Annotated[int | None, NotNegative, _OF_A_CATALOG] = None
+    """Processes of a rank that read and decode; by default its share of the cores but one, up to 16."""
     skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of a shard's samples that may turn out to be unusable."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -224,6 +247,8 @@ class CacheReference:
         """Refuse options of the embedded pairs beside a catalog."""
         if self.catalog is not None and self.data != Data():
             raise UserError("--catalog takes the place of --captions, --size and --cache: leave those out")
+        if self.catalog is not None and self.reference is None:
+            raise UserError("--catalog needs --reference: the model whose features to store, like hf-hub:OWNER/NAME")
 
 
 @dataclass(frozen=True)
@@ -244,8 +269,8 @@ class Evaluate:
     """Share of the held-out pairs that may turn out to be unusable."""
     batch_size: Annotated[int, AtLeast(1), _WITH_DATA] = 64
     """Images, or texts, per call of the model."""
-    workers: Annotated[int, NotNegative, _WITH_DATA] = 0
-    """Processes of a rank that read and decode."""
+    workers: Annotated[int | None, NotNegative, _WITH_DATA] = None
+    """Processes of a rank that read and decode; by default its share of the cores but one, up to 16."""
     precision: Annotated[TowerPrecision, _WITH_DATA] = "float32"
     """Precision of the towers, by autocast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

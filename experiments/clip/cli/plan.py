@@ -6,7 +6,7 @@ torch's own counter, and what the backward pass keeps is what autograd saves the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import open_clip
@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
 from experiments.clip.cli.building import input_options
-from experiments.clip.cli.options import Plan
+from experiments.clip.cli.options import Plan, Train
 from experiments.clip.cli.terminal import console
-from experiments.clip.io.workers import AHEAD
+from experiments.clip.io.workers import AHEAD, usual_workers
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.options import Execution
 
@@ -26,7 +26,7 @@ _FLOAT = 4  # bytes
 
 def run(options: Plan) -> None:
     """Print what a run would take."""
-    train, loss = options.train, options.train.loss
+    train, loss = as_on_a_gpu(options.train), options.train.loss
     estimate = estimated(
         cost_of(train.model, checkpointing=train.execution.activation_checkpointing, **input_options(train.inputs)),
         samples=options.samples,
@@ -42,9 +42,19 @@ def run(options: Plan) -> None:
         individual_temperatures=loss.temperature_scheme == "individual",
         running=loss.is_running,
         ema=train.optimization.ema is not None,
-        workers=train.shards.workers,
+        workers=train.shards.workers or 0,
     )
     console.print(described(estimate))
+
+
+def as_on_a_gpu(train: Train) -> Train:
+    """Return options with what a GPU's rank takes, on a machine like this one, where they were not given."""
+    shards, execution = train.shards, train.execution
+    if shards.workers is None:
+        shards = replace(shards, workers=usual_workers())
+    if execution.precision is None:
+        execution = replace(execution, precision="bfloat16")
+    return replace(train, shards=shards, execution=execution)
 
 
 class Cost(NamedTuple):

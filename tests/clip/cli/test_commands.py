@@ -78,6 +78,7 @@ def test_a_subset_is_named_by_its_uids(tmp_path, capsys):
 def test_features_of_a_catalog_are_computed_once(tmp_path, capsys):
     assert main(["catalog", "synthetic:8:32", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
     words = ["cache-reference", "--catalog", str(tmp_path / "catalog"), "--out", str(tmp_path / "features")]
+    words += ["--reference", str(SHIPPED_REFERENCE)]
     assert main(words) == 0
     assert "computed 8 rows" in capsys.readouterr().out
     assert main(words) == 0
