@@ -77,7 +77,7 @@ def _target(options: Train, ranks: Ranks) -> Clip:
         more["nonscalar_logit_scale"] = True
     sigmoid = options.loss.method == "siglip"
     clip = new_model(options.model, options.seed, sigmoid=sigmoid, weights=options.pretrained, **more)
-    unlocked = dict.fromkeys(options.lock, options.unlocked_groups)
+    unlocked: dict[str, int] = {tower: options.unlocked_groups for tower in options.lock}
     if options.unlocked_text_groups is not None:
         unlocked["text"] = options.unlocked_text_groups
     lock_towers(clip.model, unlocked)
