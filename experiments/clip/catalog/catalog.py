@@ -98,6 +98,8 @@ class Catalog:
     def hint(self) -> str:
         """Return what may help where samples were left out, by the first shard of which some were; empty if unknown."""
         for shard in self.shards:
+            if "URL" in shard.left_out:
+                return "download its images, into shards by img2dataset --output_format webdataset"
             if shard.kind == "tar" and {"no image", "no caption"} & set(shard.left_out):
                 return layout_hint(shard.path, shard.bytes, self.image_keys, self.caption_keys)
         return ""
