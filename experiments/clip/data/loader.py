@@ -89,7 +89,7 @@ class Loader:
         if batch_size < ranks:
             raise UserError(f"the global batch size must be at least the number of ranks, {ranks}, got {batch_size}")
         order = Order(
-            [shard.samples for shard in catalog.shards],
+            catalog.shards.samples.tolist(),
             seed=seed,
             weights=catalog.shard_weights(weights),
             block_shards=block_shards,
