@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from experiments.clip.catalog.catalog import Catalog
 from experiments.clip.data.batch import Batch, Reference
 from experiments.clip.data.draws import Draws, random_state_restored, visit_draws
-from experiments.clip.data.order import Order, Visits
+from experiments.clip.data.order import Order, Visits, bounds
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
 from experiments.clip.errors import UserError
 from experiments.clip.io.workers import Workers
@@ -163,21 +163,14 @@ class _Part(NamedTuple):
     ranks: int
 
     def visits(self, epoch: int, step: int) -> Visits:
-        start, stop = _bounds(self.order.samples, self.steps, step)
-        first, last = _bounds(stop - start, self.ranks, self.rank)
+        start, stop = bounds(self.order.samples, self.steps, step)
+        first, last = bounds(stop - start, self.ranks, self.rank)
         return self.order.visits(epoch, start + first, start + last)
 
     @property
     def size(self) -> int:
         """The number of visits of the largest part."""
         return math.ceil(math.ceil(self.order.samples / self.steps) / self.ranks)
-
-
-def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
-    """Return start and end of a part of ``total``; sizes of parts differ by at most one, the larger ones come first."""
-    size, larger = divmod(total, parts)
-    start = part * size + min(part, larger)
-    return start, start + size + (part < larger)
 
 
 class _BatchMaker:
