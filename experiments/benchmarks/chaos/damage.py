@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from experiments.benchmarks.chaos.ends import Verdict
 from experiments.benchmarks.chaos.runs import Run
 from experiments.benchmarks.chaos.trials import Trials, said_clearly
+from experiments.clip.catalog.catalog import open_catalog
 from experiments.clip.io.checksums import MANIFEST
 
 PART = "part-0-of-1.safetensors"
@@ -46,11 +47,11 @@ def all_checkpoints(trials: Trials) -> Verdict:
     return trials.resumed(begun.folder, ended.replace("one line", "refused by name"))
 
 
-def refused(trials: Trials, pattern: str, name: str) -> Verdict:
+def refused(trials: Trials, choose: Callable[[Path], list[Path]], name: str) -> Verdict:
     """Change a bit of a file that training reads; the run is refused by name, and resumed with the file put back."""
     begun = trials.in_training()
     begun.kill()
-    path = trials.random.choice(sorted(begun.folder.glob(pattern)))
+    path = trials.random.choice(choose(begun.folder))
     content = path.read_bytes()
     path.unlink()  # it is the same file in the folders of other trials
     path.write_bytes(content)
@@ -58,6 +59,12 @@ def refused(trials: Trials, pattern: str, name: str) -> Verdict:
     ended = said_clearly(Run(begun.folder, trials.splits), 2, name)
     path.write_bytes(content)
     return trials.resumed(begun.folder, ended.replace("one line", "refused by name"))
+
+
+def indexes_of(folder: Path) -> list[Path]:
+    """Return the indexes that the catalog of a run names."""
+    catalog = open_catalog(folder / "catalog", verify=False)
+    return [catalog.folder / shard.index for shard in catalog.shards]
 
 
 def flip(trials: Trials, path: Path) -> None:
@@ -110,7 +117,7 @@ DAMAGES: dict[str, Callable[[Trials], Verdict]] = {
 DAMAGES |= {
     "a bit of every checkpoint changed": all_checkpoints,
     "a bit of the cached features changed": lambda trials: refused(
-        trials, "features/*.safetensors", "reference features"
+        trials, lambda folder: sorted((folder / "features").glob("*.safetensors")), "reference features"
     ),
-    "a bit of an index changed": lambda trials: refused(trials, "catalog/index/*.npy", "index/"),
+    "a bit of an index changed": lambda trials: refused(trials, indexes_of, "index/"),
 }

@@ -161,10 +161,21 @@ def make_catalog(
         left_out = sum((Counter(shard.left_out) for shard in shards), Counter())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "no members"
         raise UserError(f"the data has no sample with image and caption ({reasons}): check --caption-key and files")
-    described, keys = tuple(_describe(source) for source in parsed), tuple(image_keys)
+    return write_catalog(folder, parsed, tuple(image_keys), caption_keys, shards)
+
+
+def write_catalog(
+    folder: Path,
+    sources: Sequence[Source],
+    image_keys: tuple[str, ...],
+    caption_keys: tuple[str, ...],
+    shards: Sequence[Shard],
+) -> Catalog:
+    """Write the files of a catalog of shards that were scanned, and return it."""
     digests = write_shards(folder, shards)
-    fingerprint = _fingerprint(shards, keys, caption_keys)
-    catalog = Catalog(folder, described, keys, caption_keys, open_shards(folder, digests), fingerprint)
+    fingerprint = _fingerprint(shards, image_keys, caption_keys)
+    described = tuple(_describe(source) for source in sources)
+    catalog = Catalog(folder, described, image_keys, caption_keys, open_shards(folder, digests), fingerprint)
     write_json(folder / _CATALOG, _document(catalog, digests))
     remove_other_shards(folder, digests)
     return catalog

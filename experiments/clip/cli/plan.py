@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
 from experiments.clip.cli.building import input_options
@@ -21,8 +22,23 @@ _FLOAT = 4  # bytes
 _PAIRS_OF_A_SHARD = 10_000  # img2dataset's
 
 
+class Planned(NamedTuple):
+    """What a run takes: of its devices, of the network, and of the storage for data and for a checkpoint."""
+
+    estimate: Estimate
+    messages: list[Exchange]
+    data: Reading
+    checkpoint: Saving
+
+
 def run(options: Plan) -> None:
     """Print what a run would take."""
+    found = planned(options)
+    console.print("\n".join([*described(found.estimate), *described_traffic(*found[1:])]))
+
+
+def planned(options: Plan) -> Planned:
+    """Return what a run would take."""
     train, loss, execution = options.train, options.train.loss, options.train.execution
     cost = cost_of(
         train.model,
@@ -69,7 +85,7 @@ def run(options: Plan) -> None:
         cached_features=train.needs_reference and train.shards.reference_features is not None,
     )
     checkpoint = saving(estimate.checkpoint, options.ranks, 1e9 * options.writing_gigabytes)
-    console.print("\n".join([*described(estimate), *described_traffic(messages, data, checkpoint)]))
+    return Planned(estimate, messages, data, checkpoint)
 
 
 @dataclass(frozen=True)
