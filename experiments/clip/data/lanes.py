@@ -1,8 +1,9 @@
 """An order of an epoch for storage where every request costs: samples are read in blocks, each once, by one rank.
 
 A batch is divided into lanes, the same ones in every batch, and each lane visits shards of its own, so that a rank
-reads those of its lanes only. The number of lanes follows from the size of the batch, not from the number of ranks: the order
-is a pure function of (seed, epoch, catalog, batch size), and a run goes on in the middle on another number of ranks.
+reads those of its lanes only. The number of lanes follows from the size of the batch, not from the number of ranks: the
+order is a pure function of (seed, epoch, catalog, batch size), and a run resumes in the middle of an epoch on another
+number of ranks.
 
 - The shards are shuffled, laid end to end, and cut into one stretch for each lane.
 - The shards of a stretch are cut into blocks, runs of neighboring samples of about ``block_bytes``, or left whole.

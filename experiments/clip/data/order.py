@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -52,6 +53,30 @@ def bounds(total: int, parts: int, part: int) -> tuple[int, int]:
     size, larger = divmod(total, parts)
     start = part * size + min(part, larger)
     return start, start + size + (part < larger)
+
+
+class RankPart(NamedTuple):
+    """A rank's part of every batch of an epoch, which has ``steps`` of them."""
+
+    order: Visiting
+    steps: int
+    rank: int
+    ranks: int
+
+    def positions(self, step: int) -> tuple[int, int]:
+        """Return first and stop of the part's positions in the epoch."""
+        start, stop = bounds(self.order.samples, self.steps, step)
+        first, last = self.order.part(stop - start, self.rank, self.ranks)
+        return start + first, start + last
+
+    def visits(self, epoch: int, step: int) -> Visits:
+        """Return the part's visits."""
+        return self.order.visits(epoch, *self.positions(step))
+
+    @property
+    def size(self) -> int:
+        """The number of visits of the largest part."""
+        return math.ceil(math.ceil(self.order.samples / self.steps) / self.ranks)
 
 
 def checked_weights(counts: np.ndarray, weights: Sequence[float] | None, resampled: bool) -> np.ndarray:
