@@ -4,9 +4,10 @@
 members, and named by their index, because keys may repeat within a shard and across shards. Those without an image or a
 caption are left out, and counted by reason.
 
-In the catalog's folder, ``catalog.json`` lists the shards, and ``index/`` holds an npy file for each of them, with the
-offsets and sizes of its samples' members. ``journal.jsonl`` records each shard when its scan is finished, so that an
-interrupted scan resumes, and a scan of more shards, or of changed ones, reads only those.
+In the catalog's folder, ``catalog.json`` names the files that list the shards (`experiments.clip.catalog.shards`), and
+``index/`` holds an npy file for each of them, with the offsets and sizes of its samples' members. ``journal.jsonl``
+records each shard when its scan is finished, so that an interrupted scan resumes, and a scan of more shards, or of
+changed ones, reads only those.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import dataclasses
 import json
 import os
 import subprocess
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from experiments.clip.catalog.scan import (
     heads_digest,
     scan,
 )
+from experiments.clip.catalog.shards import Shards, open_shards, remove_other_shards, write_shards
 from experiments.clip.catalog.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
@@ -46,6 +47,7 @@ from experiments.clip.io.workers import Workers
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 _CATALOG = "catalog.json"
+_CATALOG_FORMAT = 2
 _JOURNAL = "journal.jsonl"
 _CONCURRENT_CHECKS = 16
 
@@ -62,12 +64,11 @@ class Catalog:
     sources: tuple[dict[str, Any], ...]
     image_keys: tuple[str, ...]
     caption_keys: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: Shards
     fingerprint: str
 
     def __len__(self) -> int:
-        last = self.shards[-1]
-        return last.first_index + last.samples
+        return int(self.shards.firsts[-1] + self.shards.samples[-1])
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -83,7 +84,7 @@ class Catalog:
         """Return the shard of a sample and the sample's row in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}: the catalog has {len(self)}")
-        shard = self.shards[bisect_right(self._firsts, index) - 1]
+        shard = self.shards[int(np.searchsorted(self.shards.firsts, index, side="right")) - 1]
         return shard, index - shard.first_index
 
     def shard_weights(self, weights: Sequence[float] | None) -> list[float] | None:
@@ -92,12 +93,7 @@ class Catalog:
             return None
         if len(weights) != len(self.sources):
             raise UserError(f"there are {len(weights)} weights for {len(self.sources)} sources: give one for each")
-        return [float(weights[shard.source]) for shard in self.shards]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_firsts", [shard.first_index for shard in self.shards])
-
-    _firsts: list[int] = field(init=False, repr=False, compare=False)
+        return np.asarray(weights, np.float64)[self.shards.sources].tolist()
 
 
 def make_catalog(
@@ -161,13 +157,27 @@ def make_catalog(
         for shard in journal.done[job.name] if isinstance(job, ScanJob) else job:
             shards.append(dataclasses.replace(shard, source=source, first_index=first))
             first += shards[-1].samples
-    described = tuple(_describe(source) for source in parsed)
-    catalog = Catalog(folder, described, tuple(image_keys), caption_keys, tuple(shards), "")
     if not first:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in catalog.left_out.items()) or "no members"
+        left_out = sum((Counter(shard.left_out) for shard in shards), Counter())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "no members"
         raise UserError(f"the data has no sample with image and caption ({reasons}): check --caption-key and files")
-    catalog = dataclasses.replace(catalog, fingerprint=_fingerprint(catalog))
-    write_json(folder / _CATALOG, _document(catalog))
+    return write_catalog(folder, parsed, tuple(image_keys), caption_keys, shards)
+
+
+def write_catalog(
+    folder: Path,
+    sources: Sequence[Source],
+    image_keys: tuple[str, ...],
+    caption_keys: tuple[str, ...],
+    shards: Sequence[Shard],
+) -> Catalog:
+    """Write the files of a catalog of shards that were scanned, and return it."""
+    digests = write_shards(folder, shards)
+    fingerprint = _fingerprint(shards, image_keys, caption_keys)
+    described = tuple(_describe(source) for source in sources)
+    catalog = Catalog(folder, described, image_keys, caption_keys, open_shards(folder, digests), fingerprint)
+    write_json(folder / _CATALOG, _document(catalog, digests))
+    remove_other_shards(folder, digests)
     return catalog
 
 
@@ -177,7 +187,7 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
     Parameters
     ----------
     verify : bool
-        Check that all shards still have their sizes and, if local, the headers of their first and last samples.
+        Whether to `check_shards`, all of them.
 
     Raises
     ------
@@ -188,32 +198,43 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
     path = folder / _CATALOG
     try:
         document = json.loads(path.read_bytes())
-        if document["format"] != FORMAT:
-            raise ValueError(f"its format is {document['format']!r}, this program reads {FORMAT}")
+        if document["format"] != _CATALOG_FORMAT:
+            raise ValueError(f"its format is {document['format']!r}, this program reads {_CATALOG_FORMAT}")
+        if document["checksum"] != _checksum(document):
+            raise ValueError("it is not as it was written, its checksum differs")
         catalog = Catalog(
             folder,
             tuple(document["sources"]),
             tuple(document["image_keys"]),
             tuple(document["caption_keys"]),
-            tuple(Shard(**shard) for shard in document["shards"]),
+            open_shards(folder, document["shards"]),
             document["fingerprint"],
         )
-        if catalog.fingerprint != _fingerprint(catalog):
-            raise ValueError("its fingerprint does not match its contents")
-        if document.get("checksum", (whole := _checksum(document))) != whole:
-            raise ValueError("it is not as it was written, its checksum differs")
     except FileNotFoundError as error:
+        if path.exists():
+            raise UserError(f"{error.filename} is missing: make the catalog again") from error
         raise UserError(f"there is no catalog in {folder}: make it from the data first") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot understand {path} ({error!r}): make the catalog again") from error
     if verify:
-        with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
-            for problem in pool.map(lambda shard: _problem(catalog, shard), catalog.shards):
-                if problem:
-                    raise UserError(f"the catalog {folder} no longer fits: {problem}: make it again")
+        check_shards(catalog, range(len(catalog.shards)))
     return catalog
+
+
+def check_shards(catalog: Catalog, numbers: Iterable[int]) -> None:
+    """Check that shards of these numbers still have their sizes and, if local, the headers of first and last samples.
+
+    Raises
+    ------
+    UserError
+        If one no longer fits.
+    """
+    with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
+        for problem in pool.map(lambda number: _problem(catalog, catalog.shards[number]), numbers):
+            if problem:
+                raise UserError(f"the catalog {catalog.folder} no longer fits: {problem}: make it again")
 
 
 def data_path(catalog: Catalog, shard: Shard) -> str:
@@ -354,22 +375,22 @@ def _checksum(document: dict[str, Any]) -> str:
     return digest_of(canonical({key: value for key, value in document.items() if key != "checksum"}))
 
 
-def _document(catalog: Catalog) -> dict[str, Any]:
+def _document(catalog: Catalog, digests: dict[str, str]) -> dict[str, Any]:
     document = {
-        "format": FORMAT,
+        "format": _CATALOG_FORMAT,
         "fingerprint": catalog.fingerprint,
         "samples": len(catalog),
         "left_out": catalog.left_out,
         "sources": catalog.sources,
         "image_keys": catalog.image_keys,
         "caption_keys": catalog.caption_keys,
-        "shards": [dataclasses.asdict(shard) for shard in catalog.shards],
+        "shards": digests,
     }
     return document | {"checksum": _checksum(document)}
 
 
-def _fingerprint(catalog: Catalog) -> str:
-    shards = [
+def _fingerprint(shards: Sequence[Shard], image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> str:
+    described = [
         [
             shard.kind,
             shard.heads if shard.kind == "table" else os.path.basename(shard.path),
@@ -379,6 +400,6 @@ def _fingerprint(catalog: Catalog) -> str:
             shard.index_sha256,
             shard.pixels,
         ]
-        for shard in catalog.shards
+        for shard in shards
     ]
-    return digest_of(canonical([FORMAT, catalog.image_keys, catalog.caption_keys, shards]))
+    return digest_of(canonical([FORMAT, image_keys, caption_keys, described]))

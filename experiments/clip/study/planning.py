@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from experiments.clip.cli.cost import cost_of
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings
-from experiments.clip.cli.plan import cost_of
 from experiments.clip.glyphs.source import dataset_settings
 from experiments.clip.models.clip import fingerprint_of
 from experiments.clip.study.grid import STUDIES, Cell, Tuned, reference_cell
