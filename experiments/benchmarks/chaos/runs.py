@@ -24,7 +24,8 @@ STAGES = ("data", "catalog", "features", "train")
 TRAIN = ("--method", "drrho", "--temperature", "0.1", "--temperature-scheme", "individual", "--rho", "0.1")
 TRAIN = (*TRAIN, "--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--warmup", "5", "--ema", "0.9")
 TRAIN = (*TRAIN, "--validations", "2", "--log-to", "jsonl", "--log-every", "1", "--workers", "1")
-TRAIN = (*TRAIN, "--block-shards", "2")
+TRAIN = (*TRAIN, "--block-shards", "2", "--model", "glyph-small", "--reference", str(SHIPPED_REFERENCE))
+TRAIN = (*TRAIN, "--lr", "2e-3")
 OFTEN = "0.002"  # minutes between checkpoints: 0.12 s
 PATIENCE = 180.0  # seconds, after which a process counts as hung
 STEPS = EPOCHS * -(-PAIRS // BATCH)
@@ -141,7 +142,8 @@ def _all_stages(folder: Path, splits: Splits, ranks: int) -> int:
         if status := run(["catalog", str(shards / "train" / "*.tar"), "--out", str(catalog), "--workers", "0"]):
             return status
         stage("features")
-        words = ["--catalog", str(catalog), "--out", str(features), "--batch-size", "16"]
+        words = ["--catalog", str(catalog), "--reference", str(SHIPPED_REFERENCE), "--out", str(features)]
+        words += ["--batch-size", "16", "--workers", "0"]
         if status := run(["cache-reference", *words]):
             return status
     stage("train")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 from collections import Counter
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from experiments.clip.catalog.index import map_index
+from experiments.clip.catalog.layout import layout_hint
 from experiments.clip.catalog.scan import (
     CHUNK,
     FORMAT,
@@ -38,13 +40,24 @@ from experiments.clip.catalog.scan import (
     scan,
 )
 from experiments.clip.catalog.shards import Shards, open_shards, remove_other_shards, write_shards
-from experiments.clip.catalog.sources import PIPE, Source, Synthetic, Table, expand, parse_sources
+from experiments.clip.catalog.sources import (
+    PIPE,
+    Source,
+    Synthetic,
+    Table,
+    TarPattern,
+    expand,
+    parse_sources,
+    parse_weights,
+)
+from experiments.clip.catalog.subset import Subset
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
 from experiments.clip.io.storage import file_size, is_remote, open_seekable
 from experiments.clip.io.workers import Workers
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+CAPTION_KEYS = ("txt",)
 
 _CATALOG = "catalog.json"
 _CATALOG_FORMAT = 2
@@ -66,6 +79,7 @@ class Catalog:
     caption_keys: tuple[str, ...]
     shards: Shards
     fingerprint: str
+    subset: Subset | None = None
 
     def __len__(self) -> int:
         return int(self.shards.firsts[-1] + self.shards.samples[-1])
@@ -79,6 +93,10 @@ class Catalog:
     def damaged(self) -> list[str]:
         """A line for each damaged shard that says where and how it is damaged."""
         return [f"{shard.path}: {shard.damage}" for shard in self.shards if shard.damage]
+
+    def hint(self) -> str:
+        """Return what may help where samples were left out, by the first shard of which some were; empty if unknown."""
+        return _hint(self.shards, self.image_keys, self.caption_keys)
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """Return the shard of a sample and the sample's row in it."""
@@ -95,16 +113,31 @@ class Catalog:
             raise UserError(f"there are {len(weights)} weights for {len(self.sources)} sources: give one for each")
         return np.asarray(weights, np.float64)[self.shards.sources].tolist()
 
+    def caption_weights(self, text: str) -> list[float]:
+        """Parse a weight for each source of captions: for each type of member, and each column of every table."""
+        counts = {len(own["captions"]) for own in self.sources if own["kind"] == Table.kind}
+        counts |= {len(self.caption_keys)} if any(own["kind"] == TarPattern.kind for own in self.sources) else set()
+        if len(counts) != 1:
+            raise UserError(
+                f"the weights {text!r} are for sources of captions, of which this catalog's data has "
+                f"{' or '.join(map(str, sorted(counts))) or 'none'}: leave them out"
+            )
+        weights = parse_weights(text, counts.pop(), "sources of captions")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise UserError(f"the weights {text!r} must be positive: make the catalog without captions of no weight")
+        return weights
+
 
 def make_catalog(
     sources: str | Path | Source | Sequence[str | Path | Source],
     folder: Path,
     *,
     image_keys: Sequence[str] = IMAGE_KEYS,
-    caption_key: str | Sequence[str] = "txt",
+    caption_key: str | Sequence[str] = CAPTION_KEYS,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     run_pipe_commands: bool = False,
+    subset: Subset | None = None,
 ) -> Catalog:
     """Scan the data and write its catalog; an earlier scan is resumed, and unchanged shards are not scanned again.
 
@@ -127,6 +160,8 @@ def make_catalog(
         Called with the number of tar files and tables that are scanned, and their total.
     run_pipe_commands : bool
         Whether to run the shell commands of ``pipe:`` sources, which are refused otherwise.
+    subset : Subset, optional
+        The samples to take, each as many times as it is named. Of these the member ``json`` is read too.
 
     Raises
     ------
@@ -139,7 +174,7 @@ def make_catalog(
     if not image_keys or not caption_keys or not all((*image_keys, *caption_keys)):
         raise UserError(f"images {list(image_keys)} and captions {list(caption_keys)} must each have a type of member")
     ensure_writable(folder)
-    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands))
+    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset))
     journal = _Journal(folder)
     todo = [job for _, job in jobs if isinstance(job, ScanJob) and job.name not in journal.done]
     total = sum(isinstance(job, ScanJob) for _, job in jobs)
@@ -160,8 +195,9 @@ def make_catalog(
     if not first:
         left_out = sum((Counter(shard.left_out) for shard in shards), Counter())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "no members"
-        raise UserError(f"the data has no sample with image and caption ({reasons}): check --caption-key and files")
-    return write_catalog(folder, parsed, tuple(image_keys), caption_keys, shards)
+        hint = _hint(shards, tuple(image_keys), caption_keys) or "check --image-key, --caption-key and files"
+        raise UserError(f"the data has no sample with image and caption ({reasons}): {hint}")
+    return write_catalog(folder, parsed, tuple(image_keys), caption_keys, shards, subset)
 
 
 def write_catalog(
@@ -170,12 +206,13 @@ def write_catalog(
     image_keys: tuple[str, ...],
     caption_keys: tuple[str, ...],
     shards: Sequence[Shard],
+    subset: Subset | None = None,
 ) -> Catalog:
     """Write the files of a catalog of shards that were scanned, and return it."""
     digests = write_shards(folder, shards)
     fingerprint = _fingerprint(shards, image_keys, caption_keys)
     described = tuple(_describe(source) for source in sources)
-    catalog = Catalog(folder, described, image_keys, caption_keys, open_shards(folder, digests), fingerprint)
+    catalog = Catalog(folder, described, image_keys, caption_keys, open_shards(folder, digests), fingerprint, subset)
     write_json(folder / _CATALOG, _document(catalog, digests))
     remove_other_shards(folder, digests)
     return catalog
@@ -209,6 +246,7 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
             tuple(document["caption_keys"]),
             open_shards(folder, document["shards"]),
             document["fingerprint"],
+            Subset(**document["subset"]) if "subset" in document else None,
         )
     except FileNotFoundError as error:
         if path.exists():
@@ -284,11 +322,14 @@ def _jobs(
     image_keys: tuple[str, ...],
     caption_keys: tuple[str, ...],
     run_pipe_commands: bool,
+    subset: Subset | None,
 ) -> Iterator[tuple[int, ScanJob | list[Shard]]]:
     """Yield the number of each source with its jobs, or with its shards if nothing needs to be read."""
     seen: set[str] = set()
     for number, source in enumerate(sources):
         if isinstance(source, Synthetic):
+            if subset is not None:
+                raise UserError(f"synthetic:{source.samples} has no uids of a subset: leave out one of them")
             sizes = [min(CHUNK, source.samples - first) for first in range(0, source.samples, CHUNK)]
             path = f"synthetic:{source.samples}:{source.pixels}"
             yield number, [Shard("synthetic", path, 0, size, pixels=source.pixels) for size in sizes]
@@ -302,7 +343,7 @@ def _jobs(
                 path = _pipe_output(path, folder, run_pipe_commands)
             size = file_size(path)
             modified = 0 if is_remote(path) else os.stat(path).st_mtime_ns
-            yield number, ScanJob(source, path, (size, modified), folder, image_keys, caption_keys)
+            yield number, ScanJob(source, path, (size, modified), folder, image_keys, caption_keys, subset)
 
 
 def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
@@ -366,6 +407,13 @@ class _Journal:
         return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
+def _hint(shards: Iterable[Shard], image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> str:
+    for shard in shards:
+        if shard.kind == "tar" and {"no image", "no caption"} & set(shard.left_out):
+            return layout_hint(shard.path, shard.bytes, image_keys, caption_keys)
+    return ""
+
+
 def _describe(source: Source) -> dict[str, Any]:
     # In JSON's types, so that it equals what is read back.
     return json.loads(canonical({"kind": source.kind, **dataclasses.asdict(source)}))
@@ -386,6 +434,8 @@ def _document(catalog: Catalog, digests: dict[str, str]) -> dict[str, Any]:
         "caption_keys": catalog.caption_keys,
         "shards": digests,
     }
+    if catalog.subset is not None:
+        document["subset"] = dataclasses.asdict(catalog.subset)
     return document | {"checksum": _checksum(document)}
 
 

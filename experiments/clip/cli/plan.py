@@ -6,16 +6,16 @@ Nothing is trained and no weights are made: `experiments.clip.cli.cost` counts o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
 from experiments.clip.cli.building import input_options
 from experiments.clip.cli.cost import Cost, cost_of
-from experiments.clip.cli.options import Plan
+from experiments.clip.cli.options import Plan, Train
 from experiments.clip.cli.terminal import console
 from experiments.clip.cli.traffic import Exchange, Reading, Saving, exchanges, reading, saving
-from experiments.clip.io.workers import AHEAD
+from experiments.clip.io.workers import AHEAD, usual_workers
 from experiments.clip.training.options import Execution
 
 _FLOAT = 4  # bytes
@@ -39,7 +39,8 @@ def run(options: Plan) -> None:
 
 def planned(options: Plan) -> Planned:
     """Return what a run would take."""
-    train, loss, execution = options.train, options.train.loss, options.train.execution
+    train = as_on_a_gpu(options.train)
+    loss, execution = train.loss, train.execution
     cost = cost_of(
         train.model,
         checkpointing=execution.activation_checkpointing,
@@ -62,7 +63,7 @@ def planned(options: Plan) -> Planned:
         utilization=options.utilization,
         reference_width=reference_width,
         ema=train.optimization.ema is not None,
-        workers=train.shards.workers,
+        workers=train.shards.workers or 0,
         **state,
     )
     messages = exchanges(
@@ -86,6 +87,16 @@ def planned(options: Plan) -> Planned:
     )
     checkpoint = saving(estimate.checkpoint, options.ranks, 1e9 * options.writing_gigabytes)
     return Planned(estimate, messages, data, checkpoint)
+
+
+def as_on_a_gpu(train: Train) -> Train:
+    """Return options with what a GPU's rank takes, on a machine like this one, where they were not given."""
+    shards, execution = train.shards, train.execution
+    if shards.workers is None:
+        shards = replace(shards, workers=usual_workers())
+    if execution.precision is None:
+        execution = replace(execution, precision="bfloat16")
+    return replace(train, shards=shards, execution=execution)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
 from experiments.clip.evaluation.task_files import Task
 from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
+from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
@@ -132,31 +133,37 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         "block_shards": shards.block_shards,
     }
     identity = {"data": catalog.fingerprint, "weights": weights, **order}
+    caption_weights: list[float] = []
+    if shards.caption_weights is not None:
+        caption_weights = identity["caption_weights"] = catalog.caption_weights(shards.caption_weights)
     beside: Reference | None = None
     if reference is not None:
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
+    workers = usual_workers() if shards.workers is None else shards.workers
     loader = Loader(
         catalog,
         clip.in_bytes(clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,
-        workers=shards.workers,
+        workers=workers,
         rank=ranks.rank,
         ranks=ranks.count,
         weights=weights,
         skip_limit=shards.skip_limit,
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
+        caption_weights=caption_weights,
         **order,
     )
-    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
+    steps = loader.steps_per_epoch
+    console.print(f"data       {len(catalog)} pairs of {folder}, {steps} steps an epoch, {workers} workers a rank")
     encoder = Encoder(
         clip,
         ranks,
         shards.validation_batch_size or VALIDATION_BATCH,
-        shards.workers,
-        options.execution.precision,
+        workers,
+        options.execution.precision or "float32",
         tf32=not options.execution.full_float32,
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)

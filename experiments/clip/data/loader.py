@@ -61,6 +61,8 @@ class Loader:
         Whether batches are put into page-locked memory, which makes copies to a GPU faster.
     reference : Reference, optional
         The reference, whose inputs are collated into each batch.
+    caption_weights : sequence of float
+        Weights of the sources of captions, see `experiments.clip.data.reader.decode`.
 
     Attributes
     ----------
@@ -92,6 +94,7 @@ class Loader:
         skip_limit: float = 0.1,
         pin_memory: bool = False,
         reference: Reference | None = None,
+        caption_weights: Sequence[float] = (),
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
@@ -112,7 +115,7 @@ class Loader:
         part = RankPart(order, self.steps_per_epoch, rank, ranks)
         self._copies = LocalCopies(copies) if isinstance(order, Lanes) else None
         # At any time, workers read from at most two neighboring blocks.
-        reader = Reader(catalog, kept=2 * block_shards + 2, storage=self._copies)
+        reader = Reader(catalog, 2 * block_shards + 2, caption_weights, self._copies)
         feed = BlockFeed(part, reader, self._copies, reading == "shards") if self._copies is not None else None
         task = _BatchMaker(part, reader, feed, transform, tokenize, seed, reference)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)

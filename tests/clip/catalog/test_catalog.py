@@ -54,7 +54,7 @@ def test_nothing_in_the_folder_is_a_pickle(shards, tmp_path):
 
 def test_no_sample_at_all_is_an_error(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("a.txt", b"x")])
-    with pytest.raises(UserError, match=r"no sample with image and caption \(no image: 1\): check --caption-key"):
+    with pytest.raises(UserError, match=r"no sample with image and caption \(no image: 1\): --image-key names"):
         make_catalog(path, tmp_path / "catalog")
     assert not (tmp_path / "catalog/catalog.json").exists()
 
@@ -95,7 +95,7 @@ def test_sources_are_numbered_in_order(tmp_path):
         ("data/{00000..00004}.tar", r"2 of its 5 files are missing, the first is .*/data/00003.tar: correct"),
         ("data/*.tgz", "no file matches: correct the pattern"),
         ("data/{00000.tar", r"braces of .* do not match"),
-        ("data", r"is a folder: name its tar files"),
+        ("data/..", r"has no file that ends in .tar: name folders in it, like data/../data, or all shards"),
         ("", "a source has no name"),
         ("data/00000.tar::data/0000*.tar", "00000.tar is listed twice: list it once and give its source a weight"),
         ("pipe:touch pwned", r"would run a shell command: allow it with run_pipe_commands"),
@@ -291,7 +291,7 @@ def test_pipes_and_folders_in_the_place_of_files(tmp_path, name):
         path = tmp_path / make.__name__ / name
         path.parent.mkdir()
         make(path)
-        with pytest.raises(UserError, match=r"is no regular file: name one|is a folder: name its tar files"):
+        with pytest.raises(UserError, match=r"is no regular file: name one|the folder .* has no file that ends"):
             make_catalog(path, tmp_path / "catalog")
 
 

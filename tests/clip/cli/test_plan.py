@@ -24,7 +24,7 @@ SMALL = {
     "scored_per_pair": 1,
     "accumulation": 1,
     "ranks": 1,
-    "execution": Execution(),
+    "execution": Execution(precision="float32"),
     "teraflops": 0.1,
     "utilization": 0.5,
     "reference_width": 64,
@@ -74,7 +74,7 @@ def test_sizes_are_those_of_a_real_run(tmp_path):
 def test_more_ranks_share_and_accumulation_divides():
     cost = cost_of("glyph-small")
     one = estimated(cost, **SMALL)
-    eight = estimated(cost, **SMALL | {"ranks": 8, "execution": Execution(parallel="fsdp")})
+    eight = estimated(cost, **SMALL | {"ranks": 8, "execution": Execution(parallel="fsdp", precision="float32")})
     assert eight.optimizer == one.optimizer // 8
     assert eight.running_state == one.running_state // 8
     assert eight.activations == one.activations // 8

@@ -181,6 +181,21 @@ def test_global_random_states_stay(make):
     assert not set(again.flatten().tolist()) & set(batches[0].flatten().tolist())
 
 
+def test_captions_of_weighted_sources_are_a_function_of_the_visit(make, tmp_path):
+    members = [m for n in range(300) for m in (*pair(n, caption=b"short"), (f"{n:05d}.alt", b"a longer one"))]
+    path = write_tar(tmp_path / "x.tar", members)
+    source = make_catalog(path, tmp_path / "catalog", caption_key=("txt", "alt"))
+
+    def are_short(weights, size):
+        batches = list(make(source, batch_size=size, caption_weights=weights).batches(0))
+        index = torch.cat([batch.index for batch in batches])
+        return (torch.cat([batch.text for batch in batches])[index.argsort()] != 0).sum(1) < 4
+
+    often, seldom = are_short((9, 1), 300), are_short((1, 9), 300)
+    assert 244 <= often.sum() <= 296 and 4 <= seldom.sum() <= 56  # 270 and 30, within five deviations
+    assert torch.equal(often, are_short((9, 1), 7))
+
+
 def test_captions_are_chosen_for_each_epoch(clip, tmp_path):
     members = [m for n in range(30) for m in [*pair(n, caption=b"first"), (f"{n:05d}.alt", b"second")]]
     catalog = make_catalog(write_tar(tmp_path / "x.tar", members), tmp_path / "c", caption_key=("txt", "alt"))

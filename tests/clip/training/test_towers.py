@@ -13,7 +13,7 @@ from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import Execution, Optimization
-from experiments.clip.training.towers import Towers, synchronize_batch_norm
+from experiments.clip.training.towers import Towers, precision_of, synchronize_batch_norm
 
 
 @pytest.mark.slow
@@ -142,3 +142,16 @@ def test_batch_normalization_over_ranks_keeps_the_names_of_weights_and_says_wher
     assert isinstance(model[2].act, torch.nn.ReLU) and isinstance(model[2], torch.nn.SyncBatchNorm)
     with pytest.raises(UserError, match="--use-bn-sync has no part in this run"):
         synchronize_batch_norm(torch.nn.Linear(2, 2), Ranks())
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
+def test_the_precision_is_the_one_that_is_given_or_the_usual_one_of_the_device(given):
+    for device in ("cpu", "cuda"):
+        assert precision_of(Execution(precision=given), torch.device(device)) == given
+    assert precision_of(Execution(), torch.device("cpu")) == "float32"
+
+
+@pytest.mark.gpu
+def test_the_usual_precision_of_a_gpu_has_sixteen_bits():
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert precision_of(Execution(), torch.device("cuda")) == ("bfloat16" if native else "float16")
