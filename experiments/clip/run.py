@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from experiments.clip.errors import Interrupted, UserError, nearest, printable
+from experiments.clip.signals import Stopped, asked, handled, status_of, was_raised
 
 
 class Command(NamedTuple):
@@ -94,6 +94,11 @@ def main(arguments: Sequence[str]) -> int:
     2 for what the user can mend, 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
     again = printable(" ".join(["python experiments/clip/run.py", *arguments]))
+    with handled(again):
+        return _run(arguments, again)
+
+
+def _run(arguments: Sequence[str], again: str) -> int:
     options = None
     try:
         options = parse(arguments)
@@ -107,11 +112,19 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except Interrupted as interruption:
         print(f"run.py: {printable(str(interruption))}; resume with: {again}", file=sys.stderr)
-        return 130 if interruption.signal == signal.SIGINT else os.EX_TEMPFAIL
-    except KeyboardInterrupt:
-        print(f"run.py: interrupted; what was finished is kept; resume with: {again}", file=sys.stderr)
-        return 130
+        return status_of(interruption.signal)
+    except Stopped as stopped:
+        return _end_at_once(stopped.signal, again)
+    except Exception:
+        if not was_raised():  # in a library, which has made another error of it
+            raise
+        return _end_at_once(asked(), again)
     return 0
+
+
+def _end_at_once(number: int, again: str) -> int:
+    print(f"run.py: {Stopped(number)}; what was finished is kept; resume with: {again}", file=sys.stderr)
+    return status_of(number)
 
 
 def parse(arguments: Sequence[str]) -> Any:

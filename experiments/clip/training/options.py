@@ -285,6 +285,9 @@ class CheckpointPolicy:
     """Steps between checkpoints, in addition."""
     keep: Annotated[int, AtLeast(1)] = 2
     """How many of the last checkpoints are kept."""
+    grace_seconds: Annotated[float, PositiveOrInfinite] = 25.0
+    """Seconds after SIGTERM or SIGUSR1 by which the run ends, with a checkpoint of its last step unless something hangs
+    that long. Schedulers and torchrun kill 30 seconds after SIGTERM."""
     best: str | None = None
     """Metric of the validations, such as naming_top1 or held_out/loss: the checkpoint of its best value (the lowest of
     a loss or a rank, else the highest) is kept too, and exported as model-best."""
