@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until `handled` takes them
+        signal.signal(number, lambda number, _: os._exit(130 if number == signal.SIGINT else os.EX_TEMPFAIL))
     # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from experiments.clip.errors import Interrupted, UserError, nearest, printable
-from experiments.clip.signals import Stopped, asked, handled, status_of, was_raised
+from experiments.clip.signals import Stopped, asked, exit_in_time, handled, status_of, was_raised
 
 
 class Command(NamedTuple):
@@ -169,4 +172,4 @@ def _check_launch(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_in_time(main(sys.argv[1:]))

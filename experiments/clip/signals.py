@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 _SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 _STOPPING = (signal.SIGINT, *_SCHEDULERS)
@@ -202,3 +204,12 @@ def asked() -> int:
 def was_raised() -> bool:
     """Whether a signal has ended the program at once: what it raises afterwards may come from that."""
     return _signals.was_raised
+
+
+def exit_in_time(status: int) -> NoReturn:
+    """Exit; one that was stopped does not wait longer for what libraries wait for, such as processes that hang."""
+    if status in (130, os.EX_TEMPFAIL):
+        timer = threading.Timer(_AT_ONCE, os._exit, (status,))
+        timer.daemon = True
+        timer.start()
+    sys.exit(status)

@@ -178,7 +178,7 @@ class Selection:
     ] = 5
     """Pairs scored for each pair of --batch-size; JEST's filter ratio is 1 - 1/candidates, published with 5."""
     select_chunks: Annotated[int, OnlyWith("--select jest or jest-top-k", lambda selection: selection.is_joint)] = 16
-    """Parts in which JEST chooses a batch."""
+    """Parts in which JEST chooses a batch, of a pair at least: a batch of fewer pairs has as many parts as pairs."""
     select_temperature: Annotated[
         float,
         Range("positive: 0 is --select jest-top-k", lambda value: 0 < value <= 1e300),

@@ -60,6 +60,8 @@ from experiments.clip.training.towers import (
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
 _FEATURES = "the features are not finite"
+# Pairs that a step trains on at least: one has no other to be compared with, and is skipped under this name.
+_FEWEST, _ALONE = 2, "alone in its batch"
 
 
 class Wishes(NamedTuple):
@@ -187,6 +189,11 @@ class Trainer:
         if not self._writer.is_of(state.step):
             self.save()
         self._writer.commit()
+        if not state.seen["samples_trained"]:
+            raise UserError(
+                f"none of the {self.total} steps had {_FEWEST} pairs to compare: see skipped/ in the log, train on "
+                "more pairs, or lower --candidates"
+            )
 
     def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
         """Yield the batches; None, and no more, where the run is asked to stop while it waits for one."""
@@ -238,17 +245,24 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence([self._seed, state.step, self._ranks.rank]).generate_state(1)[0]))
         state.optimizer.zero_grad(set_to_none=True)
         underway = Underway(state.step, scored, scored, candidates.skipped, {"lr": self._set_learning_rate()})
-        with deferred_checks():
-            chosen = self._chosen(candidates, scored)
-            if chosen is None:
-                self._late.put(None, lambda _: self._skip(underway, _FEATURES))
-            else:
-                batch, reference, self._learnability = chosen
-                trained = scored if batch is candidates else self._samples_of_ranks(batch.index)
-                assert trained is not None
-                self._train(batch, underway._replace(trained=trained), reference, epoch)
+        total = sum(scored.counts)
+        if (total if self._selector is None else self._selector.size(total)) < _FEWEST:
+            self._late.put(None, lambda _: self._pass_over(underway))
+        else:
+            with deferred_checks():
+                self._take(underway, candidates, scored, epoch)
         state.step += 1
         state.counts = state.stream.state_dict()
+
+    def _take(self, underway: Underway, candidates: Batch, scored: BatchIndex, epoch: int) -> None:
+        chosen = self._chosen(candidates, scored)
+        if chosen is None:
+            self._late.put(None, lambda _: self._skip(underway, _FEATURES))
+            return
+        batch, reference, self._learnability = chosen
+        trained = scored if batch is candidates else self._samples_of_ranks(batch.index)
+        assert trained is not None
+        self._train(batch, underway._replace(trained=trained), reference, epoch)
 
     def _train(self, batch: Batch, underway: Underway, reference: Features | None, epoch: int) -> None:
         """Compute the loss and its gradient, update what is learned from it, and send the step's numbers."""
@@ -350,13 +364,18 @@ class Trainer:
         trained = 0 if problem == _FEATURES else sum(underway.trained.counts)
         self._finish(underway, trained, {"lr": underway.log["lr"]})  # pyright: ignore[reportArgumentType]
 
+    def _pass_over(self, underway: Underway) -> None:
+        """Count the samples of a batch that has no two pairs to compare: at the end of an epoch, or others skipped."""
+        alone = {_ALONE: len(underway.scored.own)} if len(underway.scored.own) else {}
+        self._finish(underway._replace(skipped={**underway.skipped, **alone}), 0, {})
+
     def _finish(self, underway: Underway, trained: int, log: Record) -> None:
         """Count a step's samples, and give its numbers to those that want them."""
         counts = sum(underway.scored.counts), trained
         seen = self.state.seen
         self.state.seen = {key: seen[key] + count for key, count in zip(seen, counts, strict=True)}
         self._means.add(len(underway.scored.own), underway.skipped, log)
-        self._log = log
+        self._log = log or self._log
         self._on_step(underway.step + 1, self.total, log)
 
     def _write_log(self) -> None:
