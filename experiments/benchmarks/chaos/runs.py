@@ -18,6 +18,7 @@ from experiments.clip.data.batch import Batch
 from experiments.clip.data.loader import Loader
 from experiments.clip.glyphs.dataset import GlyphPair, write_dataset
 from experiments.clip.run import main as run
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 PAIRS, SHARD, BATCH, EPOCHS = 300, 60, 48, 4
 STAGES = ("data", "catalog", "features", "train")

@@ -111,7 +111,7 @@ class Loader:
         self.steps_per_epoch = -(-self.samples // batch_size)
         self.skipped: Counter[str] = Counter()
         self._seen = 0
-        self._skip_limit, self._ranks = skip_limit, ranks
+        self._skip_limit = skip_limit
         part = RankPart(order, self.steps_per_epoch, rank, ranks)
         self._copies = LocalCopies(copies) if isinstance(order, Lanes) else None
         # At any time, workers read from at most two neighboring blocks.
@@ -123,13 +123,12 @@ class Loader:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Return an epoch's batches from step ``first`` on, without reading those before; workers begin at once.
 
-        The parts of the ranks differ in size by one and by their skipped samples; with several ranks a part may be
-        empty.
+        The parts of the ranks differ in size by one and by their skipped samples; a part may be empty.
 
         Raises
         ------
         UserError
-            If too many samples are skipped, if one process has a batch without a usable sample, or if a worker dies.
+            If too many samples are skipped, or if a worker dies.
         """
         if not 0 <= first <= self.steps_per_epoch:
             raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
@@ -137,8 +136,8 @@ class Loader:
         return self._counted(keys, self._workers.map(keys))
 
     def _counted(self, keys: Sequence[tuple[int, int]], batches: Iterator[Batch]) -> Iterator[Batch]:
-        for (_, step), batch in zip(keys, batches, strict=True):
-            self._count(batch, step)
+        for _, batch in zip(keys, batches, strict=True):
+            self._count(batch)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
@@ -156,13 +155,11 @@ class Loader:
         if self._copies is not None:
             self._copies.close()
 
-    def _count(self, batch: Batch, step: int) -> None:
+    def _count(self, batch: Batch) -> None:
         self._seen += len(batch.index) + sum(batch.skipped.values())
         self.skipped.update(batch.skipped)
         lost = self.skipped.total()
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
-        if not len(batch.index) and self._ranks == 1:
-            raise UserError(f"no sample of the batch at step {step} can be used ({reasons}): check the data")
         if lost > max(SKIPS_ALLOWED, self._skip_limit * self._seen):
             raise UserError(
                 f"{lost} of the {self._seen} samples so far cannot be used ({reasons}): "
