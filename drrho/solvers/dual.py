@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -69,17 +70,22 @@ class Tilt(Protocol):
 
 
 class Found(NamedTuple):
-    """What solves some rows; or nearly does so, if there is a ``better``, to be called where that is not enough."""
+    """What solves some rows; or should do so, if there is a ``better``, to be called where that is not enough.
+
+    ``is_rough`` says that it may solve them nearly only, so that digits can be gained.
+    """
 
     tilt: Tilt
     dual: Dual
     better: Callable[[], Found] | None = None
+    is_rough: bool = False
 
 
 class ConjugateTilt(NamedTuple):
     """The ratios ``phi*'(s)`` of any divergence.
 
-    ``fine`` says that ratios may be so close to one that their distance from it needs a form of its own.
+    ``fine`` says that ratios may be so close to one that their distance from it needs a form of its own. What
+    underflows is the smallest of ratios rather than zero, where phi may be infinite.
     """
 
     divergence: Divergence
@@ -96,7 +102,10 @@ class ConjugateTilt(NamedTuple):
         small = tilt < -0.5
         if self.divergence.cressie_read_order is not None or not small.any():
             return tilt + 1
-        return torch.where(small, self.divergence.conjugate_gradient(self.exponents.of(d)), tilt + 1)
+        ratio = self.divergence.conjugate_gradient(self.exponents.of(d))
+        if not math.isfinite(float(self.divergence.phi(ratio.new_zeros(1))[0])):
+            ratio = ratio.clamp(min=torch.finfo(ratio.dtype).tiny)
+        return torch.where(small, ratio, tilt + 1)
 
 
 class MixedTilt(NamedTuple):
