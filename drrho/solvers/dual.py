@@ -132,6 +132,57 @@ class MixedTilt(NamedTuple):
         return torch.as_tensor(column(self.share, d.device), dtype=d.dtype)
 
 
+class AtPole(NamedTuple):
+    """Tilts to which something is added at the maximum, ``[rows]``: there phi* has an end, and its slope none."""
+
+    inner: ConjugateTilt
+    added: np.ndarray
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        return self.inner.tilt(d).add_((d == 0).to(d.dtype).mul_(column(self.added, d.device)))
+
+    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
+        """Return one plus the tilt."""
+        return tilt + 1
+
+
+class BalancedPoint(NamedTuple):
+    """A strength at which the ratios' mean is one, ``[rows]`` each, and by how much D misses the radius there.
+
+    It is one by the offset ``low``, or by a ``share`` of the ratios at ``high`` and the rest at ``low``; ``added`` is
+    what the maximum's ratio has beyond that at ``high``.
+    """
+
+    value: np.ndarray  # log D - log radius
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    share: np.ndarray
+    added: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def none(cls, size: int) -> BalancedPoint:
+        """Return what any balanced point is closer than."""
+        return cls(np.full(size, np.inf), np.full(size, np.nan), *(np.zeros(size) for _ in range(5)))
+
+    def where(self, chosen: np.ndarray, other: BalancedPoint) -> BalancedPoint:
+        """Return this in the rows chosen and another in the others."""
+        return BalancedPoint(*(np.where(chosen, ours, theirs) for ours, theirs in zip(self, other, strict=True)))
+
+    def found(self, divergence: Divergence, saturated: np.ndarray, *, fine: bool) -> Found:
+        """Return the multipliers with their ratios."""
+        zero, strength = np.zeros_like(self.x), np.exp(self.x)
+        first = ConjugateTilt(divergence, Exponents(zero, strength, self.low), fine)
+        dual = Dual(-strength * self.low, strength, self.distance, saturated, (zero, self.low))
+        if not some(self.share != 0):
+            return Found(first, dual)
+        second = ConjugateTilt(divergence, Exponents(zero, strength, self.high), fine)
+        tilt = MixedTilt(first, AtPole(second, self.added) if some(self.added != 0) else second, self.share)
+        return Found(tilt, dual._replace(distance=None))
+
+
 def by_conjugate(divergence: Divergence, rows: Rows, dual: Dual, *, fine: bool = True) -> Found:
     """Return multipliers with the ratios that phi* gives at them."""
     return Found(ConjugateTilt(divergence, dual.exponents, fine), dual)

@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.solvers.dual import ConjugateTilt, Dual, Exponents, Found, MixedTilt
+from drrho.solvers.dual import BalancedPoint, Exponents, Found, MixedTilt
 from drrho.solvers.root import EPS, Bracket, Residual, Root, Safeguard, find_root
-from drrho.solvers.rows import Block, Rows, column, some
+from drrho.solvers.rows import Block, Rows, some
 
 _ITERATIONS = 60  # passes over the losses
 _SHORT, _RARE_ITERATIONS = 10_000, 400  # and over rows so short that a pass costs little, or next to plateaus
@@ -144,7 +143,7 @@ class _Balance:
         self.missed = np.full(size, np.inf)  # by the mean at the last of them
         self.reach = np.full(size, _LEAST_STEP)
         #: What was balanced: last, closest to the radius, and next to it on the side of a larger and a smaller D.
-        self.point = self.best = self.beyond = self.within = _Point.none(size)
+        self.point = self.best = self.beyond = self.within = BalancedPoint.none(size)
 
     def solve(self, x: np.ndarray) -> Root:
         """Find the strength, or the offset at the strength given."""
@@ -243,10 +242,10 @@ class _Balance:
         self.beyond = new.where((self.value > 0) & (self.value < self.beyond.value), self.beyond)
         self.within = new.where((self.value <= 0) & (-self.value < np.abs(self.within.value)), self.within)
 
-    def _here(self, x: np.ndarray, distance: np.ndarray) -> _Point:
+    def _here(self, x: np.ndarray, distance: np.ndarray) -> BalancedPoint:
         """Return the point that the last step leads to."""
         offset, none = self._inside(self._stepped(self.step)), np.zeros_like(x)
-        return _Point(self.value, x, offset, offset, none, none, distance)
+        return BalancedPoint(self.value, x, offset, offset, none, none, distance)
 
     def _is_between(self) -> np.ndarray:
         """Whether a mean of the weights on both sides is optimal to rounding, though neither side is on the radius."""
@@ -412,57 +411,6 @@ class _Balance:
         found, other = (side.found(self.divergence, saturated, fine=self.fine) for side in (first, second))
         tilt = MixedTilt(found.tilt, other.tilt, np.where(is_mean, share, 0.0))
         return Found(tilt, found.dual._replace(distance=None))
-
-
-class AtPole(NamedTuple):
-    """Tilts to which something is added at the maximum, ``[rows]``: there phi* has an end, and its slope none."""
-
-    inner: ConjugateTilt
-    added: np.ndarray
-
-    def tilt(self, d: Tensor) -> Tensor:
-        """Return the tilt of losses ``[rows, width]``."""
-        return self.inner.tilt(d).add_((d == 0).to(d.dtype).mul_(column(self.added, d.device)))
-
-    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
-        """Return one plus the tilt."""
-        return tilt + 1
-
-
-class _Point(NamedTuple):
-    """A strength at which the ratios' mean is one, ``[rows]`` each, and by how much D misses the radius there.
-
-    It is one by the offset ``low``, or by a ``share`` of the ratios at ``high`` and the rest at ``low``; ``added`` is
-    what the maximum's ratio has beyond that at ``high``.
-    """
-
-    value: np.ndarray  # log D - log radius
-    x: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    share: np.ndarray
-    added: np.ndarray
-    distance: np.ndarray
-
-    @classmethod
-    def none(cls, size: int) -> _Point:
-        """Return what any balanced point is closer than."""
-        return cls(np.full(size, np.inf), np.full(size, np.nan), *(np.zeros(size) for _ in range(5)))
-
-    def where(self, chosen: np.ndarray, other: _Point) -> _Point:
-        """Return this in the rows chosen and another in the others."""
-        return _Point(*(np.where(chosen, ours, theirs) for ours, theirs in zip(self, other, strict=True)))
-
-    def found(self, divergence: Divergence, saturated: np.ndarray, *, fine: bool) -> Found:
-        """Return the multipliers with their ratios."""
-        zero, strength = np.zeros_like(self.x), np.exp(self.x)
-        first = ConjugateTilt(divergence, Exponents(zero, strength, self.low), fine)
-        dual = Dual(-strength * self.low, strength, self.distance, saturated, (zero, self.low))
-        if not some(self.share != 0):
-            return Found(first, dual)
-        second = ConjugateTilt(divergence, Exponents(zero, strength, self.high), fine)
-        tilt = MixedTilt(first, AtPole(second, self.added) if some(self.added != 0) else second, self.share)
-        return Found(tilt, dual._replace(distance=None))
 
 
 class _Side(NamedTuple):
