@@ -263,3 +263,9 @@ def test_long_rows_next_to_the_largest_radius():
     losses = np.exp(3 * rng.normal(size=10_000))
     largest = float(users.Alpha(4.0).maximal_radius(np.array(1e-4)))
     judged(certificates.Problem(losses, None, True, largest * (1 - 1e-9)), users.Alpha(4.0), certificates.power(2.5))
+
+
+def test_the_hard_maximum_of_many_ties_has_no_negative_gap():
+    losses = np.random.default_rng(0).integers(-2, 3, size=10_000) * 1e-8
+    risk = judged(certificates.Problem(losses, None, True, 3.8), users.Alpha(0.0), certificates.power(0.5))
+    assert risk.value.item() == losses.max() and risk.gap.item() == 0

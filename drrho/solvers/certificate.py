@@ -110,9 +110,10 @@ def certified(
         mean, _ = rows.mean_and_ties()
         gain, dual = _primal_and_dual(bound, mean, multipliers, ends, sums, primal, maximizer)
         # By weak duality, what exceeds the bound does so by rounding: in a ball, by that of D at the weights.
-        above = (gain > dual + 2 * EPS) & (gain - dual <= _BEYOND * primal.gain) & ends.open
-        if bound.is_ball and some(above):
-            primal = primal._replace(kept=np.where(above, primal.kept * (dual / gain), primal.kept))
+        above = (gain > dual + 2 * EPS) & (gain - dual <= _BEYOND * primal.gain) & ~ends.flat
+        shrunk = above & ends.open
+        if bound.is_ball and some(shrunk):
+            primal = primal._replace(kept=np.where(shrunk, primal.kept * (dual / gain), primal.kept))
         gain = np.where(above, dual, gain)
     top, scale = rows.top, rows.scale
     assert top is not None and scale is not None
