@@ -132,7 +132,7 @@ class Steering:
             For losses or reference losses that are NaN, infinite or of different shapes, and for a batch of fewer than
             two samples, which cannot be weighed. Over ranks all of them raise, so that none waits for another.
         """
-        group = self._ranks()
+        group = self.group
         try:
             reference = self._reference_losses(reference_losses, index, losses.device)
             found: Tensor | Exception = excess_losses(losses, reference, self.coefficient)
@@ -145,7 +145,7 @@ class Steering:
     @property
     def ranks(self) -> int:
         """How many ranks a batch is spread over."""
-        group = self._ranks()
+        group = self.group
         return 1 if group is None else dist.get_world_size(group)
 
     def accumulate(
@@ -178,7 +178,9 @@ class Steering:
 
         return accumulate(outputs, parts, step, model=model, gradient_scale=gradient_scale * self.ranks)
 
-    def _ranks(self) -> Group:
+    @property
+    def group(self) -> Group:
+        """The ranks over which a batch is spread now."""
         if not isinstance(self._group, str):
             return self._group
         ready = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
