@@ -15,7 +15,7 @@ Level = Literal["token", "sequence", "sample"]
 
 
 def losses_of_outputs(outputs: Any, labels: Tensor, level: Level) -> Tensor:
-    """Return the cross-entropy of next tokens ``[b, t - 1]``, 0 where ignored, or of samples ``[b]``, at least in float32.
+    """Return the cross-entropy of next tokens ``[b, t - 1]``, 0 where ignored, or of samples ``[b]``, in >= 32 bits.
 
     Raises
     ------
