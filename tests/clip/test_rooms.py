@@ -21,10 +21,16 @@ ALLOWED = {
     "training": {"io", "data", "models"},
     "cli": {"io", "catalog", "data", "models", "reference", "evaluation", "training"},
     "glyphs": {"io", "catalog", "data", "models", "reference", "evaluation", "cli"},
+    "icons": {"io", "cli", "glyphs"},
     "study": {"io", "models", "training", "cli", "glyphs"},
 }
+<<<<<<< HEAD
 GROUND = ("errors", "ranges", "signals", "distributed", "pulse")
 MOST_FILES, MOST_ARROWS, MOST_LINES = 12, 35, 80
+=======
+GROUND = ("errors", "ranges", "distributed", "pulse")
+MOST_FILES, MOST_ARROWS, MOST_LINES = 12, 38, 80
+>>>>>>> h-icons
 
 
 def imported(path):
