@@ -24,13 +24,8 @@ ALLOWED = {
     "icons": {"io", "cli", "glyphs"},
     "study": {"io", "models", "training", "cli", "glyphs"},
 }
-<<<<<<< HEAD
 GROUND = ("errors", "ranges", "signals", "distributed", "pulse")
-MOST_FILES, MOST_ARROWS, MOST_LINES = 12, 35, 80
-=======
-GROUND = ("errors", "ranges", "distributed", "pulse")
 MOST_FILES, MOST_ARROWS, MOST_LINES = 12, 38, 80
->>>>>>> h-icons
 
 
 def imported(path):
