@@ -261,13 +261,8 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
     return catalog
 
 
-def check_shards(catalog: Catalog, numbers: Iterable[int], check: Check | None = None) -> None:
+def check_shards(catalog: Catalog, numbers: Iterable[int]) -> None:
     """Check that shards of these numbers still have their sizes and, if local, the headers of first and last samples.
-
-    Parameters
-    ----------
-    check : "time" or "checksum", optional
-        What to check beside: that no shard has been written since, or, by reading all of them, that none has changed.
 
     Raises
     ------
@@ -275,7 +270,7 @@ def check_shards(catalog: Catalog, numbers: Iterable[int], check: Check | None =
         If one no longer fits.
     """
     with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
-        for problem in pool.map(lambda number: _problem(catalog, catalog.shards[number], check), numbers):
+        for problem in pool.map(lambda number: _problem(catalog, catalog.shards[number]), numbers):
             if problem:
                 raise UserError(f"the catalog {catalog.folder} no longer fits: {problem}: make it again")
 
