@@ -20,7 +20,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,10 @@ from experiments.clip.catalog.sources import (
     Table,
     TarPattern,
     expand,
+    is_pattern,
     parse_sources,
     parse_weights,
+    table_paths,
 )
 from experiments.clip.catalog.subset import Subset
 from experiments.clip.errors import UserError
@@ -334,8 +336,7 @@ def _jobs(
             path = f"synthetic:{source.samples}:{source.pixels}"
             yield number, [Shard("synthetic", path, 0, size, pixels=source.pixels) for size in sizes]
             continue
-        paths = [os.path.abspath(source.path)] if isinstance(source, Table) else expand(source.pattern)
-        for path in paths:
+        for path in table_paths(source) if isinstance(source, Table) else expand(source.pattern):
             if path in seen:
                 raise UserError(f"{path} is listed twice: list it once and give its source a weight")
             seen.add(path)
@@ -343,7 +344,8 @@ def _jobs(
                 path = _pipe_output(path, folder, run_pipe_commands)
             size = file_size(path)
             modified = 0 if is_remote(path) else os.stat(path).st_mtime_ns
-            yield number, ScanJob(source, path, (size, modified), folder, image_keys, caption_keys, subset)
+            own = replace(source, path=path) if isinstance(source, Table) and is_pattern(source.path) else source
+            yield number, ScanJob(own, path, (size, modified), folder, image_keys, caption_keys, subset)
 
 
 def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
