@@ -160,6 +160,7 @@ def test_a_rank_of_which_no_pair_is_chosen_takes_part(words, tmp_path):
     assert main(["catalog", str(tmp_path / "shards" / "0.tar"), "--out", str(tmp_path / "catalog")]) == 0
     options = ("--catalog", tmp_path / "catalog", "--epochs", "1", "--batch-size", "2", "--log-every", "1", *words)
     options = (*options, "--validations", "1", "--lr", "1e-4", "--select", "rho-top-k", "--candidates", "2")
+    options = (*options, "--model", "glyph-small", "--reference", SHIPPED_REFERENCE, "--warmup", "50", "--workers", "0")
     options = options if "openclip" in words else (*options, "--temperature", "0.1")
     for ranks in (1, 2):
         statuses, errors = start(ranks, *options, "--out", tmp_path / f"out{ranks}", "--accumulation", ranks)
@@ -199,7 +200,7 @@ def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_
             members += [(f"{k}.png", image), (f"{k}.txt", f"letter {chr(97 + k + 8 * shard)}".encode())]
         write_tar(tmp_path / "shards" / f"{shard}.tar", members)
     assert main(["catalog", str(tmp_path / "shards" / "{0..1}.tar"), "--out", str(tmp_path / "catalog")]) == 0
-    common = ("--catalog", tmp_path / "catalog")
+    common = ("--catalog", tmp_path / "catalog", "--reference", SHIPPED_REFERENCE, "--workers", "0")
     statuses, errors = start(2, *common, "--out", tmp_path / "features", command="cache-reference")
     assert statuses == [0, 0], errors
     assert len(list((tmp_path / "features").iterdir())) == 2
@@ -210,7 +211,8 @@ def test_ranks_cache_and_train_where_one_has_a_part_without_a_usable_sample(tmp_
     for reference in ("cached", "live"):
         given = ("--reference-features", tmp_path / "features") if reference == "cached" else ()
         options = (*common, *given, "--epochs", "1", "--batch-size", "4", "--log-every", "1", "--seed", seed)
-        options = (*options, "--validations", "1", "--temperature", "0.1", "--lr", "1e-4")
+        options = (*options, "--validations", "1", "--temperature", "0.1", "--lr", "1e-4", "--model", "glyph-small")
+        options = (*options, "--warmup", "50")
         for ranks in (1, 2):
             statuses, errors = start(ranks, *options, "--out", tmp_path / f"{reference}{ranks}")
             assert statuses == [0] * ranks, errors
@@ -290,7 +292,7 @@ def test_ranks_validate_in_training_as_evaluate_does_afterwards(parallel, tasks,
     assert main(["catalog", "synthetic:48:48", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
     options = ("--catalog", tmp_path / "catalog", "--epochs", "2", "--batch-size", "16", "--method", "openclip")
     options = (*options, *tasks, "--validation-batch-size", "4", "--best", "held_out/loss", "--validations", "2")
-    options = (*options, "--parallel", parallel, "--model", "glyph-micro")
+    options = (*options, "--parallel", parallel, "--model", "glyph-micro", "--workers", "0", "--lr", "2e-3")
     statuses, errors = start(2, *options, "--out", tmp_path / "out")
     assert statuses == [0, 0], errors
     history = json.loads((tmp_path / "out" / "run.json").read_text())["history"]

@@ -36,12 +36,12 @@ def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
     with ranks.leader_first():  # one downloads
         find_source(options.model, _text(options.pretrained))
         if options.needs_reference:
-            find_source(str(loss.reference), _text(loss.reference_weights))
+            find_source(str(options.reference), _text(loss.reference_weights))
     clip = _target(options, ranks)
     if options.needs_reference:
         # Beside the target, it sees the target's crops.
         crops = {"aug_cfg": geometry(options.inputs.aug_cfg) or None}
-        reference = load_model(loss.reference, loss.reference_weights, crops)
+        reference = load_model(options.reference, loss.reference_weights, crops)
     if reference is not None and options.split != "train":
         raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
     check_ranks(options, ranks)

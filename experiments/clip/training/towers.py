@@ -21,9 +21,18 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
-from experiments.clip.training.options import Execution
+from experiments.clip.training.options import Execution, TowerPrecision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def precision_of(execution: Execution, device: torch.device) -> TowerPrecision:
+    """Return the precision of the towers on a device: the one that was asked for, or the usual one there."""
+    if execution.precision is not None:
+        return execution.precision
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 class _Part(NamedTuple):
@@ -42,7 +51,7 @@ class Towers:
         if execution.use_bn_sync:
             synchronize_batch_norm(model, ranks)
         model.train()
-        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
+        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[precision_of(execution, ranks.device)]
         # Statistics over a batch must not count rows that only fill it up.
         self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:

@@ -55,6 +55,7 @@ from experiments.clip.training.towers import (
     clipped_norm,
     full_tensor,
     hold_scale,
+    precision_of,
 )
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
@@ -139,7 +140,7 @@ class Trainer:
         self.state = TrainState(
             clip.model,
             build_optimizer(clip.model, optimization),
-            LossScale(execution.precision == "float16", ranks.device),
+            LossScale(precision_of(execution, ranks.device) == "float16", ranks.device),
             None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema),
             method,
             stream,

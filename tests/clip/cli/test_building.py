@@ -10,6 +10,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.models.export import export_model
 from experiments.clip.run import main, parse
 from experiments.clip.training.methods import METHODS, Distilled
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 class Spread:
@@ -91,7 +92,8 @@ def test_what_the_model_takes_follows_the_options(tmp_path, capsys):
 
 
 def test_a_reference_beside_the_target_sees_its_crops():
-    words = ["--catalog", "none", "--model", "glyph-micro", "--aug-cfg", "scale=(0.3,0.4)"]
+    words = ["--catalog", "none", "--model", "glyph-micro", "--reference", str(SHIPPED_REFERENCE)]
+    words += ["--aug-cfg", "scale=(0.3,0.4)"]
     words += ["color_jitter=(0.1,0.1,0.1,0.1)", "color_jitter_prob=0.5"]
     clip, reference = build_models(parse(["train", *words]))
     crops = [next(step for step in each.augment.transforms if hasattr(step, "scale")) for each in (clip, reference)]

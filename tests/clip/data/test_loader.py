@@ -127,7 +127,7 @@ def test_an_abandoned_iteration_leaves_nothing_behind(make):
 def test_starting_late_reads_nothing_before(make, monkeypatch):
     read = []
     original = Reader.read_many
-    monkeypatch.setattr(Reader, "read_many", lambda self, indices: read.extend(indices) or original(self, indices))
+    monkeypatch.setattr(Reader, "read_many", lambda self, own, *held: read.extend(own) or original(self, own))
     [batch] = make().batches(3, 7)
     assert read == batch.index.tolist()
 
@@ -179,6 +179,21 @@ def test_global_random_states_stay(make):
     assert len(batches[0].unique()) == batches[0].numel()
     again = torch.cat([batch.image for batch in make(transform=draw_from_everywhere).batches(1)])
     assert not set(again.flatten().tolist()) & set(batches[0].flatten().tolist())
+
+
+def test_captions_of_weighted_sources_are_a_function_of_the_visit(make, tmp_path):
+    members = [m for n in range(300) for m in (*pair(n, caption=b"short"), (f"{n:05d}.alt", b"a longer one"))]
+    path = write_tar(tmp_path / "x.tar", members)
+    source = make_catalog(path, tmp_path / "catalog", caption_key=("txt", "alt"))
+
+    def are_short(weights, size):
+        batches = list(make(source, batch_size=size, caption_weights=weights).batches(0))
+        index = torch.cat([batch.index for batch in batches])
+        return (torch.cat([batch.text for batch in batches])[index.argsort()] != 0).sum(1) < 4
+
+    often, seldom = are_short((9, 1), 300), are_short((1, 9), 300)
+    assert 244 <= often.sum() <= 296 and 4 <= seldom.sum() <= 56  # 270 and 30, within five deviations
+    assert torch.equal(often, are_short((9, 1), 7))
 
 
 def test_captions_are_chosen_for_each_epoch(clip, tmp_path):

@@ -17,7 +17,7 @@ from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import Execution, Optimization
-from experiments.clip.training.towers import Towers, repeated_blocks, synchronize_batch_norm
+from experiments.clip.training.towers import Towers, precision_of, repeated_blocks, synchronize_batch_norm
 
 
 @pytest.mark.slow
@@ -199,3 +199,16 @@ def reduced_types(rank, folder):
 @pytest.mark.slow
 def test_gradients_of_sharded_towers_add_up_in_float32(tmp_path):
     start_ranks(reduced_types, (str(tmp_path),), 2)
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
+def test_the_precision_is_the_one_that_is_given_or_the_usual_one_of_the_device(given):
+    for device in ("cpu", "cuda"):
+        assert precision_of(Execution(precision=given), torch.device(device)) == given
+    assert precision_of(Execution(), torch.device("cpu")) == "float32"
+
+
+@pytest.mark.gpu
+def test_the_usual_precision_of_a_gpu_has_sixteen_bits():
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert precision_of(Execution(), torch.device("cuda")) == ("bfloat16" if native else "float16")
