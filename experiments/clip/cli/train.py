@@ -34,7 +34,7 @@ from experiments.clip.training.checkpoint import (
     step_number,
 )
 from experiments.clip.training.logs import Logs, Record
-from experiments.clip.training.towers import full_tensor, precision_of
+from experiments.clip.training.towers import full_tensor, precision_of, repeated_blocks
 from experiments.clip.training.trainer import Trainer, best_record
 
 # Options that are newer than some checkpoints, which do not have them where they are off.
@@ -138,6 +138,8 @@ def train_model(
             stop=stop,
             nonfinite_limit=options.nonfinite_limit,
         )
+        if ranks.group is not None and options.execution.parallel == "fsdp" and not repeated_blocks(clip.model):
+            console.print("training   the model repeats no block: --parallel fsdp gathers all of it at once")
         history = trainer.fit()
     if logs is not None:
         logs.close()
