@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drrho.ranks import gathered
-from experiments.clip.errors import UserError
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.pulse import Pulse
 from experiments.clip.ranges import flag
+from experiments.clip.signals import asked
 
 _LAUNCHERS = (
     ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
@@ -265,6 +266,8 @@ def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
         reason = " ".join(str(error).split())
         if not (isinstance(error, dist.DistError) or _EXCHANGE_FAILED.search(reason)):
             raise
+        if number := asked():
+            raise Interrupted(f"rank {rank} was stopped while other ranks ended", number) from error
         raise UserError(
             f"rank {rank} lost {pulse.lost()} in an exchange ({reason[:120]}): see what was said there; "
             "finished work is kept, run the command again to resume"

@@ -144,7 +144,12 @@ def test_a_model_with_a_logit_bias_trains_on_ranks_by_any_method(method, glyph_c
 
 @pytest.mark.parametrize(
     "words",
-    [("--method", "drrho", "--distill", "0.5"), ("--method", "openclip"), ("--divergence", "chi-square")],
+    [
+        ("--method", "drrho", "--distill", "0.5"),
+        ("--method", "openclip"),
+        ("--divergence", "chi-square"),
+        ("--method", "two-level"),
+    ],
 )
 def test_a_rank_of_which_no_pair_is_chosen_takes_part(words, tmp_path):
     """Of every four candidates, two on each rank, two are trained on: of twelve steps some have both on one rank."""
@@ -331,14 +336,6 @@ def test_a_run_on_other_pairs_is_refused(alone, glyph_cache, tmp_path):
     statuses, errors = start(1, *OPTIONS, "--select", "rho-top-k", "--cache", glyph_cache, "--out", tmp_path)
     assert statuses == [2]
     assert "was made with select=all, now it is rho-top-k" in errors[0]
-
-
-def test_two_levels_on_chosen_pairs_take_one_process(glyph_cache, tmp_path):
-    statuses, errors = start(
-        2, *OPTIONS, "--method", "two-level", "--select", "jest", "--cache", glyph_cache, "--out", tmp_path
-    )
-    assert statuses == [2, 2]
-    assert "--method two-level with --select jest runs in one process" in errors[0]
 
 
 def test_wrong_options_are_said_once_and_all_stop(glyph_cache, tmp_path):

@@ -89,11 +89,6 @@ def check_ranks(options: Train, ranks: Ranks) -> None:
     batch = options.optimization.batch_size
     if batch < ranks.count:
         raise UserError(f"--batch-size {batch} is less than the {ranks.count} ranks: every rank needs a pair")
-    if options.loss.method == "two-level" and options.selection.is_on and ranks.count > 1:
-        raise UserError(
-            f"--method two-level with --select {options.selection.select} runs in one process: it needs a pair of "
-            "every rank, and there may be one of which none is chosen"
-        )
 
 
 def build_selector(options: Train, reference: Clip | None, ranks: Ranks) -> Selector | None:

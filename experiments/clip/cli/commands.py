@@ -10,14 +10,21 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog, open_catalog
+from experiments.clip.catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
 from experiments.clip.catalog.sources import parse_sources, with_columns
 from experiments.clip.catalog.subset import open_subset
 from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.presets import EMBEDDED
-from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
+from experiments.clip.cli.sources import (
+    HELD_OUT,
+    Validation,
+    embedded_pairs,
+    open_catalog_on,
+    open_validation,
+    reference_features,
+)
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
@@ -230,7 +237,7 @@ def cache_reference(options: CacheReference) -> None:
         reference_features(
             options.out,
             reference,
-            open_catalog(options.catalog),
+            open_catalog_on(ranks, options.catalog),
             ranks,
             views=options.views,
             precision=options.precision,

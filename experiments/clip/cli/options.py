@@ -338,6 +338,12 @@ class Plan:
     """Share of that rate which training reaches."""
     reference_width: Annotated[int, Positive] = 512
     """Width of the reference's features, where the run has a reference."""
+    shards: Annotated[int | None, AtLeast(1)] = None
+    """Tar files of the training data; by default one for each 10,000 pairs."""
+    pair_kilobytes: Annotated[float, Positive] = 35.0
+    """Mean size of a pair in them, 1000 bytes (DataComp's pool: 450 TB of 12.8 billion)."""
+    writing_gigabytes: Annotated[float, Positive] = 1.0
+    """Rate at which a rank writes checkpoints, 10^9 bytes per second."""
 
     def check_together(self) -> None:
         """Refuse options of the run that a plan would ignore."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rich.table import Table
 
-from experiments.clip.catalog.catalog import Catalog, open_catalog
+from experiments.clip.catalog.catalog import Catalog, check_shards, open_catalog
 from experiments.clip.catalog.sources import parse_weights
 from experiments.clip.cli.options import SOURCES, Data, Train
 from experiments.clip.cli.terminal import console, progress_bar
@@ -125,7 +125,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     shards, folder = options.shards, options.shards.catalog
     assert folder is not None
     validation = open_validation(shards.tasks, shards.val_data)
-    catalog = open_catalog(folder)
+    catalog = open_catalog_on(ranks, folder)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
     order = {
         "resampled": shards.resampled,
@@ -170,11 +170,18 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)
 
 
+def open_catalog_on(ranks: Ranks, folder: Path) -> Catalog:
+    """Open a catalog, of whose shards each rank checks a part (collective)."""
+    catalog = ranks.run_on_all_or_fail(lambda: open_catalog(folder, verify=False))
+    ranks.run_on_all_or_fail(lambda: check_shards(catalog, ranks.own_indices(len(catalog.shards))))
+    return catalog
+
+
 def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:
     """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
     folder = options.shards.reference_features
     if folder is not None:
-        cached = open_features(reference, catalog, folder)
+        cached = open_features(reference, catalog, folder, ranks)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
         if cached.views > 1 and options.inputs.aug_cfg:
             raise UserError(
@@ -199,4 +206,4 @@ def reference_features(
             lambda: cache_features(reference, catalog, folder, ranks=ranks, progress=advance, **options)
         )
     console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
-    return open_features(reference, catalog, folder)
+    return open_features(reference, catalog, folder, ranks)

@@ -16,13 +16,14 @@ from experiments.clip.cli.defaults import out_of_proportion, with_defaults
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings, save_config
 from experiments.clip.cli.sources import DataSource, TrainingData, open_training_data
-from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
+from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.prefetch import Prefetched
 from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed, ensure_writable, write_json
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.export import export_checkpoint, export_model
+from experiments.clip.signals import asked
 from experiments.clip.training.checkpoint import (
     MODEL,
     Checkpoint,
@@ -33,7 +34,7 @@ from experiments.clip.training.checkpoint import (
     step_number,
 )
 from experiments.clip.training.logs import Logs, Record
-from experiments.clip.training.towers import full_tensor, precision_of
+from experiments.clip.training.towers import full_tensor, precision_of, repeated_blocks
 from experiments.clip.training.trainer import Trainer, best_record
 
 # Options that are newer than some checkpoints, which do not have them where they are off.
@@ -75,8 +76,7 @@ def run_training(options: Train, ranks: Ranks = ONE_PROCESS) -> Trained:
                         f"--out {options.out} is in use: wait for that run, end it, or choose another --out"
                     )
                 save_config(options.out / "config.json", options)
-        with stop_on_signal() as stop:
-            trained = train_model(options, models, ranks, stop)
+        trained = train_model(options, models, ranks, asked)
     weights = {key: full_tensor(value) for key, value in trained.clip.model.state_dict().items()}
     if ranks.leads:
         write_exports(options, trained, weights)
@@ -138,6 +138,8 @@ def train_model(
             stop=stop,
             nonfinite_limit=options.nonfinite_limit,
         )
+        if ranks.group is not None and options.execution.parallel == "fsdp" and not repeated_blocks(clip.model):
+            console.print("training   the model repeats no block: --parallel fsdp gathers all of it at once")
         history = trainer.fit()
     if logs is not None:
         logs.close()

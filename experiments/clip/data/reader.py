@@ -11,18 +11,18 @@ import json
 import os
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from experiments.clip.catalog.catalog import Catalog, data_path, open_index
 from experiments.clip.catalog.scan import ABSENT, Shard, json_field, stored_captions
-from experiments.clip.io.storage import Ranges
+from experiments.clip.io.storage import MAX_GAP, Range, Ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -48,10 +48,10 @@ Reason = Literal[
     "empty caption",
 ]
 
+# Bytes of samples that are read together, unless one alone has more.
+_READ_BYTES = 32 * 2**20
 # Chances that a draw chooses among weighted sources of captions.
 _DRAWS = 2**32
-# Members of a sample with more bytes than this between them are read separately.
-_MAX_GAP = 2**16
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,26 @@ class Pair:
     caption: str
 
 
+class Storage(Protocol):
+    """Where byte ranges are read from."""
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Return up to ``size`` bytes from ``offset``; fewer only where the file ends."""
+        ...
+
+    def read_many(self, wanted: Sequence[Range]) -> list[bytes]:
+        """Return the bytes of ranges."""
+        ...
+
+
+class Rows(NamedTuple):
+    """A copy of the rows of a shard's index that are of samples ``first`` to ``stop``."""
+
+    first: int
+    stop: int
+    rows: np.ndarray
+
+
 class Reader:
     """Reads samples by index. A reader can be copied to other processes, forked or spawned.
 
@@ -94,11 +114,19 @@ class Reader:
         Number of shards that stay open: at least as many as are read in turn.
     caption_weights : sequence of float
         Weights of the sources of captions, positive; see `decode`.
+    storage : Storage, optional
+        Where bytes are read from, if not where the catalog says.
     """
 
-    def __init__(self, catalog: Catalog, kept: int = 64, caption_weights: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        kept: int = 64,
+        caption_weights: Sequence[float] = (),
+        storage: Storage | None = None,
+    ) -> None:
         self._catalog, self._kept, self._weights = catalog, kept, tuple(caption_weights)
-        self._ranges = Ranges(kept)
+        self._ranges = Ranges(kept) if storage is None else storage
         self._rows: dict[int, np.ndarray] = {}
         self._fields = tuple(json_field(key) for key in catalog.caption_keys)
 
@@ -113,25 +141,56 @@ class Reader:
         UserError
             If the storage fails, even after retries.
         """
-        return self.read_many([index])[0]
+        return next(self.read_many([index]))
 
-    def read_many(self, indices: Sequence[int]) -> list[RawSample | Skip]:
-        """Return the bytes of several samples, requesting those on one remote storage together."""
-        plans = [self._plan(index) for index in indices]
-        data = iter(
-            self._ranges.read_many([wanted for plan in plans if isinstance(plan, _ReadPlan) for wanted in plan.ranges])
-        )
-        return [
-            plan if not isinstance(plan, _ReadPlan) else self._assemble(plan, [next(data) for _ in plan.ranges])
-            for plan in plans
-        ]
+    def read_many(self, indices: Sequence[int], held: Sequence[Rows] = ()) -> Iterator[RawSample | Skip]:
+        """Yield the bytes of several samples, of which a few megabytes at a time are read together.
 
-    def _plan(self, index: int) -> _ReadPlan | RawSample | Skip:
+        ``held`` are rows that need not be looked up.
+        """
+        held = sorted(held, key=_first)
+        part: list[_ReadPlan | RawSample | Skip] = []
+        size = 0
+        for index in indices:
+            plan = self._plan(index, held)
+            own = sum(each[2] for each in plan.ranges) if isinstance(plan, _ReadPlan) else 0
+            if part and size + own > _READ_BYTES:
+                yield from self._read_part(part)
+                part, size = [], 0
+            part.append(plan)
+            size += own
+        yield from self._read_part(part)
+
+    def _read_part(self, plans: Sequence[_ReadPlan | RawSample | Skip]) -> Iterator[RawSample | Skip]:
+        wanted = [each for plan in plans if isinstance(plan, _ReadPlan) for each in plan.ranges]
+        data = iter(self._ranges.read_many(wanted))
+        for plan in plans:
+            yield plan if not isinstance(plan, _ReadPlan) else self._assemble(plan, [next(data) for _ in plan.ranges])
+
+    def rows(self, first: int, stop: int) -> Rows:
+        """Return the rows of the samples ``first`` to ``stop`` of one shard."""
+        shard, row = self._catalog.locate(first)
+        return Rows(first, stop, np.array(self._index(shard)[row : row + stop - first]))
+
+    def places(self, rows: Rows) -> tuple[str, list[tuple[int, int]]]:
+        """Return the file that holds the samples, and start and end of each member of them that is ever read."""
+        path = data_path(self._catalog, self._catalog.locate(rows.first)[0])
+        images, captions = rows.rows["image"], rows.rows["caption"]
+        is_read = (images[:, 1] <= MAX_IMAGE_BYTES) & (captions[..., 1] <= MAX_CAPTION_BYTES).all(1)
+        members = np.concatenate([images[is_read][:, None], captions[is_read]], axis=1).reshape(-1, 2)
+        members = members[members[:, 1] >= 0]
+        return path, [(int(offset), int(offset + size)) for offset, size in members]
+
+    def _plan(self, index: int, held: Sequence[Rows]) -> _ReadPlan | RawSample | Skip:
         shard, row = self._catalog.locate(index)
         if shard.kind == "synthetic":
             caption = f"made-up pair number {index}".encode()
             return RawSample(index, str(index), _made_up_image(shard.pixels, index % 251), ((caption, None),))
-        entry = self._index(shard)[row]
+        own = held[place - 1] if (place := bisect_right(held, index, key=_first)) else None
+        if own is not None and index < own.stop:
+            entry = own.rows[index - own.first]
+        else:
+            entry = self._index(shard)[row]
         places = [(int(offset), int(size)) for offset, size in (entry["image"], *entry["caption"])]
         places[1:] = [place if place[1] <= MAX_CAPTION_BYTES else ABSENT for place in places[1:]]
         if places[0][1] > MAX_IMAGE_BYTES or all(place == ABSENT for place in places[1:]):
@@ -139,7 +198,7 @@ class Reader:
         present = [place for place in places if place[1] >= 0]
         first, end = min(offset for offset, _ in present), max(offset + size for offset, size in present)
         path = data_path(self._catalog, shard)
-        if end - first <= sum(size for _, size in present) + _MAX_GAP:
+        if end - first <= sum(size for _, size in present) + MAX_GAP:
             ranges = [(path, first, end - first)]
         else:
             ranges = [(path, offset, size) for offset, size in present]
@@ -193,6 +252,10 @@ class Reader:
         return rows
 
 
+def _first(rows: Rows) -> int:
+    return rows.first
+
+
 @dataclass(frozen=True)
 class _ReadPlan:
     """The ranges of bytes to read for a sample, and offset and size of its members in them, the image first."""
@@ -201,7 +264,7 @@ class _ReadPlan:
     shard: Shard
     key: str
     places: list[tuple[int, int]]
-    ranges: list[tuple[str, int, int]]
+    ranges: list[Range]
 
 
 def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:

@@ -85,10 +85,12 @@ class Workers(Generic[Key, Result]):
         raise RuntimeError("another iteration over the same workers has begun")
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, those too that are stopped or hang: none of them writes anything."""
         loader, self._loader = self._loader, None
         results: Any = loader._iterator if loader is not None else None
         if results is not None:
+            for worker in getattr(results, "_workers", ()):
+                worker.kill()
             # The garbage collector may delete its queues first; then shutting down waits 10 s and kills the workers.
             results._shutdown_workers()
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from experiments.clip.cli.cost import cost_of
 from experiments.clip.cli.defaults import with_defaults
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings
-from experiments.clip.cli.plan import cost_of
 from experiments.clip.glyphs.source import dataset_settings
 from experiments.clip.models.clip import fingerprint_of
 from experiments.clip.models.config import registered_config

@@ -184,7 +184,7 @@ class Selection:
     ] = 5
     """Pairs scored for each pair of --batch-size; JEST's filter ratio is 1 - 1/candidates, published with 5."""
     select_chunks: Annotated[int, OnlyWith("--select jest or jest-top-k", lambda selection: selection.is_joint)] = 16
-    """Parts in which JEST chooses a batch."""
+    """Parts in which JEST chooses a batch, of a pair at least: a batch of fewer pairs has as many parts as pairs."""
     select_temperature: Annotated[
         float,
         Range("positive: 0 is --select jest-top-k", lambda value: 0 < value <= 1e300),
@@ -310,6 +310,9 @@ class CheckpointPolicy:
     """Steps between checkpoints, in addition."""
     keep: Annotated[int, AtLeast(1)] = 2
     """How many of the last checkpoints are kept."""
+    grace_seconds: Annotated[float, PositiveOrInfinite] = 25.0
+    """Seconds after SIGTERM or SIGUSR1 by which the run ends, with a checkpoint of its last step unless something hangs
+    that long. Schedulers and torchrun kill 30 seconds after SIGTERM."""
     best: str | None = None
     """Metric of the validations, such as naming_top1 or held_out/loss: the checkpoint of its best value (the lowest of
     a loss or a rank, else the highest) is kept too, and exported as model-best."""

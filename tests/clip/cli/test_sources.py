@@ -1,14 +1,20 @@
 """The one place through which data enter a training."""
 
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
-from tars import image_bytes, write_tar
+import torch
+import torch.distributed as dist
+from processes import start_ranks
+from tars import image_bytes, write_shards, write_tar
 from task_folders import DATACOMP, classification, write_catalog
 
-from experiments.clip.catalog.catalog import make_catalog
+from experiments.clip.catalog.catalog import check_shards, make_catalog
 from experiments.clip.cli.options import SOURCES
-from experiments.clip.cli.sources import embedded_pairs, open_training_data, open_validation
+from experiments.clip.cli.sources import embedded_pairs, open_catalog_on, open_training_data, open_validation
 from experiments.clip.data.loader import Loader
-from experiments.clip.distributed import ONE_PROCESS
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.glyphs import source as glyph_source
@@ -103,3 +109,42 @@ def test_a_validation_has_the_metrics_that_it_names(clip, tmp_path):
 def test_the_embedded_pairs_are_the_glyphs():
     assert embedded_pairs() is glyph_source
     assert set(SOURCES) == {"catalog", "glyphs"}
+
+
+def test_shards_are_checked_by_their_numbers(tmp_path):
+    paths = write_shards(tmp_path / "data", [2, 3, 1])
+    catalog = make_catalog([str(path) for path in paths], tmp_path / "catalog")
+    assert open_catalog_on(ONE_PROCESS, tmp_path / "catalog") == catalog
+    paths[1].unlink()
+    check_shards(catalog, [0, 2])
+    with pytest.raises(UserError, match=r"00001\.tar is missing: make it again"):
+        check_shards(catalog, [1])
+    with pytest.raises(UserError, match=r"00001\.tar is missing: make it again"):
+        open_catalog_on(ONE_PROCESS, tmp_path / "catalog")
+
+
+def open_on_ranks(rank, folder):
+    folder = Path(folder)
+    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
+    try:
+        said = "nothing"
+        try:
+            open_catalog_on(Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD), folder / "catalog")
+        except UserError as error:
+            said = str(error)
+        (folder / f"{rank}.txt").write_text(said)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_one_rank_finds_stops_all(tmp_path):
+    """Each rank opens its part of the shards, not all of them."""
+    paths = write_shards(tmp_path / "data", [2, 3, 1])
+    make_catalog([str(path) for path in paths], tmp_path / "catalog")
+    paths[1].unlink()
+    start_ranks(open_on_ranks, (str(tmp_path),), 2)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == "stopped because rank 1 did: see its message" and "00001.tar is missing" in said[1]

@@ -213,8 +213,9 @@ def test_a_shard_cut_off_later_gives_skips(tmp_path):
 
 def test_few_files_are_open_at_a_time(tmp_path):
     write_shards(tmp_path, [2] * 40)
-    reader = Reader(make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog"), kept=4)
+    catalog = make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog")
     before = len(os.listdir("/proc/self/fd"))
+    reader = Reader(catalog, kept=4)
     for index in [*range(80), *range(79, -1, -1)]:
         assert numbered(decode(reader.read(index)).image) == index
         # A descriptor for the tar file, one behind the map of the index.
