@@ -10,12 +10,19 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.catalog.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.presets import EMBEDDED
-from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
+from experiments.clip.cli.sources import (
+    HELD_OUT,
+    Validation,
+    embedded_pairs,
+    open_shared_catalog,
+    open_validation,
+    reference_features,
+)
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
@@ -39,7 +46,7 @@ def evaluate(options: Evaluate) -> None:
         with ranks.leader_first():
             if ranks.leads and options.out is not None:
                 ensure_writable(options.out.absolute().parent)
-        validation = ranks.run_on_all_or_fail(lambda: open_validation(options.tasks, options.val_data))
+        validation = open_validation(options.tasks, options.val_data, ranks)
         if options.datacomp:
             check_datacomp(validation.tasks)
         clip = load_model(options.model, options.weights)
@@ -225,7 +232,7 @@ def cache_reference(options: CacheReference) -> None:
         reference_features(
             options.out,
             reference,
-            open_catalog(options.catalog),
+            open_shared_catalog(options.catalog, ranks),
             ranks,
             views=options.views,
             precision=options.precision,
@@ -246,6 +253,7 @@ def catalog(options: MakeCatalog) -> None:
             workers=options.workers,
             progress=advance,
             run_pipe_commands=options.run_pipe_commands,
+            checksums=options.checksums,
         )
     console.print(f"catalog    {len(made)} pairs in {len(made.shards)} shards: {made.folder}")
     for reason, count in made.left_out.items():

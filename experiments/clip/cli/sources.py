@@ -7,12 +7,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from rich.table import Table
 
 from experiments.clip.catalog.catalog import Catalog, open_catalog
 from experiments.clip.catalog.sources import parse_weights
-from experiments.clip.cli.options import SOURCES, Data, Train
+from experiments.clip.cli.options import SOURCES, Check, Data, Reading, Shards, Train
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.batch import Reference, Stream
 from experiments.clip.data.loader import Loader
@@ -23,7 +24,9 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
 from experiments.clip.evaluation.task_files import Task
 from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
+from experiments.clip.io.storage import is_remote, refuse_without_ranges
 from experiments.clip.models.clip import Clip
+from experiments.clip.ranges import refuse_if_given
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
 
@@ -88,12 +91,36 @@ class Validation(NamedTuple):
         return found
 
 
-def open_validation(tasks: Sequence[Path], val_data: Path | None) -> Validation:
-    """Open tasks and held-out pairs, so that what is wrong with them is said before any work."""
-    opened = open_tasks(tasks)
+def open_validation(tasks: Sequence[Path], val_data: Path | None, ranks: Ranks = ONE_PROCESS) -> Validation:
+    """Open tasks and held-out pairs, so that what is wrong with them is said before any work (collective)."""
+    opened = ranks.run_on_all_or_fail(lambda: open_tasks(tasks))
     if val_data is not None and any(task.name == HELD_OUT for task in opened):
         raise UserError(f"--tasks has a folder called {HELD_OUT}, as the scores of --val-data are: rename it")
-    return Validation(opened, None if val_data is None else open_catalog(val_data))
+    return Validation(opened, None if val_data is None else open_shared_catalog(val_data, ranks))
+
+
+def open_shared_catalog(
+    folder: Path, ranks: Ranks, reading: Reading | None = None, check: Check | None = None
+) -> Catalog:
+    """Open a catalog on all ranks, of which the first looks at the shards, however many there are (collective)."""
+    with ranks.leader_first():
+        catalog = open_catalog(folder, verify=ranks.leads, check=check)
+        if ranks.leads and reading != "shards":
+            servers = {urlsplit(shard.path)[:2]: shard.path for shard in catalog.shards if is_remote(shard.path)}
+            for url in servers.values():
+                refuse_without_ranges(url)
+    return catalog
+
+
+def _order_options(shards: Shards, catalog: Catalog) -> dict[str, Any]:
+    """Return what the order of the samples depends on, beside their weights."""
+    reading = shards.reading or ("blocks" if any(is_remote(shard.path) for shard in catalog.shards) else "random")
+    drawn = {"resampled": shards.resampled, "epoch_samples": shards.epoch_samples}
+    if reading == "random":
+        refuse_if_given(shards, "block_folder", "--reading blocks or shards, as remote shards are")
+        return {**drawn, "block_shards": shards.block_shards}
+    refuse_if_given(shards, "block_shards", "--reading random, as local shards are")
+    return {**drawn, "reading": reading}
 
 
 class EmbeddedPairs(Protocol):
@@ -123,14 +150,10 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     """Open a catalog: its pairs are read while training, and its zero-shot tasks validate the model."""
     shards, folder = options.shards, options.shards.catalog
     assert folder is not None
-    validation = open_validation(shards.tasks, shards.val_data)
-    catalog = open_catalog(folder)
+    validation = open_validation(shards.tasks, shards.val_data, ranks)
+    catalog = open_shared_catalog(folder, ranks, shards.reading, shards.check_shards)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
-    order = {
-        "resampled": shards.resampled,
-        "epoch_samples": shards.epoch_samples,
-        "block_shards": shards.block_shards,
-    }
+    order = _order_options(shards, catalog)
     identity = {"data": catalog.fingerprint, "weights": weights, **order}
     beside: Reference | None = None
     if reference is not None:
@@ -145,12 +168,14 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         rank=ranks.rank,
         ranks=ranks.count,
         weights=weights,
+        copies=shards.block_folder,
         skip_limit=shards.skip_limit,
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
         **order,
     )
-    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
+    how = f", read in {order['reading']}" if "reading" in order else ""
+    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch{how}")
     encoder = Encoder(
         clip,
         ranks,
@@ -167,7 +192,7 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
     folder = options.shards.reference_features
     if folder is not None:
-        cached = open_features(reference, catalog, folder)
+        cached = _open_shared_features(reference, catalog, folder, ranks)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
         if cached.views > 1 and options.inputs.aug_cfg:
             raise UserError(
@@ -192,4 +217,10 @@ def reference_features(
             lambda: cache_features(reference, catalog, folder, ranks=ranks, progress=advance, **options)
         )
     console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
-    return open_features(reference, catalog, folder)
+    return _open_shared_features(reference, catalog, folder, ranks)
+
+
+def _open_shared_features(reference: Clip, catalog: Catalog, folder: Path, ranks: Ranks) -> CachedReference:
+    """Open the features on all ranks, of which the first looks at all files (collective)."""
+    with ranks.leader_first():
+        return open_features(reference, catalog, folder, verify=ranks.leads)

@@ -1,13 +1,16 @@
 """The one place through which data enter a training."""
 
+import fsspec
 import pytest
+from tars import write_shards
 from task_folders import DATACOMP, classification, write_catalog
 
+from experiments.clip.catalog import catalog as catalog_module
 from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.options import SOURCES
-from experiments.clip.cli.sources import embedded_pairs, open_training_data, open_validation
+from experiments.clip.cli.sources import embedded_pairs, open_shared_catalog, open_training_data, open_validation
 from experiments.clip.data.loader import Loader
-from experiments.clip.distributed import ONE_PROCESS
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.glyphs import source as glyph_source
@@ -75,3 +78,48 @@ def test_a_validation_has_the_metrics_that_it_names(clip, tmp_path):
 def test_the_embedded_pairs_are_the_glyphs():
     assert embedded_pairs() is glyph_source
     assert set(SOURCES) == {"catalog", "glyphs"}
+
+
+def test_remote_shards_are_read_in_blocks_unless_an_option_says_otherwise(clip, tmp_path):
+    base = f"memory://{tmp_path.name}"
+    [path] = write_shards(tmp_path / "data", [30])
+    with fsspec.open(f"{base}/0.tar", "wb") as file:
+        file.write(path.read_bytes())
+    for name, pattern in (("remote", f"{base}/0.tar"), ("local", str(path))):
+        make_catalog(pattern, tmp_path / name)
+
+    def opened(name, *more):
+        words = ["train", "--method", "openclip", "--catalog", str(tmp_path / name), "--batch-size", "10", *more]
+        data = open_training_data(parse(words), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+        assert sorted(index) == list(range(30))
+        drawn = {"resampled", "epoch_samples"}
+        return {key: value for key, value in data.identity.items() if key not in {"data", "weights", *drawn}}, index
+
+    blocks, random = opened("remote"), opened("local")
+    assert blocks[0] == {"reading": "blocks"} and random[0] == {"block_shards": 16} and blocks[1] != random[1]
+    assert opened("remote", "--reading", "random") == random
+    assert opened("local", "--reading", "blocks") == blocks
+    assert opened("remote", "--block-folder", str(tmp_path / "blocks")) == blocks
+    assert not list((tmp_path / "blocks").iterdir())
+    assert opened("remote", "--reading", "shards")[0] == {"reading": "shards"}
+    with pytest.raises(UserError, match=r"--block-shards 4 has no part in this run: it is for --reading random"):
+        opened("remote", "--block-shards", "4")
+    with pytest.raises(UserError, match=r"--block-folder x has no part in this run: it is for --reading blocks"):
+        opened("local", "--block-folder", "x")
+
+
+def test_the_first_rank_looks_at_the_shards_and_the_others_wait(tmp_path, monkeypatch):
+    paths = write_shards(tmp_path / "data", [3, 3])
+    make_catalog(str(tmp_path / "data/*.tar"), tmp_path / "catalog")
+    looked = []
+    original = catalog_module._problem
+    monkeypatch.setattr(catalog_module, "_problem", lambda *given: looked.append(given[1].path) or original(*given))
+    open_shared_catalog(tmp_path / "catalog", Ranks(1, 2))
+    assert looked == []
+    open_shared_catalog(tmp_path / "catalog", Ranks(0, 2))
+    assert sorted(looked) == [str(path) for path in paths]
+    paths[0].unlink()
+    with pytest.raises(UserError, match=r"00000.tar is missing"):
+        open_shared_catalog(tmp_path / "catalog", Ranks(0, 2))
