@@ -41,10 +41,11 @@ def planned(options: Plan) -> Planned:
     """Return what a run would take."""
     train = as_on_a_gpu(options.train)
     loss, execution = train.loss, train.execution
+    precision = execution.precision or "bfloat16"
     cost = cost_of(
         train.model,
         checkpointing=execution.activation_checkpointing,
-        precision=execution.precision,
+        precision=precision,
         device="cpu" if execution.device == "cpu" else "cuda",
         **input_options(train.inputs),
     )
@@ -73,7 +74,7 @@ def planned(options: Plan) -> Planned:
         batch_size=train.optimization.batch_size,
         ranks=options.ranks,
         parallel=execution.parallel,
-        precision=execution.precision,
+        precision=precision,
         contrastive=loss.method != "siglip",
         **state,
     )
