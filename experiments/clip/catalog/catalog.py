@@ -20,7 +20,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +47,10 @@ from experiments.clip.catalog.sources import (
     Table,
     TarPattern,
     expand,
+    is_pattern,
     parse_sources,
     parse_weights,
+    table_paths,
 )
 from experiments.clip.catalog.subset import Subset
 from experiments.clip.errors import UserError
@@ -372,7 +374,8 @@ def _jobs(
                 continue
             for path, (size, version) in zip(paths, pool.map(file_version, paths), strict=True):
                 stamp = (size, (version or 0) if is_remote(path) else int(version))
-                yield number, ScanJob(source, path, stamp, folder, image_keys, caption_keys, subset, checksums)
+                own = replace(source, path=path) if isinstance(source, Table) and is_pattern(source.path) else source
+                yield number, ScanJob(own, path, stamp, folder, image_keys, caption_keys, subset, checksums)
 
 
 def _made_up(source: Synthetic) -> list[Shard]:
@@ -391,7 +394,7 @@ def _named(
                 raise UserError(f"synthetic:{source.samples} has no uids of a subset: leave out one of them")
             yield number, source, []
             continue
-        paths = [os.path.abspath(source.path)] if isinstance(source, Table) else expand(source.pattern)
+        paths = table_paths(source) if isinstance(source, Table) else expand(source.pattern)
         for path in paths:
             if path in seen:
                 raise UserError(f"{path} is listed twice: list it once and give its source a weight")

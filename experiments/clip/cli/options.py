@@ -118,8 +118,13 @@ class Train:
     """Towers that stay as they are, as in LiT."""
     unlocked_groups: Annotated[int, NotNegative, OnlyWith("--lock", lambda options: options.lock)] = 0
     """Groups of layers, counted from the end, that learn in a locked tower."""
-    patch_dropout: Annotated[float, BelowOne] = 0.0
-    """Share of an image's patches that a vision transformer drops in training."""
+    unlocked_text_groups: Annotated[
+        int | None, NotNegative, OnlyWith("--lock text", lambda options: "text" in options.lock)
+    ] = None
+    """The same of the text tower, where it is another number."""
+    patch_dropout: Annotated[float | None, BelowOne] = None
+    """Share of an image's patches that a vision transformer drops in training; by default what its architecture says,
+    which is none for all registered models."""
     split: Literal["train", "reference"] = "train"
     """The pool of pairs to train on; the two are disjoint."""
     fraction: Annotated[float, Share] = 1.0
@@ -175,7 +180,7 @@ class Train:
 
     def check_together(self) -> None:
         """Refuse options that contradict each other, and those that the run would ignore."""
-        if {"image", "text"} <= set(self.lock) and not self.unlocked_groups:
+        if {"image", "text"} <= set(self.lock) and not (self.unlocked_groups or self.unlocked_text_groups):
             raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
         loss, selection, batch = self.loss, self.selection, self.optimization.batch_size
         if not self.needs_reference:

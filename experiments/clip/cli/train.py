@@ -34,7 +34,7 @@ from experiments.clip.training.checkpoint import (
     step_number,
 )
 from experiments.clip.training.logs import Logs, Record
-from experiments.clip.training.towers import full_tensor, precision_of
+from experiments.clip.training.towers import full_tensor, precision_of, repeated_blocks
 from experiments.clip.training.trainer import Trainer, best_record
 
 # Options that are newer than some checkpoints, which do not have them where they are off.
@@ -138,6 +138,8 @@ def train_model(
             stop=stop,
             nonfinite_limit=options.nonfinite_limit,
         )
+        if ranks.group is not None and options.execution.parallel == "fsdp" and not repeated_blocks(clip.model):
+            console.print("training   the model repeats no block: --parallel fsdp gathers all of it at once")
         history = trainer.fit()
     if logs is not None:
         logs.close()
@@ -152,12 +154,13 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "pretrained": models.clip.fingerprint,
         "lock": list(options.lock),
         "unlocked_groups": options.unlocked_groups,
-        "patch_dropout": options.patch_dropout,
+        "patch_dropout": options.patch_dropout or 0.0,
         **data,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
+        **({} if options.unlocked_text_groups is None else {"unlocked_text_groups": options.unlocked_text_groups}),
         **{key: True for key in ("full_float32", "use_bn_sync") if getattr(options.execution, key)},
         **{key: value for key, value in as_settings(options.optimization).items() if key not in _NEWER or value},
         **as_settings(options.selection),
