@@ -16,20 +16,19 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from experiments.clip.catalog.index import map_index
+from experiments.clip.catalog.jobs import Journal, jobs_of
 from experiments.clip.catalog.layout import layout_hint
 from experiments.clip.catalog.scan import (
-    CHUNK,
     FORMAT,
     ScanJob,
     Shard,
@@ -41,16 +40,11 @@ from experiments.clip.catalog.scan import (
 )
 from experiments.clip.catalog.shards import Shards, open_shards, remove_other_shards, write_shards
 from experiments.clip.catalog.sources import (
-    PIPE,
     Source,
-    Synthetic,
     Table,
     TarPattern,
-    expand,
-    is_pattern,
     parse_sources,
     parse_weights,
-    table_paths,
 )
 from experiments.clip.catalog.subset import Subset
 from experiments.clip.errors import UserError
@@ -65,7 +59,6 @@ CAPTION_KEYS = ("txt",)
 
 _CATALOG = "catalog.json"
 _CATALOG_FORMAT = 2
-_JOURNAL = "journal.jsonl"
 _CONCURRENT_CHECKS = 16
 
 
@@ -181,8 +174,8 @@ def make_catalog(
     if not image_keys or not caption_keys or not all((*image_keys, *caption_keys)):
         raise UserError(f"images {list(image_keys)} and captions {list(caption_keys)} must each have a type of member")
     ensure_writable(folder)
-    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset, checksums))
-    journal = _Journal(folder)
+    jobs = list(jobs_of(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset, checksums))
+    journal = Journal(folder)
     todo = [job for _, job in jobs if isinstance(job, ScanJob) and job.name not in journal.done]
     total = sum(isinstance(job, ScanJob) for _, job in jobs)
     pool: Workers[ScanJob, list[Shard]] = Workers(scan, min(workers, len(todo)))
@@ -354,113 +347,6 @@ def _changed(shard: Shard) -> str:
             return digest_once(file)
 
     return "" if retry(digest, shard.path) == shard.sha256 else f"{shard.path} has changed, its checksum differs"
-
-
-def _jobs(
-    sources: Sequence[Source],
-    folder: Path,
-    image_keys: tuple[str, ...],
-    caption_keys: tuple[str, ...],
-    run_pipe_commands: bool,
-    subset: Subset | None,
-    checksums: bool,
-) -> Iterator[tuple[int, ScanJob | list[Shard]]]:
-    """Yield the number of each source with its jobs, or with its shards if nothing needs to be read."""
-    seen: set[str] = set()
-    with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
-        for number, source, paths in _named(sources, folder, run_pipe_commands, seen, subset):
-            if isinstance(source, Synthetic):
-                yield number, _made_up(source)
-                continue
-            for path, (size, version) in zip(paths, pool.map(file_version, paths), strict=True):
-                stamp = (size, (version or 0) if is_remote(path) else int(version))
-                own = replace(source, path=path) if isinstance(source, Table) and is_pattern(source.path) else source
-                yield number, ScanJob(own, path, stamp, folder, image_keys, caption_keys, subset, checksums)
-
-
-def _made_up(source: Synthetic) -> list[Shard]:
-    sizes = [min(CHUNK, source.samples - first) for first in range(0, source.samples, CHUNK)]
-    path = f"synthetic:{source.samples}:{source.pixels}"
-    return [Shard("synthetic", path, 0, size, pixels=source.pixels) for size in sizes]
-
-
-def _named(
-    sources: Sequence[Source], folder: Path, run_pipe_commands: bool, seen: set[str], subset: Subset | None
-) -> Iterator[tuple[int, Source, list[str]]]:
-    """Yield the number of each source with the files that it names."""
-    for number, source in enumerate(sources):
-        if isinstance(source, Synthetic):
-            if subset is not None:
-                raise UserError(f"synthetic:{source.samples} has no uids of a subset: leave out one of them")
-            yield number, source, []
-            continue
-        paths = table_paths(source) if isinstance(source, Table) else expand(source.pattern)
-        for path in paths:
-            if path in seen:
-                raise UserError(f"{path} is listed twice: list it once and give its source a weight")
-            seen.add(path)
-        yield number, source, [_pipe_output(p, folder, run_pipe_commands) if p.startswith(PIPE) else p for p in paths]
-
-
-def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
-    """Return the tar file that a command writes; the command is run if there is no such file yet."""
-    command = source.removeprefix(PIPE)
-    if not run_pipe_commands:
-        raise UserError(
-            f"the data {source!r} would run a shell command: allow it with run_pipe_commands, or name files"
-        )
-    path = folder / "pipes" / f"{digest_of(command.encode())[:24]}.tar"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=True)
-            partial.replace(path)
-        except subprocess.CalledProcessError as error:
-            reason = " ".join(error.stderr.decode(errors="replace").split())[-200:]
-            raise UserError(f"the command {command!r} ended with {error.returncode} ({reason})") from error
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): free space") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return str(path)
-
-
-class _Journal:
-    """The finished jobs: a line of JSON for each, appended after its index files are written."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._path = folder, folder / _JOURNAL
-        self.done: dict[str, list[Shard]] = {}
-        try:
-            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        except OSError as error:
-            raise UserError(f"cannot read {self._path} ({error.strerror})") from error
-        for line in lines:
-            # A line that was being written when the process died is ignored.
-            try:
-                job, records = json.loads(line)
-                shards = [Shard(**record) for record in records]
-                if all(map(self._has_files, shards)):
-                    self.done[job] = shards
-            except (ValueError, TypeError, RecursionError):
-                continue
-
-    def add(self, job: str, shards: list[Shard]) -> None:
-        self.done[job] = shards
-        records = [dataclasses.asdict(shard) for shard in shards]
-        try:
-            with self._path.open("ab") as file:
-                # The line feed first ends an incomplete line, if there is one.
-                file.write(b"\n" + canonical([job, records]) + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self._path} ({error.strerror}): free space") from error
-
-    def _has_files(self, shard: Shard) -> bool:
-        files = [(shard.index, shard.index_bytes)] + [(shard.path, shard.bytes)] * (shard.kind == "table")
-        paths = [(self._folder / name, size) for name, size in files]
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def _hint(shards: Iterable[Shard], image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> str:
