@@ -123,3 +123,21 @@ def test_the_first_rank_looks_at_the_shards_and_the_others_wait(tmp_path, monkey
     paths[0].unlink()
     with pytest.raises(UserError, match=r"00000.tar is missing"):
         open_shared_catalog(tmp_path / "catalog", Ranks(0, 2))
+
+
+def test_a_server_without_ranges_is_refused_at_the_start_unless_shards_are_read_as_a_whole(clip, tmp_path):
+    pytest.importorskip("aiohttp")
+    from experiments.benchmarks.remote import served
+
+    write_shards(tmp_path / "data", [20, 10])
+    with served(tmp_path / "data", ranges=False) as server:
+        make_catalog(f"{server.url}/{{00000,00001}}.tar", tmp_path / "catalog")
+        words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "10"]
+        server.requests.clear()
+        with pytest.raises(UserError, match=r"the server 127.0.0.1:\d+ ignores requests for a part of a file"):
+            open_training_data(parse(words), clip, None, ONE_PROCESS)
+        assert [stated for method, _, stated in server.requests if method == "GET"] == ["bytes=0-0"]
+        data = open_training_data(parse([*words, "--reading", "shards"]), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+    assert sorted(index) == list(range(30))
