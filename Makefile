@@ -90,8 +90,9 @@ gpu:
 	  if $$python $(SEES_GPU) 2>/dev/null; then exec env PYTHONPATH=.:$$PYTHONPATH $$python -m experiments.benchmarks.gpu $(GPU); fi; \
 	done; echo "make gpu: neither $(PYTHON) nor $(BIN)/python has a torch that sees a GPU" >&2; exit 2
 
+# Given again after an interruption, it goes on with the trials that are left.
 chaos: $(READY)
-	$(BIN)/python experiments/benchmarks/chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.chaos
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
 $(READY): pyproject.toml tests/constraints.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
