@@ -116,9 +116,7 @@ INLINE void keep_entries(int kind, const Selection *of, long piece) {
     bounds_of(row, piece, &from, &to);
     for (long i = from; i < to; i += LANES) {
         counts same = bucket_of(kind, row, i, of->unit) == of->chosen;
-        int any = of->chosen < 0;
-        for (int j = 0; j < LANES; j++) any |= same[j];
-        if (!any) continue;
+        if (of->chosen >= 0 && !any(__builtin_convertvector(same, bits))) continue;
         reals z = load(kind, row, i), m = mass(kind, row, i);
         for (int j = 0; j < LANES; j++) {
             if (!(same[j] || of->chosen < 0) || m[j] == 0) continue;

@@ -177,9 +177,9 @@ def _one_bound(
             everywhere, reached = with_ends(rows, ends, found, maximizer)
         return certified(rows, span, bound, everywhere, reached, maximizer, refuse=True)
 
-    solution = certified_solution(found)
-    if solution is None:
+    while True:
+        solution = certified_solution(found)
+        if solution is not None:
+            return solution
         assert found is not None and found.better is not None
-        solution = certified_solution(found.better())
-    assert solution is not None
-    return solution
+        found = found.better()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rich.table import Table
 
-from experiments.clip.catalog.catalog import Catalog, open_catalog
+from experiments.clip.catalog.catalog import Catalog, check_shards, open_catalog
 from experiments.clip.catalog.sources import parse_weights
 from experiments.clip.cli.options import SOURCES, Data, Train
 from experiments.clip.cli.terminal import console, progress_bar
@@ -23,6 +23,7 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
 from experiments.clip.evaluation.task_files import Task
 from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
+from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
@@ -124,7 +125,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     shards, folder = options.shards, options.shards.catalog
     assert folder is not None
     validation = open_validation(shards.tasks, shards.val_data)
-    catalog = open_catalog(folder)
+    catalog = open_catalog_on(ranks, folder)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
     order = {
         "resampled": shards.resampled,
@@ -132,42 +133,55 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         "block_shards": shards.block_shards,
     }
     identity = {"data": catalog.fingerprint, "weights": weights, **order}
+    caption_weights: list[float] = []
+    if shards.caption_weights is not None:
+        caption_weights = identity["caption_weights"] = catalog.caption_weights(shards.caption_weights)
     beside: Reference | None = None
     if reference is not None:
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
+    workers = usual_workers() if shards.workers is None else shards.workers
     loader = Loader(
         catalog,
         clip.in_bytes(clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,
-        workers=shards.workers,
+        workers=workers,
         rank=ranks.rank,
         ranks=ranks.count,
         weights=weights,
         skip_limit=shards.skip_limit,
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
+        caption_weights=caption_weights,
         **order,
     )
-    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
+    steps = loader.steps_per_epoch
+    console.print(f"data       {len(catalog)} pairs of {folder}, {steps} steps an epoch, {workers} workers a rank")
     encoder = Encoder(
         clip,
         ranks,
         shards.validation_batch_size or VALIDATION_BATCH,
-        shards.workers,
-        options.execution.precision,
+        workers,
+        options.execution.precision or "float32",
         tf32=not options.execution.full_float32,
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)
     return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)
 
 
+def open_catalog_on(ranks: Ranks, folder: Path) -> Catalog:
+    """Open a catalog, of whose shards each rank checks a part (collective)."""
+    catalog = ranks.run_on_all_or_fail(lambda: open_catalog(folder, verify=False))
+    ranks.run_on_all_or_fail(lambda: check_shards(catalog, ranks.own_indices(len(catalog.shards))))
+    return catalog
+
+
 def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:
     """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
     folder = options.shards.reference_features
     if folder is not None:
-        cached = open_features(reference, catalog, folder)
+        cached = open_features(reference, catalog, folder, ranks)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
         if cached.views > 1 and options.inputs.aug_cfg:
             raise UserError(
@@ -192,4 +206,4 @@ def reference_features(
             lambda: cache_features(reference, catalog, folder, ranks=ranks, progress=advance, **options)
         )
     console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
-    return open_features(reference, catalog, folder)
+    return open_features(reference, catalog, folder, ranks)

@@ -36,7 +36,7 @@ from experiments.clip.data.batch import Tensors
 from experiments.clip.data.draws import Draws, random_state_restored, view_draws
 from experiments.clip.data.prefetch import copied_ahead
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
-from experiments.clip.distributed import Ranks
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_atomically
 from experiments.clip.io.workers import Workers
@@ -196,8 +196,9 @@ def cache_features(
         If a file was made for something else or cannot be written, or if too many samples are unusable.
     """
     ranks = Ranks() if ranks is None else ranks
-    own = [number for number, shard in enumerate(catalog.shards) if shard.samples][ranks.rank :: ranks.count]
-    total = sum(catalog.shards[number].samples for number in own)
+    own = np.flatnonzero(catalog.shards.samples).tolist()[ranks.rank :: ranks.count]
+    samples = catalog.shards.samples
+    total = int(samples[own].sum())
     ensure_writable(folder)
     identities = {number: _identity(clip, catalog, catalog.shards[number], views, precision, towers) for number in own}
     missing = [number for number in own if not _path(folder, number).is_file()]
@@ -208,7 +209,7 @@ def cache_features(
     pool: Workers[tuple[int, int], _Inputs] = Workers(
         _InputMaker(Reader(catalog), clip, views), workers, pin_memory=ranks.device.type == "cuda"
     )
-    done = total - sum(catalog.shards[number].samples for number in missing)
+    done = total - int(samples[missing].sum())
     computed = 0
     if progress is not None:
         progress(done, total)
@@ -243,10 +244,13 @@ def _write(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> 
     write_atomically(path, save(tensors, identity))
 
 
-def open_features(clip: Clip, catalog: Catalog, folder: Path) -> CachedReference:
-    """Open the cached features of a catalog; refuse files that were made by another reference or from other data."""
+def open_features(clip: Clip, catalog: Catalog, folder: Path, ranks: Ranks = ONE_PROCESS) -> CachedReference:
+    """Open the cached features of a catalog; refuse files that were made by another reference or from other data.
+
+    Each rank checks a part of the files (collective).
+    """
     files = [_path(folder, number) for number in range(len(catalog.shards))]
-    full = [number for number, shard in enumerate(catalog.shards) if shard.samples]
+    full = np.flatnonzero(catalog.shards.samples).tolist()
     made = _metadata(files[full[0]]) if files[full[0]].is_file() else {}
     views, precision = int(made.get("views", 1)), cast(Precision, made.get("precision", "float16"))
     towers = cast(TowerPrecision, made.get("towers", _TOWERS))
@@ -257,12 +261,14 @@ def open_features(clip: Clip, catalog: Catalog, folder: Path) -> CachedReference
         _check(files[number], _identity(clip, catalog, catalog.shards[number], views, precision, towers))
         return ""
 
-    with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
-        for problem in pool.map(check, full):
-            if problem:
-                raise UserError(problem)
-    firsts = np.array([shard.first_index for shard in catalog.shards])
-    return CachedReference(files, firsts, len(catalog), views, precision)
+    def check_own() -> None:
+        with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
+            for problem in pool.map(check, full[ranks.rank :: ranks.count]):
+                if problem:
+                    raise UserError(problem)
+
+    ranks.run_on_all_or_fail(check_own)
+    return CachedReference(files, np.array(catalog.shards.firsts), len(catalog), views, precision)
 
 
 class _Inputs(NamedTuple):
