@@ -298,12 +298,12 @@ def two_level_risk(
     with torch.no_grad():
         reference_tau = temperature if reference_temperature is None else reference_temperature
         theirs = anchor_values(*reference, reference_tau, **options)
-    means = (own[0] + own[1]) / 2, ((theirs[0] + theirs[1]) / 2).to(own[0])
+    target, other = (own[0] + own[1]) / 2, ((theirs[0] + theirs[1]) / 2).to(own[0])
     base = None
     if min(counts) == 0:  # a row of losses has a part on every rank: one without pairs adds a loss of no weight
-        means = [nn.functional.pad(mean, (0, len(mean) == 0)) for mean in means]
-        base = torch.full_like(means[0], float(len(image) > 0), dtype=torch.float64) / sum(counts)
-    excess = excess_losses(*means)
+        target, other = (nn.functional.pad(mean, (0, len(mean) == 0)) for mean in (target, other))
+        base = torch.full_like(target, float(len(image) > 0), dtype=torch.float64) / sum(counts)
+    excess = excess_losses(target, other)
     if strength is None:
         risk = constrained_risk(excess, outer, 0.0 if radius is None else radius, base_weights=base, group=group)
     elif radius is None:

@@ -201,9 +201,9 @@ def simulated(folder: Path, scale: Scale, walks: int, batches: int) -> Iterator[
     catalog = write_catalog(folder, [TarPattern("s3://pool/datacomp_1b/*.tar")], IMAGE_KEYS, ("txt",), shards_of(scale))
     order, half = order_of(catalog, scale), scale.steps // 2
     ranks, later = scale.ranks, scale.ranks_later
-    begun = starts(folder, scale, [(rank, ranks, 0) for rank in (0, ranks // 2, ranks - 1)])
+    begun = starts(folder, scale, [(draws.randrange(ranks), ranks, 0) for _ in range(walks)])
     yield _start(f"start of a rank of {ranks}: catalog, order, its first batch", begun)
-    resumed = starts(folder, scale, [(rank, later, half) for rank in (0, later // 2, later - 1)])
+    resumed = starts(folder, scale, [(draws.randrange(later), later, half) for _ in range(walks)])
     yield _start(f"the same in the middle of the epoch, on {later} ranks", resumed)
     memory = max(each["bytes"] for each in (*begun, *resumed))
     yield Row("memory of that, of a rank", f"{memory / 1e6:.0f} MB", "simulated")
@@ -261,7 +261,8 @@ def planned_rows(scale: Scale) -> Iterator[Row]:
     of_a_rank = f"{saved.of_a_rank / 1e6:.1f} MB of a rank in {1e3 * saved.seconds:.0f} ms at 1 GB/s"
     yield Row("checkpoint", f"{saved.bytes / 1e9:.2f} GB, {of_a_rank}", "planned")
     yield Row("memory of a rank, bfloat16", f"{found.estimate.memory / 1e9:.1f} GB", "planned")
-    steered = planned(parse([*words, "--method", "drrho", "--reference-features", "features", "--catalog", "catalog"]))
+    more = ["--method", "drrho", "--catalog", "catalog", "--reference", "reference", "--reference-features", "features"]
+    steered = planned(parse([*words, *more]))
     state, cache = steered.estimate.running_state, steered.estimate.reference_cache
     yield Row("steered: running estimates of a rank", f"{state / 1e6:.1f} MB", "planned")
     yield Row("steered: reference features on disk", f"{cache / 1e12:.2f} TB", "planned")
@@ -278,7 +279,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table and write it; return 0 if every sample is visited once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=json.loads, default={}, metavar="JSON", help="other sizes than DataComp-1B's")
-    parser.add_argument("--walks", type=int, default=4, help="ranks that are walked through half an epoch")
+    parser.add_argument("--walks", type=int, default=4, help="ranks that are started, and walked through half an epoch")
     parser.add_argument("--batches", type=int, default=10, help="batches that are compared with those of one process")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the table goes")
     parser.add_argument("--page", type=Path, default=README, help="page that has the table between its marks")
@@ -298,7 +299,7 @@ def main(arguments: Sequence[str]) -> int:
         f"# Many ranks\n\n`{record['command']}`, {record['date']}. {record['machine']}, load {record['load']} at the "
         f"start. {data}, batch {scale.batch_size:,}: "
         f"planned for ViT-L/14 by DataComp's largest recipe on {scale.ranks} A100, simulated without images. Of "
-        f"{options.walks} ranks drawn at random, every step of half an epoch.\n\n{table}\n"
+        f"{options.walks} ranks drawn at random, the start and every step of half an epoch.\n\n{table}\n"
     )
     print(text)
     options.output.parent.mkdir(parents=True, exist_ok=True)

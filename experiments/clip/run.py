@@ -46,9 +46,9 @@ COMMANDS = {
         "glyphs.demo:run",
     ),
     "prepare": Command(
-        "Draw the glyph-name pairs and write them as webdataset shards.",
-        "glyphs.options:Prepare",
-        "glyphs.source:run_prepare",
+        "Draw pairs of pictures and names, of characters or icons, and write them as webdataset shards.",
+        "icons.options:Prepare",
+        "icons.source:run_prepare",
     ),
     "cache-reference": Command(
         "Compute the reference model's features of the training pairs; under torchrun or srun, over all ranks.",

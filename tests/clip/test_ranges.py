@@ -10,7 +10,8 @@ import pytest
 
 from experiments.clip.cli.options import CacheReference, Plan, Train
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.options import Demo, GlyphTasks, Prepare
+from experiments.clip.glyphs.options import Demo, GlyphTasks
+from experiments.clip.icons.options import Prepare
 from experiments.clip.ranges import AtLeast, OnlyWith, PositiveOrAuto, Range, annotations_of, check_options
 from experiments.clip.study.options import Study
 

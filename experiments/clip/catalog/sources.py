@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from braceexpand import braceexpand
 
 from experiments.clip.errors import UserError
-from experiments.clip.io.storage import filesystem, is_remote
+from experiments.clip.io.storage import is_remote, matching
 
 PIPE = "pipe:"
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -187,6 +187,21 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
+def is_pattern(path: str) -> bool:
+    """Whether a table's path stands for several: it has braces or wildcards, and does not exist."""
+    return not os.path.exists(path) and (glob.has_magic(path) or "{" in path)
+
+
+def table_paths(table: Table) -> list[str]:
+    """Return the absolute paths of a table, or of those that its pattern names."""
+    if is_remote(table.path):
+        raise UserError(
+            f"the table {table.path} is remote: copy it to this machine, and its images with it, or write both to "
+            "webdataset's shards"
+        )
+    return expand(table.path) if is_pattern(table.path) else [os.path.abspath(table.path)]
+
+
 def _shards_in(folder: str) -> list[str]:
     """Return the tar files of a folder; if there is none, refuse it with a hint at what it has instead."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # ._ files are macOS's
@@ -227,8 +242,7 @@ def _matches(name: str) -> list[str]:
             name += "*.tar"
         if "*" not in name:
             return [name]
-        fs, inner = filesystem(name)
-        return [fs.unstrip_protocol(path) for path in sorted(fs.glob(inner))]
+        return matching(name)
     if os.path.exists(name) or not glob.has_magic(name):
         return [os.path.abspath(name)]
     return sorted(os.path.abspath(path) for path in glob.glob(name, recursive=True))

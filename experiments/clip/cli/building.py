@@ -71,13 +71,16 @@ def _text(path: Path | None) -> str | None:
 def build_target(options: Train, ranks: Ranks = ONE_PROCESS) -> Clip:
     """Return the model to be trained."""
     more = input_options(options.inputs)
-    if options.patch_dropout:
+    if options.patch_dropout is not None:
         more["force_patch_dropout"] = options.patch_dropout
     if ranks.group is not None and options.execution.parallel == "fsdp":
         more["nonscalar_logit_scale"] = True
     sigmoid = options.loss.method == "siglip"
     clip = new_model(options.model, options.seed, sigmoid=sigmoid, weights=options.pretrained, **more)
-    lock_towers(clip.model, options.lock, options.unlocked_groups)
+    unlocked: dict[str, int] = {tower: options.unlocked_groups for tower in options.lock}
+    if options.unlocked_text_groups is not None:
+        unlocked["text"] = options.unlocked_text_groups
+    lock_towers(clip.model, unlocked)
     return clip
 
 

@@ -41,6 +41,8 @@ SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.cli
 
 Captions = Literal["clean", "vague", "swapped"]
 FeaturePrecision = Literal["float16", "bfloat16"]
+Reading = Literal["random", "blocks", "shards"]
+Check = Literal["time", "checksum"]
 
 _WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
 _WITH_DATA = OnlyWith("--tasks or --val-data", lambda options: options.tasks or options.val_data is not None)
@@ -82,6 +84,14 @@ class Shards:
     """Samples of an epoch when resampled; all by default."""
     block_shards: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 16
     """Shards whose samples are shuffled together."""
+    reading: Annotated[Reading | None, _OF_A_CATALOG] = None
+    """How shards are read, and in which order. random: each sample by its offset, the default of local shards. blocks:
+    parts of 8 MiB, each by one request, the default of remote ones. shards: as a whole, for servers without ranges."""
+    block_folder: Annotated[Path | None, _OF_A_CATALOG] = None
+    """Where blocks of remote shards are kept for a while; by default the system's folder of temporary files."""
+    check_shards: Annotated[Check | None, _OF_A_CATALOG] = None
+    """What must be as in the catalog beside sizes and headers. time: shards were not written since; checksum: their
+    contents, which are all read."""
     skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of samples that may turn out to be unusable before the run stops."""
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
@@ -109,8 +119,13 @@ class Train:
     """Towers that stay as they are, as in LiT."""
     unlocked_groups: Annotated[int, NotNegative, OnlyWith("--lock", lambda options: options.lock)] = 0
     """Groups of layers, counted from the end, that learn in a locked tower."""
-    patch_dropout: Annotated[float, BelowOne] = 0.0
-    """Share of an image's patches that a vision transformer drops in training."""
+    unlocked_text_groups: Annotated[
+        int | None, NotNegative, OnlyWith("--lock text", lambda options: "text" in options.lock)
+    ] = None
+    """The same of the text tower, where it is another number."""
+    patch_dropout: Annotated[float | None, BelowOne] = None
+    """Share of an image's patches that a vision transformer drops in training; by default what its architecture says,
+    which is none for all registered models."""
     split: Literal["train", "reference"] = "train"
     """The pool of pairs to train on; the two are disjoint."""
     fraction: Annotated[float, Share] = 1.0
@@ -150,7 +165,7 @@ class Train:
     name: Annotated[str | None, _WITH_WANDB] = None
     """Name of the run in Weights & Biases; by default that of --out."""
     wandb_project: Annotated[str | None, _WITH_WANDB] = None
-    """Project in Weights & Biases; drrho by default."""
+    """Project in Weights & Biases; by default what WANDB_PROJECT says, or drrho."""
     log_every: Annotated[int, AtLeast(1)] = 10
     """Each line of the log is the mean over so many steps."""
     nonfinite_limit: Annotated[int, NotNegative] = 0
@@ -181,7 +196,7 @@ class Train:
 
     def check_together(self) -> None:
         """Refuse options that contradict each other, and those that the run would ignore."""
-        if {"image", "text"} <= set(self.lock) and not self.unlocked_groups:
+        if {"image", "text"} <= set(self.lock) and not (self.unlocked_groups or self.unlocked_text_groups):
             raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
         loss, selection, batch = self.loss, self.selection, self.optimization.batch_size
         if not self.needs_reference:
@@ -344,6 +359,8 @@ class MakeCatalog:
     """The field of the member json, or the column of a table, that has the uid."""
     workers: Annotated[int, NotNegative] = 2
     """Processes that scan."""
+    checksums: bool = False
+    """Keep the SHA-256 of each shard, for `train --check-shards checksum`; local shards are then read as a whole."""
     run_pipe_commands: bool = False
     """Run the shell commands of sources that start with pipe:, which are refused otherwise."""
 

@@ -16,7 +16,7 @@ from experiments.clip.cli.options import Plan, Train
 from experiments.clip.cli.terminal import console
 from experiments.clip.cli.traffic import Exchange, Reading, Saving, exchanges, reading, saving
 from experiments.clip.io.workers import AHEAD, usual_workers
-from experiments.clip.training.options import Execution
+from experiments.clip.training.options import Execution, TowerPrecision
 
 _FLOAT = 4  # bytes
 _PAIRS_OF_A_SHARD = 10_000  # img2dataset's
@@ -39,12 +39,13 @@ def run(options: Plan) -> None:
 
 def planned(options: Plan) -> Planned:
     """Return what a run would take."""
-    train = as_on_a_gpu(options.train)
+    train, precision = as_on_a_gpu(options.train)
     loss, execution = train.loss, train.execution
+    precision = execution.precision or "bfloat16"
     cost = cost_of(
         train.model,
         checkpointing=execution.activation_checkpointing,
-        precision=execution.precision,
+        precision=precision,
         device="cpu" if execution.device == "cpu" else "cuda",
         **input_options(train.inputs),
     )
@@ -73,7 +74,7 @@ def planned(options: Plan) -> Planned:
         batch_size=train.optimization.batch_size,
         ranks=options.ranks,
         parallel=execution.parallel,
-        precision=execution.precision,
+        precision=precision,
         contrastive=loss.method != "siglip",
         **state,
     )
@@ -89,14 +90,14 @@ def planned(options: Plan) -> Planned:
     return Planned(estimate, messages, data, checkpoint)
 
 
-def as_on_a_gpu(train: Train) -> Train:
-    """Return options with what a GPU's rank takes, on a machine like this one, where they were not given."""
+def as_on_a_gpu(train: Train) -> tuple[Train, TowerPrecision]:
+    """Return options with what a GPU's rank takes where they were not given, and the precision among them."""
     shards, execution = train.shards, train.execution
     if shards.workers is None:
         shards = replace(shards, workers=usual_workers())
-    if execution.precision is None:
-        execution = replace(execution, precision="bfloat16")
-    return replace(train, shards=shards, execution=execution)
+    precision = execution.precision or ("float32" if execution.device == "cpu" else "bfloat16")
+    execution = replace(execution, precision=precision)
+    return replace(train, shards=shards, execution=execution), precision
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from experiments.clip.data.lanes import BLOCK_BYTES
+
 _FLOAT, _INDEX, _DOUBLE = 4, 8, 8  # bytes
 #: Numbers of a column of the matrix of similarities: its terms to the rank that has its text, and its totals to all.
 _TERMS, _TOTALS = 3, 2
@@ -11,10 +13,6 @@ _TERMS, _TOTALS = 3, 2
 _WISHES = 3
 #: What a shard's line in a catalog takes, its path of 60 letters included; and a sample's row in an index.
 _LINE, _ROW = 420, 48
-
-
-#: Bytes of a request where shards are read in blocks.
-STREAM_BYTES = 8 * 2**20
 
 
 class Exchange(NamedTuple):
@@ -112,7 +110,7 @@ def reading(
     checks = shards * (2 + cached_features)
     return Reading(
         rate,
-        rate / min(STREAM_BYTES, sample_bytes * samples / shards),
+        rate / min(BLOCK_BYTES, sample_bytes * samples / shards),
         pairs_per_second,
         shards * _LINE,
         samples * _ROW,

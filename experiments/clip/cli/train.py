@@ -186,13 +186,14 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "pretrained": models.clip.fingerprint,
         "lock": list(options.lock),
         "unlocked_groups": options.unlocked_groups,
-        "patch_dropout": options.patch_dropout,
+        "patch_dropout": options.patch_dropout or 0.0,
         **data,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         **({} if options.resume is None else {"resume": str(options.resume)}),
         "validations": options.validations,
         "precision": options.execution.precision,
+        **({} if options.unlocked_text_groups is None else {"unlocked_text_groups": options.unlocked_text_groups}),
         **{key: True for key in ("full_float32", "use_bn_sync") if getattr(options.execution, key)},
         **{key: value for key, value in as_settings(options.optimization).items() if key not in _NEWER or value},
         **as_settings(options.selection),
@@ -204,7 +205,7 @@ def _say_what_is_chosen(options: Train, data: TrainingData) -> None:
     """Print what a run is like whose options were left to the program, and what is out of proportion."""
     steps = data.stream.steps_per_epoch * options.optimization.epochs
     warmup, precision = options.optimization.warmup_of(steps), options.execution.precision
-    console.print(f"training   {steps} steps, {warmup} of them to warm up; towers in {precision}")
+    console.print(f"training   {steps} steps, a warm-up of {warmup}, towers in {precision}")
     epoch = options.shards.epoch_samples if options.shards.resampled else None
     for line in out_of_proportion(options, epoch or data.samples, steps):
         console.print(f"training   {line}", markup=False)

@@ -82,6 +82,7 @@ def cell_hash(cell: Cell) -> str:
     train = with_defaults(cell.train, registered_config(cell.train.model).model, _PRECISION)
     settings = {key: value for key, value in as_settings(train).items() if key not in _WITHOUT_EFFECT}
     settings["shards"]["workers"] = 0  # no part of the embedded pairs, but of hashes
+    settings["patch_dropout"] = train.patch_dropout or 0.0
     settings["data"] = dataset_settings(cell.train.data)
     del settings["execution"]["exchange_minutes"]
     if not _without_off(settings["inputs"]):  # a group that is newer than some results, and off

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
 import threading
@@ -79,7 +80,7 @@ class Logs:
             except ImportError:
                 raise UserError("--log-to wandb needs the package wandb: pip install wandb") from None
             self._wandb = wandb.init(
-                project=project or "drrho",
+                project=project or os.environ.get("WANDB_PROJECT", "drrho"),  # an argument goes before the variable
                 name=name or folder.absolute().name,
                 id=_wandb_id(folder / "wandb-id"),
                 dir=folder,

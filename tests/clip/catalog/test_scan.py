@@ -313,3 +313,24 @@ def test_a_subset_of_a_table(subset, tmp_path):
         make_catalog(tmp_path / "t.csv", tmp_path / "catalog", subset=dataclasses.replace(subset, key="other"))
     with pytest.raises(UserError, match=r"synthetic:5 has no uids of a subset"):
         make_catalog("synthetic:5", tmp_path / "catalog", subset=subset)
+
+
+def test_a_pattern_may_name_several_tables(tmp_path):
+    for part in range(3):
+        (tmp_path / f"{part}.png").write_bytes(image_bytes(part))
+        (tmp_path / f"part-{part}.csv").write_text(f"filepath,title\n{part}.png,caption {part}\n")
+    for pattern in ("part-*.csv", "part-{0..2}.csv"):
+        catalog = make_catalog(str(tmp_path / pattern), tmp_path / "catalog")
+        assert everything(catalog) == expected(range(3)) and len(catalog.sources) == 1
+    with pytest.raises(UserError, match=r"part-3.csv"):
+        make_catalog(str(tmp_path / "part-{0..3}.csv"), tmp_path / "catalog")
+    (tmp_path / "odd{1}.csv").write_text("filepath,title\n1.png,caption 1\n")
+    assert everything(make_catalog(str(tmp_path / "odd{1}.csv"), tmp_path / "catalog")) == expected([1])
+    with pytest.raises(UserError, match=r"the table s3://bucket/t.csv is remote: copy it to this machine"):
+        make_catalog("s3://bucket/t.csv", tmp_path / "catalog")
+
+
+def test_urls_in_the_place_of_paths_are_refused_with_a_hint(tmp_path):
+    (tmp_path / "t.csv").write_text("url,text\nhttp://host/1.jpg,one\nhttps://host/2.jpg,two\n")
+    with pytest.raises(UserError, match=r"no sample .* \(URL: 2\): download its images, into shards by img2dataset"):
+        make_catalog(Table(str(tmp_path / "t.csv"), "url", ("text",)), tmp_path / "catalog")
