@@ -105,6 +105,12 @@ def test_statistics_over_a_batch_count_no_row_that_fills_it_up(pairs):
     assert plain[1] == full[1] and torch.equal(plain[2], full[2])
 
 
+def test_an_image_alone_is_normalized_over_itself(pairs):
+    """Its last layer is of one pixel, whose statistics torch refuses for a batch of one."""
+    shapes, loss, gradient = shapes_and_gradient(with_batch_norm(), pairs.batch(torch.arange(2)), parts=2)
+    assert shapes == [[2, 2]] * 4 and loss > 0 and bool(gradient.isfinite().all()) and bool(gradient.any())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 0])
 @pytest.mark.parametrize("mode", [True, "reduce-overhead"])
