@@ -351,6 +351,8 @@ def _changed(shard: Shard) -> str:
 
 def _hint(shards: Iterable[Shard], image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> str:
     for shard in shards:
+        if "URL" in shard.left_out:
+            return "download its images, into shards by img2dataset --output_format webdataset"
         if shard.kind == "tar" and {"no image", "no caption"} & set(shard.left_out):
             return layout_hint(shard.path, shard.bytes, image_keys, caption_keys)
     return ""

@@ -47,6 +47,7 @@ _MAX_NAME = 4096
 # Largest member json that is searched for a uid.
 _MAX_DESCRIPTION = 2**20
 
+_URLS = ("http://", "https://")
 _META = re.compile(r"__[^/]*__($|/)")
 _METADATA = re.compile(r"(^|/)\._[^/]*$")
 _HOSTILE = re.compile(r"[\x00-\x1f\x7f]|^/|(^|[/\\])\.\.([/\\]|$)")
@@ -55,6 +56,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28
 LeftOut = Literal[
     "no image",
     "no caption",
+    "URL",  # in a table, in the place of an image's path
     "link or device",  # in the place of an image, or of all captions
     "no uid",  # by which it could be in the subset
     "not in the subset",
@@ -322,6 +324,8 @@ def _complete_rows(
         encoded = [_stored(each) for each in captions]
         if not image:
             left_out["no image"] += 1
+        elif image.startswith(_URLS):
+            left_out["URL"] += 1
         elif all(text is None for text in encoded):
             left_out["no caption"] += 1
         else:

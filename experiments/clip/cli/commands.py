@@ -265,6 +265,6 @@ def catalog(options: MakeCatalog) -> None:
     console.print(f"catalog    {len(made)} pairs in {len(made.shards)} shards: {made.folder}")
     for reason, count in made.left_out.items():
         console.print(f"left out   {count} for {reason}")
-    incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption"))
+    incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption", "URL"))
     if incomplete > len(made) and (hint := made.hint()):
         console.print(f"left out   more than there is: {hint}", markup=False)

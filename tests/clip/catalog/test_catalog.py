@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -143,6 +145,19 @@ def test_remote_shards(shards, tmp_path, protocol):
     fsspec.filesystem(protocol).rm(f"{base}/00001.tar")
     with pytest.raises(UserError, match=r"cannot read .*00001.tar"):
         open_catalog(tmp_path / "catalog")
+
+
+@pytest.mark.parametrize("protocol", ["zip", "tar"])
+def test_shards_within_an_archive(shards, tmp_path, protocol):
+    path = tmp_path / f"all.{protocol}"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) if protocol == "zip" else tarfile.open(path, "w") as archive:
+        for shard in shards:
+            (archive.write if protocol == "zip" else archive.add)(shard, shard.name)
+    chain = f"{protocol}://*.tar::file://{path}"
+    catalog = make_catalog([chain], tmp_path / "catalog", workers=2)
+    assert everything(catalog) == expected(range(14))
+    assert [shard.path for shard in catalog.shards] == [chain.replace("*.tar", shard.name) for shard in shards]
+    assert open_catalog(tmp_path / "catalog") == catalog
 
 
 def test_a_remote_shard_is_read_once_in_one_stream(shards, tmp_path):

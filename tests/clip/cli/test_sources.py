@@ -180,3 +180,21 @@ def test_what_one_rank_finds_stops_all(tmp_path):
     start_ranks(open_on_ranks, (str(tmp_path),), 2)
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0] == "stopped because rank 1 did: see its message" and "00001.tar is missing" in said[1]
+
+
+def test_a_server_without_ranges_is_refused_at_the_start_unless_shards_are_read_as_a_whole(clip, tmp_path):
+    pytest.importorskip("aiohttp")
+    from experiments.benchmarks.remote import served
+
+    write_shards(tmp_path / "data", [20, 10])
+    with served(tmp_path / "data", ranges=False) as server:
+        make_catalog(f"{server.url}/{{00000,00001}}.tar", tmp_path / "catalog")
+        words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "10"]
+        server.requests.clear()
+        with pytest.raises(UserError, match=r"the server 127.0.0.1:\d+ ignores requests for a part of a file"):
+            open_training_data(parse(words), clip, None, ONE_PROCESS)
+        assert [stated for method, _, stated in server.requests if method == "GET"] == ["bytes=0-0"]
+        data = open_training_data(parse([*words, "--reading", "shards"]), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+    assert sorted(index) == list(range(30))
