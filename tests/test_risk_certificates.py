@@ -10,7 +10,7 @@ from problems import scale_of, tensor
 
 from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, penalized_risk
 from drrho.solvers.rows import Rows
-from experiments.benchmarks import certificates
+from experiments.benchmarks import certificates, users
 
 EPS = 2.0**-52
 
@@ -192,3 +192,80 @@ def test_many_random_certificates_hold(name):
     said = []
     row = certificates.search(name, 20, 2, certificates.SIZES[:6], said.append)
     assert row.gap_below_4_eps == row.wrong == row.refused == 0, said
+
+
+# --- users' phi at the edges of what float64 holds -----------------------------------------------------------------
+
+
+def judged(problem, divergence, exact):
+    """The answer, whose value primal and dual prove in extended precision."""
+    __tracebackhide__ = True
+    risk = problem.solve(divergence)
+    verdict = certificates.judge(problem, exact, risk)
+    assert verdict.error <= verdict.allowed
+    assert risk.gap >= -4 * EPS * scale_of(problem.losses)
+    return risk
+
+
+TANGENT = {  # losses and radii next to the largest, where a ratio rises from zero as the power 2/3
+    "2": ([-1.00063688, -2.90923104], 0.4875787000115074),
+    "3": ([-1000.01656442, 999.98343558, 1999.98343558], 1.1189739793492486),
+    "5": ([5078020.1169795, 16085504.868746, 3234827.62975973, 2416498.34858014, 3037927.21165834], 2.714757257054016),
+}
+
+
+@pytest.mark.parametrize("size", TANGENT)
+def test_a_ratio_that_rises_vertically_from_zero(size):
+    losses, radius = TANGENT[size]
+    problem = certificates.Problem(np.array(losses), None, True, radius)
+    judged(problem, users.Alpha(4.0), certificates.power(2.5))
+
+
+def test_two_losses_of_which_one_has_hardly_any_weight():
+    losses, radius = TANGENT["2"]
+    risk = constrained_risk(losses, users.Alpha(4.0), radius)
+    with mp.workdps(50):
+        k = mp.mpf(2.5)
+        phi = lambda t: (t**k - k * t + k - 1) / (k * (k - 1))  # noqa: E731
+        low, high = mp.mpf(0), mp.mpf(1)
+        for _ in range(160):  # the smaller ratio, at which D is the radius
+            middle = (low + high) / 2
+            low, high = (middle, high) if (phi(2 - middle) + phi(middle)) / 2 > radius else (low, middle)
+        expected = (losses[0] * (2 - low) + losses[1] * low) / 2
+    assert abs(risk.value.item() - float(expected)) <= 1e-9 * np.ptp(losses)
+
+
+UNDERFLOWING = {  # losses, base weights and radii of Jeffreys' balls that leave the smaller losses less than 1e-86
+    "2": ([4.0, 2.0], [0.9995, 0.0005], 0.9999530298982366),
+    "3": ([10000.0, -10000.0, -20000.0], [0.99886324, 0.0008358834, 0.0003008766], 0.9998272753377331),
+    "5": ([1350.9, 1350.9, 507.1, -520.1, -520.1], [0.02372, 0.94735, 0.00058, 0.02829, 0.00006], 5.745633277784095),
+}
+
+
+@pytest.mark.parametrize("size", UNDERFLOWING)
+def test_a_ball_whose_smaller_weights_underflow(size):
+    losses, base, radius = UNDERFLOWING[size]
+    problem = certificates.Problem(np.array(losses), np.array(base) / np.sum(base), True, radius)
+    risk = judged(problem, users.Jeffreys(), certificates.JEFFREYS)
+    assert abs(risk.value.item() - max(losses)) <= 4 * EPS * scale_of(losses)
+    assert (risk.weights > 0).all() and abs(risk.weights.sum().item() - 1) <= 4 * EPS
+
+
+def test_a_maximum_of_hardly_any_base_weight_next_to_a_pole():
+    base = np.array([5e-10, 0.4, 0.6])
+    problem = certificates.Problem(np.array([1.0, 0.0, -1e-5]), base / base.sum(), True, 1 - 5.36e-6)
+    judged(problem, users.Triangular(), certificates.TRIANGULAR)
+
+
+@pytest.mark.slow
+def test_long_rows_next_to_the_largest_radius():
+    rng = np.random.default_rng(3)
+    losses = np.exp(3 * rng.normal(size=10_000))
+    largest = float(users.Alpha(4.0).maximal_radius(np.array(1e-4)))
+    judged(certificates.Problem(losses, None, True, largest * (1 - 1e-9)), users.Alpha(4.0), certificates.power(2.5))
+
+
+def test_the_hard_maximum_of_many_ties_has_no_negative_gap():
+    losses = np.random.default_rng(0).integers(-2, 3, size=10_000) * 1e-8
+    risk = judged(certificates.Problem(losses, None, True, 3.8), users.Alpha(0.0), certificates.power(0.5))
+    assert risk.value.item() == losses.max() and risk.gap.item() == 0

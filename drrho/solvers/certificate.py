@@ -6,7 +6,7 @@ All is in normalized units, of `rows.Rows`, until the solution is assembled.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ _BEYOND = 1e-11  # by how much of itself rounding in D may move a premium
 _SAME = 256 * EPS  # difference of a solver's D and its sum
 _CLOSE = 1e-12  # by how much sums of ratios may miss what they should be, where better ones can be found
 _LINEAR = 1e-8  # surplus up to which D is followed to first order
-_LONG, _COARSE = 2**17, 300.0  # on rows so long rounding averages out up to such a strength
+_SLIGHT = 1e-6  # and change of D, over D
+_LONG, _COARSE = 2**17, 30.0  # on rows so long rounding averages out up to such a strength
 _NUDGES = 12
 
 
@@ -103,15 +104,16 @@ def certified(
         bound = bound._replace(parameter=np.where(span == 0, 0.0, bound.parameter))
     with np.errstate(all="ignore"):
         multipliers, ratios, sums = _measured(rows, bound.divergence, found, ends)
-        if found.better is not None and some(_is_off(bound, sums)):
+        if found.is_rough and some(_is_off(bound, sums)):
             return None
         primal = _feasible(rows, bound, multipliers, ends, ratios, sums)
         mean, _ = rows.mean_and_ties()
         gain, dual = _primal_and_dual(bound, mean, multipliers, ends, sums, primal, maximizer)
         # By weak duality, what exceeds the bound does so by rounding: in a ball, by that of D at the weights.
-        above = (gain > dual + 2 * EPS) & (gain - dual <= _BEYOND * primal.gain) & ends.open
-        if bound.is_ball and some(above):
-            primal = primal._replace(kept=np.where(above, primal.kept * (dual / gain), primal.kept))
+        above = (gain > dual + 2 * EPS) & (gain - dual <= _BEYOND * primal.gain) & ~ends.flat
+        shrunk = above & ends.open
+        if bound.is_ball and some(shrunk):
+            primal = primal._replace(kept=np.where(shrunk, primal.kept * (dual / gain), primal.kept))
         gain = np.where(above, dual, gain)
     top, scale = rows.top, rows.scale
     assert top is not None and scale is not None
@@ -128,8 +130,11 @@ def certified(
         scale * _slope_in_alpha(bound.divergence, sums),
         np.full_like(mean, bound.is_ball),
     ]
-    if refuse:
-        _refuse_uncertified(bound, span, numbers)
+    failed = _is_uncertified(span, numbers) if refuse else np.zeros_like(span, dtype=bool)
+    if some(failed):
+        if found.better is not None:
+            return None
+        _refuse_uncertified(bound, numbers, failed)
     count = rows.count if rows.base is None else 1
     weights = ratios.mul_(rows.column(primal.kept / (1 + sums.surplus) / count))
     if some(primal.kept < 1):
@@ -232,7 +237,7 @@ def _feasible(rows: Rows, bound: Bound, multipliers: Multipliers, ends: Ends, ra
     slope = np.where(ends.open, (mean + gain - multipliers.threshold) / multipliers.unit, 0.0)
     felt = np.abs(surplus) > 4 * EPS
     distance = np.where(felt, np.maximum(sums.distance - surplus * slope, 0.0), sums.distance)
-    missed = (np.abs(surplus) > _LINEAR) & ends.open
+    missed = ((np.abs(surplus) > _LINEAR) | (np.abs(surplus * slope) > _SLIGHT * sums.distance) & felt) & ends.open
     if some(missed):
         divisor = rows.column(1 + surplus)
         (again,) = rows.host_means(lambda block: (bound.divergence.phi(ratios[:, block.place] / divisor),))
@@ -272,18 +277,22 @@ def _primal_and_dual(
     return primal.gain - price, np.where(parameter == 0, free, dual)
 
 
-def _refuse_uncertified(bound: Bound, span: np.ndarray, numbers: list[np.ndarray]) -> None:
-    """Refuse an answer that its own certificate does not hold to."""
+def _is_uncertified(span: np.ndarray, numbers: list[np.ndarray]) -> np.ndarray:
+    """Return which answers their own certificate does not hold to."""
+    premium, gap = numbers[1], numbers[4]
+    return ~(np.abs(gap) <= _ALLOWED * np.abs(premium) + _ROUNDING * span + _LEAST)
+
+
+def _refuse_uncertified(bound: Bound, numbers: list[np.ndarray], failed: np.ndarray) -> NoReturn:
+    """Refuse the first of the answers that failed."""
     _, premium, threshold, strength, gap, distance, *_ = numbers
-    failed = ~(np.abs(gap) <= _ALLOWED * np.abs(premium) + _ROUNDING * span + _LEAST)
-    if some(failed):
-        name, given = ("radius", bound.parameter) if bound.price is None else ("strength", bound.price)
-        raise RuntimeError(
-            f"no certified risk of {bound.divergence} at {name} {given[failed][0]:.6g}: threshold "
-            f"{threshold[failed][0]:.6g} and strength {strength[failed][0]:.6g} leave a gap of {gap[failed][0]:.3g} to "
-            f"weights of premium {premium[failed][0]:.6g} and D {distance[failed][0]:.6g}; phi must be strictly "
-            "convex, and conjugate and conjugate_gradient must belong to it"
-        )
+    name, given = ("radius", bound.parameter) if bound.price is None else ("strength", bound.price)
+    raise RuntimeError(
+        f"no certified risk of {bound.divergence} at {name} {given[failed][0]:.6g}: threshold "
+        f"{threshold[failed][0]:.6g} and strength {strength[failed][0]:.6g} leave a gap of {gap[failed][0]:.3g} to "
+        f"weights of premium {premium[failed][0]:.6g} and D {distance[failed][0]:.6g}; phi must be strictly "
+        "convex, and conjugate and conjugate_gradient must belong to it"
+    )
 
 
 def _slope_in_alpha(divergence: Divergence, sums: Sums) -> np.ndarray:

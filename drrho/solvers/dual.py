@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -69,17 +70,22 @@ class Tilt(Protocol):
 
 
 class Found(NamedTuple):
-    """What solves some rows; or nearly does so, if there is a ``better``, to be called where that is not enough."""
+    """What solves some rows; or should do so, if there is a ``better``, to be called where that is not enough.
+
+    ``is_rough`` says that it may solve them nearly only, so that digits can be gained.
+    """
 
     tilt: Tilt
     dual: Dual
     better: Callable[[], Found] | None = None
+    is_rough: bool = False
 
 
 class ConjugateTilt(NamedTuple):
     """The ratios ``phi*'(s)`` of any divergence.
 
-    ``fine`` says that ratios may be so close to one that their distance from it needs a form of its own.
+    ``fine`` says that ratios may be so close to one that their distance from it needs a form of its own. What
+    underflows is the smallest of ratios rather than zero, where phi may be infinite.
     """
 
     divergence: Divergence
@@ -96,7 +102,10 @@ class ConjugateTilt(NamedTuple):
         small = tilt < -0.5
         if self.divergence.cressie_read_order is not None or not small.any():
             return tilt + 1
-        return torch.where(small, self.divergence.conjugate_gradient(self.exponents.of(d)), tilt + 1)
+        ratio = self.divergence.conjugate_gradient(self.exponents.of(d))
+        if not math.isfinite(float(self.divergence.phi(ratio.new_zeros(1))[0])):
+            ratio = ratio.clamp(min=torch.finfo(ratio.dtype).tiny)
+        return torch.where(small, ratio, tilt + 1)
 
 
 class MixedTilt(NamedTuple):
@@ -121,6 +130,57 @@ class MixedTilt(NamedTuple):
 
     def _share(self, d: Tensor) -> Tensor:
         return torch.as_tensor(column(self.share, d.device), dtype=d.dtype)
+
+
+class AtPole(NamedTuple):
+    """Tilts to which something is added at the maximum, ``[rows]``: there phi* has an end, and its slope none."""
+
+    inner: ConjugateTilt
+    added: np.ndarray
+
+    def tilt(self, d: Tensor) -> Tensor:
+        """Return the tilt of losses ``[rows, width]``."""
+        return self.inner.tilt(d).add_((d == 0).to(d.dtype).mul_(column(self.added, d.device)))
+
+    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
+        """Return one plus the tilt."""
+        return tilt + 1
+
+
+class BalancedPoint(NamedTuple):
+    """A strength at which the ratios' mean is one, ``[rows]`` each, and by how much D misses the radius there.
+
+    It is one by the offset ``low``, or by a ``share`` of the ratios at ``high`` and the rest at ``low``; ``added`` is
+    what the maximum's ratio has beyond that at ``high``.
+    """
+
+    value: np.ndarray  # log D - log radius
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    share: np.ndarray
+    added: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def none(cls, size: int) -> BalancedPoint:
+        """Return what any balanced point is closer than."""
+        return cls(np.full(size, np.inf), np.full(size, np.nan), *(np.zeros(size) for _ in range(5)))
+
+    def where(self, chosen: np.ndarray, other: BalancedPoint) -> BalancedPoint:
+        """Return this in the rows chosen and another in the others."""
+        return BalancedPoint(*(np.where(chosen, ours, theirs) for ours, theirs in zip(self, other, strict=True)))
+
+    def found(self, divergence: Divergence, saturated: np.ndarray, *, fine: bool) -> Found:
+        """Return the multipliers with their ratios."""
+        zero, strength = np.zeros_like(self.x), np.exp(self.x)
+        first = ConjugateTilt(divergence, Exponents(zero, strength, self.low), fine)
+        dual = Dual(-strength * self.low, strength, self.distance, saturated, (zero, self.low))
+        if not some(self.share != 0):
+            return Found(first, dual)
+        second = ConjugateTilt(divergence, Exponents(zero, strength, self.high), fine)
+        tilt = MixedTilt(first, AtPole(second, self.added) if some(self.added != 0) else second, self.share)
+        return Found(tilt, dual._replace(distance=None))
 
 
 def by_conjugate(divergence: Divergence, rows: Rows, dual: Dual, *, fine: bool = True) -> Found:

@@ -105,7 +105,7 @@ def with_ends(rows: Rows, ends: Ends, found: Found | None, maximizer: Maximizer)
     threshold, strength, hard = np.zeros_like(mean), np.ones_like(mean), ends.hard
     origin, offset = threshold, threshold
     if found is not None:
-        inner, (threshold, strength, distance, saturated, _), _ = found
+        inner, (threshold, strength, distance, saturated, _), *_ = found
         origin, _, offset = found.dual.exponents
         if not some(~ends.open):
             hard = hard | saturated
@@ -121,4 +121,7 @@ def with_ends(rows: Rows, ends: Ends, found: Found | None, maximizer: Maximizer)
     flags = torch.from_numpy(np.stack([hard, flat])).to(rows.z.device)[:, :, None]
     tilt = AtEnds(inner, solved, flags[0], flags[1], maximizer)
     anchor = np.where(hard | flat, threshold, origin), np.where(hard | flat, 0.0, offset)
-    return Found(tilt, Dual(threshold, strength, distance, hard, anchor)), Ends(hard, flat)
+    dual = Dual(threshold, strength, distance, hard, anchor)
+    if found is None:
+        return Found(tilt, dual), Ends(hard, flat)
+    return found._replace(tilt=tilt, dual=dual), Ends(hard, flat)

@@ -14,20 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from drrho.divergences import Divergence
-from drrho.solvers.dual import ConjugateTilt, Dual, Exponents, Found, MixedTilt, by_conjugate
+from drrho.solvers.dual import BalancedPoint, Exponents, Found, MixedTilt
 from drrho.solvers.root import EPS, Bracket, Residual, Root, Safeguard, find_root
-from drrho.solvers.rows import Block, Rows, column, some
+from drrho.solvers.rows import Block, Rows, some
 
 _ITERATIONS = 60  # passes over the losses
-_SHORT, _SHORT_ITERATIONS = 10_000, 400  # and over rows so short that a pass costs little, next to plateaus
+_SHORT, _RARE_ITERATIONS = 10_000, 400  # and over rows so short that a pass costs little, or next to plateaus
 _LEAST_STEP, _LONGEST_STEP = 2.0, 64.0  # in log strength, while one side is open: doubled each time
 _FLOOR = float(np.log(1e-290))
 _TOLERANCE = 1e-13  # on log D
 _BALANCED = 1e-7  # step of u, over its scale, whose square is an error of D's rounding
 _MEAN = 64 * EPS  # by how much the ratios' mean may miss one where the next number is no closer
+_MEAN_SLACK = 1e-15  # loss of a mean of two sides, over strength times radius, that is rounding
 _HALVING = 5  # steps of u at one strength after which every other one halves the bracket
 _FINE = 1e-2  # spread of (d - eta) / lambda below which differences are replaced by quadratures
 _FINE_LONG = 3e-4  # the same on long rows, whose rounding averages out
@@ -77,16 +77,22 @@ def _solve(
     with np.errstate(all="ignore"):
         offset = np.minimum(-rows.mean_and_ties()[0] * np.exp(-x), 0.9 * end)
 
-    def solved(part: Rows, x: np.ndarray, offset: np.ndarray) -> tuple[Found, np.ndarray, np.ndarray]:
+    def solved(
+        part: Rows, x: np.ndarray, offset: np.ndarray, *, strictly: bool = False
+    ) -> tuple[Found, np.ndarray, np.ndarray]:
         with np.errstate(all="ignore"):
-            balance = _Balance(divergence, part, end, offset, deviation, radius)
+            balance = _Balance(divergence, part, end, offset, deviation, radius, strictly=strictly)
             x, saturated = balance.solve(x)
-            return balance.found(np.exp(x), saturated), x, balance.balanced_offset
+            return balance.found(saturated), x, balance.balanced_offset
+
+    def improvable(x: np.ndarray, offset: np.ndarray) -> Found:
+        found, x, offset = solved(rows, x, offset)
+        return found._replace(better=lambda: solved(rows, x, offset, strictly=True)[0])
 
     if condensed is None:
-        return solved(rows, x, offset)[0]
+        return improvable(x, offset)
     found, x, offset = solved(condensed, x, offset)
-    return found._replace(better=lambda: solved(rows, x, offset)[0])
+    return found._replace(better=lambda: improvable(x, offset), is_rough=True)
 
 
 def pole_of(divergence: Divergence) -> float:
@@ -110,6 +116,8 @@ class _Balance:
     """``log D - log radius`` as a function of x, log strength: known once the offset makes the ratios' mean one.
 
     Each call is one pass over the losses and a Newton step of the offset. A radius of None asks for the offset only.
+    ``strictly`` asks for an offset that is known to balance the ratios, rather than for one that should: next to
+    kinks of phi* Newton's steps promise more than they hold.
     """
 
     def __init__(
@@ -120,24 +128,29 @@ class _Balance:
         offset: np.ndarray,
         deviation: np.ndarray,
         radius: np.ndarray | None,
+        *,
+        strictly: bool,
     ) -> None:
-        self.divergence, self.rows, self.end = divergence, rows, end
+        self.divergence, self.rows, self.end, self.strictly = divergence, rows, end, strictly
         self.radius, self.deviation = radius, deviation
         self.share = rows.mean_and_ties()[1]
+        self.at_zero = divergence.phi(torch.zeros(1, dtype=torch.float64)).numpy()
         self.finest = _FINE if rows.count < 2**17 else _FINE_LONG
         size = len(offset)
         self.offset = offset
         self.low, self.high = _Side.unknown(0.0, size), _Side.unknown(end, size)
         self.tries = np.zeros(size, dtype=int)  # at this strength
+        self.missed = np.full(size, np.inf)  # by the mean at the last of them
         self.reach = np.full(size, _LEAST_STEP)
-        self.best, self.restored = _Best.none(size), np.zeros(size, dtype=bool)
+        #: What was balanced: last, closest to the radius, and next to it on the side of a larger and a smaller D.
+        self.point = self.best = self.beyond = self.within = BalancedPoint.none(size)
 
     def solve(self, x: np.ndarray) -> Root:
         """Find the strength, or the offset at the strength given."""
         tolerance = np.full_like(x, _TOLERANCE)
         if self.radius is not None:
             tolerance += 4 * EPS / np.sqrt(np.maximum(self.radius, self.finest**2))
-        iterations = _SHORT_ITERATIONS if self.rows.count < _SHORT else _ITERATIONS
+        iterations = _RARE_ITERATIONS if self.strictly or self.rows.count < _SHORT else _ITERATIONS
         guard = Safeguard(
             tolerance=tolerance,
             iterations=iterations,
@@ -151,11 +164,14 @@ class _Balance:
         # Where no strength is closer, as next to a jump, the last point is as good as the best
         unfinished = ~(np.abs(self.value) <= np.maximum(tolerance, 4 * np.abs(self.best.value)))
         unfinished &= np.abs(self.best.value) < np.inf
-        if not some(unfinished):
-            return root
-        # The best of what was seen, for its certificate to decide upon
-        self.restored = unfinished
-        return Root(np.where(unfinished, self.best.x, root.x), root.saturated)
+        if some(unfinished):
+            self.point = self.best.where(unfinished, self.point)
+        never = np.isnan(self.point.x)
+        if some(never):
+            self.point = self._here(root.x, self.distance).where(never, self.point)
+        self.is_mean = (self._slack() < np.abs(self.point.value)) & (np.abs(self.point.value) > tolerance)
+        # Where phi is infinite at zero, no strength is the maximum's: what underflows is as good
+        return Root(self.point.x, root.saturated & np.isfinite(self.at_zero))
 
     def __call__(self, x: np.ndarray) -> Residual:
         strength = np.exp(x)
@@ -170,6 +186,8 @@ class _Balance:
         # Newton squares the error, measured against the scales on which phi*' changes.
         scale = np.minimum(np.minimum(1.0, self.deviation / strength), self.end - self.offset)
         size = np.abs(step) / scale
+        # Where a ratio rises from zero as a root does, its slope is large and known for a shorter way than that
+        error = size * np.maximum(1.0, (moments.h * scale) ** 2)
         # Nothing lies between the bounds, or nothing that makes a difference to the mean: a mean of both sides does.
         self.adjacent = self.high.offset <= np.nextafter(self.low.offset, np.inf)
         self.at_pole = self.adjacent & (self.high.offset >= self.end) & np.isfinite(self.low.surplus)
@@ -191,7 +209,7 @@ class _Balance:
             spread = moments.hss / moments.h - (moments.hs / moments.h) ** 2
             newton = value * distance / (moments.h * spread)
             # D falls in x: on a plateau its slope may be rounding, of either sign
-            newton = np.sign(value) * np.fmin(np.abs(newton), self.reach)
+            newton = np.sign(value) * np.fmin(np.where(self.at_pole, np.nan, np.abs(newton)), self.reach)
             # D is off by the square of what the offset is: enough to tell on which side of the radius it is
             rough = np.clip(0.1 * np.abs(value), _BALANCED, 0.1) * np.minimum(np.sqrt(self.radius), 1.0)
             enough = np.where(lost, _BALANCED, np.maximum(rough, _BALANCED))
@@ -199,19 +217,48 @@ class _Balance:
         self.unresolved = usable & (np.abs(step) < next_one) & (np.abs(moments.surplus) > _MEAN) & ~self.collapsed
         if some(self.unresolved):
             self.step = np.where(self.unresolved, np.sign(step) * next_one, self.step)
-            self.balanced = usable & (size <= enough) & ~self.unresolved | self.collapsed
-        else:
-            self.balanced = usable & (size <= enough) | self.collapsed
+        enough_here = np.abs(moments.surplus) <= _MEAN if self.strictly else (error <= enough) & ~self.unresolved
+        self.balanced = usable & enough_here | self.collapsed
         self.value = np.where(self.balanced, value, np.inf)
-        closer = np.abs(self.value) < np.abs(self.best.value)
-        seen = _Best(self.value, x, self._inside(self._stepped(self.step)), distance)
-        self.best = _Best(*(np.where(closer, new, old) for new, old in zip(seen, self.best, strict=True)))
+        if some(self.balanced):
+            self._remember(x, distance)
+            value = np.where(self.balanced & self._is_between(), 0.0, value)
         return Residual(value, newton, self.balanced)
+
+    def _remember(self, x: np.ndarray, distance: np.ndarray) -> None:
+        """Keep what was balanced by the last pass, where it is closer to the radius than what is known."""
+        new = self._here(x, distance)
+        if some(self.collapsed):
+            split = self.collapsed & (np.abs(self.moments.surplus) > EPS)
+            low = np.where(split, self.low.offset, new.low)
+            new = new._replace(
+                low=low,
+                high=np.where(split & ~self.at_pole, self.high.offset, low),
+                share=np.where(split, self._across()[0], 0.0),
+                added=np.where(split & self.at_pole, self._at_maximum()[1], 0.0),
+            )
+        self.point = new.where(self.balanced, self.point)
+        self.best = new.where(np.abs(self.value) < np.abs(self.best.value), self.best)
+        self.beyond = new.where((self.value > 0) & (self.value < self.beyond.value), self.beyond)
+        self.within = new.where((self.value <= 0) & (-self.value < np.abs(self.within.value)), self.within)
+
+    def _here(self, x: np.ndarray, distance: np.ndarray) -> BalancedPoint:
+        """Return the point that the last step leads to."""
+        offset, none = self._inside(self._stepped(self.step)), np.zeros_like(x)
+        return BalancedPoint(self.value, x, offset, offset, none, none, distance)
+
+    def _is_between(self) -> np.ndarray:
+        """Whether a mean of the weights on both sides is optimal to rounding, though neither side is on the radius."""
+        return self._slack() <= _MEAN_SLACK
+
+    def _slack(self) -> np.ndarray:
+        """Return a bound on what a mean of both sides loses, over strength times radius; NaN while one is unknown."""
+        return (self.within.x - self.beyond.x) * (self.beyond.value - self.within.value)
 
     @property
     def balanced_offset(self) -> np.ndarray:
-        """The offset that the last step leads to."""
-        return np.where(self.restored, self.best.offset, self._inside(self._stepped(self.step)))
+        """The offset that balances the ratios at the point reached."""
+        return self.point.low
 
     def _stepped(self, step: np.ndarray) -> np.ndarray:
         """Return the offset after a step, whose size is understood near a pole as one of the distance's logarithm."""
@@ -238,16 +285,23 @@ class _Balance:
         self.low, self.high = self.low.stale(smaller), self.high.stale(larger)
         self.reach = np.where(moved & (np.abs(following - x) >= self.reach), 2 * self.reach, self.reach)
         self.tries = np.where(moved, 0, self.tries)
-        halved = ~moved & ((self.tries > _HALVING) & (self.tries % 2 == 0) | ~self.usable)
+        slow = ~(np.abs(self.moments.surplus) < 0.25 * self.missed)
+        halved = ~moved & ((self.tries > _HALVING) & (self.tries % 2 == 0) & slow | ~self.usable)
+        self.missed = np.where(moved, np.inf, np.abs(self.moments.surplus))
         far = self.far & ~moved & ~done & ~halved & ~self.adjacent
         if some(far):
             proposal = np.where(far, self._by_top(), proposal)
-        # What goes beyond a bound has its root next to it
+        # What goes beyond a bound has its root next to it, unless that is known not to have it
+        known = (proposal <= self.low.offset) & np.isfinite(self.low.surplus)
+        known |= (proposal >= self.high.offset) & np.isfinite(self.high.surplus)
+        known &= ~moved & ~self.adjacent
         proposal = np.minimum(
             np.maximum(proposal, np.nextafter(self.low.offset, np.inf)), np.nextafter(self.high.offset, 0)
         )
-        trusted = (proposal > self.low.offset) & (proposal < self.high.offset) & ~halved
+        trusted = (proposal > self.low.offset) & (proposal < self.high.offset) & ~halved & ~known
         new = np.where(trusted, proposal, self._middle())
+        if some(known):
+            new = np.where(known & (self.tries % 2 == 1), self._on_chord(), new)
         stuck = self.adjacent & ~moved
         if some(stuck):  # what is missing is a pass at one of the bounds
             new = np.where(stuck, np.where(np.isnan(self.low.surplus), self.low.offset, self.high.offset), new)
@@ -291,6 +345,15 @@ class _Balance:
             close = (low > self.end / 2) & (far > 4 * near)
             middle = np.where(close, self.end - np.where(near > 0, np.sqrt(far * near), far / 16), middle)
         return np.minimum(middle, np.nextafter(high, -np.inf))
+
+    def _on_chord(self) -> np.ndarray:
+        """Return where the line through both bounds gives mean one, which must lie between them."""
+        low, high = self.low, self.high
+        middle, chord = (
+            self._middle(),
+            low.offset - low.surplus * (high.offset - low.offset) / (high.surplus - low.surplus),
+        )
+        return np.where((chord > low.offset) & (chord < high.offset), chord, middle)
 
     def _enter(self, strength: np.ndarray) -> None:
         """Move the offset to where the maximum alone does not have more than all weight; that takes no pass."""
@@ -338,54 +401,16 @@ class _Balance:
         ratio = self.divergence.conjugate_gradient(torch.from_numpy(self.low.offset)).numpy()
         return ratio, np.where(self.at_pole, -self.low.surplus / self.share, 0.0)
 
-    def found(self, strength: np.ndarray, saturated: np.ndarray) -> Found:
-        """Return the ratios at the multipliers reached; a mean of those on both sides where no offset balances them."""
-        split = self.collapsed & (np.abs(self.moments.surplus) > EPS) & ~saturated & ~self.restored
-        zero = np.zeros_like(strength)
-        offset = self.balanced_offset
-        if not some(split):
-            distance = np.where(self.restored, self.best.distance, self.distance)
-            dual = Dual(-strength * offset, strength, distance, saturated, (zero, offset))
-            return by_conjugate(self.divergence, self.rows, dual, fine=self.fine)
-        share, _ = self._across()
-        low = np.where(split, self.low.offset, offset)
-        high = np.where(split & ~self.at_pole, self.high.offset, low)
-        first, second = (
-            ConjugateTilt(self.divergence, Exponents(zero, strength, side), self.fine) for side in (low, high)
-        )
-        if some(self.at_pole):
-            second = AtPole(second, np.where(split, self._at_maximum()[1], 0.0))
-        dual = Dual(-strength * low, strength, None, saturated, (zero, low))
-        return Found(MixedTilt(first, second, np.where(split, share, 0.0)), dual)
-
-
-class AtPole(NamedTuple):
-    """Tilts to which something is added at the maximum, ``[rows]``: there phi* has an end, and its slope none."""
-
-    inner: ConjugateTilt
-    added: np.ndarray
-
-    def tilt(self, d: Tensor) -> Tensor:
-        """Return the tilt of losses ``[rows, width]``."""
-        return self.inner.tilt(d).add_((d == 0).to(d.dtype).mul_(column(self.added, d.device)))
-
-    def ratio(self, d: Tensor, tilt: Tensor) -> Tensor:
-        """Return one plus the tilt."""
-        return tilt + 1
-
-
-class _Best(NamedTuple):
-    """The balanced point at which D was closest to the radius, ``[rows]`` each."""
-
-    value: np.ndarray
-    x: np.ndarray
-    offset: np.ndarray
-    distance: np.ndarray
-
-    @classmethod
-    def none(cls, size: int) -> _Best:
-        """Return what any balanced point is better than."""
-        return cls(np.full(size, np.inf), *(np.zeros(size) for _ in range(3)))
+    def found(self, saturated: np.ndarray) -> Found:
+        """Return the ratios at the point reached, or a mean of those on both sides where that is better."""
+        point, is_mean = self.point, self.is_mean
+        if not some(is_mean):
+            return point.found(self.divergence, saturated, fine=self.fine)
+        first, second = self.beyond.where(is_mean, point), self.within.where(is_mean, point)
+        share = (first.distance - self.radius) / (first.distance - second.distance)
+        found, other = (side.found(self.divergence, saturated, fine=self.fine) for side in (first, second))
+        tilt = MixedTilt(found.tilt, other.tilt, np.where(is_mean, share, 0.0))
+        return Found(tilt, found.dual._replace(distance=None))
 
 
 class _Side(NamedTuple):

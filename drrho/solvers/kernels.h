@@ -38,6 +38,10 @@ typedef float singles_at_any __attribute__((vector_size(4 * LANES), aligned(4), 
 typedef int64_t bits __attribute__((vector_size(8 * LANES)));
 typedef uint64_t plain_bits __attribute__((vector_size(8 * LANES)));
 typedef int32_t counts __attribute__((vector_size(4 * LANES)));
+/* PAIR losses that are float32 in one register. */
+typedef float floats __attribute__((vector_size(8 * LANES)));
+typedef float floats_at_any __attribute__((vector_size(8 * LANES), aligned(4), may_alias));
+typedef int32_t float_bits __attribute__((vector_size(8 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define PAIR (2 * LANES)
@@ -76,7 +80,7 @@ INLINE double result(Total total) {
 /* What a pass over a row brings. */
 typedef struct {
     Total of[TOTALS];
-    double high, low;
+    double high, low, tied; /* tied: how many are as high */
 } Sums;
 
 /* --- rows --------------------------------------------------------------------------------------------------- */
@@ -93,6 +97,8 @@ typedef struct {
     double top, low, scale, range; /* range: of d */
     double all;                    /* mass of all losses: n, or the sum of the base weights */
     double mean, variance, share;  /* of d; share: of the losses tied at the maximum */
+    int surveyed;                  /* whether these are known */
+    int rough;                     /* whether passes may be made in float32, in which it is stored */
     double tail[PAIR], tail_mass[PAIR];
 } Row;
 
@@ -126,24 +132,73 @@ INLINE reals choose(bits where, reals one, reals other) {
     return (reals)(((bits)one & where) | ((bits)other & ~where));
 }
 
+/* All lanes, without a literal of as many numbers. */
+INLINE floats spread(float x) { return x - (floats){0}; }
+
+INLINE floats choose_floats(float_bits where, floats one, floats other) {
+    return (floats)(((float_bits)one & where) | ((float_bits)other & ~where));
+}
+
 #if defined(__AVX512F__)
+INLINE floats larger_floats(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE floats smaller_floats(floats a, floats b) { return (floats)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE reals larger(reals a, reals b) { return (reals)_mm512_max_pd((__m512d)a, (__m512d)b); }
 INLINE reals smaller(reals a, reals b) { return (reals)_mm512_min_pd((__m512d)a, (__m512d)b); }
 INLINE reals root(reals a) { return (reals)_mm512_sqrt_pd((__m512d)a); }
 #elif defined(__AVX__)
+INLINE floats larger_floats(floats a, floats b) { return (floats)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE floats smaller_floats(floats a, floats b) { return (floats)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE reals larger(reals a, reals b) { return (reals)_mm256_max_pd((__m256d)a, (__m256d)b); }
 INLINE reals smaller(reals a, reals b) { return (reals)_mm256_min_pd((__m256d)a, (__m256d)b); }
 INLINE reals root(reals a) { return (reals)_mm256_sqrt_pd((__m256d)a); }
 #else
+INLINE floats larger_floats(floats a, floats b) { return choose_floats(a > b, a, b); }
+INLINE floats smaller_floats(floats a, floats b) { return choose_floats(a < b, a, b); }
 INLINE reals larger(reals a, reals b) { return choose(a > b, a, b); }
 INLINE reals smaller(reals a, reals b) { return choose(a < b, a, b); }
 INLINE reals root(reals a) { return (reals){sqrt(a[0]), sqrt(a[1])}; }
 #endif
 
+/* Whether a flag of any lane is set. */
+#if defined(__AVX512DQ__)
+INLINE int any(bits where) { return _mm512_movepi64_mask((__m512i)where) != 0; }
+INLINE int any_floats(float_bits where) { return _mm512_movepi32_mask((__m512i)where) != 0; }
+#elif defined(__AVX__)
+INLINE int any(bits where) { return _mm256_movemask_pd((__m256d)where) != 0; }
+INLINE int any_floats(float_bits where) { return _mm256_movemask_ps((__m256)where) != 0; }
+#else
+INLINE int any(bits where) { return (where[0] | where[1]) != 0; }
+INLINE int any_floats(float_bits where) { return any((bits)where); }
+#endif
+
+INLINE floats load_floats(const Row *row, long i) { return *(const floats_at_any *)(row->z + 4 * i); }
+
 INLINE reals load(int kind, const Row *row, long i) {
     if (i >= row->whole) return *(const reals_at_any *)(row->tail + (i - row->whole));
     if (kind & SINGLE) return __builtin_convertvector(*(const singles_at_any *)(row->z + 4 * i), reals);
     return *(const reals_at_any *)(row->z + 8 * i);
+}
+
+/* Losses that are float32 less a number in float64: in float32 relative to the difference. */
+typedef struct {
+    float high, low;
+} Split;
+
+INLINE Split split(double x) {
+    float high = (float)x;
+    return (Split){high, (float)(x - high)};
+}
+
+INLINE floats less(floats z, Split from) { return (z - from.high) - from.low; }
+
+/* Whether float32 losses may be summed in float32 on the way to a root, of which no digit reaches an answer. */
+INLINE int is_narrow(const Row *row) {
+    return kind_of(row) == SINGLE && row->scale > 0x1p-60 && row->scale < 0x1p60;
+}
+INLINE Row roughened(const Row *row) {
+    Row rough = *row;
+    rough.rough = is_narrow(row);
+    return rough;
 }
 
 /* The mass of losses: 1 or their base weight, 0 for what pads the row. */
@@ -185,6 +240,12 @@ INLINE void store(int kind, const Row *row, long i, reals values) {
         _Pragma("GCC unroll 2") for (int u = 0; u < 2; u++)
 #define CLEARED {ALL(0.0), ALL(0.0)}
 
+INLINE void add_floats(Total *total, floats lanes) {
+    double x = 0;
+    for (int j = 0; j < PAIR; j++) x += lanes[j];
+    add_number(total, x);
+}
+
 INLINE void add_pair(Total *total, reals sums[2]) {
     add(total, sums[0] + sums[1]);
     sums[0] = sums[1] = ALL(0.0);
@@ -213,6 +274,9 @@ Answer at_maximum(const Row *row, double distance);
 Answer at_mean(const Row *row);
 /* Multiplies the stored weights by a factor, and adds a multiple of the base weights. */
 void reweigh(const Row *row, double factor, double added);
+
+/* Multiplies the stored weights of a narrow row by 1 + slope (d - center). */
+void lean(const Row *row, double slope, double center);
 
 /* Makes stored weights sum to one and lie in the ball (radius < 0: there is none), as rounding may have left D outside:
  * it is convex, and zero at the base weights. */

@@ -36,6 +36,27 @@ INLINE void exponentials(reals x, reals *all, reals *beyond_one, reals *beyond_l
     *beyond_line = power * excess + ((power * r + (power - 1.0)) - x);
 }
 
+/* The same to the digits of float32, for x <= 88. */
+INLINE void exponentials_of_floats(floats x, floats *all, floats *beyond_one, floats *beyond_line) {
+    const floats least = spread(-87.0f), magic = spread(12582912.0f); /* 1.5 * 2^23 */
+    floats held = larger_floats(x, least);
+    floats shifted = held * 1.44269504f + magic;
+    floats k = shifted - magic;
+    floats rest = held - k * 0.693359375f;
+    rest += k * 2.12194440e-4f;
+    floats square = rest * rest;
+    /* sum of rest^j / (j + 2)! */
+    floats low = 1.0f / 2 + rest * (1.0f / 6), middle = 1.0f / 24 + rest * (1.0f / 120);
+    floats high = 1.0f / 720 + rest * (1.0f / 5040);
+    floats excess = square * (low + square * (middle + square * high));
+    float_bits exponent = ((float_bits)shifted << 23) + 0x3f800000;
+    floats power = (floats)(exponent & (float_bits)(x >= least)), more = power - 1.0f;
+    floats grown = power * (rest + excess);
+    *all = power + grown;
+    *beyond_one = grown + more;
+    *beyond_line = power * excess + ((power * rest + more) - x);
+}
+
 /* log(1 + y), log(1 + y) - y and 1 / (1 + y), for y > -1, by one division. */
 INLINE void logarithms(reals y, reals *all, reals *beyond_line, reals *reciprocal) {
     const double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;

@@ -57,6 +57,35 @@ INLINE void about_top(int kind, const Row *from_row, const void *in, long from, 
 
 PASSES(about_top)
 
+INLINE void roughly(int central, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Exponents of = *(const Exponents *)in;
+    long pairs = to < row->whole ? to : row->whole;
+    floats scale = spread((float)row->scale), rate = spread((float)of.rate), zero = {0}, sum[3] = {zero, zero, zero};
+    Split center = split(row->top + of.origin / row->scale);
+    STRETCHES(from, pairs) {
+        for (long i = begin; i < end; i += PAIR) {
+            floats y = less(load_floats(row, i), center) * scale, power, e, beyond;
+            exponentials_of_floats(y * rate, &power, &e, &beyond);
+            floats yt = y * (central ? e : power);
+            sum[0] += central ? beyond : power;
+            sum[1] += yt;
+            sum[2] += yt * y;
+        }
+        for (int j = 0; j < 3; j++) add_floats(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+    if (pairs < to) (central ? about_mean : about_top)(SINGLE, row, in, pairs, to, sums);
+}
+
+static void roughly_about_mean(const Row *row, const void *in, long from, long to, Sums *sums) {
+    roughly(1, row, in, from, to, sums);
+}
+static void roughly_about_top(const Row *row, const void *in, long from, long to, Sums *sums) {
+    roughly(0, row, in, from, to, sums);
+}
+
+static Passes rough_passes[2] = {{NULL, NULL, roughly_about_top, NULL}, {NULL, NULL, roughly_about_mean, NULL}};
+
 INLINE int is_near(const Row *row, double b) { return b * -row->mean <= 30; }
 
 /* Sums at b: about the mean while that is near enough to the maximum, else about that. */
@@ -66,7 +95,8 @@ static Path tilt_by(const Row *row, double b, double each) {
     Path path = {.origin = near ? row->mean : 0};
     Exponents of = {b, path.origin, each};
     Sums sums;
-    over_row(row, near ? about_mean_passes : about_top_passes, &of, &sums);
+    int rough = each == 0 && is_narrow(row);
+    over_row(row, rough ? rough_passes[near] : near ? about_mean_passes : about_top_passes, &of, &sums);
     double first = result(sums.of[0]), second = result(sums.of[1]), third = result(sums.of[2]);
     if (near) {
         path.mass = 1 + first / all;
@@ -89,6 +119,14 @@ static Path tilt_by(const Row *row, double b, double each) {
 /* Where `psi` is foretold well enough, the weights are right as they are stored. */
 static Answer weighted(const Row *row, double b, double psi, double radius, double price) {
     Path path = tilt_by(row, b, exp(-psi) / row->all);
+    double missed = log(radius) - log(path.distance), moved = missed / path.slope;
+    if (price < 0 && is_narrow(row) && fabs(missed) > 1e-8 && fabs(moved) < 1e-4) {
+        /* A step of b beyond what float32 has found, to first order in weights and D: the next is far below theirs. */
+        double step = b * moved, at = row->mean + path.gain;
+        lean(row, step, at);
+        b += step, path.psi += step * (at - path.origin), path.gain += step * path.variance;
+        path.distance = radius;
+    }
     double strength = price >= 0 ? price : 1 / b;
     double premium = strength * path.psi + (path.origin - row->mean); /* of second order, about the mean */
     /* phi* has mean zero at the threshold, so that nothing else is in the dual value. */
@@ -104,7 +142,8 @@ static int find_rate(const Row *row, double radius, double tolerance, int iterat
                      double *curvature, int *saturated) {
     const double ceiling = 0.97 * log(DBL_MAX);
     Search search = open_search(tolerance, iterations, 40, INFINITY, 10, -INFINITY, ceiling);
-    search.low = 0.5 * (log(8.0) + log(radius)) - log(row->range), search.close = tolerance > 1e-7 ? 1e-6 : closeness(row);
+    search.low = 0.5 * (log(8.0) + log(radius)) - log(row->range);
+    search.close = is_narrow(row) ? 1e-5 : tolerance > 1e-7 ? 1e-6 : closeness(row);
     search.curvature = *curvature;
     *x = fmin(fmax(search.low, *x), ceiling);
     for (;;) {

@@ -113,6 +113,7 @@ void over_row(const Row *row, Passes passes, const void *in, Sums *sums) {
             add_number(&sums->of[j], part->of[j].sum);
             sums->of[j].dropped += part->of[j].dropped;
         }
+        sums->tied = part->high > sums->high ? part->tied : sums->tied + (part->high == sums->high ? part->tied : 0);
         sums->high = part->high > sums->high ? part->high : sums->high;
         sums->low = part->low < sums->low ? part->low : sums->low;
     }
@@ -159,6 +160,41 @@ INLINE void extremes(int kind, const Row *from_row, const void *in, long from, l
 
 PASSES(extremes)
 
+/* Of float32 losses without base weights: the same in one pass, with their squares and ties. Squares about a loss lose
+ * few digits, of which float64 sums have plenty. */
+static void survey(const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const double origin = *(const double *)in;
+    reals start = ALL(origin), sum[2] = CLEARED, square[2] = CLEARED;
+    floats high = spread((float)origin), low = high;
+    float_bits tied = {0};
+    long pairs = to < row->whole ? to : row->whole;
+    STRETCHES(from, pairs) {
+        for (long i = begin; i < end; i += PAIR) {
+            floats z = load_floats(row, i), higher = larger_floats(z, high);
+            tied = (tied & (higher == high)) - (z == higher);
+            high = higher, low = smaller_floats(z, low);
+            _Pragma("GCC unroll 2") for (int u = 0; u < 2; u++) {
+                reals y = load(SINGLE, row, i + u * LANES) - start;
+                sum[u] += y;
+                square[u] += y * y;
+            }
+        }
+        add_pair(&sums->of[0], sum), add_pair(&sums->of[1], square);
+    }
+    sums->high = high[0], sums->low = low[0];
+    for (int j = 1; j < PAIR; j++) sums->high = fmax(sums->high, high[j]), sums->low = fmin(sums->low, low[j]);
+    for (int j = 0; j < PAIR; j++) sums->tied += high[j] == sums->high ? tied[j] : 0;
+    for (int j = 0; j < PAIR && pairs + j < to; j++) {
+        double z = row->tail[j], y = z - origin;
+        sums->tied = z > sums->high ? 1 : sums->tied + (z == sums->high);
+        sums->high = fmax(sums->high, z), sums->low = fmin(sums->low, z);
+        add_number(&sums->of[0], y), add_number(&sums->of[1], y * y);
+    }
+}
+
+static Passes survey_passes = {NULL, NULL, survey, NULL};
+
 INLINE double loss(const Row *row, long i) {
     return row->single ? ((const float *)row->z)[i] : ((const double *)row->z)[i];
 }
@@ -175,9 +211,10 @@ int look(Row *row) {
         row->tail[j] = i >= row->n ? origin : loss(row, i);
     }
     Sums sums;
-    over_row(row, extremes_passes, &origin, &sums);
+    row->surveyed = kind_of(row) == SINGLE;
+    over_row(row, row->surveyed ? survey_passes : extremes_passes, &origin, &sums);
     row->top = sums.high, row->low = sums.low;
-    if (!(result(sums.of[2]) == 0)) return BAD_LOSSES;
+    if (row->surveyed ? !isfinite(result(sums.of[0])) : !(result(sums.of[2]) == 0)) return BAD_LOSSES;
     if (row->base && result(sums.of[3]) != 0) return BAD_BASE;
     row->all = row->base ? result(sums.of[1]) : row->n;
     if (!(row->all > 0 && row->all < INFINITY)) return BAD_BASE;
@@ -190,6 +227,12 @@ int look(Row *row) {
     row->range = span * row->scale;
     double mean = (result(sums.of[0]) / row->all + (origin - row->top)) * row->scale;
     row->mean = mean <= 0 && mean >= -row->range ? mean : -0.5 * row->range;
+    if (row->surveyed) {
+        double shift = result(sums.of[0]) / row->all;
+        double variance = result(sums.of[1]) / row->all - shift * shift;
+        row->variance = variance * row->scale * row->scale, row->share = sums.tied / row->all;
+        row->surveyed = shift * shift <= 256 * variance; /* else the square has canceled */
+    }
     return OK;
 }
 
@@ -212,6 +255,7 @@ PASSES(about_center)
 
 /* Mean and variance of d, about a mean that is nearly right, and the share of ties at the maximum. */
 void spread_out(Row *row) {
+    if (row->surveyed) return;
     for (int attempt = 0; attempt < 2; attempt++) {
         double center = row->mean;
         Sums sums;
@@ -233,6 +277,12 @@ static int descending(const void *a, const void *b) {
 #define SORTED 1024
 #define EVERY 32
 
+/* Whether any of the PAIR losses from i is above a number. */
+INLINE int reaches(const Row *row, long i, double floor) {
+    if (row->single) return any_floats(load_floats(row, i) > spread((float)floor));
+    return any((load(0, row, i) > floor) | (load(0, row, i + LANES) > floor));
+}
+
 int take_sample(const Row *row, Row *sample) {
     if (row->n < SAMPLED_FROM) return 0;
     double sorted[SORTED];
@@ -240,15 +290,18 @@ int take_sample(const Row *row, Row *sample) {
     for (int j = 0; j < SORTED; j++) sorted[j] = loss(row, j * step);
     qsort(sorted, SORTED, sizeof(double), descending);
     double floor = sorted[SORTED / 64];
-    double *values = malloc(2 * (room + LANES) * sizeof(double)), *masses = values + room + LANES;
+    double *values = malloc(2 * (room + PAIR) * sizeof(double)), *masses = values + room + PAIR;
     if (!values) return 0;
     const double *base = (const double *)row->base;
     double high = 0;
-    for (long i = 0; i < row->whole && count <= room; i++) {
-        double z = loss(row, i);
-        if (z <= floor) continue;
-        values[count] = z, masses[count] = base ? base[i] : 1;
-        high += masses[count++];
+    for (long pair = 0; pair < row->whole && count <= room; pair += PAIR) {
+        if (!reaches(row, pair, floor)) continue;
+        for (long i = pair; i < pair + PAIR; i++) {
+            double z = loss(row, i);
+            if (z <= floor) continue;
+            values[count] = z, masses[count] = base ? base[i] : 1;
+            high += masses[count++];
+        }
     }
     long top_count = count;
     double low = 0;
@@ -337,6 +390,39 @@ void reweigh(const Row *row, double factor, double added) {
     Sums sums;
     double factors[2] = {factor, added};
     over_row(row, times_passes, factors, &sums);
+}
+
+typedef struct {
+    double slope, center;
+} Leaning;
+
+INLINE floats leant(const Row *row, const Leaning *of, floats z, floats weights) {
+    floats y = less(z, split(row->top + of->center / row->scale));
+    return weights + weights * (y * (float)(of->slope * row->scale));
+}
+
+static void lean_piece(const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Leaning of = *(const Leaning *)in;
+    long pairs = to < row->whole ? to : row->whole;
+    (void)sums;
+    for (long i = from; i < pairs; i += PAIR) {
+        floats_at_any *weights = (floats_at_any *)(row->weights + 4 * i);
+        *weights = leant(row, &of, load_floats(row, i), *weights);
+    }
+    if (pairs == to) return;
+    floats z, weights = {0};
+    for (int j = 0; j < PAIR; j++) z[j] = (float)row->tail[j];
+    memcpy(&weights, row->weights + 4 * pairs, 4 * (to - pairs));
+    weights = leant(row, &of, z, weights);
+    memcpy(row->weights + 4 * pairs, &weights, 4 * (to - pairs));
+}
+
+static Passes lean_passes = {NULL, NULL, lean_piece, NULL};
+
+void lean(const Row *row, double slope, double center) {
+    Sums sums;
+    over_row(row, lean_passes, &(Leaning){slope, center}, &sums);
 }
 
 /* --- roots -------------------------------------------------------------------------------------------------- */

@@ -47,7 +47,7 @@ def solve(
     ValueError
         For a loss that is not finite, a range that overflows, or a parameter that is negative or not finite.
     """
-    if len(z) == 0:
+    if z.shape[0] == 0:
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
     algorithm = algorithm_of(problem.divergence)
@@ -177,9 +177,9 @@ def _one_bound(
             everywhere, reached = with_ends(rows, ends, found, maximizer)
         return certified(rows, span, bound, everywhere, reached, maximizer, refuse=True)
 
-    solution = certified_solution(found)
-    if solution is None:
+    while True:
+        solution = certified_solution(found)
+        if solution is not None:
+            return solution
         assert found is not None and found.better is not None
-        solution = certified_solution(found.better())
-    assert solution is not None
-    return solution
+        found = found.better()

@@ -6,7 +6,8 @@ import torch
 from families import EVERY
 from problems import normalized_rows, tensor
 
-from drrho.solvers.dual import ConjugateTilt, Exponents, MixedTilt
+from drrho.solvers.dual import BalancedPoint, ConjugateTilt, Exponents, MixedTilt
+from experiments.benchmarks.users import Jeffreys
 
 D = tensor([[-1.0, -0.6, -0.1, 0.0]])
 
@@ -44,3 +45,21 @@ def test_losses_are_not_changed():
     ConjugateTilt(EVERY["kl"], exponents(2.0), True).tilt(D)
     assert torch.equal(D, before)
     assert len(normalized_rows(D)) == 1
+
+
+def test_what_underflows_is_no_zero_where_phi_is_infinite():
+    ratios = {}
+    for divergence in (Jeffreys(), EVERY["kl"]):
+        tilt = ConjugateTilt(divergence, exponents(1e-308, 0.0), False)
+        ratios[type(divergence).__name__] = tilt.ratio(D, tilt.tilt(D))
+    assert (ratios["Jeffreys"] > 0).all() and torch.isfinite(Jeffreys().phi(ratios["Jeffreys"])).all()
+    assert ratios["KL"][0, 0] == 0  # and its phi is one there
+
+
+def test_a_balanced_point_may_add_to_the_maximum():
+    zero = np.zeros(1)
+    point = BalancedPoint(zero, zero, zero, zero, zero + 1, zero + 0.5, zero)
+    found = point.found(EVERY["kl"], zero > 0, fine=True)
+    plain = point._replace(share=zero).found(EVERY["kl"], zero > 0, fine=True)
+    torch.testing.assert_close(found.tilt.tilt(D), plain.tilt.tilt(D) + 0.5 * (D == 0))
+    assert found.dual.distance is None and plain.dual.distance == 0

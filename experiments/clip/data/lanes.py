@@ -148,6 +148,10 @@ class Lanes:
             found |= dict.fromkeys(self._lane_blocks(epoch, lane, first, last))
         return list(found)
 
+    def lane_visits(self, epoch: int, lane: int) -> Visits:
+        """Return all visits of a lane in an epoch, in their order."""
+        return self._lane_visits(epoch, lane, 0, int(self._origins[lane + 1] - self._origins[lane]))
+
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield lane and the positions in it that positions ``start`` to ``stop`` of an epoch are."""
         if not 0 <= start <= stop <= self.samples:

@@ -61,6 +61,8 @@ class Loader:
         Whether batches are put into page-locked memory, which makes copies to a GPU faster.
     reference : Reference, optional
         The reference, whose inputs are collated into each batch.
+    caption_weights : sequence of float
+        Weights of the sources of captions, see `experiments.clip.data.reader.decode`.
 
     Attributes
     ----------
@@ -92,6 +94,7 @@ class Loader:
         skip_limit: float = 0.1,
         pin_memory: bool = False,
         reference: Reference | None = None,
+        caption_weights: Sequence[float] = (),
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
@@ -108,11 +111,11 @@ class Loader:
         self.steps_per_epoch = -(-self.samples // batch_size)
         self.skipped: Counter[str] = Counter()
         self._seen = 0
-        self._skip_limit, self._ranks = skip_limit, ranks
+        self._skip_limit = skip_limit
         part = RankPart(order, self.steps_per_epoch, rank, ranks)
         self._copies = LocalCopies(copies) if isinstance(order, Lanes) else None
         # At any time, workers read from at most two neighboring blocks.
-        reader = Reader(catalog, kept=2 * block_shards + 2, storage=self._copies)
+        reader = Reader(catalog, 2 * block_shards + 2, caption_weights, self._copies)
         feed = BlockFeed(part, reader, self._copies, reading == "shards") if self._copies is not None else None
         task = _BatchMaker(part, reader, feed, transform, tokenize, seed, reference)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
@@ -120,13 +123,12 @@ class Loader:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Return an epoch's batches from step ``first`` on, without reading those before; workers begin at once.
 
-        The parts of the ranks differ in size by one and by their skipped samples; with several ranks a part may be
-        empty.
+        The parts of the ranks differ in size by one and by their skipped samples; a part may be empty.
 
         Raises
         ------
         UserError
-            If too many samples are skipped, if one process has a batch without a usable sample, or if a worker dies.
+            If too many samples are skipped, or if a worker dies.
         """
         if not 0 <= first <= self.steps_per_epoch:
             raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
@@ -134,8 +136,8 @@ class Loader:
         return self._counted(keys, self._workers.map(keys))
 
     def _counted(self, keys: Sequence[tuple[int, int]], batches: Iterator[Batch]) -> Iterator[Batch]:
-        for (_, step), batch in zip(keys, batches, strict=True):
-            self._count(batch, step)
+        for _, batch in zip(keys, batches, strict=True):
+            self._count(batch)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
@@ -153,13 +155,11 @@ class Loader:
         if self._copies is not None:
             self._copies.close()
 
-    def _count(self, batch: Batch, step: int) -> None:
+    def _count(self, batch: Batch) -> None:
         self._seen += len(batch.index) + sum(batch.skipped.values())
         self.skipped.update(batch.skipped)
         lost = self.skipped.total()
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
-        if not len(batch.index) and self._ranks == 1:
-            raise UserError(f"no sample of the batch at step {step} can be used ({reasons}): check the data")
         if lost > max(SKIPS_ALLOWED, self._skip_limit * self._seen):
             raise UserError(
                 f"{lost} of the {self._seen} samples so far cannot be used ({reasons}): "
@@ -170,12 +170,12 @@ class Loader:
 def _order(
     catalog: Catalog, reading: Reading, batch_size: int, block_shards: int, weighing: dict[str, Any]
 ) -> Order | Lanes:
-    counts = [shard.samples for shard in catalog.shards]
+    counts = catalog.shards.samples.tolist()
     if reading == "random":
         return Order(counts, block_shards=block_shards, **weighing)
     return Lanes(
         counts,
-        [shard.bytes for shard in catalog.shards],
+        catalog.shards.bytes.tolist(),
         batch_size=batch_size,
         block_bytes=BLOCK_BYTES if reading == "blocks" else None,
         lane_visits=LANE_VISITS[reading],

@@ -14,13 +14,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from experiments.clip.catalog.catalog import Catalog, data_path, open_index
-from experiments.clip.catalog.scan import Shard, json_field
+from experiments.clip.catalog.scan import ABSENT, Shard, json_field, stored_captions
 from experiments.clip.io.storage import MAX_GAP, Range, Ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -43,12 +44,14 @@ Reason = Literal[
     "unreadable image",  # damaged, or in another format than JPEG, PNG and WebP
     "too many pixels",  # or too many scans over them in a progressive JPEG
     "extreme aspect ratio",
-    "invalid caption",  # not UTF-8, not JSON, or without the field
+    "invalid caption",  # all of them: not UTF-8, not JSON, or without the field
     "empty caption",
 ]
 
 # Bytes of samples that are read together, unless one alone has more.
 _READ_BYTES = 32 * 2**20
+# Chances that a draw chooses among weighted sources of captions.
+_DRAWS = 2**32
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class RawSample:
-    """The bytes of a sample; a caption comes with the JSON field that holds it, or None if it is plain text."""
+    """The bytes of a sample; a caption comes with the JSON field that holds it, or None if it is plain text.
+
+    ``weights`` are those of the captions' sources, where these are weighted.
+    """
 
     index: int
     key: str
     image: bytes
     captions: tuple[tuple[bytes, str | None], ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,20 @@ class Reader:
     ----------
     kept : int
         Number of shards that stay open: at least as many as are read in turn.
+    caption_weights : sequence of float
+        Weights of the sources of captions, positive; see `decode`.
     storage : Storage, optional
         Where bytes are read from, if not where the catalog says.
     """
 
-    def __init__(self, catalog: Catalog, kept: int = 64, storage: Storage | None = None) -> None:
-        self._catalog, self._kept = catalog, kept
+    def __init__(
+        self,
+        catalog: Catalog,
+        kept: int = 64,
+        caption_weights: Sequence[float] = (),
+        storage: Storage | None = None,
+    ) -> None:
+        self._catalog, self._kept, self._weights = catalog, kept, tuple(caption_weights)
         self._ranges = Ranges(kept) if storage is None else storage
         self._rows: dict[int, np.ndarray] = {}
         self._fields = tuple(json_field(key) for key in catalog.caption_keys)
@@ -177,8 +192,8 @@ class Reader:
         else:
             entry = self._index(shard)[row]
         places = [(int(offset), int(size)) for offset, size in (entry["image"], *entry["caption"])]
-        limits = [MAX_IMAGE_BYTES] + [MAX_CAPTION_BYTES] * (len(places) - 1)
-        if any(size > limit for (_, size), limit in zip(places, limits, strict=True)):
+        places[1:] = [place if place[1] <= MAX_CAPTION_BYTES else ABSENT for place in places[1:]]
+        if places[0][1] > MAX_IMAGE_BYTES or all(place == ABSENT for place in places[1:]):
             return Skip(index, "too many bytes")
         present = [place for place in places if place[1] >= 0]
         first, end = min(offset for offset, _ in present), max(offset + size for offset, size in present)
@@ -204,11 +219,17 @@ class Reader:
             found = self._image_file(os.path.join(os.fsencode(plan.shard.root), image))
             if not isinstance(found, bytes):
                 return Skip(plan.index, found)
-            image, fields = found, (None,) * len(captions)
+            image = found
+            members = [stored_captions(caption) if caption is not None else None for caption in captions]
         else:
-            fields = self._fields
-        given = tuple((c, f) for c, f in zip(captions, fields, strict=True) if c is not None)
-        return RawSample(plan.index, plan.key, image, given)
+            members = [
+                (caption, field) if caption is not None else None
+                for caption, field in zip(captions, self._fields, strict=True)
+            ]
+        weights = tuple(
+            weight for weight, member in zip(self._weights, members, strict=bool(self._weights)) if member is not None
+        )
+        return RawSample(plan.index, plan.key, image, tuple(m for m in members if m is not None), weights)
 
     def _image_file(self, path: bytes) -> bytes | Reason:
         try:
@@ -249,12 +270,15 @@ class _ReadPlan:
 def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
     """Decode image and caption, and cut the caption to `MAX_CAPTION_CHARACTERS`.
 
+    Sources of captions are read each on its own: what one of them lacks, or holds that is no caption, is passed over.
+
     Parameters
     ----------
     draw : int
-        Chooses among several captions: the caption of number ``draw`` modulo their count.
+        Chooses among several captions: the caption of number ``draw`` modulo their count. Where sources are weighted,
+        the lower 32 bits choose one with that probability among those that have a caption, the others among its own.
     """
-    caption = _caption(raw.captions, draw)
+    caption = _caption(raw, draw)
     if isinstance(caption, _Refused):
         return Skip(raw.index, caption.reason)
     image = _image(raw.image)
@@ -282,21 +306,46 @@ class _Refused(NamedTuple):
     reason: Reason
 
 
-def _caption(members: Sequence[tuple[bytes, str | None]], draw: int) -> str | _Refused:
-    captions: list[str] = []
-    try:
-        for data, name in members:
-            text = data.decode("utf-8")
-            value = text if name is None else json.loads(text)[name]
-            captions += value if isinstance(value, list) else [value]
-        # JSON can contain halves of surrogate pairs, which are no valid text.
-        captions = [caption for caption in captions if caption.encode("utf-8") and caption.strip()]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return _Refused("invalid caption")
-    if not captions:
-        return _Refused("empty caption")
+def _caption(raw: RawSample, draw: int) -> str | _Refused:
+    sources = [_captions(data, field) for data, field in raw.captions]
+    usable = [captions for captions in sources if captions]
+    if not usable:
+        return _Refused("invalid caption" if None in sources else "empty caption")
+    if raw.weights:
+        weights = [weight for weight, captions in zip(raw.weights, sources, strict=True) if captions]
+        captions, draw = usable[_drawn(weights, draw % _DRAWS)], draw // _DRAWS
+    else:
+        captions = [caption for own in usable for caption in own]
     caption = captions[draw % len(captions)]
     return caption if len(caption) <= MAX_CAPTION_CHARACTERS else caption.strip()[:MAX_CAPTION_CHARACTERS]
+
+
+def _captions(data: bytes, field: str | None) -> list[str] | None:
+    """Return the captions of one source, none if all are empty; None if it holds something else."""
+    try:
+        # Some programs begin a text with a byte order mark.
+        text = data.decode("utf-8-sig")
+        value = text if field is None else json.loads(text)[field]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    values = value if isinstance(value, list) else [value]
+    captions = [each for each in values if isinstance(each, str) and _is_text(each)]
+    return None if len(captions) < len(values) and not captions else [each for each in captions if each.strip()]
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is valid Unicode: JSON can contain halves of surrogate pairs."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _drawn(weights: Sequence[float], draw: int) -> int:
+    """Return the number of the weight that a draw below `_DRAWS` falls on."""
+    share = draw / _DRAWS * sum(weights)
+    return min(bisect_right(list(accumulate(weights)), share), len(weights) - 1)
 
 
 def _image(data: bytes) -> Image.Image | _Refused:
@@ -311,7 +360,7 @@ def _image(data: bytes) -> Image.Image | _Refused:
                 return _Refused("too many pixels")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 return _Refused("extreme aspect ratio")
-            return image.convert("RGB")
+            return _in_rgb(image)
         except Image.DecompressionBombError:
             return _Refused("too many pixels")
         except MemoryError:
@@ -319,6 +368,13 @@ def _image(data: bytes) -> Image.Image | _Refused:
         # Pillow does not document what its decoders raise on damaged files.
         except Exception:
             return _Refused("unreadable image")
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB; of 16 bits of gray the upper 8 stay, where Pillow would make all above 255 white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @lru_cache(maxsize=251)  # all shades of a size

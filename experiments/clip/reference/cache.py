@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from zlib import crc32
 
 import numpy as np
@@ -37,7 +37,7 @@ from experiments.clip.data.batch import Tensors
 from experiments.clip.data.draws import Draws, random_state_restored, view_draws
 from experiments.clip.data.prefetch import copied_ahead
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
-from experiments.clip.distributed import Ranks
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_atomically
 from experiments.clip.io.workers import Workers
@@ -51,6 +51,7 @@ _TOWERS: TowerPrecision = "float32"  # of files that do not say it
 _AGAIN = "run `run.py cache-reference` on this data again"
 _CONCURRENT_CHECKS = 16
 _MAPPED = 256  # files that are mapped into memory at a time
+T = TypeVar("T")
 
 
 class CachedReference:
@@ -64,17 +65,16 @@ class CachedReference:
         Number of cached views of each sample.
     """
 
-    def __init__(
-        self, folder: Path, digests: list[str], firsts: np.ndarray, samples: int, views: int, precision: Precision
-    ) -> None:
+    def __init__(self, folder: Path, catalog: Catalog, views: int, precision: Precision) -> None:
         self.views = views
-        self._folder, self._digests, self._firsts, self._samples = folder, digests, firsts, samples
+        self._folder, self._catalog, self._firsts = folder, catalog, np.array(catalog.shards.firsts)
+        self._digests: OrderedDict[int, str] = OrderedDict()
         self._dtype: torch.dtype = getattr(torch, precision)
-        self._first = int(np.searchsorted(firsts, 0, side="right")) - 1  # shards before it are empty
+        self._first = int(np.searchsorted(self._firsts, 0, side="right")) - 1  # shards before it are empty
         self._mapped: OrderedDict[int, _File] = OrderedDict()
 
     def __len__(self) -> int:
-        return self._samples
+        return len(self._catalog)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": OrderedDict()}
@@ -85,7 +85,7 @@ class CachedReference:
             return draws._replace(choice=0)
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
         row = index - int(self._firsts[shard])
-        return view_draws(_seed(self._digests[shard]), row, draws.choice % self.views)
+        return view_draws(_seed(self._digest(shard)), row, draws.choice % self.views)
 
     def image(self, image: Image.Image, draws: Draws) -> None:
         """Return None: features that are cached need no image."""
@@ -150,18 +150,26 @@ class CachedReference:
             if len(wrong):
                 sample = self._firsts[shard] + rows[wrong[0]]
                 raise UserError(
-                    f"the reference features of sample {sample} in {_path(self._folder, self._digests[shard])} are not "
+                    f"the reference features of sample {sample} in {_path(self._folder, self._digest(shard))} are not "
                     "as they were written, their checksum differs: delete the file and cache again"
                 )
         return found
 
     def _file(self, shard: int) -> _File:
-        if shard not in self._mapped:
-            while len(self._mapped) >= _MAPPED:
-                self._mapped.popitem(last=False)
-            self._mapped[shard] = _map(_path(self._folder, self._digests[shard]))
-        self._mapped.move_to_end(shard)
-        return self._mapped[shard]
+        return _kept(self._mapped, shard, lambda: _map(_path(self._folder, self._digest(shard))))
+
+    def _digest(self, shard: int) -> str:
+        return _kept(self._digests, shard, lambda: shard_digest(self._catalog, self._catalog.shards[shard]))
+
+
+def _kept(cache: OrderedDict[int, T], key: int, make: Callable[[], T]) -> T:
+    """Return ``cache[key]``, which is made if it is not there; those that were used last stay."""
+    if key not in cache:
+        while len(cache) >= _MAPPED:
+            cache.popitem(last=False)
+        cache[key] = make()
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def cache_features(
@@ -204,8 +212,9 @@ def cache_features(
         If a file was made for something else or cannot be written, or if too many samples are unusable.
     """
     ranks = Ranks() if ranks is None else ranks
-    own = [number for number, shard in enumerate(catalog.shards) if shard.samples][ranks.rank :: ranks.count]
-    total = sum(catalog.shards[number].samples for number in own)
+    own = np.flatnonzero(catalog.shards.samples).tolist()[ranks.rank :: ranks.count]
+    samples = catalog.shards.samples
+    total = int(samples[own].sum())
     ensure_writable(folder)
     paths = {number: _path(folder, shard_digest(catalog, catalog.shards[number])) for number in own}
     identities = {number: _identity(clip, catalog, catalog.shards[number], views, precision, towers) for number in own}
@@ -217,7 +226,7 @@ def cache_features(
     pool: Workers[tuple[int, int], _Inputs] = Workers(
         _InputMaker(catalog, clip, views), workers, pin_memory=ranks.device.type == "cuda"
     )
-    done = total - sum(catalog.shards[number].samples for number in missing)
+    done = total - int(samples[missing].sum())
     computed = 0
     if progress is not None:
         progress(done, total)
@@ -252,31 +261,33 @@ def _write(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> 
     write_atomically(path, save(tensors, identity))
 
 
-def open_features(clip: Clip, catalog: Catalog, folder: Path, *, verify: bool = True) -> CachedReference:
+def open_features(clip: Clip, catalog: Catalog, folder: Path, ranks: Ranks = ONE_PROCESS) -> CachedReference:
     """Open the cached features of a catalog; refuse files that were made by another reference or from other data.
 
-    ``verify`` looks at all files, of which the first is looked at in any case.
+    Each rank checks a share of the files (collective).
     """
-    digests = [shard_digest(catalog, shard) for shard in catalog.shards]
-    full = [number for number, shard in enumerate(catalog.shards) if shard.samples]
-    first = _path(folder, digests[full[0]])
+    full = np.flatnonzero(catalog.shards.samples).tolist()
+    first = _path(folder, shard_digest(catalog, catalog.shards[full[0]]))
     made = _metadata(first) if first.is_file() else {}
     views, precision = int(made.get("views", 1)), cast(Precision, made.get("precision", "float16"))
     towers = cast(TowerPrecision, made.get("towers", _TOWERS))
 
     def check(number: int) -> str:
-        path, shard = _path(folder, digests[number]), catalog.shards[number]
+        shard = catalog.shards[number]
+        path = _path(folder, shard_digest(catalog, shard))
         if not path.is_file():
             return f"reference features of {shard.path} are missing in {folder}: {_AGAIN}"
         _check(path, _identity(clip, catalog, shard, views, precision, towers))
         return ""
 
-    with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
-        for problem in pool.map(check, full if verify else full[:1]):
-            if problem:
-                raise UserError(problem)
-    firsts = np.array([shard.first_index for shard in catalog.shards])
-    return CachedReference(folder, digests, firsts, len(catalog), views, precision)
+    def check_own() -> None:
+        with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
+            for problem in pool.map(check, full[ranks.rank :: ranks.count]):
+                if problem:
+                    raise UserError(problem)
+
+    ranks.run_on_all_or_fail(check_own)
+    return CachedReference(folder, catalog, views, precision)
 
 
 class _Inputs(NamedTuple):

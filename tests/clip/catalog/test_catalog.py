@@ -52,12 +52,12 @@ def test_nothing_in_the_folder_is_a_pickle(shards, tmp_path):
     for shard in catalog.shards:
         assert np.load(catalog.folder / shard.index, allow_pickle=False).dtype.names == ("image", "caption", "key")
     files = {path.suffix for path in catalog.folder.rglob("*") if path.is_file()}
-    assert files == {".npy", ".json", ".jsonl"}
+    assert files == {".npy", ".json", ".jsonl", ".columns"}
 
 
 def test_no_sample_at_all_is_an_error(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("a.txt", b"x")])
-    with pytest.raises(UserError, match=r"no sample with image and caption \(no image: 1\): check --caption-key"):
+    with pytest.raises(UserError, match=r"no sample with image and caption \(no image: 1\): --image-key names"):
         make_catalog(path, tmp_path / "catalog")
     assert not (tmp_path / "catalog/catalog.json").exists()
 
@@ -98,7 +98,7 @@ def test_sources_are_numbered_in_order(tmp_path):
         ("data/{00000..00004}.tar", r"2 of its 5 files are missing, the first is .*/data/00003.tar: correct"),
         ("data/*.tgz", "no file matches: correct the pattern"),
         ("data/{00000.tar", r"braces of .* do not match"),
-        ("data", r"is a folder: name its tar files"),
+        ("data/..", r"has no file that ends in .tar: name folders in it, like data/../data, or all shards"),
         ("", "a source has no name"),
         ("data/00000.tar::data/0000*.tar", "00000.tar is listed twice: list it once and give its source a weight"),
         ("pipe:touch pwned", r"would run a shell command: allow it with run_pipe_commands"),
@@ -293,8 +293,8 @@ def test_a_damaged_catalog_file(tmp_path, text):
 def test_an_edited_catalog_file(shards, tmp_path):
     make_catalog(str(tmp_path / "data/*.tar"), tmp_path / "catalog")
     path = tmp_path / "catalog/catalog.json"
-    path.write_text(path.read_text().replace('"first_index": 5', '"first_index": 4'))
-    with pytest.raises(UserError, match="its fingerprint does not match"):
+    path.write_text(path.read_text().replace('"samples": 14', '"samples": 15'))
+    with pytest.raises(UserError, match="its checksum differs"):
         open_catalog(tmp_path / "catalog")
     with pytest.raises(UserError, match="there is no catalog in"):
         open_catalog(tmp_path / "absent")
@@ -367,7 +367,7 @@ def test_pipes_and_folders_in_the_place_of_files(tmp_path, name):
         path = tmp_path / make.__name__ / name
         path.parent.mkdir()
         make(path)
-        with pytest.raises(UserError, match=r"is no regular file: name one|is a folder: name its tar files"):
+        with pytest.raises(UserError, match=r"is no regular file: name one|the folder .* has no file that ends"):
             make_catalog(path, tmp_path / "catalog")
 
 
@@ -393,27 +393,27 @@ WRITTEN = """{"format": 1, "fingerprint": "57a66e41a04e95bea385024367aff740ffa9d
 "source": 2, "first_index": 4}]}"""
 
 
-def test_catalogs_of_earlier_versions_stay_as_they_are(tmp_path):
-    """The same data give the same document, and the document that was written then opens."""
+def test_fingerprints_of_earlier_versions_stay_as_they_are(tmp_path):
+    """The same data have the fingerprint that they had, which checkpoints and reference features hold."""
     members = [("a.png", b"1" * 700), ("a.txt", b"one"), ("b.png", b"2"), ("b.txt", b"two"), ("c.txt", b"x")]
     write_tar(tmp_path / "0.tar", members)
     (tmp_path / "t.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
-    catalog = make_catalog(f"{tmp_path}/*.tar::{tmp_path}/t.csv::synthetic:5:8", tmp_path / "catalog")
-    path = tmp_path / "catalog/catalog.json"
-    document, written = json.loads(path.read_text()), json.loads(WRITTEN.replace("DATA", str(tmp_path)))
-    for new, old in zip(document["shards"], written["shards"], strict=True):
+    sources = f"{tmp_path}/*.tar::{tmp_path}/t.csv::synthetic:5:8"
+    catalog = make_catalog(sources, tmp_path / "catalog")
+    written = json.loads(WRITTEN.replace("DATA", str(tmp_path)))
+    for shard, old in zip(map(dataclasses.asdict, catalog.shards), written["shards"], strict=True):
         # Index files are named after the paths and times of what was scanned.
-        for name in ("index",) if old["kind"] == "tar" else ("index", "path") if old["kind"] == "table" else ():
-            (catalog.folder / new[name]).rename(catalog.folder / old[name])
-            new[name] = old[name]
-        version, checksum = new.pop("version"), new.pop("sha256")  # which they did not have
+        different = {"tar": ("index",), "table": ("index", "path")}.get(old["kind"], ())
+        version, checksum = shard.pop("version"), shard.pop("sha256")  # which they did not have
         assert checksum == "" and version == (
-            str((tmp_path / "0.tar").stat().st_mtime_ns) if new["kind"] == "tar" else ""
+            str((tmp_path / "0.tar").stat().st_mtime_ns) if shard["kind"] == "tar" else ""
         )
-    assert len(document.pop("checksum")) == 64  # which they did not have
-    assert document == written and list(document) == list(written)
-    path.write_text(json.dumps(written))
-    assert open_catalog(tmp_path / "catalog").fingerprint == written["fingerprint"] == catalog.fingerprint
+        assert shard == old | {name: shard[name] for name in different}
+    assert catalog.fingerprint == written["fingerprint"]
+    (tmp_path / "catalog/catalog.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"its format is 1, this program reads 2.*: make the catalog again"):
+        open_catalog(tmp_path / "catalog")
+    assert make_catalog(sources, tmp_path / "catalog") == catalog == open_catalog(tmp_path / "catalog")
 
 
 def test_a_flipped_bit_in_an_index_or_a_catalog_is_refused_by_name(tmp_path):
@@ -426,7 +426,11 @@ def test_a_flipped_bit_in_an_index_or_a_catalog_is_refused_by_name(tmp_path):
         open_index(open_catalog(tmp_path / "catalog"), shard)
     index.write_bytes(content)
     assert len(open_index(catalog, shard)) == 2
-    path = tmp_path / "catalog" / "catalog.json"
-    path.write_text(path.read_text().replace('"left_out": {}', '"left_out": {"x": 1}', 1))
-    with pytest.raises(UserError, match=r"catalog\.json .*checksum differs"):
-        open_catalog(tmp_path / "catalog")
+    for pattern in ("catalog.json", "shards-*.jsonl", "shards-*.columns"):
+        [path] = (tmp_path / "catalog").glob(pattern)
+        content = path.read_bytes()
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        with pytest.raises(UserError, match=r"catalog\.json .*checksum differs"):
+            open_catalog(tmp_path / "catalog")
+        path.write_bytes(content)
+    assert open_catalog(tmp_path / "catalog") == catalog

@@ -148,7 +148,6 @@ def test_missing_file_is_refused(catalog, reference, copied):
     in_order(catalog, copied)[1].unlink()
     with pytest.raises(UserError, match=rf"features of {catalog.shards[1].path} are missing in {copied}"):
         open_features(reference, catalog, copied)
-    assert len(open_features(reference, catalog, copied, verify=False)) == 150  # the first rank has looked
 
 
 @pytest.mark.parametrize("views", [1, 2])
