@@ -11,7 +11,7 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo check test lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
+.PHONY: demo check test test-integrations lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -25,6 +25,20 @@ check: lint
 test: lint types
 	$(PYTEST)
 	$(PYTEST) --portable $(PORTABLE)
+
+# The hosts of drrho.integrations are in an environment of their own, which sees the packages of .venv.
+HOSTS := .venv-integrations
+
+test-integrations: $(HOSTS)/.ready
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations \
+	  "tests/test_notebooks.py::test_notebook_runs_and_draws[05_steer_your_trainer]"
+
+$(HOSTS)/.ready: $(READY)
+	$(PYTHON) -m venv $(HOSTS)
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	  echo "import site; site.addsitedir('$$site')" > $$($(HOSTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/drrho-venv.pth
+	$(HOSTS)/bin/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[integrations]"
+	touch $(HOSTS)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -76,8 +90,9 @@ gpu:
 	  if $$python $(SEES_GPU) 2>/dev/null; then exec env PYTHONPATH=.:$$PYTHONPATH $$python -m experiments.benchmarks.gpu $(GPU); fi; \
 	done; echo "make gpu: neither $(PYTHON) nor $(BIN)/python has a torch that sees a GPU" >&2; exit 2
 
+# Given again after an interruption, it goes on with the trials that are left.
 chaos: $(READY)
-	$(BIN)/python experiments/benchmarks/chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.chaos
 
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
 $(READY): pyproject.toml tests/constraints.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
@@ -86,4 +101,4 @@ $(READY): pyproject.toml tests/constraints.txt hatch_build.py $(wildcard drrho/s
 	touch $(READY)
 
 clean:
-	rm -rf .venv outputs cache
+	rm -rf .venv .venv-integrations outputs cache

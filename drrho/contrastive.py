@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drrho.divergences import KL, Divergence
 from drrho.negatives import excess_pair_losses, robust_anchors
@@ -277,8 +277,8 @@ def two_level_risk(
     reference_temperature : float, optional
         Temperature of the reference; by default that of the target.
     image, text, temperature, include_positive, group, counts
-        As for `contrastive_risk`, but with a group every rank needs at least one pair. The returned weights are those
-        of this rank's samples; the divergence is that of all ranks' weights.
+        As for `contrastive_risk`. The returned weights are those of this rank's samples; the divergence is that of all
+        ranks' weights.
 
     Returns
     -------
@@ -292,17 +292,25 @@ def two_level_risk(
     """
     if radius is None and strength is None and outer.has_radius:
         raise ValueError("give radius, strength or both: without either the weights are not bounded")
+    counts = row_counts(len(image), group, image.device) if counts is None else counts
     options = {"include_positive": include_positive, "group": group, "counts": counts}
     own = anchor_values(image, text, temperature, **options)
     with torch.no_grad():
         reference_tau = temperature if reference_temperature is None else reference_temperature
         theirs = anchor_values(*reference, reference_tau, **options)
-    excess = excess_losses((own[0] + own[1]) / 2, ((theirs[0] + theirs[1]) / 2).to(own[0]))
+    target, other = (own[0] + own[1]) / 2, ((theirs[0] + theirs[1]) / 2).to(own[0])
+    base = None
+    if min(counts) == 0:  # a row of losses has a part on every rank: one without pairs adds a loss of no weight
+        target, other = (nn.functional.pad(mean, (0, len(mean) == 0)) for mean in (target, other))
+        base = torch.full_like(target, float(len(image) > 0), dtype=torch.float64) / sum(counts)
+    excess = excess_losses(target, other)
     if strength is None:
-        return constrained_risk(excess, outer, 0.0 if radius is None else radius, group=group)
-    if radius is None:
-        return penalized_risk(excess, outer, strength, group=group)
-    return hybrid_risk(excess, outer, radius, strength, group=group)
+        risk = constrained_risk(excess, outer, 0.0 if radius is None else radius, base_weights=base, group=group)
+    elif radius is None:
+        risk = penalized_risk(excess, outer, strength, base_weights=base, group=group)
+    else:
+        risk = hybrid_risk(excess, outer, radius, strength, base_weights=base, group=group)
+    return risk._replace(weights=risk.weights[: len(image)])
 
 
 def anchor_risks(

@@ -12,7 +12,7 @@ HOUSE = TESTS.parent / "experiments" / "clip"
 MODULES = [module.name.split(".")[1:] for module in pkgutil.walk_packages(drrho.__path__, "drrho.") if not module.ispkg]
 TRAINER = [path.relative_to(HOUSE).with_suffix("").parts for path in HOUSE.rglob("*.py")]
 #: Options, which test_ranges.py and cli/test_options.py go through.
-WITHOUT = {("__init__",), ("glyphs", "options"), ("study", "options"), ("training", "options")}
+WITHOUT = {("__init__",), ("glyphs", "options"), ("icons", "options"), ("study", "options"), ("training", "options")}
 
 
 @pytest.mark.parametrize("module", [path for path in MODULES if not path[-1].startswith("_")], ids=".".join)

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drrho.ranks import gathered
-from experiments.clip.errors import UserError
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.pulse import Pulse
 from experiments.clip.ranges import flag
+from experiments.clip.signals import asked
 
 _LAUNCHERS = (
     ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
@@ -220,6 +221,15 @@ def set_float32_products(device: torch.device, full: bool) -> None:
         torch.backends.cudnn.benchmark = not full
 
 
+def _gpu_of(rank: int, local: int, count: int) -> int:
+    """Return the number of a rank's GPU among the ``count`` that it sees: its own, where its launcher shows it one."""
+    if count == 1 and len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1:
+        return 0
+    if local >= count:
+        raise UserError(f"rank {rank} is number {local} of its node, which has {count} GPUs")
+    return local
+
+
 @contextmanager
 def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
     """Initialize the process group of this launch, and destroy it when the block ends.
@@ -240,9 +250,7 @@ def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
         raise UserError("--device cuda needs a GPU that torch sees, but there is none: choose --device cpu")
     rank, count, local = launched(os.environ)
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu and local >= torch.cuda.device_count():
-        raise UserError(f"rank {rank} is number {local} of its node, which has {torch.cuda.device_count()} GPUs")
-    own = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    own = torch.device("cuda", _gpu_of(rank, local, torch.cuda.device_count())) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(own)
     if count == 1:
@@ -258,6 +266,8 @@ def joined_ranks(device: str, minutes: float = 10.0) -> Iterator[Ranks]:
         reason = " ".join(str(error).split())
         if not (isinstance(error, dist.DistError) or _EXCHANGE_FAILED.search(reason)):
             raise
+        if number := asked():
+            raise Interrupted(f"rank {rank} was stopped while other ranks ended", number) from error
         raise UserError(
             f"rank {rank} lost {pulse.lost()} in an exchange ({reason[:120]}): see what was said there; "
             "finished work is kept, run the command again to resume"

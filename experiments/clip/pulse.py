@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from experiments.clip.errors import UserError
+from experiments.clip.signals import asked
 
 # torchrun keeps its store when it restarts the processes, so the number of restarts is part of the key.
 _KEY, _SECONDS = f"drrho/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/", 1.0
@@ -35,7 +37,7 @@ class Pulse:
 
     def __init__(self, rank: int, count: int, patience: float) -> None:
         self._rank, self._count, self._patience = rank, count, patience
-        self._announcements = 0
+        self._announcements, self._has_told = 0, False
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: a collective operation may be using the group's.
         timeout = timedelta(seconds=10 * _SECONDS)
@@ -48,6 +50,17 @@ class Pulse:
         with contextlib.suppress(RuntimeError):  # the store is in rank 0, or in its agent, which may have ended
             while not self._stopped.wait(_SECONDS):
                 self._store.add(f"{_KEY}{self._rank}", 1)
+                self._pass_on_signal()
+
+    def _pass_on_signal(self) -> None:
+        """Tell the other ranks of a signal, of which each must know: one of them may wait for what never comes."""
+        if asked() and not self._has_told:
+            self._has_told = True
+            self._store.add(f"{_KEY}signal", asked())
+        elif not self._has_told and (number := self._store.add(f"{_KEY}signal", 0)):
+            self._has_told = True
+            # Several ranks may have told the others, each of its own.
+            os.kill(os.getpid(), number if number in (signal.SIGINT, signal.SIGUSR1) else signal.SIGTERM)
 
     @contextmanager
     def announcing(self) -> Iterator[None]:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until `handled` takes them
+        signal.signal(number, lambda number, _: os._exit(130 if number == signal.SIGINT else os.EX_TEMPFAIL))
     # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from experiments.clip.errors import Interrupted, UserError, nearest, printable
+from experiments.clip.signals import Stopped, asked, exit_in_time, handled, status_of, was_raised
 
 
 class Command(NamedTuple):
@@ -43,9 +46,9 @@ COMMANDS = {
         "glyphs.demo:run",
     ),
     "prepare": Command(
-        "Draw the glyph-name pairs and write them as webdataset shards.",
-        "glyphs.options:Prepare",
-        "glyphs.source:run_prepare",
+        "Draw pairs of pictures and names, of characters or icons, and write them as webdataset shards.",
+        "icons.options:Prepare",
+        "icons.source:run_prepare",
     ),
     "cache-reference": Command(
         "Compute the reference model's features of the training pairs; under torchrun or srun, over all ranks.",
@@ -94,6 +97,11 @@ def main(arguments: Sequence[str]) -> int:
     2 for what the user can mend, 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
     again = printable(" ".join(["python experiments/clip/run.py", *arguments]))
+    with handled(again):
+        return _run(arguments, again)
+
+
+def _run(arguments: Sequence[str], again: str) -> int:
     options = None
     try:
         options = parse(arguments)
@@ -107,11 +115,19 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except Interrupted as interruption:
         print(f"run.py: {printable(str(interruption))}; resume with: {again}", file=sys.stderr)
-        return 130 if interruption.signal == signal.SIGINT else os.EX_TEMPFAIL
-    except KeyboardInterrupt:
-        print(f"run.py: interrupted; what was finished is kept; resume with: {again}", file=sys.stderr)
-        return 130
+        return status_of(interruption.signal)
+    except Stopped as stopped:
+        return _end_at_once(stopped.signal, again)
+    except Exception:
+        if not was_raised():  # in a library, which has made another error of it
+            raise
+        return _end_at_once(asked(), again)
     return 0
+
+
+def _end_at_once(number: int, again: str) -> int:
+    print(f"run.py: {Stopped(number)}; what was finished is kept; resume with: {again}", file=sys.stderr)
+    return status_of(number)
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -156,4 +172,4 @@ def _check_launch(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_in_time(main(sys.argv[1:]))

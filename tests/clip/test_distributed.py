@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import _flags
-from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, launched, set_float32_products
+from experiments.clip.distributed import ONE_PROCESS, Ranks, _gpu_of, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
 
 
@@ -59,6 +59,19 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with joined_ranks("auto", 1) as ranks:
         assert ranks == Ranks()
+
+
+def test_a_rank_takes_its_own_gpu_or_the_one_that_its_launcher_shows_it(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [_gpu_of(rank, rank, 8) for rank in range(8)] == list(range(8))
+    with pytest.raises(UserError, match="rank 3 is number 1 of its node, which has 1 GPUs"):
+        _gpu_of(3, 1, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert _gpu_of(3, 1, 1) == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert [_gpu_of(rank, rank, 2) for rank in range(2)] == [0, 1]
+    with pytest.raises(UserError, match="rank 2 is number 2 of its node, which has 2 GPUs"):
+        _gpu_of(2, 2, 2)
 
 
 def on_one_rank(rank, port, folder):

@@ -17,6 +17,7 @@ from experiments.clip.cli.presets import PRESETS
 from experiments.clip.io.files import write_atomically
 from experiments.clip.run import main, parse
 from experiments.clip.training.checkpoint import latest_checkpoint
+from experiments.clip.training.options import SHIPPED_REFERENCE
 from tests.clip.launched import PROGRAM, Launched
 
 
@@ -152,6 +153,7 @@ def test_training_from_a_catalog_validated_on_tasks_and_exported(tmp_path, capsy
     )
     tasks = [str(tmp_path / "t" / name) for name in ("glyph-script", "tasks.json")]  # as a shell gives them for t/*
     options = ["train", "--method", "openclip", "--catalog", str(catalog), "--batch-size", "32", "--epochs", "1"]
+    options += ["--model", "glyph-small"]
     options += ["--validations", "1", "--workers", "1", "--out", str(out)]
     for wrong, message in (
         (["--tasks", str(tmp_path / "t" / "tasks.json")], "names no folder: name the folders beside it"),
@@ -190,8 +192,10 @@ def test_steered_training_on_a_catalog_repeated_from_its_configuration(tmp_path,
     catalog, features = str(tmp_path / "catalog"), str(tmp_path / "features")
     assert main(["catalog", "synthetic:96:48", "--out", catalog, "--workers", "0"]) == 0
     short = ["train", "--catalog", catalog, "--batch-size", "32", "--epochs", "1", "--validations", "1"]
+    steered = ["--reference", str(SHIPPED_REFERENCE)]
+    short += ["--model", "glyph-small", *steered]
     assert main([*short, "--out", str(tmp_path / "live")]) == 0
-    assert main(["cache-reference", "--catalog", catalog, "--out", features, "--views", "2"]) == 0
+    assert main(["cache-reference", "--catalog", catalog, "--out", features, "--views", "2", *steered]) == 0
     cached = [*short, "--reference-features", features, "--workers", "1", "--patch-dropout", "0.25", "--lock", "image"]
     cached += ["--pretrained", str(tmp_path / "live" / "epoch_1.pt"), "--seed", "3"]
     assert main([*cached, "--out", str(tmp_path / "a")]) == 0

@@ -1,11 +1,11 @@
-"""The part ``correct``: every risk, the contrastive risk and every training method against the CPU in float64."""
+"""The parts ``correct``: every risk, then the contrastive risk and every method, against the CPU in float64."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,10 +30,12 @@ from experiments.benchmarks.gpu.crew import outcomes
 from experiments.benchmarks.gpu.record import Record
 from experiments.benchmarks.measure import explain
 
-SHAPES = ((7,), (1000,), (100_003,), (64, 1024), (3, 5, 257), (2, 40_000), (10**6,))
-WITH_BASE = ((1000,), (64, 1024))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-_SMALL = 1100  # losses, at most, in a dry run
+#: Shapes with their dtypes. A kernel is compiled for each length of rows, dtype and form of risk, for seconds: no two
+#: shapes are solved by the same kernel in a dtype, and bfloat16, which is read as float32 is, has one.
+SHAPES = {(7,): 1, (3, 5, 257): 2, (64, 1024): 3, (2, 40_000): 2, (100_003,): 1, (10**6,): 2}
+WITH_BASE = (64, 1024)
+_SMALL = 4000  # losses, at most, in a dry run
 # Solved by torch operations, of which the host waits for each pass: ten processes at once would take too long.
 _USERS, _USERS_MOST = "a user's", 10**5
 _SECONDS = 95.0
@@ -60,8 +62,20 @@ class Unit(NamedTuple):
     small: bool
 
 
-def run(setting: Setting, record: Record) -> None:
-    """Check everything, in as many processes as there are cores for."""
+def run_risks(setting: Setting, record: Record) -> None:
+    """Check every risk, and what it refuses."""
+    _run(risk_units(setting), setting, record)
+
+
+def run_losses(setting: Setting, record: Record) -> None:
+    """Check the contrastive risk and, where what they need is there, the training methods."""
+    _run(loss_units(setting), setting, record)
+    if missing := missing_packages(*TRAINER):
+        record.text("Count", f"The training methods were left out: they need {missing[0]}, see --packages.")
+
+
+def _run(units: list[Unit], setting: Setting, record: Record) -> None:
+    """Check units in as many processes as there are cores for."""
     record.text(
         "Checks",
         "Largest differences from the CPU in float64 on the same input: of value and gap in units of the range of the "
@@ -71,7 +85,7 @@ def run(setting: Setting, record: Record) -> None:
     seconds = 10 * _SECONDS if setting.small else _SECONDS
     worst: defaultdict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
     count = failures = 0
-    for unit, checks, problem in outcomes(work, units(setting), workers, seconds):
+    for unit, checks, problem in outcomes(work, units, workers, seconds):
         if problem:
             failures += 1
             record.fail(f"{unit.kind}: {', '.join(unit.subject)}", problem)
@@ -85,8 +99,6 @@ def run(setting: Setting, record: Record) -> None:
     for (kind, subject, dtype), row in sorted(worst.items()):
         record.row("Checks", kind=kind, subject=subject, dtype=dtype, **row)
     record.row("Count", checks=count, failures=failures)
-    if missing := missing_packages(*TRAINER):
-        record.text("Count", f"The training methods were left out: they need {missing[0]}, see --packages.")
 
 
 def _keep_worst(row: dict[str, Any], check: Check) -> None:
@@ -95,16 +107,22 @@ def _keep_worst(row: dict[str, Any], check: Check) -> None:
         row[name] = max(row.get(name, 0.0), error)
 
 
-def units(setting: Setting) -> list[Unit]:
-    """Return all units, those that take longest first."""
+def risk_units(setting: Setting) -> list[Unit]:
+    """Return the units of the risks, those that take longest first."""
     place = (setting.device, setting.small)
     risks = [
         Unit("risk", (name, form), *place) for name, divergence in DIVERGENCES.items() for form in forms_of(divergence)
     ]
+    return risks + [Unit("refusal", (name,), *place) for name in ("KL", "chi-square", "CVaR .1", "a user's")]
+
+
+def loss_units(setting: Setting) -> list[Unit]:
+    """Return the units of the losses that are trained with."""
+    place = (setting.device, setting.small)
     found = [Unit("contrastive", (name,), *place) for name in correct_losses.DIVERGENCES]
     if not missing_packages(*TRAINER):
         found += [Unit("method", (name,), *place) for name in correct_methods.names(setting.small)]
-    return found + risks + [Unit("refusal", (name,), *place) for name in ("KL", "chi-square", "CVaR .1", "a user's")]
+    return found
 
 
 def work(unit: Unit) -> list[Check]:
@@ -112,9 +130,9 @@ def work(unit: Unit) -> list[Check]:
     return list(WORKS[unit.kind](*unit.subject, unit.device, unit.small))
 
 
-def shapes(small: bool) -> Sequence[tuple[int, ...]]:
+def shapes(small: bool) -> list[tuple[int, ...]]:
     """Return the shapes to check, those of at most `_SMALL` losses in a dry run."""
-    return [shape for shape in SHAPES if math.prod(shape) <= _SMALL] if small else SHAPES
+    return [shape for shape in SHAPES if not small or math.prod(shape) <= _SMALL]
 
 
 def risk_checks(divergence: str, form: str, device: str, small: bool) -> Iterator[Check]:
@@ -122,12 +140,12 @@ def risk_checks(divergence: str, form: str, device: str, small: bool) -> Iterato
     for shape in shapes(small):
         if divergence == _USERS and math.prod(shape) > _USERS_MOST:
             continue
-        for dtype in DTYPES:
+        for dtype in DTYPES[: SHAPES[shape]]:
             yield risk_check(divergence, form, drawn(shape, dtype, "cpu"), None, device)
-    for shape in WITH_BASE[: 1 if small else None]:
-        for dtype in DTYPES[:2]:
-            base = torch.softmax(drawn(shape, torch.float64, "cpu", seed=1) / 4, -1)
-            yield risk_check(divergence, form, drawn(shape, dtype, "cpu"), base, device)
+    shape = (3, 257) if small else WITH_BASE
+    for dtype in DTYPES[:2]:
+        base = torch.softmax(drawn(shape, torch.float64, "cpu", seed=1) / 4, -1)
+        yield risk_check(divergence, form, drawn(shape, dtype, "cpu"), base, device)
 
 
 def risk_check(divergence: str, form: str, losses: Tensor, base: Tensor | None, device: str) -> Check:

@@ -39,7 +39,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "correct": Part("Correct: the device against the CPU in float64", 115, "correct:run", at_once=True),
+    "correct": Part("Correct: the risks against the CPU in float64", 115, "correct:run_risks", at_once=True),
+    "correct-losses": Part(
+        "Correct: losses and methods against the CPU in float64", 115, "correct:run_losses", at_once=True
+    ),
     "core": Part("The risks", 110, "core:run"),
     "calls": Part("A call of a risk", 90, "calls:run"),
     "contrastive": Part("The contrastive risk", 110, "contrastive:run"),

@@ -13,6 +13,7 @@ from experiments.benchmarks.gpu.cases import Setting
 from experiments.benchmarks.gpu.clock import synchronize
 from experiments.benchmarks.gpu.record import Record
 from experiments.benchmarks.gpu.trace import Trace, Tracer
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 class Steps(NamedTuple):
@@ -73,7 +74,7 @@ def run_towers(setting: Setting, record: Record) -> None:
         words += ["--model", "glyph-micro" if setting.small else "ViT-B-32", "--log-every", 10]
         words += ["--precision", "float32" if setting.small else "bfloat16"]
         if method == "drrho":
-            words += ["--temperature", 0.05]
+            words += ["--temperature", 0.05, "--reference", SHIPPED_REFERENCE]
         name = f"ViT-B/32 x 1024, {method}{', reference beside it' * (method == 'drrho')}"
         aim = 0.98 if method == "openclip" else None
         record.attempt(name, lambda w=words, n=name, a=aim: profile(n, w, steps, setting, record, a))

@@ -27,6 +27,7 @@ from experiments.benchmarks.throughput import (
     photograph_shard,
     their_windows,
 )
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 LOG_EVERY = 4  # steps
 TEMPERATURE = 0.05
@@ -219,7 +220,7 @@ def _our_command(method: str, track: Track, out: Path) -> list[str]:
         "out": out,
     }
     if method == DRRHO:
-        arguments |= {"temperature": TEMPERATURE, "reference-features": track.features}
+        arguments |= {"temperature": TEMPERATURE, "reference-features": track.features, "reference": SHIPPED_REFERENCE}
     return [*our_program(), "train", *flags(arguments), *["--compile"] * track.plan.compile]
 
 
@@ -257,6 +258,7 @@ def _track(plan: Plan, setting: Setting, needs_features: bool) -> Track:
     call([*our_program(), "catalog", source, "--out", str(track.catalog)], folder / "catalog.log", _PREPARING)
     if needs_features:
         arguments = {"catalog": track.catalog, "out": track.features, "workers": workers, "device": setting.device}
+        arguments["reference"] = SHIPPED_REFERENCE
         call([*our_program(), "cache-reference", *flags(arguments)], folder / "features.log", _PREPARING)
     return track
 

@@ -20,10 +20,12 @@ from experiments.clip.cli.train import train_model
 from experiments.clip.distributed import Ranks
 from experiments.clip.run import parse
 from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint
+from experiments.clip.training.options import SHIPPED_REFERENCE
 from experiments.clip.training.towers import full_tensor
 
 _FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
-_DRRHO = ("--method", "drrho", "--temperature", "0.1")
+_REFERENCE = ("--reference", str(SHIPPED_REFERENCE))
+_DRRHO = ("--method", "drrho", "--temperature", "0.1", *_REFERENCE)
 #: Every training method, as options of ``run.py train``.
 METHODS: dict[str, tuple[str, ...]] = {
     "openclip": ("--method", "openclip"),
@@ -41,13 +43,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "drrho on rho top-k": (*_DRRHO, "--select", "rho-top-k", "--candidates", "2"),
     "openclip on jest top-k": (
         *("--method", "openclip", "--select", "jest-top-k"),
-        *("--candidates", "2", "--select-chunks", "4"),
+        *("--candidates", "2", "--select-chunks", "4", *_REFERENCE),
     ),
-    "two levels": ("--method", "two-level", "--temperature", "0.1"),
+    "two levels": ("--method", "two-level", "--temperature", "0.1", *_REFERENCE),
 }
 STEPS = 4
 # Adam's steps do not depend on the size of a gradient, but where this constant is larger: rounding stays rounding.
-_SMOOTH = ("--adam-eps", "0.01", "--warmup", "1")
+_SMOOTH = ("--adam-eps", "0.01", "--warmup", "1", "--lr", "2e-3")
 
 
 class Enough(Exception):
@@ -110,6 +112,10 @@ def few_steps(name: str, extra: Sequence[Any], batch: int, scratch: Path, out: P
         1,
         "--log-to",
         "jsonl",
+        "--workers",
+        0,
+        "--precision",
+        "float32",
         "--full-float32",
         *_SMOOTH,
     ]

@@ -36,12 +36,12 @@ def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
     with ranks.leader_first():  # one downloads
         find_source(options.model, _text(options.pretrained))
         if options.needs_reference:
-            find_source(str(loss.reference), _text(loss.reference_weights))
+            find_source(str(options.reference), _text(loss.reference_weights))
     clip = _target(options, ranks)
     if options.needs_reference:
         # Beside the target, it sees the target's crops.
         crops = {"aug_cfg": geometry(options.inputs.aug_cfg) or None}
-        reference = load_model(loss.reference, loss.reference_weights, crops)
+        reference = load_model(options.reference, loss.reference_weights, crops)
     if reference is not None and options.split != "train":
         raise UserError(f"--split {options.split} has no cached reference features: runs with one use --split train")
     check_ranks(options, ranks)
@@ -71,13 +71,16 @@ def _text(path: Path | None) -> str | None:
 def _target(options: Train, ranks: Ranks) -> Clip:
     """Return the model to be trained."""
     more = input_options(options.inputs)
-    if options.patch_dropout:
+    if options.patch_dropout is not None:
         more["force_patch_dropout"] = options.patch_dropout
     if ranks.group is not None and options.execution.parallel == "fsdp":
         more["nonscalar_logit_scale"] = True
     sigmoid = options.loss.method == "siglip"
     clip = new_model(options.model, options.seed, sigmoid=sigmoid, weights=options.pretrained, **more)
-    lock_towers(clip.model, options.lock, options.unlocked_groups)
+    unlocked: dict[str, int] = {tower: options.unlocked_groups for tower in options.lock}
+    if options.unlocked_text_groups is not None:
+        unlocked["text"] = options.unlocked_text_groups
+    lock_towers(clip.model, unlocked)
     return clip
 
 
@@ -86,11 +89,6 @@ def check_ranks(options: Train, ranks: Ranks) -> None:
     batch = options.optimization.batch_size
     if batch < ranks.count:
         raise UserError(f"--batch-size {batch} is less than the {ranks.count} ranks: every rank needs a pair")
-    if options.loss.method == "two-level" and options.selection.is_on and ranks.count > 1:
-        raise UserError(
-            f"--method two-level with --select {options.selection.select} runs in one process: it needs a pair of "
-            "every rank, and there may be one of which none is chosen"
-        )
 
 
 def build_selector(options: Train, reference: Clip | None, ranks: Ranks) -> Selector | None:

@@ -10,12 +10,21 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.catalog.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
+from experiments.clip.catalog.sources import parse_sources, with_columns
+from experiments.clip.catalog.subset import open_subset
 from experiments.clip.cli.building import say_notes
 from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
 from experiments.clip.cli.parser import as_settings
 from experiments.clip.cli.presets import EMBEDDED
-from experiments.clip.cli.sources import HELD_OUT, Validation, embedded_pairs, open_validation, reference_features
+from experiments.clip.cli.sources import (
+    HELD_OUT,
+    Validation,
+    embedded_pairs,
+    open_shared_catalog,
+    open_validation,
+    reference_features,
+)
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
 from experiments.clip.errors import UserError
@@ -24,9 +33,11 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs
 from experiments.clip.evaluation.tasks import TaskScores, check_datacomp, evaluate_task
 from experiments.clip.io.files import ensure_writable, write_json
+from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip, load_model
 from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.sources import register_models
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 def evaluate(options: Evaluate) -> None:
@@ -39,13 +50,14 @@ def evaluate(options: Evaluate) -> None:
         with ranks.leader_first():
             if ranks.leads and options.out is not None:
                 ensure_writable(options.out.absolute().parent)
-        validation = ranks.run_on_all_or_fail(lambda: open_validation(options.tasks, options.val_data))
+        validation = open_validation(options.tasks, options.val_data, ranks)
         if options.datacomp:
             check_datacomp(validation.tasks)
         clip = load_model(options.model, options.weights)
         clip.model.to(ranks.device)
         set_float32_products(ranks.device, full=True)
-        encoder = Encoder(clip, ranks, options.batch_size, options.workers, options.precision)
+        workers = usual_workers() if options.workers is None else options.workers
+        encoder = Encoder(clip, ranks, options.batch_size, workers, options.precision)
         results = _Results(options, clip, ranks)
         _score(validation, options.skip_limit, encoder, results)
         if ranks.leads:
@@ -211,7 +223,7 @@ def _stored_json(path: Path) -> dict[str, Any]:
 
 def cache_reference(options: CacheReference) -> None:
     """Compute the reference's features: of the embedded pairs, or of a catalog, over ranks."""
-    reference = load_model(options.reference, options.reference_weights)
+    reference = load_model(options.reference or SHIPPED_REFERENCE, options.reference_weights)
     say_notes(reference)
     if options.catalog is None and launched(os.environ)[1] > 1:
         raise UserError("the embedded pairs take one process: start cache-reference without torchrun or srun")
@@ -225,13 +237,13 @@ def cache_reference(options: CacheReference) -> None:
         reference_features(
             options.out,
             reference,
-            open_catalog(options.catalog),
+            open_shared_catalog(options.catalog, ranks),
             ranks,
             views=options.views,
             precision=options.precision,
             towers=options.towers,
             batch_size=options.batch_size,
-            workers=options.workers,
+            workers=usual_workers() if options.workers is None else options.workers,
             skip_limit=options.skip_limit,
         )
 
@@ -240,13 +252,19 @@ def catalog(options: MakeCatalog) -> None:
     """Make a catalog, and say what it holds and what it left out."""
     with progress_bar("scanning") as advance:
         made = make_catalog(
-            list(options.sources),
+            with_columns(parse_sources(options.sources), options.image_key, options.caption_key, options.separator),
             options.out,
-            caption_key=options.caption_key,
+            image_keys=options.image_key or IMAGE_KEYS,
+            caption_key=options.caption_key or CAPTION_KEYS,
             workers=options.workers,
             progress=advance,
             run_pipe_commands=options.run_pipe_commands,
+            subset=None if options.uids is None else open_subset(options.uids, options.uid_key),
+            checksums=options.checksums,
         )
     console.print(f"catalog    {len(made)} pairs in {len(made.shards)} shards: {made.folder}")
     for reason, count in made.left_out.items():
         console.print(f"left out   {count} for {reason}")
+    incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption", "URL"))
+    if incomplete > len(made) and (hint := made.hint()):
+        console.print(f"left out   more than there is: {hint}", markup=False)

@@ -25,6 +25,7 @@ from experiments.clip.ranges import (
 )
 from experiments.clip.training.options import (
     SHIPPED_REFERENCE,
+    STEERED,
     CheckpointPolicy,
     Execution,
     LogName,
@@ -40,6 +41,8 @@ SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.cli
 
 Captions = Literal["clean", "vague", "swapped"]
 FeaturePrecision = Literal["float16", "bfloat16"]
+Reading = Literal["random", "blocks", "shards"]
+Check = Literal["time", "checksum"]
 
 _WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
 _WITH_DATA = OnlyWith("--tasks or --val-data", lambda options: options.tasks or options.val_data is not None)
@@ -66,16 +69,28 @@ class Shards:
 
     catalog: Path | None = None
     """Folder made by `run.py catalog`."""
-    workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
-    """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number."""
+    workers: Annotated[int | None, NotNegative, _OF_A_CATALOG] = None
+    """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number. By
+    default a rank's share of the cores but one, up to 16."""
     source_weights: Annotated[str | None, _OF_A_CATALOG] = None
     """How often each source is visited in an epoch, joined by ::, like 1::2; fractions need --resampled."""
+    caption_weights: Annotated[str | None, _OF_A_CATALOG] = None
+    """How often a sample is shown with a caption of each --caption-key of its catalog, joined by ::, like 1::3, among
+    those that it has; all of a sample's captions alike by default."""
     resampled: Annotated[bool, _OF_A_CATALOG] = False
     """Draw samples with replacement, instead of each once per epoch."""
     epoch_samples: Annotated[int | None, AtLeast(1), _OF_A_CATALOG] = None
     """Samples of an epoch when resampled; all by default."""
     block_shards: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 16
     """Shards whose samples are shuffled together."""
+    reading: Annotated[Reading | None, _OF_A_CATALOG] = None
+    """How shards are read, and in which order. random: each sample by its offset, the default of local shards. blocks:
+    parts of 8 MiB, each by one request, the default of remote ones. shards: as a whole, for servers without ranges."""
+    block_folder: Annotated[Path | None, _OF_A_CATALOG] = None
+    """Where blocks of remote shards are kept for a while; by default the system's folder of temporary files."""
+    check_shards: Annotated[Check | None, _OF_A_CATALOG] = None
+    """What must be as in the catalog beside sizes and headers. time: shards were not written since; checksum: their
+    contents, which are all read."""
     skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of samples that may turn out to be unusable before the run stops."""
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
@@ -92,7 +107,7 @@ class Shards:
 class Train:
     """Train one model; ``--preset NAME``, or ``--config FILE`` of an earlier run, is where other options start from."""
 
-    model: str = "glyph-small"
+    model: str = ""
     """A registered open_clip model, a JSON file with an architecture, or, with its weights, a folder in open_clip's
     local-dir layout or hf-hub:OWNER/NAME."""
     pretrained: Path | None = None
@@ -103,8 +118,13 @@ class Train:
     """Towers that stay as they are, as in LiT."""
     unlocked_groups: Annotated[int, NotNegative, OnlyWith("--lock", lambda options: options.lock)] = 0
     """Groups of layers, counted from the end, that learn in a locked tower."""
-    patch_dropout: Annotated[float, BelowOne] = 0.0
-    """Share of an image's patches that a vision transformer drops in training."""
+    unlocked_text_groups: Annotated[
+        int | None, NotNegative, OnlyWith("--lock text", lambda options: "text" in options.lock)
+    ] = None
+    """The same of the text tower, where it is another number."""
+    patch_dropout: Annotated[float | None, BelowOne] = None
+    """Share of an image's patches that a vision transformer drops in training; by default what its architecture says,
+    which is none for all registered models."""
     split: Literal["train", "reference"] = "train"
     """The pool of pairs to train on; the two are disjoint."""
     fraction: Annotated[float, Share] = 1.0
@@ -149,13 +169,18 @@ class Train:
         return self.loss.needs_reference or self.selection.is_on
 
     @property
+    def reference(self) -> Path:
+        """The reference model that is named, or the one that ships with the embedded pairs."""
+        return self.loss.reference or SHIPPED_REFERENCE
+
+    @property
     def pairs_per_step(self) -> int:
         """Pairs that the stream gives each step, over all ranks, at most."""
         return self.optimization.batch_size * self.selection.scored_per_pair
 
     def check_together(self) -> None:
         """Refuse options that contradict each other, and those that the run would ignore."""
-        if {"image", "text"} <= set(self.lock) and not self.unlocked_groups:
+        if {"image", "text"} <= set(self.lock) and not (self.unlocked_groups or self.unlocked_text_groups):
             raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
         loss, selection, batch = self.loss, self.selection, self.optimization.batch_size
         if not self.needs_reference:
@@ -175,11 +200,29 @@ class Train:
                 f"--select {selection.select} compares pairs at one temperature, which --temperature-scheme individual "
                 "has not: choose another"
             )
+        if self.shards.reference_features is not None:
+            refuse_if_given(self.shards, "caption_weights", "runs without --reference-features, which are of captions")
         if self.source != "catalog":
             refuse_if_given(self.inputs, "aug_cfg", "--catalog")
         if self.source == "catalog" and (self.split != "train" or self.fraction != 1 or self.data != Data()):
             raise UserError(
                 "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
+            )
+        if self.source == "catalog":
+            self._check_models()
+
+    def _check_models(self) -> None:
+        """Refuse to train on a user's data without knowing which model, and which reference."""
+        if not self.model:
+            raise UserError("--catalog needs --model: the model to train, like ViT-B-32")
+        if self.needs_reference and self.loss.reference is None:
+            if self.loss.method in STEERED:
+                option = f"--method {self.loss.method}"
+            else:
+                option = "--distill" if self.loss.distill else f"--select {self.selection.select}"
+            raise UserError(
+                f"{option} needs --reference: the model that steers, like hf-hub:OWNER/NAME, or ViT-B-32 with "
+                "--reference-weights openai (--method openclip, siglip and fastclip train without one)"
             )
 
 
@@ -190,9 +233,9 @@ class CacheReference:
     data: Data = field(default_factory=Data)
     catalog: Path | None = None
     """Folder made by `run.py catalog`, instead of the embedded pairs."""
-    reference: Path = SHIPPED_REFERENCE
+    reference: Path | None = None
     """The reference model: a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or, with --reference-weights, a
-    registered one."""
+    registered one. The embedded pairs have one that ships with them."""
     reference_weights: Path | None = None
     """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
     out: Annotated[Path, _OF_A_CATALOG] = Path("reference-features")
@@ -206,8 +249,8 @@ class CacheReference:
     """Precision of the reference's towers, by autocast."""
     batch_size: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 256
     """Samples that go through the reference at a time."""
-    workers: Annotated[int, NotNegative, _OF_A_CATALOG] = 0
-    """Processes of a rank that read and decode."""
+    workers: Annotated[int | None, NotNegative, _OF_A_CATALOG] = None
+    """Processes of a rank that read and decode; by default its share of the cores but one, up to 16."""
     skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of a shard's samples that may turn out to be unusable."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -219,6 +262,8 @@ class CacheReference:
         """Refuse options of the embedded pairs beside a catalog."""
         if self.catalog is not None and self.data != Data():
             raise UserError("--catalog takes the place of --captions, --size and --cache: leave those out")
+        if self.catalog is not None and self.reference is None:
+            raise UserError("--catalog needs --reference: the model whose features to store, like hf-hub:OWNER/NAME")
 
 
 @dataclass(frozen=True)
@@ -239,8 +284,8 @@ class Evaluate:
     """Share of the held-out pairs that may turn out to be unusable."""
     batch_size: Annotated[int, AtLeast(1), _WITH_DATA] = 64
     """Images, or texts, per call of the model."""
-    workers: Annotated[int, NotNegative, _WITH_DATA] = 0
-    """Processes of a rank that read and decode."""
+    workers: Annotated[int | None, NotNegative, _WITH_DATA] = None
+    """Processes of a rank that read and decode; by default its share of the cores but one, up to 16."""
     precision: Annotated[TowerPrecision, _WITH_DATA] = "float32"
     """Precision of the towers, by autocast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -266,14 +311,26 @@ class MakeCatalog:
     """Count the samples of shards once and give each an index, for `train --catalog`."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Patterns of webdataset shards like data/{00000..00099}.tar, also remote; tables (.csv, .tsv, .parquet) of image
-    paths and captions; or synthetic:N."""
+    """Patterns of webdataset shards like data/{00000..00099}.tar, or folders of them, also remote; tables (.csv, .tsv,
+    .parquet) of image paths and captions; or synthetic:N. They may be joined by ::."""
     out: Path = Path("catalog")
     """Folder of the catalog."""
-    caption_key: tuple[str, ...] = ("txt",)
-    """Members that are captions; json:FIELD is a field of the member json."""
+    image_key: tuple[str, ...] = ()
+    """Members of shards that are images, of which the first that a sample has is its image (jpg, jpeg, png and webp by
+    default); or the column of a table that has their paths (filepath)."""
+    caption_key: tuple[str, ...] = ()
+    """Members of shards that are captions (txt by default), json:FIELD being a field of the member json; or columns of
+    a table (title). A sample may lack some of them."""
+    separator: str = ""
+    """What separates the columns of a table: one character, or tab; by default found in its header."""
+    uids: Path | None = None
+    """Take a subset: a file of DataComp's, sorted uids in .npy, each as many times as it is there."""
+    uid_key: Annotated[str, OnlyWith("--uids", lambda options: options.uids is not None)] = "uid"
+    """The field of the member json, or the column of a table, that has the uid."""
     workers: Annotated[int, NotNegative] = 2
     """Processes that scan."""
+    checksums: bool = False
+    """Keep the SHA-256 of each shard, for `train --check-shards checksum`; local shards are then read as a whole."""
     run_pipe_commands: bool = False
     """Run the shell commands of sources that start with pipe:, which are refused otherwise."""
 
@@ -293,6 +350,12 @@ class Plan:
     """Share of that rate which training reaches."""
     reference_width: Annotated[int, Positive] = 512
     """Width of the reference's features, where the run has a reference."""
+    shards: Annotated[int | None, AtLeast(1)] = None
+    """Tar files of the training data; by default one for each 10,000 pairs."""
+    pair_kilobytes: Annotated[float, Positive] = 35.0
+    """Mean size of a pair in them, 1000 bytes (DataComp's pool: 450 TB of 12.8 billion)."""
+    writing_gigabytes: Annotated[float, Positive] = 1.0
+    """Rate at which a rank writes checkpoints, 10^9 bytes per second."""
 
     def check_together(self) -> None:
         """Refuse options of the run that a plan would ignore."""

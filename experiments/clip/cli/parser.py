@@ -14,7 +14,7 @@ import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
 from experiments.clip.cli.options import Plan, Shards, Train
-from experiments.clip.cli.presets import EMBEDDED, PRESETS
+from experiments.clip.cli.presets import EMBEDDED, PRESETS, STARTS
 from experiments.clip.errors import UserError, nearest
 from experiments.clip.io.files import write_json
 from experiments.clip.ranges import annotations_of, check_options, default_of, flag, refuse_if_given
@@ -47,10 +47,12 @@ def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
     """Parse and check the options of `Train` or `Plan`, which start from a preset or a stored configuration."""
     preset, path = _popped(arguments, "--preset"), _popped(arguments, "--config")
     arguments = list(_with_its_value(arguments, "--compile", "reduce-overhead"))
-    start = _start(preset, path)
+    start = _start(preset, path, _own_data(kind, arguments))
     if kind is Plan:
         options = _parsed(Plan, arguments, name, Plan(start))
         train = options.train
+        if not train.model:
+            raise UserError("a plan of your own data needs --model, or a --preset that has one")
         # A plan is given the number of samples, and not where they are.
         check_options(dataclasses.replace(options, train=dataclasses.replace(train, shards=Shards())))
     else:
@@ -59,6 +61,9 @@ def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
             raise UserError(
                 f"--preset {preset} is for your own data: add --catalog FOLDER, which `run.py catalog` makes"
             )
+        if train.source == "catalog" and start.source == "glyphs" and start.model:
+            given = f"--preset {preset}" if path is None else f"--config {path}"
+            raise UserError(f"{given} has the settings of the embedded pairs: leave it out beside --catalog")
         check_options(options)
     check_method(train.loss)
     _check_optimizer(train.optimization.optimizer)
@@ -129,8 +134,14 @@ def _check_optimizer(name: str) -> None:
     check_optimizer(name)
 
 
-def _start(preset: str | None, path: str | None) -> Train:
-    """Return where the other options start from."""
+def _own_data(kind: type, words: Sequence[str]) -> str:
+    """Return the source of the pairs, as the words that are not parsed yet say."""
+    own = ("--catalog", "--samples") if kind is Plan else ("--catalog",)
+    return "catalog" if any(word.partition("=")[0] in own for word in words) else "glyphs"
+
+
+def _start(preset: str | None, path: str | None, source: str) -> Train:
+    """Return where the other options start from; without a name, the settings of the source of the pairs."""
     if preset is not None and path is not None:
         raise UserError(f"--preset {preset} and --config {path} both say where to start from: give one of them")
     if preset is not None:
@@ -139,7 +150,7 @@ def _start(preset: str | None, path: str | None) -> Train:
                 f"no preset is called {preset[:80]!r}{nearest(preset, PRESETS)}: choose one of {', '.join(PRESETS)}"
             )
         return PRESETS[preset]
-    return Train() if path is None else load_config(Path(path))
+    return STARTS[source] if path is None else load_config(Path(path))
 
 
 def _popped(arguments: list[str], name: str) -> str | None:
@@ -172,11 +183,19 @@ def save_config(path: Path, options: Train) -> None:
 def load_config(path: Path) -> Train:
     """Return the options that `save_config` wrote."""
     try:
-        return from_dict(Train, json.loads(path.read_bytes()))
+        return _with_shipped_reference(from_dict(Train, json.loads(path.read_bytes())))
     except OSError as error:
         raise UserError(f"--config {path} cannot be read ({error.strerror}): name the config.json of a run") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"--config {path} is not the config.json of a run ({str(error)[:200]!r}): name one") from error
+
+
+def _with_shipped_reference(options: Train) -> Train:
+    """Return the options of a run; with the embedded pairs, the reference that ships with them need not be named."""
+    reference = options.loss.reference
+    if options.source != "glyphs" or reference is None or reference.absolute() != SHIPPED_REFERENCE:
+        return options
+    return dataclasses.replace(options, loss=dataclasses.replace(options.loss, reference=None))
 
 
 def as_settings(options: Any) -> dict[str, Any]:
@@ -240,6 +259,8 @@ def _is_of(annotation: Any, value: Any) -> bool:
     """Whether a value of JSON's types can stand for one of a type that is not composed."""
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return isinstance(value, list)
     if annotation in (int, float) and isinstance(value, bool):
         return False
     accepted: dict[Any, Any] = {Path: str, float: (int, float), types.NoneType: types.NoneType}
@@ -255,8 +276,8 @@ def _path(text: str) -> Path:
 
 
 def as_words(options: Train) -> list[str]:
-    """Return the command line of ``train`` that gives these options, naming those that are not defaults."""
-    return list(_words(as_settings(default_of(Train)), as_settings(options)))
+    """Return the command line of ``train`` that gives these options, naming those that do not start so."""
+    return list(_words(as_settings(STARTS[options.source]), as_settings(options)))
 
 
 def _words(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:

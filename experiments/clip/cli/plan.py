@@ -1,71 +1,112 @@
-"""What a run will take, before it is started: parameters, operations, memory of a rank by part, disk, time.
+"""What a run will take, before it is started: parameters, operations, memory of a rank by part, disk, network, time.
 
-Nothing is trained and no weights are made: the model is built on torch's meta device, its operations are counted by
-torch's own counter, and what the backward pass keeps is what autograd saves there.
+Nothing is trained and no weights are made: `experiments.clip.cli.cost` counts one pair, and the rest is arithmetic.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import open_clip
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
 from experiments.clip.cli.building import input_options
-from experiments.clip.cli.options import Plan
+from experiments.clip.cli.cost import Cost, cost_of
+from experiments.clip.cli.options import Plan, Train
 from experiments.clip.cli.terminal import console
-from experiments.clip.io.workers import AHEAD
-from experiments.clip.models.clip import new_model
-from experiments.clip.training.options import Execution
+from experiments.clip.cli.traffic import Exchange, Reading, Saving, exchanges, reading, saving
+from experiments.clip.io.workers import AHEAD, usual_workers
+from experiments.clip.training.options import Execution, TowerPrecision
 
 _FLOAT = 4  # bytes
+_PAIRS_OF_A_SHARD = 10_000  # img2dataset's
+
+
+class Planned(NamedTuple):
+    """What a run takes: of its devices, of the network, and of the storage for data and for a checkpoint."""
+
+    estimate: Estimate
+    messages: list[Exchange]
+    data: Reading
+    checkpoint: Saving
 
 
 def run(options: Plan) -> None:
     """Print what a run would take."""
-    train, loss = options.train, options.train.loss
+    found = planned(options)
+    console.print("\n".join([*described(found.estimate), *described_traffic(*found[1:])]))
+
+
+def planned(options: Plan) -> Planned:
+    """Return what a run would take."""
+    train, precision = as_on_a_gpu(options.train)
+    loss, execution = train.loss, train.execution
+    precision = execution.precision or "bfloat16"
+    cost = cost_of(
+        train.model,
+        checkpointing=execution.activation_checkpointing,
+        precision=precision,
+        device="cpu" if execution.device == "cpu" else "cuda",
+        **input_options(train.inputs),
+    )
+    state = {"individual_temperatures": loss.temperature_scheme == "individual", "running": loss.is_running}
+    reference_width = options.reference_width if train.needs_reference else 0
     estimate = estimated(
-        cost_of(train.model, checkpointing=train.execution.activation_checkpointing, **input_options(train.inputs)),
+        cost,
         samples=options.samples,
         samples_seen=(train.shards.epoch_samples or options.samples) * train.optimization.epochs,
         batch_size=train.optimization.batch_size,
         scored_per_pair=train.selection.scored_per_pair,
         accumulation=train.optimization.accumulation,
         ranks=options.ranks,
-        execution=train.execution,
+        execution=execution,
         teraflops=options.teraflops,
         utilization=options.utilization,
-        reference_width=options.reference_width if train.needs_reference else 0,
-        individual_temperatures=loss.temperature_scheme == "individual",
-        running=loss.is_running,
+        reference_width=reference_width,
         ema=train.optimization.ema is not None,
-        workers=train.shards.workers,
+        workers=train.shards.workers or 0,
+        **state,
     )
-    console.print(described(estimate))
+    messages = exchanges(
+        parameters=cost.parameters,
+        width=cost.width,
+        reference_width=reference_width,
+        batch_size=train.optimization.batch_size,
+        ranks=options.ranks,
+        parallel=execution.parallel,
+        precision=precision,
+        contrastive=loss.method != "siglip",
+        **state,
+    )
+    data = reading(
+        pairs_per_second=estimate.pairs_per_second,
+        samples=options.samples,
+        shards=options.shards or -(-options.samples // _PAIRS_OF_A_SHARD),
+        sample_bytes=1e3 * options.pair_kilobytes,
+        ranks=options.ranks,
+        cached_features=train.needs_reference and train.shards.reference_features is not None,
+    )
+    checkpoint = saving(estimate.checkpoint, options.ranks, 1e9 * options.writing_gigabytes)
+    return Planned(estimate, messages, data, checkpoint)
 
 
-class Cost(NamedTuple):
-    """Cost of one pair through both towers: operations forward, bytes kept for backward; parameters of the model.
-
-    ``pair_bytes`` is the size of its image in bytes and of its tokens and index, as workers give them.
-    """
-
-    parameters: int
-    flops: int
-    kept_bytes: int
-    width: int
-    pair_bytes: int
+def as_on_a_gpu(train: Train) -> tuple[Train, TowerPrecision]:
+    """Return options with what a GPU's rank takes where they were not given, and the precision among them."""
+    shards, execution = train.shards, train.execution
+    if shards.workers is None:
+        shards = replace(shards, workers=usual_workers())
+    precision = execution.precision or ("float32" if execution.device == "cpu" else "bfloat16")
+    execution = replace(execution, precision=precision)
+    return replace(train, shards=shards, execution=execution), precision
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a run takes; memory in bytes, of one rank.
 
-    ``inputs`` is of the batch at hand, in bytes and normalized, and of the one that is copied meanwhile; ``shared`` is
-    the most that batches of the workers take in the host's shared memory.
+    ``casts`` are copies of the weights in the precision of the towers, ``activations`` what is kept for the backward
+    pass in that precision. ``inputs`` is of the batch at hand, in bytes and normalized, and of the one that is copied
+    meanwhile; ``shared`` is the most that batches of the workers take in the host's shared memory.
     """
 
     parameters: int
@@ -73,6 +114,7 @@ class Estimate:
     weights: int
     gradients: int
     optimizer: int
+    casts: int
     activations: int
     inputs: int
     loss: int
@@ -86,44 +128,6 @@ class Estimate:
     pairs_per_second: float
     hours: float
     gpu_hours: float
-
-
-def cost_of(name: str, *, checkpointing: bool = False, **options: Any) -> Cost:
-    """Count one pair through a registered open_clip model.
-
-    Parameters
-    ----------
-    name : str
-        As open_clip registers it.
-    checkpointing : bool
-        Whether blocks keep their inputs alone.
-    options
-        As for `experiments.clip.models.clip.new_model`.
-    """
-    with torch.device("meta"):
-        model = new_model(name, 0, device="meta", **options).model
-    model.set_grad_checkpointing(checkpointing)
-    config = open_clip.get_model_preprocess_cfg(model)
-    height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
-    image = torch.empty(1, 3, height, width, device="meta")
-    text = torch.zeros(1, model.context_length, dtype=torch.int64, device="meta")
-    own = {id(parameter) for parameter in model.parameters()} | {id(buffer) for buffer in model.buffers()}
-    kept: dict[int, int] = {}
-    held: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Views of a weight, such as its transpose, keep nothing new; one tensor saved twice is kept once.
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own and id(base) not in kept:
-            held.append(base)  # so that no other tensor gets its id
-            kept[id(base)] = base.numel() * base.element_size()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        features = model(image, text)[0]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    pair_bytes = image.numel() + 4 * text.numel() + 8
-    return Cost(parameters, counter.get_total_flops(), sum(kept.values()), features.shape[1], pair_bytes)
 
 
 def estimated(
@@ -154,8 +158,7 @@ def estimated(
     weights = _FLOAT * cost.parameters
     own = -(-batch_size // ranks)
     part = -(-own // accumulation)
-    # Half of what is kept is in the autocast's type at most: bytes are those of float32, an upper bound otherwise.
-    activations = part * cost.kept_bytes
+    activations = part * (cost.kept_bytes + cost.block_bytes)
     rows = -(-samples // ranks)
     state = rows * (8 * running + 28 * individual_temperatures)
     tile = max(2 * max(TILE, ROWS * batch_size), min(own * batch_size, KERNEL_TILE))  # CPU, GPU
@@ -167,6 +170,7 @@ def estimated(
         "weights": weights // shards * (1 + ema),
         "gradients": weights // shards,
         "optimizer": 2 * weights // shards,
+        "casts": cost.cast_bytes // shards,
         "activations": activations,
         "inputs": 2 * batch + part * cost.pair_bytes * (_FLOAT if execution.precision == "float32" else 2),
         "loss": loss,
@@ -192,28 +196,47 @@ def estimated(
     )
 
 
-def described(estimate: Estimate) -> str:
-    """Return an estimate as lines of text."""
-    memory: dict[str, Any] = {
+def described(estimate: Estimate) -> Iterator[str]:
+    """Yield an estimate as lines of text."""
+    memory = {
         "weights": estimate.weights,
         "gradients": estimate.gradients,
         "optimizer": estimate.optimizer,
-        "activations (at most)": estimate.activations,
+        "weights in precision": estimate.casts,
+        "activations": estimate.activations,
         "inputs": estimate.inputs,
         "loss": estimate.loss,
         "running state": estimate.running_state,
         "together": estimate.memory,
     }
-    lines = [
-        f"parameters        {estimate.parameters / 1e6:.1f} million",
-        f"operations        {estimate.flops_per_pair / 1e9:.2f} GFLOPs per pair, forward",
-        f"steps             {estimate.steps:,}",
-        f"expected          {estimate.pairs_per_second:,.0f} pairs/s; {estimate.hours:,.1f} hours, "
-        f"times ranks {estimate.gpu_hours:,.0f}",
-        "memory of a rank",
-        *(f"  {name:<22}{size / 1e9:10.2f} GB" for name, size in memory.items()),
-        f"shared memory     {estimate.shared / 1e9:.2f} GB of the host at most, for the batches of a rank's --workers",
-        f"reference cache   {estimate.reference_cache / 1e9:.2f} GB on disk",
-        f"exported model    {estimate.exported_model / 1e9:.2f} GB, checkpoint {estimate.checkpoint / 1e9:.2f} GB",
-    ]
-    return "\n".join(lines)
+    yield f"parameters        {estimate.parameters / 1e6:.1f} million"
+    yield f"operations        {estimate.flops_per_pair / 1e9:.2f} GFLOPs per pair, forward"
+    yield f"steps             {estimate.steps:,}"
+    yield (
+        f"expected          {estimate.pairs_per_second:,.0f} pairs/s; {estimate.hours:,.1f} hours, times ranks "
+        f"{estimate.gpu_hours:,.0f}"
+    )
+    yield "memory of a rank"
+    yield from (f"  {name:<22}{size / 1e9:10.2f} GB" for name, size in memory.items())
+    yield f"shared memory     {estimate.shared / 1e9:.2f} GB of the host at most, for the batches of a rank's --workers"
+    yield f"reference cache   {estimate.reference_cache / 1e9:.2f} GB on disk"
+    yield f"exported model    {estimate.exported_model / 1e9:.2f} GB"
+
+
+def described_traffic(messages: list[Exchange], data: Reading, checkpoint: Saving) -> Iterator[str]:
+    """Yield what the network and the storage are asked for as lines of text."""
+    if messages:
+        yield "received by a rank in a step"
+        yield from (f"  {what:<42}{size / 1e6:10.2f} MB" for what, size in messages)
+    yield (
+        f"data              {data.bytes_per_second / 1e9:,.2f} GB/s of all ranks, in {data.requests_per_second:,.0f} "
+        f"requests/s where shards are streamed, {data.single_requests_per_second:,.0f} where each pair is asked for"
+    )
+    yield (
+        f"start             {data.checks:,} files checked, {data.checks_of_a_rank:,} by a rank; catalog "
+        f"{data.catalog_bytes / 1e6:,.1f} MB, indexes {data.index_bytes / 1e9:,.2f} GB"
+    )
+    yield (
+        f"checkpoint        {checkpoint.bytes / 1e9:.2f} GB, {checkpoint.of_a_rank / 1e9:.3f} GB of a rank in "
+        f"{checkpoint.seconds:.2f} s, while training continues"
+    )

@@ -6,11 +6,28 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from experiments.clip.cli.defaults import ADAMW_OF_OTHERS, ADAMW_OF_TRANSFORMERS
 from experiments.clip.cli.options import Data, Shards, Train
 from experiments.clip.training.options import CheckpointPolicy, Execution, Loss, Optimization
 
 #: What the names of presets for the embedded pairs begin with.
 EMBEDDED = "glyph-"
+
+# Small models of small images: they learn at a higher rate, are warm in 50 steps, and alike on all devices.
+_GLYPHS = Train(
+    model="glyph-small",
+    optimization=Optimization(epochs=16, lr=2e-3, warmup=50),
+    execution=Execution(precision="float32"),
+)
+#: Where options start that no preset or stored configuration does, by the source of the pairs.
+STARTS: dict[str, Train] = {"glyphs": _GLYPHS, "catalog": Train()}
+
+
+def of_embedded_pairs(**optimization: Any) -> dict[str, Any]:
+    """Return the options of a `Train` that all trainings on the embedded pairs share; ``optimization`` differs."""
+    own = dataclasses.replace(_GLYPHS.optimization, **optimization)
+    return {"optimization": own, "execution": _GLYPHS.execution}
+
 
 PRESETS: dict[str, Train] = {
     f"{EMBEDDED}reference": Train(
@@ -18,23 +35,22 @@ PRESETS: dict[str, Train] = {
         split="reference",
         data=Data(captions="clean"),
         loss=Loss(method="openclip"),
-        optimization=Optimization(epochs=36),
+        **of_embedded_pairs(epochs=36),
         out=Path("outputs/glyph-reference"),
         validations=6,
         weights="float16",
     ),
     # Both tuned alike on the validation split: README.md beside this file says what was tried.
-    f"{EMBEDDED}steered": Train(optimization=Optimization(epochs=12), out=Path("outputs/glyph-steered")),
+    f"{EMBEDDED}steered": Train(model=_GLYPHS.model, **of_embedded_pairs(epochs=12), out=Path("outputs/glyph-steered")),
     f"{EMBEDDED}unsteered": Train(
+        model=_GLYPHS.model,
         loss=Loss(method="fastclip", temperature=0.2),
-        optimization=Optimization(epochs=12, lr=1e-3),
+        **of_embedded_pairs(epochs=12, lr=1e-3),
         out=Path("outputs/glyph-unsteered"),
     ),
 }
 
-# AdamW's settings that go with each architecture.
-_VIT = {"betas": (0.9, 0.98), "adam_eps": 1e-6}
-_RESNET = {"betas": (0.9, 0.999), "adam_eps": 1e-8}
+_VIT, _RESNET = ADAMW_OF_TRANSFORMERS, ADAMW_OF_OTHERS
 _MIXED = Execution(precision="bfloat16")
 _SELDOM = CheckpointPolicy(checkpoint_minutes=15.0)
 
@@ -137,7 +153,7 @@ def _datacomp(name: str, model: str, millions: float, optimization: Optimization
     )
 
 
-_SCALE = Optimization(batch_size=4096, lr=5e-4, warmup=500)
+_SCALE = Optimization(batch_size=4096, lr=5e-4, warmup=500, betas=(0.9, 0.98))
 PRESETS |= {
     name: _datacomp(name, model, millions, optimization)
     for name, model, millions, optimization in (

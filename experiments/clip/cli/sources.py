@@ -7,12 +7,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from rich.table import Table
 
-from experiments.clip.catalog.catalog import Catalog, open_catalog
+from experiments.clip.catalog.catalog import Catalog, check_shards, open_catalog
 from experiments.clip.catalog.sources import parse_weights
-from experiments.clip.cli.options import SOURCES, Data, Train
+from experiments.clip.cli.options import SOURCES, Check, Data, Reading, Shards, Train
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.batch import Reference, Stream
 from experiments.clip.data.loader import Loader
@@ -23,7 +24,10 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
 from experiments.clip.evaluation.task_files import Task
 from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
+from experiments.clip.io.storage import refuse_without_ranges
+from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip
+from experiments.clip.ranges import refuse_if_given
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
 
@@ -88,12 +92,41 @@ class Validation(NamedTuple):
         return found
 
 
-def open_validation(tasks: Sequence[Path], val_data: Path | None) -> Validation:
-    """Open tasks and held-out pairs, so that what is wrong with them is said before any work."""
-    opened = open_tasks(tasks)
+def open_validation(tasks: Sequence[Path], val_data: Path | None, ranks: Ranks = ONE_PROCESS) -> Validation:
+    """Open tasks and held-out pairs, so that what is wrong with them is said before any work (collective)."""
+    opened = ranks.run_on_all_or_fail(lambda: open_tasks(tasks))
     if val_data is not None and any(task.name == HELD_OUT for task in opened):
         raise UserError(f"--tasks has a folder called {HELD_OUT}, as the scores of --val-data are: rename it")
-    return Validation(opened, None if val_data is None else open_catalog(val_data))
+    return Validation(opened, None if val_data is None else open_shared_catalog(val_data, ranks))
+
+
+def open_shared_catalog(
+    folder: Path, ranks: Ranks, reading: Reading | None = None, check: Check | None = None
+) -> Catalog:
+    """Open a catalog on all ranks, of whose shards each looks at a share (collective)."""
+    catalog = ranks.run_on_all_or_fail(lambda: open_catalog(folder, verify=False))
+    own = ranks.own_indices(len(catalog.shards))
+
+    def look() -> None:
+        check_shards(catalog, own, check)
+        if reading != "shards":
+            urls = [catalog.shards[number].path for number in own if catalog.shards.remote[number]]
+            for url in {urlsplit(url)[:2]: url for url in urls}.values():
+                refuse_without_ranges(url)
+
+    ranks.run_on_all_or_fail(look)
+    return catalog
+
+
+def _order_options(shards: Shards, catalog: Catalog) -> dict[str, Any]:
+    """Return what the order of the samples depends on, beside their weights."""
+    reading = shards.reading or ("blocks" if catalog.shards.remote.any() else "random")
+    drawn = {"resampled": shards.resampled, "epoch_samples": shards.epoch_samples}
+    if reading == "random":
+        refuse_if_given(shards, "block_folder", "--reading blocks or shards, as remote shards are")
+        return {**drawn, "block_shards": shards.block_shards}
+    refuse_if_given(shards, "block_shards", "--reading random, as local shards are")
+    return {**drawn, "reading": reading}
 
 
 class EmbeddedPairs(Protocol):
@@ -123,40 +156,44 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     """Open a catalog: its pairs are read while training, and its zero-shot tasks validate the model."""
     shards, folder = options.shards, options.shards.catalog
     assert folder is not None
-    validation = open_validation(shards.tasks, shards.val_data)
-    catalog = open_catalog(folder)
+    validation = open_validation(shards.tasks, shards.val_data, ranks)
+    catalog = open_shared_catalog(folder, ranks, shards.reading, shards.check_shards)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
-    order = {
-        "resampled": shards.resampled,
-        "epoch_samples": shards.epoch_samples,
-        "block_shards": shards.block_shards,
-    }
+    order = _order_options(shards, catalog)
     identity = {"data": catalog.fingerprint, "weights": weights, **order}
+    caption_weights: list[float] = []
+    if shards.caption_weights is not None:
+        caption_weights = identity["caption_weights"] = catalog.caption_weights(shards.caption_weights)
     beside: Reference | None = None
     if reference is not None:
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
+    workers = usual_workers() if shards.workers is None else shards.workers
     loader = Loader(
         catalog,
         clip.in_bytes(clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,
-        workers=shards.workers,
+        workers=workers,
         rank=ranks.rank,
         ranks=ranks.count,
         weights=weights,
+        copies=shards.block_folder,
         skip_limit=shards.skip_limit,
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
+        caption_weights=caption_weights,
         **order,
     )
-    console.print(f"data       {len(catalog)} pairs of {folder}, {loader.steps_per_epoch} steps an epoch")
+    how = f", read in {order['reading']}" if "reading" in order else ""
+    steps = loader.steps_per_epoch
+    console.print(f"data       {len(catalog)} pairs of {folder}, {steps} steps an epoch, {workers} workers a rank{how}")
     encoder = Encoder(
         clip,
         ranks,
         shards.validation_batch_size or VALIDATION_BATCH,
-        shards.workers,
-        options.execution.precision,
+        workers,
+        options.execution.precision or "float32",
         tf32=not options.execution.full_float32,
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)
@@ -167,7 +204,7 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
     folder = options.shards.reference_features
     if folder is not None:
-        cached = open_features(reference, catalog, folder)
+        cached = open_features(reference, catalog, folder, ranks)
         console.print(f"features   {folder}, views of a sample: {cached.views}")
         if cached.views > 1 and options.inputs.aug_cfg:
             raise UserError(
@@ -192,4 +229,4 @@ def reference_features(
             lambda: cache_features(reference, catalog, folder, ranks=ranks, progress=advance, **options)
         )
     console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
-    return open_features(reference, catalog, folder)
+    return open_features(reference, catalog, folder, ranks)

@@ -1,8 +1,7 @@
-"""What a person at the terminal sees and may do: lines, bars, Ctrl-C."""
+"""What a person at the terminal sees: lines and bars."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,26 +53,3 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
             bars.update(task, completed=done, total=total, note=note)
 
         yield advance
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Callable[[], int]]:
-    """Note the first Ctrl-C, SIGTERM or SIGUSR1, so that training stops between two steps; a second one is at once.
-
-    Yields the function that returns the number of the signal, 0 if there was none.
-    """
-    asked = 0
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = number
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,16 +12,18 @@ from open_clip import get_model_preprocess_cfg
 from torch import Tensor
 
 from experiments.clip.cli.building import Models, build_method, build_models, build_selector
+from experiments.clip.cli.defaults import out_of_proportion, with_defaults
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings, save_config
-from experiments.clip.cli.sources import DataSource, open_training_data
-from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
+from experiments.clip.cli.sources import DataSource, TrainingData, open_training_data
+from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.prefetch import Prefetched
 from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed, ensure_writable, write_json
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.export import export_checkpoint, export_model
+from experiments.clip.signals import asked
 from experiments.clip.training.checkpoint import (
     MODEL,
     Checkpoint,
@@ -32,8 +34,11 @@ from experiments.clip.training.checkpoint import (
     step_number,
 )
 from experiments.clip.training.logs import Logs, Record
-from experiments.clip.training.towers import full_tensor
+from experiments.clip.training.towers import full_tensor, precision_of, repeated_blocks
 from experiments.clip.training.trainer import Trainer, best_record
+
+# Options that are newer than some checkpoints, which do not have them where they are off.
+_NEWER = ("momentum", "cooldown_power")
 
 
 def run(options: Train) -> None:
@@ -71,8 +76,7 @@ def run_training(options: Train, ranks: Ranks = ONE_PROCESS) -> Trained:
                         f"--out {options.out} is in use: wait for that run, end it, or choose another --out"
                     )
                 save_config(options.out / "config.json", options)
-        with stop_on_signal() as stop:
-            trained = train_model(options, models, ranks, stop)
+        trained = train_model(options, models, ranks, asked)
     weights = {key: full_tensor(value) for key, value in trained.clip.model.state_dict().items()}
     if ranks.leads:
         write_exports(options, trained, weights)
@@ -92,6 +96,7 @@ def train_model(
     """
     set_float32_products(ranks.device, options.execution.full_float32)
     clip, reference = models
+    options = with_defaults(options, clip.config.model, precision_of(options.execution, ranks.device))
     data = source(options, clip, reference, ranks)
     _check_best(options.keeping.best, data.metrics)
     method, chosen = build_method(
@@ -101,6 +106,7 @@ def train_model(
     checkpoints = options.out / "checkpoints"
     for path, moved_to, fault in set_aside_damaged(checkpoints, ranks):
         console.print(f"training   {path} is damaged ({fault}): it is now {moved_to.name}")
+    _say_what_is_chosen(options, data)
     step = 0
     if (found := latest_checkpoint(checkpoints)) is not None:
         step = step_number(found)
@@ -132,6 +138,8 @@ def train_model(
             stop=stop,
             nonfinite_limit=options.nonfinite_limit,
         )
+        if ranks.group is not None and options.execution.parallel == "fsdp" and not repeated_blocks(clip.model):
+            console.print("training   the model repeats no block: --parallel fsdp gathers all of it at once")
         history = trainer.fit()
     if logs is not None:
         logs.close()
@@ -146,17 +154,28 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         "pretrained": models.clip.fingerprint,
         "lock": list(options.lock),
         "unlocked_groups": options.unlocked_groups,
-        "patch_dropout": options.patch_dropout,
+        "patch_dropout": options.patch_dropout or 0.0,
         **data,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
         "validations": options.validations,
         "precision": options.execution.precision,
+        **({} if options.unlocked_text_groups is None else {"unlocked_text_groups": options.unlocked_text_groups}),
         **{key: True for key in ("full_float32", "use_bn_sync") if getattr(options.execution, key)},
-        **as_settings(options.optimization),
+        **{key: value for key, value in as_settings(options.optimization).items() if key not in _NEWER or value},
         **as_settings(options.selection),
         **method,
     }
+
+
+def _say_what_is_chosen(options: Train, data: TrainingData) -> None:
+    """Print what a run is like whose options were left to the program, and what is out of proportion."""
+    steps = data.stream.steps_per_epoch * options.optimization.epochs
+    warmup, precision = options.optimization.warmup_of(steps), options.execution.precision
+    console.print(f"training   {steps} steps, a warm-up of {warmup}, towers in {precision}")
+    epoch = options.shards.epoch_samples if options.shards.resampled else None
+    for line in out_of_proportion(options, epoch or data.samples, steps):
+        console.print(f"training   {line}", markup=False)
 
 
 def _check_best(metric: str | None, names: Sequence[str]) -> None:

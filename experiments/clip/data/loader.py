@@ -7,10 +7,10 @@ numbers of a visit (augmentation, choice among captions) are a function of (seed
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,9 +20,12 @@ from torch.utils.data import default_collate
 from experiments.clip.catalog.catalog import Catalog
 from experiments.clip.data.batch import Batch, Reference
 from experiments.clip.data.draws import Draws, random_state_restored, visit_draws
-from experiments.clip.data.order import Order, Visits
+from experiments.clip.data.feed import BlockFeed
+from experiments.clip.data.lanes import BLOCK_BYTES, GROUP_BLOCKS, LANE_VISITS, Lanes
+from experiments.clip.data.order import Order, RankPart, Reading
 from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
 from experiments.clip.errors import UserError
+from experiments.clip.io.copies import LocalCopies
 from experiments.clip.io.workers import Workers
 
 _SEEN = "seen"
@@ -47,13 +50,19 @@ class Loader:
     resampled : bool
         Draw samples with replacement, ``epoch_samples`` in each epoch.
     block_shards : int
-        Number of shards whose samples are shuffled together.
+        Number of shards whose samples are shuffled together, where they are read at random.
+    reading : str
+        How shards are read, and therefore in which order: see `experiments.clip.data.order.Reading`.
+    copies : Path, optional
+        Where a folder for blocks of remote shards is made, by default among the system's temporary files.
     skip_limit : float
         Largest share of the samples so far that may be skipped, once more than `SKIPS_ALLOWED` are.
     pin_memory : bool
         Whether batches are put into page-locked memory, which makes copies to a GPU faster.
     reference : Reference, optional
         The reference, whose inputs are collated into each batch.
+    caption_weights : sequence of float
+        Weights of the sources of captions, see `experiments.clip.data.reader.decode`.
 
     Attributes
     ----------
@@ -80,42 +89,46 @@ class Loader:
         resampled: bool = False,
         epoch_samples: int | None = None,
         block_shards: int = 16,
+        reading: Reading = "random",
+        copies: Path | None = None,
         skip_limit: float = 0.1,
         pin_memory: bool = False,
         reference: Reference | None = None,
+        caption_weights: Sequence[float] = (),
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
         if batch_size < ranks:
             raise UserError(f"the global batch size must be at least the number of ranks, {ranks}, got {batch_size}")
-        order = Order(
-            [shard.samples for shard in catalog.shards],
-            seed=seed,
-            weights=catalog.shard_weights(weights),
-            block_shards=block_shards,
-            resampled=resampled,
-            epoch_samples=epoch_samples,
-        )
+        weighing = {
+            "seed": seed,
+            "weights": catalog.shard_weights(weights),
+            "resampled": resampled,
+            "epoch_samples": epoch_samples,
+        }
+        order = _order(catalog, reading, batch_size, block_shards, weighing)
         self.samples = order.samples
         self.steps_per_epoch = -(-self.samples // batch_size)
         self.skipped: Counter[str] = Counter()
         self._seen = 0
-        self._skip_limit, self._ranks = skip_limit, ranks
-        part = _Part(order, self.steps_per_epoch, rank, ranks)
+        self._skip_limit = skip_limit
+        part = RankPart(order, self.steps_per_epoch, rank, ranks)
+        self._copies = LocalCopies(copies) if isinstance(order, Lanes) else None
         # At any time, workers read from at most two neighboring blocks.
-        task = _BatchMaker(part, Reader(catalog, kept=2 * block_shards + 2), transform, tokenize, seed, reference)
+        reader = Reader(catalog, 2 * block_shards + 2, caption_weights, self._copies)
+        feed = BlockFeed(part, reader, self._copies, reading == "shards") if self._copies is not None else None
+        task = _BatchMaker(part, reader, feed, transform, tokenize, seed, reference)
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Return an epoch's batches from step ``first`` on, without reading those before; workers begin at once.
 
-        The parts of the ranks differ in size by one and by their skipped samples; with several ranks a part may be
-        empty.
+        The parts of the ranks differ in size by one and by their skipped samples; a part may be empty.
 
         Raises
         ------
         UserError
-            If too many samples are skipped, if one process has a batch without a usable sample, or if a worker dies.
+            If too many samples are skipped, or if a worker dies.
         """
         if not 0 <= first <= self.steps_per_epoch:
             raise ValueError(f"first must be from 0 to {self.steps_per_epoch}, got {first}")
@@ -123,8 +136,8 @@ class Loader:
         return self._counted(keys, self._workers.map(keys))
 
     def _counted(self, keys: Sequence[tuple[int, int]], batches: Iterator[Batch]) -> Iterator[Batch]:
-        for (_, step), batch in zip(keys, batches, strict=True):
-            self._count(batch, step)
+        for _, batch in zip(keys, batches, strict=True):
+            self._count(batch)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
@@ -137,16 +150,16 @@ class Loader:
         self.skipped = Counter({reason: count for reason, count in state.items() if reason != _SEEN})
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes, and delete what they copied."""
         self._workers.close()
+        if self._copies is not None:
+            self._copies.close()
 
-    def _count(self, batch: Batch, step: int) -> None:
+    def _count(self, batch: Batch) -> None:
         self._seen += len(batch.index) + sum(batch.skipped.values())
         self.skipped.update(batch.skipped)
         lost = self.skipped.total()
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
-        if not len(batch.index) and self._ranks == 1:
-            raise UserError(f"no sample of the batch at step {step} can be used ({reasons}): check the data")
         if lost > max(SKIPS_ALLOWED, self._skip_limit * self._seen):
             raise UserError(
                 f"{lost} of the {self._seen} samples so far cannot be used ({reasons}): "
@@ -154,30 +167,21 @@ class Loader:
             )
 
 
-class _Part(NamedTuple):
-    """A rank's part of every batch."""
-
-    order: Order
-    steps: int
-    rank: int
-    ranks: int
-
-    def visits(self, epoch: int, step: int) -> Visits:
-        start, stop = _bounds(self.order.samples, self.steps, step)
-        first, last = _bounds(stop - start, self.ranks, self.rank)
-        return self.order.visits(epoch, start + first, start + last)
-
-    @property
-    def size(self) -> int:
-        """The number of visits of the largest part."""
-        return math.ceil(math.ceil(self.order.samples / self.steps) / self.ranks)
-
-
-def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
-    """Return start and end of a part of ``total``; sizes of parts differ by at most one, the larger ones come first."""
-    size, larger = divmod(total, parts)
-    start = part * size + min(part, larger)
-    return start, start + size + (part < larger)
+def _order(
+    catalog: Catalog, reading: Reading, batch_size: int, block_shards: int, weighing: dict[str, Any]
+) -> Order | Lanes:
+    counts = catalog.shards.samples.tolist()
+    if reading == "random":
+        return Order(counts, block_shards=block_shards, **weighing)
+    return Lanes(
+        counts,
+        catalog.shards.bytes.tolist(),
+        batch_size=batch_size,
+        block_bytes=BLOCK_BYTES if reading == "blocks" else None,
+        lane_visits=LANE_VISITS[reading],
+        group_blocks=GROUP_BLOCKS[reading],
+        **weighing,
+    )
 
 
 class _BatchMaker:
@@ -185,14 +189,16 @@ class _BatchMaker:
 
     def __init__(
         self,
-        part: _Part,
+        part: RankPart,
         reader: Reader,
+        feed: BlockFeed | None,
         transform: Callable[[Image.Image], Tensor],
         tokenize: Callable[[Sequence[str]], Tensor],
         seed: int,
         reference: Reference | None,
     ) -> None:
-        self._part, self._reader, self._seed, self._reference = part, reader, seed, reference
+        self._part, self._reader, self._feed = part, reader, feed
+        self._seed, self._reference = seed, reference
         self._transform, self._tokenize = transform, tokenize
 
     def __call__(self, key: tuple[int, int]) -> Batch:
@@ -204,10 +210,10 @@ class _BatchMaker:
         own_images: list[Tensor | None] = []
         skipped: Counter[str] = Counter()
         visits = self._part.visits(epoch, step)
+        held = self._feed.ready(epoch, step) if self._feed is not None else ()
+        raws = self._reader.read_many(visits.index.tolist(), held)
         with random_state_restored():
-            for raw, occurrence in zip(
-                self._reader.read_many(visits.index.tolist()), visits.occurrence.tolist(), strict=True
-            ):
+            for raw, occurrence in zip(raws, visits.occurrence.tolist(), strict=True):
                 draws = visit_draws(self._seed, epoch, raw.index, occurrence)
                 if self._reference is not None:
                     draws = self._reference.draws(raw.index, draws)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,11 @@ from experiments.clip.errors import UserError
 
 Key = TypeVar("Key")
 T = TypeVar("T")
+
+#: How the samples of an epoch are ordered, which is what decides how they are read.
+#: ``random``: by offset, each on its own (`Order`). ``blocks``, ``shards``: every part of a shard, or every shard, once
+#: and in one piece (`experiments.clip.data.lanes.Lanes`).
+Reading = Literal["random", "blocks", "shards"]
 
 _SHARDS, _BLOCK = 0, 1
 _KEPT = 4
@@ -25,6 +31,71 @@ class Visits(NamedTuple):
 
     index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] (a field, not tuple.index)
     occurrence: np.ndarray
+
+
+class Visiting(Protocol):
+    """The order of an epoch's visits."""
+
+    #: Visits of an epoch.
+    samples: int
+
+    def visits(self, epoch: int, start: int, stop: int) -> Visits:
+        """Return the visits at positions ``start`` to ``stop`` of an epoch."""
+        ...
+
+    def part(self, size: int, rank: int, ranks: int) -> tuple[int, int]:
+        """Return first and stop of a rank's part of a batch of ``size``."""
+        ...
+
+
+def bounds(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Return start and end of a part of ``total``; sizes of parts differ by at most one, the larger ones come first."""
+    size, larger = divmod(total, parts)
+    start = part * size + min(part, larger)
+    return start, start + size + (part < larger)
+
+
+class RankPart(NamedTuple):
+    """A rank's part of every batch of an epoch, which has ``steps`` of them."""
+
+    order: Visiting
+    steps: int
+    rank: int
+    ranks: int
+
+    def positions(self, step: int) -> tuple[int, int]:
+        """Return first and stop of the part's positions in the epoch."""
+        start, stop = bounds(self.order.samples, self.steps, step)
+        first, last = self.order.part(stop - start, self.rank, self.ranks)
+        return start + first, start + last
+
+    def visits(self, epoch: int, step: int) -> Visits:
+        """Return the part's visits."""
+        return self.order.visits(epoch, *self.positions(step))
+
+    @property
+    def size(self) -> int:
+        """The number of visits of the largest part."""
+        return math.ceil(math.ceil(self.order.samples / self.steps) / self.ranks)
+
+
+def checked_weights(counts: np.ndarray, weights: Sequence[float] | None, resampled: bool) -> np.ndarray:
+    """Return the weight of each shard; refuse what an order of this kind cannot have."""
+    found = np.ones(len(counts)) if weights is None else np.asarray(weights, dtype=np.float64)
+    for weight in np.unique(found):
+        if not (0 <= weight < np.inf) or not (resampled or (weight >= 1 and weight == int(weight))):
+            kind = "a number >= 0" if resampled else "an integer >= 1, unless samples are drawn with replacement"
+            raise UserError(f"the weight of a source must be {kind}, got {weight:g}")
+    if resampled and not (counts * found).sum() > 0:
+        raise UserError("there is nothing to draw: all weights are 0")
+    return found
+
+
+def epoch_length(counts: np.ndarray, weights: np.ndarray, resampled: bool, chosen: int | None) -> int:
+    """Return the number of visits of an epoch."""
+    if chosen is not None and not (resampled and chosen > 0):
+        raise UserError(f"{chosen} samples per epoch: only resampling has a length to choose, at least 1")
+    return chosen or int(counts.sum() if resampled else counts @ weights.astype(np.int64))
 
 
 class _Layout(NamedTuple):
@@ -73,24 +144,19 @@ class Order:
             raise UserError(f"a block must have at least 1 shard, got {block_shards}")
         self._counts = np.asarray(counts, dtype=np.int64)
         self._firsts = np.cumsum(self._counts) - self._counts
-        self._weights = np.ones(len(self._counts)) if weights is None else np.asarray(weights, dtype=np.float64)
+        self._weights = checked_weights(self._counts, weights, resampled)
         self._seed, self._block_shards, self._resampled = seed, block_shards, resampled
         self._layouts: dict[int, _Layout] = {}
         self._blocks: dict[tuple[int, int], Visits] = {}
-        for weight in np.unique(self._weights):
-            if not (0 <= weight < np.inf) or not (resampled or (weight >= 1 and weight == int(weight))):
-                kind = "a number >= 0" if resampled else "an integer >= 1, unless samples are drawn with replacement"
-                raise UserError(f"the weight of a source must be {kind}, got {weight:g}")
-        if epoch_samples is not None and not (resampled and epoch_samples > 0):
-            raise UserError(f"{epoch_samples} samples per epoch: only resampling has a length to choose, at least 1")
-        total = int(self._counts.sum() if resampled else self._counts @ self._weights.astype(np.int64))
-        self.samples = epoch_samples or total
+        self.samples = epoch_length(self._counts, self._weights, resampled, epoch_samples)
         if resampled:
             mass = self._counts * self._weights
-            if not mass.sum() > 0:
-                raise UserError("there is nothing to draw: all weights are 0")
             self._chances = mass / mass.sum()
             self._block_samples = max(1, block_shards * int(self._counts.sum()) // max(1, len(self._counts)))
+
+    def part(self, size: int, rank: int, ranks: int) -> tuple[int, int]:
+        """Return first and stop of a rank's part of a batch of ``size``."""
+        return bounds(size, ranks, rank)
 
     def visits(self, epoch: int, start: int, stop: int) -> Visits:
         """Return the visits at positions ``start`` to ``stop`` of an epoch."""

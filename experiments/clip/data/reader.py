@@ -10,17 +10,19 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from itertools import accumulate
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from experiments.clip.catalog.catalog import Catalog, data_path, open_index
-from experiments.clip.catalog.scan import Shard, json_field
-from experiments.clip.io.storage import Ranges
+from experiments.clip.catalog.scan import ABSENT, Shard, json_field, stored_captions
+from experiments.clip.io.storage import MAX_GAP, Range, Ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -42,12 +44,14 @@ Reason = Literal[
     "unreadable image",  # damaged, or in another format than JPEG, PNG and WebP
     "too many pixels",  # or too many scans over them in a progressive JPEG
     "extreme aspect ratio",
-    "invalid caption",  # not UTF-8, not JSON, or without the field
+    "invalid caption",  # all of them: not UTF-8, not JSON, or without the field
     "empty caption",
 ]
 
-# Members of a sample with more bytes than this between them are read separately.
-_MAX_GAP = 2**16
+# Bytes of samples that are read together, unless one alone has more.
+_READ_BYTES = 32 * 2**20
+# Chances that a draw chooses among weighted sources of captions.
+_DRAWS = 2**32
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class RawSample:
-    """The bytes of a sample; a caption comes with the JSON field that holds it, or None if it is plain text."""
+    """The bytes of a sample; a caption comes with the JSON field that holds it, or None if it is plain text.
+
+    ``weights`` are those of the captions' sources, where these are weighted.
+    """
 
     index: int
     key: str
     image: bytes
     captions: tuple[tuple[bytes, str | None], ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,26 @@ class Pair:
     caption: str
 
 
+class Storage(Protocol):
+    """Where byte ranges are read from."""
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Return up to ``size`` bytes from ``offset``; fewer only where the file ends."""
+        ...
+
+    def read_many(self, wanted: Sequence[Range]) -> list[bytes]:
+        """Return the bytes of ranges."""
+        ...
+
+
+class Rows(NamedTuple):
+    """A copy of the rows of a shard's index that are of samples ``first`` to ``stop``."""
+
+    first: int
+    stop: int
+    rows: np.ndarray
+
+
 class Reader:
     """Reads samples by index. A reader can be copied to other processes, forked or spawned.
 
@@ -84,11 +112,21 @@ class Reader:
     ----------
     kept : int
         Number of shards that stay open: at least as many as are read in turn.
+    caption_weights : sequence of float
+        Weights of the sources of captions, positive; see `decode`.
+    storage : Storage, optional
+        Where bytes are read from, if not where the catalog says.
     """
 
-    def __init__(self, catalog: Catalog, kept: int = 64) -> None:
-        self._catalog, self._kept = catalog, kept
-        self._ranges = Ranges(kept)
+    def __init__(
+        self,
+        catalog: Catalog,
+        kept: int = 64,
+        caption_weights: Sequence[float] = (),
+        storage: Storage | None = None,
+    ) -> None:
+        self._catalog, self._kept, self._weights = catalog, kept, tuple(caption_weights)
+        self._ranges = Ranges(kept) if storage is None else storage
         self._rows: dict[int, np.ndarray] = {}
         self._fields = tuple(json_field(key) for key in catalog.caption_keys)
 
@@ -103,33 +141,64 @@ class Reader:
         UserError
             If the storage fails, even after retries.
         """
-        return self.read_many([index])[0]
+        return next(self.read_many([index]))
 
-    def read_many(self, indices: Sequence[int]) -> list[RawSample | Skip]:
-        """Return the bytes of several samples, requesting those on one remote storage together."""
-        plans = [self._plan(index) for index in indices]
-        data = iter(
-            self._ranges.read_many([wanted for plan in plans if isinstance(plan, _ReadPlan) for wanted in plan.ranges])
-        )
-        return [
-            plan if not isinstance(plan, _ReadPlan) else self._assemble(plan, [next(data) for _ in plan.ranges])
-            for plan in plans
-        ]
+    def read_many(self, indices: Sequence[int], held: Sequence[Rows] = ()) -> Iterator[RawSample | Skip]:
+        """Yield the bytes of several samples, of which a few megabytes at a time are read together.
 
-    def _plan(self, index: int) -> _ReadPlan | RawSample | Skip:
+        ``held`` are rows that need not be looked up.
+        """
+        held = sorted(held, key=_first)
+        part: list[_ReadPlan | RawSample | Skip] = []
+        size = 0
+        for index in indices:
+            plan = self._plan(index, held)
+            own = sum(each[2] for each in plan.ranges) if isinstance(plan, _ReadPlan) else 0
+            if part and size + own > _READ_BYTES:
+                yield from self._read_part(part)
+                part, size = [], 0
+            part.append(plan)
+            size += own
+        yield from self._read_part(part)
+
+    def _read_part(self, plans: Sequence[_ReadPlan | RawSample | Skip]) -> Iterator[RawSample | Skip]:
+        wanted = [each for plan in plans if isinstance(plan, _ReadPlan) for each in plan.ranges]
+        data = iter(self._ranges.read_many(wanted))
+        for plan in plans:
+            yield plan if not isinstance(plan, _ReadPlan) else self._assemble(plan, [next(data) for _ in plan.ranges])
+
+    def rows(self, first: int, stop: int) -> Rows:
+        """Return the rows of the samples ``first`` to ``stop`` of one shard."""
+        shard, row = self._catalog.locate(first)
+        return Rows(first, stop, np.array(self._index(shard)[row : row + stop - first]))
+
+    def places(self, rows: Rows) -> tuple[str, list[tuple[int, int]]]:
+        """Return the file that holds the samples, and start and end of each member of them that is ever read."""
+        path = data_path(self._catalog, self._catalog.locate(rows.first)[0])
+        images, captions = rows.rows["image"], rows.rows["caption"]
+        is_read = (images[:, 1] <= MAX_IMAGE_BYTES) & (captions[..., 1] <= MAX_CAPTION_BYTES).all(1)
+        members = np.concatenate([images[is_read][:, None], captions[is_read]], axis=1).reshape(-1, 2)
+        members = members[members[:, 1] >= 0]
+        return path, [(int(offset), int(offset + size)) for offset, size in members]
+
+    def _plan(self, index: int, held: Sequence[Rows]) -> _ReadPlan | RawSample | Skip:
         shard, row = self._catalog.locate(index)
         if shard.kind == "synthetic":
             caption = f"made-up pair number {index}".encode()
             return RawSample(index, str(index), _made_up_image(shard.pixels, index % 251), ((caption, None),))
-        entry = self._index(shard)[row]
+        own = held[place - 1] if (place := bisect_right(held, index, key=_first)) else None
+        if own is not None and index < own.stop:
+            entry = own.rows[index - own.first]
+        else:
+            entry = self._index(shard)[row]
         places = [(int(offset), int(size)) for offset, size in (entry["image"], *entry["caption"])]
-        limits = [MAX_IMAGE_BYTES] + [MAX_CAPTION_BYTES] * (len(places) - 1)
-        if any(size > limit for (_, size), limit in zip(places, limits, strict=True)):
+        places[1:] = [place if place[1] <= MAX_CAPTION_BYTES else ABSENT for place in places[1:]]
+        if places[0][1] > MAX_IMAGE_BYTES or all(place == ABSENT for place in places[1:]):
             return Skip(index, "too many bytes")
         present = [place for place in places if place[1] >= 0]
         first, end = min(offset for offset, _ in present), max(offset + size for offset, size in present)
         path = data_path(self._catalog, shard)
-        if end - first <= sum(size for _, size in present) + _MAX_GAP:
+        if end - first <= sum(size for _, size in present) + MAX_GAP:
             ranges = [(path, first, end - first)]
         else:
             ranges = [(path, offset, size) for offset, size in present]
@@ -150,11 +219,17 @@ class Reader:
             found = self._image_file(os.path.join(os.fsencode(plan.shard.root), image))
             if not isinstance(found, bytes):
                 return Skip(plan.index, found)
-            image, fields = found, (None,) * len(captions)
+            image = found
+            members = [stored_captions(caption) if caption is not None else None for caption in captions]
         else:
-            fields = self._fields
-        given = tuple((c, f) for c, f in zip(captions, fields, strict=True) if c is not None)
-        return RawSample(plan.index, plan.key, image, given)
+            members = [
+                (caption, field) if caption is not None else None
+                for caption, field in zip(captions, self._fields, strict=True)
+            ]
+        weights = tuple(
+            weight for weight, member in zip(self._weights, members, strict=bool(self._weights)) if member is not None
+        )
+        return RawSample(plan.index, plan.key, image, tuple(m for m in members if m is not None), weights)
 
     def _image_file(self, path: bytes) -> bytes | Reason:
         try:
@@ -177,6 +252,10 @@ class Reader:
         return rows
 
 
+def _first(rows: Rows) -> int:
+    return rows.first
+
+
 @dataclass(frozen=True)
 class _ReadPlan:
     """The ranges of bytes to read for a sample, and offset and size of its members in them, the image first."""
@@ -185,18 +264,21 @@ class _ReadPlan:
     shard: Shard
     key: str
     places: list[tuple[int, int]]
-    ranges: list[tuple[str, int, int]]
+    ranges: list[Range]
 
 
 def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
     """Decode image and caption, and cut the caption to `MAX_CAPTION_CHARACTERS`.
 
+    Sources of captions are read each on its own: what one of them lacks, or holds that is no caption, is passed over.
+
     Parameters
     ----------
     draw : int
-        Chooses among several captions: the caption of number ``draw`` modulo their count.
+        Chooses among several captions: the caption of number ``draw`` modulo their count. Where sources are weighted,
+        the lower 32 bits choose one with that probability among those that have a caption, the others among its own.
     """
-    caption = _caption(raw.captions, draw)
+    caption = _caption(raw, draw)
     if isinstance(caption, _Refused):
         return Skip(raw.index, caption.reason)
     image = _image(raw.image)
@@ -224,21 +306,46 @@ class _Refused(NamedTuple):
     reason: Reason
 
 
-def _caption(members: Sequence[tuple[bytes, str | None]], draw: int) -> str | _Refused:
-    captions: list[str] = []
-    try:
-        for data, name in members:
-            text = data.decode("utf-8")
-            value = text if name is None else json.loads(text)[name]
-            captions += value if isinstance(value, list) else [value]
-        # JSON can contain halves of surrogate pairs, which are no valid text.
-        captions = [caption for caption in captions if caption.encode("utf-8") and caption.strip()]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return _Refused("invalid caption")
-    if not captions:
-        return _Refused("empty caption")
+def _caption(raw: RawSample, draw: int) -> str | _Refused:
+    sources = [_captions(data, field) for data, field in raw.captions]
+    usable = [captions for captions in sources if captions]
+    if not usable:
+        return _Refused("invalid caption" if None in sources else "empty caption")
+    if raw.weights:
+        weights = [weight for weight, captions in zip(raw.weights, sources, strict=True) if captions]
+        captions, draw = usable[_drawn(weights, draw % _DRAWS)], draw // _DRAWS
+    else:
+        captions = [caption for own in usable for caption in own]
     caption = captions[draw % len(captions)]
     return caption if len(caption) <= MAX_CAPTION_CHARACTERS else caption.strip()[:MAX_CAPTION_CHARACTERS]
+
+
+def _captions(data: bytes, field: str | None) -> list[str] | None:
+    """Return the captions of one source, none if all are empty; None if it holds something else."""
+    try:
+        # Some programs begin a text with a byte order mark.
+        text = data.decode("utf-8-sig")
+        value = text if field is None else json.loads(text)[field]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    values = value if isinstance(value, list) else [value]
+    captions = [each for each in values if isinstance(each, str) and _is_text(each)]
+    return None if len(captions) < len(values) and not captions else [each for each in captions if each.strip()]
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is valid Unicode: JSON can contain halves of surrogate pairs."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _drawn(weights: Sequence[float], draw: int) -> int:
+    """Return the number of the weight that a draw below `_DRAWS` falls on."""
+    share = draw / _DRAWS * sum(weights)
+    return min(bisect_right(list(accumulate(weights)), share), len(weights) - 1)
 
 
 def _image(data: bytes) -> Image.Image | _Refused:
@@ -253,7 +360,7 @@ def _image(data: bytes) -> Image.Image | _Refused:
                 return _Refused("too many pixels")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 return _Refused("extreme aspect ratio")
-            return image.convert("RGB")
+            return _in_rgb(image)
         except Image.DecompressionBombError:
             return _Refused("too many pixels")
         except MemoryError:
@@ -261,6 +368,13 @@ def _image(data: bytes) -> Image.Image | _Refused:
         # Pillow does not document what its decoders raise on damaged files.
         except Exception:
             return _Refused("unreadable image")
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB; of 16 bits of gray the upper 8 stay, where Pillow would make all above 255 white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @lru_cache(maxsize=251)  # all shades of a size

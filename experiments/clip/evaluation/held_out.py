@@ -94,14 +94,19 @@ class _PairBatches:
 
     def __call__(self, number: int) -> _PairBatch:
         rows = range(number * self._size, min((number + 1) * self._size, self._samples))
-        read = [raw if isinstance(raw, Skip) else decode(raw) for raw in self._reader.read_many(rows)]
-        pairs = [pair for pair in read if not isinstance(pair, Skip)]
-        return _PairBatch(
-            torch.stack([self._preprocess(pair.image) for pair in pairs]) if pairs else None,
-            [pair.caption for pair in pairs],
-            [pair.index for pair in pairs],
-            dict(Counter(pair.reason for pair in read if isinstance(pair, Skip))),
-        )
+        images: list[Tensor] = []
+        captions: list[str] = []
+        indices: list[int] = []
+        skipped: Counter[str] = Counter()
+        for raw in self._reader.read_many(rows):
+            pair = raw if isinstance(raw, Skip) else decode(raw)
+            if isinstance(pair, Skip):
+                skipped[pair.reason] += 1
+                continue
+            images.append(self._preprocess(pair.image))
+            captions.append(pair.caption)
+            indices.append(pair.index)
+        return _PairBatch(torch.stack(images) if images else None, captions, indices, dict(skipped))
 
 
 @torch.no_grad()

@@ -39,10 +39,10 @@ _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,90}")
 
 
 class GlyphPair(NamedTuple):
-    """An image and its caption, to be written under ``key``."""
+    """An image, or the bytes of a PNG, and its caption, to be written under ``key``."""
 
     key: str
-    image: Image.Image
+    image: Image.Image | bytes
     caption: str
     meta: dict[str, Any]
 
@@ -99,6 +99,7 @@ def write_dataset(
     settings: dict[str, Any],
     *,
     vocabulary: Sequence[str] = (),
+    extra: Mapping[str, bytes] | None = None,
     shard_size: int = 4096,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -118,6 +119,8 @@ def write_dataset(
         What the data set was made from, in JSON's types: `open_dataset` compares it.
     vocabulary
         The distinct captions among which zero-shot naming chooses.
+    extra
+        Other files of the folder, by name.
     shard_size
         Samples per shard.
     progress
@@ -140,6 +143,8 @@ def write_dataset(
                 name: _write_split(scratch, name, pairs, shard_size, written, report) for name, pairs in splits.items()
             }
             report(next(written) - 1)
+            for name, data in (extra or {}).items():
+                (scratch / name).write_bytes(data)
             document = {
                 "format": FORMAT,
                 "settings": json.loads(_canonical(settings)),
@@ -169,9 +174,7 @@ def _write_split(
                 if not _KEY.fullmatch(key) or key in keys:
                     raise ValueError(f"the key {key!r} must match {_KEY.pattern} and occur once in its split")
                 keys.add(key)
-                png = io.BytesIO()
-                image.save(png, "PNG")
-                sample = {"png": png.getvalue(), "txt": caption.encode(), "json": _canonical(meta)}
+                sample = {"png": _png(image), "txt": caption.encode(), "json": _canonical(meta)}
                 writer.write({"__key__": key, **sample})
                 if (count := next(written)) % _PROGRESS_EVERY == 0:
                     report(count)
@@ -179,6 +182,14 @@ def _write_split(
         first = len(shards) * size
         shards.append(asdict(GlyphShard(f"{name}/{path.name}", len(batch), first, len(data), _digest(data))))
     return shards
+
+
+def _png(image: Image.Image | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
 
 
 def _publish(scratch: Path, folder: Path, manifest: str) -> None:

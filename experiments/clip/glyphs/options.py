@@ -30,13 +30,6 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Draw the glyph-name pairs and write them as webdataset shards."""
-
-    data: Data = field(default_factory=Data)
-
-
-@dataclass(frozen=True)
 class GlyphTasks:
     """Write the held-out glyph pairs as zero-shot tasks in CLIP_benchmark's layout."""
 

@@ -20,7 +20,6 @@ from experiments.clip.errors import UserError, printable
 from experiments.clip.glyphs.dataset import Manifest, open_dataset, write_dataset
 from experiments.clip.glyphs.drawing import faces, glyph_splits
 from experiments.clip.glyphs.evaluation import evaluate_model
-from experiments.clip.glyphs.options import Prepare
 from experiments.clip.glyphs.stream import MemoryStream, PreparedPairs
 from experiments.clip.io.files import locked
 from experiments.clip.io.workers import spare_cores
@@ -49,11 +48,6 @@ def dataset_settings(data: Data) -> dict[str, Any]:
         "pixels": PIXELS,
         "unicode": unicodedata.unidata_version,
     }
-
-
-def run_prepare(options: Prepare) -> None:
-    """Draw the pairs and write their shards, unless they are there."""
-    prepare(options.data)
 
 
 def prepare(data: Data) -> Manifest:

@@ -18,6 +18,9 @@ from experiments.clip.errors import UserError
 #: Results that each worker computes before they are requested: so many times the workers are in shared memory at most.
 AHEAD = 2
 
+# Workers that a rank starts at most, unless it is told how many: each takes memory.
+_MOST_USUAL = 16
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
@@ -82,10 +85,12 @@ class Workers(Generic[Key, Result]):
         raise RuntimeError("another iteration over the same workers has begun")
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, those too that are stopped or hang: none of them writes anything."""
         loader, self._loader = self._loader, None
         results: Any = loader._iterator if loader is not None else None
         if results is not None:
+            for worker in getattr(results, "_workers", ()):
+                worker.kill()
             # The garbage collector may delete its queues first; then shutting down waits 10 s and kills the workers.
             results._shutdown_workers()
 
@@ -122,6 +127,15 @@ class Workers(Generic[Key, Result]):
 def spare_cores() -> int:
     """Return how many cores this process may use beside its own."""
     return len(os.sched_getaffinity(0)) - 1
+
+
+def usual_workers() -> int:
+    """Return how many processes a rank starts to read and decode, where none are asked for.
+
+    Ranks that torchrun starts on one machine share its cores; srun gives each its own.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(_MOST_USUAL, (spare_cores() + 1) // ranks - 1))
 
 
 def spread(task: Callable[[Key], Result], keys: Sequence[Key]) -> Iterator[Result]:

@@ -337,15 +337,15 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def lock_towers(model: torch.nn.Module, towers: Sequence[str], unlocked: int) -> None:
-    """Freeze the image tower, the text tower or both, except for their last ``unlocked`` groups of layers."""
-    for tower in towers:
+def lock_towers(model: torch.nn.Module, unlocked: Mapping[str, int]) -> None:
+    """Freeze the towers ``image`` and ``text`` that are named, except for so many groups of layers, the last."""
+    for tower, groups in unlocked.items():
         lock = getattr(model, f"lock_{tower}_tower", None)
         try:
             if lock is None:
                 raise NotImplementedError(f"it has no lock_{tower}_tower")
             # Running statistics of batch normalization are frozen with an image tower, gains with a text tower.
-            lock(unlocked, True)
+            lock(groups, True)
         except (NotImplementedError, AssertionError, AttributeError) as error:
             raise UserError(f"this model's {tower} tower cannot be locked ({error}): choose another --model") from error
 

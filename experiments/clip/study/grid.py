@@ -18,7 +18,7 @@ from itertools import product
 from typing import NamedTuple
 
 from experiments.clip.cli.options import Captions, Data, Train
-from experiments.clip.cli.presets import PRESETS
+from experiments.clip.cli.presets import PRESETS, of_embedded_pairs
 from experiments.clip.study.settings import (
     DIVERGENCE,
     LONGER_SETTINGS,
@@ -29,7 +29,7 @@ from experiments.clip.study.settings import (
     Setting,
     settings_of,
 )
-from experiments.clip.training.options import CheckpointPolicy, Optimization
+from experiments.clip.training.options import CheckpointPolicy
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ REFERENCES: dict[str, Train] = {
     "weak": dataclasses.replace(
         PRESETS["glyph-reference"],
         model="glyph-micro",
-        optimization=Optimization(epochs=20, batch_size=BATCH),
+        **of_embedded_pairs(epochs=20, batch_size=BATCH),
     ),
     "equal": dataclasses.replace(
         PRESETS["glyph-reference"],
         model="glyph-tiny",
-        optimization=Optimization(epochs=15, batch_size=BATCH),
+        **of_embedded_pairs(epochs=15, batch_size=BATCH),
     ),
 }
 
@@ -142,7 +142,7 @@ def training(
         data=Data(captions),
         loss=setting.loss,
         selection=setting.selection,
-        optimization=Optimization(epochs=passes, batch_size=BATCH, lr=setting.lr),
+        **of_embedded_pairs(epochs=passes, batch_size=BATCH, lr=setting.lr),
         seed=seed,
         keeping=CheckpointPolicy(checkpoint_minutes=5.0),
         validations=VALIDATIONS,

@@ -10,17 +10,21 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from experiments.clip.cli.cost import cost_of
+from experiments.clip.cli.defaults import with_defaults
 from experiments.clip.cli.options import Train
 from experiments.clip.cli.parser import as_settings
-from experiments.clip.cli.plan import cost_of
 from experiments.clip.glyphs.source import dataset_settings
 from experiments.clip.models.clip import fingerprint_of
+from experiments.clip.models.config import registered_config
+from experiments.clip.models.sources import register_models
 from experiments.clip.study.grid import STUDIES, Cell, Tuned, reference_cell
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
 _FORMAT = 1
 # What the trained model does not depend on.
 _WITHOUT_EFFECT = ("out", "keeping", "logs", "log_every")
+_PRECISION = "float32"  # of the towers on the cores that studies take, if none is given
 _GFLOPS_PER_SECOND = 40.0  # of one core, of small models: expected where nothing of a model's size has been timed
 
 
@@ -74,7 +78,11 @@ def cell_hash(cell: Cell) -> str:
 
     Options that are off (None, False, nothing) are left out, so that one that is added later, and off, changes nothing.
     """
-    settings = {key: value for key, value in as_settings(cell.train).items() if key not in _WITHOUT_EFFECT}
+    register_models()
+    train = with_defaults(cell.train, registered_config(cell.train.model).model, _PRECISION)
+    settings = {key: value for key, value in as_settings(train).items() if key not in _WITHOUT_EFFECT}
+    settings["shards"]["workers"] = 0  # no part of the embedded pairs, but of hashes
+    settings["patch_dropout"] = train.patch_dropout or 0.0
     settings["data"] = dataset_settings(cell.train.data)
     del settings["execution"]["exchange_minutes"]
     if not _without_off(settings["inputs"]):  # a group that is newer than some results, and off
@@ -83,7 +91,7 @@ def cell_hash(cell: Cell) -> str:
     if cell.reference:
         settings["loss"]["reference"] = {"trained": cell_hash(reference_cell(cell.reference))}
     else:
-        settings["loss"]["reference"] = _fingerprint(loss.reference) if loss.needs_reference else None
+        settings["loss"]["reference"] = _fingerprint(cell.train.reference) if loss.needs_reference else None
     text = json.dumps([_FORMAT, _without_off(settings)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -102,7 +110,7 @@ def reference_label(cell: Cell) -> str:
     """Return what tables call the reference of a training; nothing where it has none."""
     if cell.reference or not cell.train.loss.needs_reference:
         return cell.reference
-    reference = cell.train.loss.reference
+    reference = cell.train.reference
     return "shipped" if reference == SHIPPED_REFERENCE else reference.name
 
 

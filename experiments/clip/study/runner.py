@@ -32,7 +32,7 @@ from scipy import stats
 from experiments.clip.cli.building import build_models
 from experiments.clip.cli.options import Captions, Data, Train
 from experiments.clip.cli.parser import as_words
-from experiments.clip.cli.terminal import console, stop_on_signal
+from experiments.clip.cli.terminal import console
 from experiments.clip.cli.train import Trained, train_model
 from experiments.clip.distributed import joined_ranks
 from experiments.clip.errors import Interrupted, UserError
@@ -44,6 +44,7 @@ from experiments.clip.io.files import claimed, ensure_writable, locked
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.export import export_model
+from experiments.clip.signals import asked, noted
 from experiments.clip.study.grid import STUDIES, TUNING_STUDIES, Cell, Tuned, reference_cell
 from experiments.clip.study.options import Study
 from experiments.clip.study.planning import (
@@ -103,7 +104,7 @@ class _StudyRunner:
         ensure_writable(self._results.parent)
         self._remove_finished_folders()
         end, waits = time.monotonic() + seconds, False
-        with stop_on_signal() as asked:
+        with noted():
 
             def stop() -> int:
                 return asked() or (_TIME_OVER if time.monotonic() > end else 0)
@@ -158,11 +159,11 @@ class _StudyRunner:
         each = random.Random(seed).choice(done)
         console.print(f"check      {each}, chosen by --seed {seed}")
         ensure_writable(self._out)
-        with stop_on_signal() as stop, tempfile.TemporaryDirectory(prefix="check-", dir=self._out) as folder:
-            while not self._ensure_reference(each.cell, stop):
-                _raise_if_stopped(stop)
+        with noted(), tempfile.TemporaryDirectory(prefix="check-", dir=self._out) as folder:
+            while not self._ensure_reference(each.cell, asked):
+                _raise_if_stopped(asked)
                 time.sleep(1.0)
-            trained, evaluation = self._train(each.cell, Path(folder), stop)
+            trained, evaluation = self._train(each.cell, Path(folder), asked)
         again = self._row(each, trained, evaluation, None)
         alike = [rows[other.hash] for other in done if differ_in_seed_alone(other.cell, each.cell)]
         outside = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,22 @@ def build_optimizer(model: torch.nn.Module, options: Optimization) -> torch.opti
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.adam_eps, fused=True)
+    given: dict[str, Any] = {"betas": options.betas, "eps": options.adam_eps, "momentum": options.momentum}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.is_adamw:
+        return torch.optim.AdamW(groups, lr=options.lr, fused=True, **given)
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
-    return create_optimizer_v2(groups, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
+    name, shared = options.optimizer, {"lr": options.lr, "weight_decay": options.weight_decay}
+    try:
+        optimizer = create_optimizer_v2(groups, opt=name, **shared, **given)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"--optimizer {name} does not take {given} ({error}): leave that out") from error
+    for option, value in given.items():
+        # timm passes over what an optimizer does not have.
+        if optimizer.defaults.get(option) != value:
+            raise UserError(f"--optimizer {name} has no {option}: leave out {value}, or choose another optimizer")
+    return optimizer
 
 
 def check_optimizer(name: str) -> None:
@@ -42,14 +54,15 @@ def check_optimizer(name: str) -> None:
 
 def learning_rate(step: int, total: int, options: Optimization) -> float:
     """Return the rate of a step, counted from 0, of ``total``."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
+    warmup = options.warmup_of(total)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
     if options.schedule == "constant":
         return options.lr
     if options.schedule == "cooldown":
         left = (total - step) / max(1, options.cooldown_steps)
-        return options.lr_min + (options.lr - options.lr_min) * min(1.0, left)
-    progress = (step - options.warmup) / max(1, total - options.warmup)
+        return options.lr_min + (options.lr - options.lr_min) * min(1.0, left) ** (options.cooldown_power or 1.0)
+    progress = (step - warmup) / max(1, total - warmup)
     return options.lr_min + (options.lr - options.lr_min) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -30,11 +30,17 @@ if TYPE_CHECKING:
 #: The reference model that ships with the embedded pairs, in open_clip's local-dir layout.
 SHIPPED_REFERENCE = Path(__file__).parents[1] / "glyphs" / "reference_model"
 
+#: The methods whose loss has a reference.
+STEERED = ("drrho", "two-level")
+
 MethodName = Literal["openclip", "siglip", "fastclip", "drrho", "two-level"]
 DivergenceName = Literal["kl", "chi-square", "cvar"]
 TemperatureSchedule = Literal["constant", "model", "threshold"]
 TowerPrecision = Literal["float32", "bfloat16", "float16"]
 LogName = Literal["text", "jsonl", "tensorboard", "wandb"]
+
+#: Steps of the warm-up, and the share of a shorter run, where no number is given.
+USUAL_WARMUP, WARMUP_SHARE = 10_000, 0.05
 
 _WITHOUT_LOG_STEP = OnlyWith("--method fastclip or drrho, without --log-step", lambda loss: loss.log_step is None)
 _LEARNED = OnlyWith("a learned --temperature-scheme", lambda loss: loss.learns_temperature)
@@ -117,9 +123,9 @@ class Loss:
         ),
     ] = False
     """The target's softmax has the temperature of --method instead, learned where that is, as in MobileCLIP."""
-    reference: Path = SHIPPED_REFERENCE
+    reference: Path | None = None
     """The reference model: a folder in open_clip's local-dir layout, such as a run's model/; hf-hub:OWNER/NAME; or a
-    registered open_clip model with --reference-weights."""
+    registered open_clip model with --reference-weights. The embedded pairs have one that ships with them."""
     reference_weights: Path | None = None
     """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
 
@@ -131,7 +137,7 @@ class Loss:
     @property
     def needs_reference(self) -> bool:
         """Whether the reference's features are needed."""
-        return self.method in ("drrho", "two-level") or self.distill > 0
+        return self.method in STEERED or self.distill > 0
 
     @property
     def takes_temperature(self) -> bool:
@@ -178,7 +184,7 @@ class Selection:
     ] = 5
     """Pairs scored for each pair of --batch-size; JEST's filter ratio is 1 - 1/candidates, published with 5."""
     select_chunks: Annotated[int, OnlyWith("--select jest or jest-top-k", lambda selection: selection.is_joint)] = 16
-    """Parts in which JEST chooses a batch."""
+    """Parts in which JEST chooses a batch, of a pair at least: a batch of fewer pairs has as many parts as pairs."""
     select_temperature: Annotated[
         float,
         Range("positive: 0 is --select jest-top-k", lambda value: 0 < value <= 1e300),
@@ -206,7 +212,7 @@ class Selection:
 class Optimization:
     """How long and how to train."""
 
-    epochs: Annotated[int, AtLeast(1)] = 16
+    epochs: Annotated[int, AtLeast(1)] = 32
     """Passes over the training pairs."""
     batch_size: Annotated[int, AtLeast(2, "a negative")] = 512
     """Pairs trained on per step over all ranks, at most: an epoch is cut into batches of equal size up to one."""
@@ -214,20 +220,25 @@ class Optimization:
     """Parts of a rank's batch that go through the towers one after the other; the loss still sees all of the batch."""
     optimizer: str = "adamw"
     """adamw, or the name of any optimizer of timm (timm.optim.list_optimizers())."""
-    lr: Annotated[float, Positive] = 2e-3
+    lr: Annotated[float, Positive] = 5e-4
     """Peak learning rate."""
     betas: Annotated[
-        tuple[float, float], Range("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
-    ] = (0.9, 0.98)
-    """Decay rates of adamw's moments: 0.9 and 0.98 are usual for transformers, 0.9 and 0.999 for ResNets."""
-    adam_eps: Annotated[float, Positive] = 1e-6
-    """Added to the root of adamw's second moment."""
+        tuple[float, float] | None, Range("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
+    ] = None
+    """Decay rates of the moments. By default adamw has OpenAI's: 0.9 and 0.98 where images go through a transformer,
+    else 0.9 and 0.999; other optimizers have their own."""
+    adam_eps: Annotated[float | None, Positive] = None
+    """Added to the root of the second moment. By default adamw has OpenAI's: 1e-6 for a transformer, else 1e-8."""
+    momentum: Annotated[
+        float | None, BelowOne, OnlyWith("an --optimizer of timm", lambda optimization: not optimization.is_adamw)
+    ] = None
+    """Momentum of an optimizer of timm; 0.9 by default, where it has one."""
     weight_decay: Annotated[float, NotNegative] = 0.2
     """Decoupled weight decay of matrices; gains, biases and the temperature have none."""
     schedule: Literal["cosine", "constant", "cooldown"] = "cosine"
-    """After the warm-up: a cosine to --lr-min; constant; or constant, and linear to --lr-min in --cooldown-steps."""
-    warmup: Annotated[int, NotNegative] = 50
-    """Steps of linear warm-up."""
+    """After the warm-up: a cosine to --lr-min; constant; or constant, and to --lr-min in the last --cooldown-steps."""
+    warmup: Annotated[int | None, NotNegative] = None
+    """Steps of linear warm-up; by default 10,000, or 5 % of a run of fewer than 200,000."""
     lr_min: Annotated[
         float,
         OnlyWith("--schedule cosine or cooldown", lambda optimization: optimization.schedule != "constant"),
@@ -235,10 +246,23 @@ class Optimization:
     """Where cosine and cooldown end."""
     cooldown_steps: Annotated[int, NotNegative] = 0
     """Steps of the cooldown, the last of the run."""
+    cooldown_power: Annotated[
+        float | None, Positive, OnlyWith("--schedule cooldown", lambda optimization: optimization.cooldown_steps > 0)
+    ] = None
+    """Power of the share of its steps that are left, by which the rate falls in the cooldown; linear by default."""
     clip_norm: Annotated[float | None, PositiveOrInfinite] = None
     """Largest norm of the gradient; larger ones are scaled down to it."""
     ema: Annotated[float | None, BelowOne] = None
     """Decay per step of a moving average of the weights, exported beside them."""
+
+    @property
+    def is_adamw(self) -> bool:
+        """Whether the optimizer is torch's own AdamW."""
+        return self.optimizer == "adamw"
+
+    def warmup_of(self, steps: int) -> int:
+        """Return the steps of the warm-up in a run of so many."""
+        return min(USUAL_WARMUP, math.ceil(WARMUP_SHARE * steps)) if self.warmup is None else self.warmup
 
     def check_together(self) -> None:
         """Refuse options that contradict each other."""
@@ -259,8 +283,9 @@ class Execution:
     """auto takes a GPU where there is one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Over ranks (torchrun or srun): a copy of the model on each, or its parameters sharded (FSDP2)."""
-    precision: TowerPrecision = "float32"
-    """Precision of the towers, by autocast; float16 scales the loss. Similarities and losses are always float32."""
+    precision: TowerPrecision | None = None
+    """Precision of the towers, by autocast: by default bfloat16 on a GPU (float16 on one that has no bfloat16), else
+    float32; float16 scales the loss. Similarities and losses are always float32."""
     full_float32: bool = False
     """Keep products and convolutions of float32 on a GPU in full precision, and cuDNN to its usual algorithms; without
     it they run in TF32, and cuDNN tries which algorithm is fastest, as open_clip trains."""
@@ -285,6 +310,9 @@ class CheckpointPolicy:
     """Steps between checkpoints, in addition."""
     keep: Annotated[int, AtLeast(1)] = 2
     """How many of the last checkpoints are kept."""
+    grace_seconds: Annotated[float, PositiveOrInfinite] = 25.0
+    """Seconds after SIGTERM or SIGUSR1 by which the run ends, with a checkpoint of its last step unless something hangs
+    that long. Schedulers and torchrun kill 30 seconds after SIGTERM."""
     best: str | None = None
     """Metric of the validations, such as naming_top1 or held_out/loss: the checkpoint of its best value (the lowest of
     a loss or a rank, else the highest) is kept too, and exported as model-best."""

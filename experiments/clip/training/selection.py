@@ -18,7 +18,6 @@ from torch import Tensor
 from drrho.selection import PairFeatures, joint_selection_from_features, pair_losses, top_k
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features
 from experiments.clip.training.options import Selection
@@ -61,6 +60,10 @@ class Selector:
         #: Pairs scored for each that is trained on.
         self.candidates = selection.candidates
 
+    def size(self, total: int) -> int:
+        """Return how many of ``total`` candidates are chosen."""
+        return -(-total // self.candidates)
+
     def choose(
         self, step: int, candidates: Batch, total: int, target: PairFeatures, wrong: Tensor, reference: Features | None
     ) -> Chosen | None:
@@ -68,25 +71,13 @@ class Selector:
 
         ``total`` is the number of all ranks' candidates. The result is None where ``wrong``, a scalar on the device, is
         not 0: the device is waited for once, for this and the choice.
-
-        Raises
-        ------
-        UserError
-            If all ranks together have too few candidates.
         """
         if reference is None:
             raise ValueError(
                 "reference must hold the reference's features of the candidates: give the trainer a reference"
             )
         of_reference = PairFeatures(*reference, self._temperature, self._bias)
-        size = -(-total // self.candidates)
-        least = max(2, self._selection.select_chunks) if self._selection.is_joint else 2
-        if size < least:
-            raise UserError(
-                f"step {step} has {total} candidates for a batch of {size}, which must have at least {least} pairs, a "
-                "negative and one for each of --select-chunks: lower --candidates or --select-chunks, or train on more"
-            )
-        rows = self._rows(step, size, target, of_reference)
+        rows = self._rows(step, self.size(total), target, of_reference)
         is_wrong, on_host = torch.cat([wrong.reshape(1).to(rows.dtype), rows]).cpu().tensor_split([1])
         if is_wrong.numpy()[0]:
             return None
@@ -103,7 +94,7 @@ class Selector:
             target,
             of_reference,
             size,
-            chunks=self._selection.select_chunks,
+            chunks=min(self._selection.select_chunks, size),
             seed=int(seed[0]),
             temperature=self._selection.select_temperature if self._selection.select == "jest" else 0.0,
             loss=self._loss,

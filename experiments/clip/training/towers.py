@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,18 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import Clip
 from experiments.clip.training.methods import Features, Head, Method, MethodLoss
-from experiments.clip.training.options import Execution
+from experiments.clip.training.options import Execution, TowerPrecision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def precision_of(execution: Execution, device: torch.device) -> TowerPrecision:
+    """Return the precision of the towers on a device: the one that was asked for, or the usual one there."""
+    if execution.precision is not None:
+        return execution.precision
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 class _Part(NamedTuple):
@@ -42,7 +51,7 @@ class Towers:
         if execution.use_bn_sync:
             synchronize_batch_norm(model, ranks)
         model.train()
-        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[execution.precision]
+        self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[precision_of(execution, ranks.device)]
         # Statistics over a batch must not count rows that only fill it up.
         self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
         if execution.activation_checkpointing:
@@ -53,10 +62,11 @@ class Towers:
             model.compile(mode="reduce-overhead" if self._in_graphs else None)
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
-            policy = MixedPrecisionPolicy() if self._dtype == torch.float32 else MixedPrecisionPolicy(self._dtype)
+            # Gradients of many ranks add up in float32, whatever the towers run in.
+            policy = MixedPrecisionPolicy(None if self._dtype == torch.float32 else self._dtype, torch.float32)
             # Before the hooks of sharding, which free the memory of parameters after the forward pass.
             model.register_forward_hook(_without_parameters)
-            for block in _blocks(model):
+            for block in repeated_blocks(model):
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
             for method in ("encode_image", "encode_text"):  # which evaluation calls instead of forward
@@ -147,11 +157,24 @@ def _filled_up(inputs: Tensor, rows: int) -> Tensor:
     return torch.cat([inputs, more.expand(lacking, *inputs.shape[1:])])
 
 
-def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the transformers' blocks, in the order in which they run."""
-    for module in model.modules():
-        if type(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block"):
-            yield module
+def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the blocks that a model repeats, each before the ones that it is part of; FSDP gathers one at a time.
+
+    They are what its `ModuleList` and `Sequential` hold several of: modules of one class that consist of others and
+    have at least a thousandth of the parameters.
+    """
+    least = sum(parameter.numel() for parameter in model.parameters()) / 1000
+    found: set[torch.nn.Module] = set()
+    for group in model.modules():
+        if isinstance(group, torch.nn.ModuleList | torch.nn.Sequential):
+            kinds = Counter(map(type, group))
+            found |= {each for each in group if kinds[type(each)] > 1 and _is_composed(each, least)}
+    return [module for module in reversed(list(model.modules())) if module in found]
+
+
+def _is_composed(module: torch.nn.Module, least: float) -> bool:
+    size = sum(parameter.numel() for parameter in module.parameters())
+    return size >= least and next(module.children(), None) is not None
 
 
 def _without_parameters(module: torch.nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

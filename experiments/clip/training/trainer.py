@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -23,14 +22,13 @@ from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.io.files import append_line
 from experiments.clip.models.clip import Clip
+from experiments.clip.signals import Stopped, interruptible, noted
 from experiments.clip.training.checkpoint import (
     Checkpoint,
     check_settings,
     latest_checkpoint,
-    restore_training,
     step_folder,
     step_number,
-    training_state,
 )
 from experiments.clip.training.checkpoint_writer import CheckpointWriter
 from experiments.clip.training.logs import (
@@ -49,6 +47,7 @@ from experiments.clip.training.methods import Features, Method, MethodLoss, Numb
 from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
 from experiments.clip.training.selection import Chosen, Selector
+from experiments.clip.training.state import TrainState
 from experiments.clip.training.towers import (
     Towers,
     are_not_finite,
@@ -56,13 +55,14 @@ from experiments.clip.training.towers import (
     clipped_norm,
     full_tensor,
     hold_scale,
+    precision_of,
 )
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
 _FEATURES = "the features are not finite"
-# Names of a checkpoint's tensors beside weights and optimizer.
-EMA, _SCALER = "ema.", "scaler."
+# Pairs that a step trains on at least: one has no other to be compared with, and is skipped under this name.
+_FEWEST, _ALONE = 2, "alone in its batch"
 
 
 class Wishes(NamedTuple):
@@ -70,77 +70,6 @@ class Wishes(NamedTuple):
 
     wanted: int = 0
     is_writing: int = 0
-
-
-class Snapshot(NamedTuple):
-    """What a checkpoint holds; see `CheckpointWriter.start`."""
-
-    shared: dict[str, Tensor]
-    own: dict[str, Tensor]
-    counts: dict[str, int]
-    progress: dict[str, Any]
-
-
-@dataclass
-class TrainState:
-    """Everything that training changes: a checkpoint holds it, and a run resumes from it.
-
-    Attributes
-    ----------
-    step : int
-        Finished steps.
-    skipped_steps : int
-        Steps that were not taken because something was not finite.
-    seen : dict
-        Pairs so far, over all ranks: those that the stream gave, and those that a backward pass was for.
-    history : list
-        One record per validation.
-    """
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: LossScale
-    average: MovingAverage | None
-    method: Method
-    stream: Stream
-    step: int = 0
-    skipped_steps: int = 0
-    seen: dict[str, int] = field(default_factory=lambda: {"samples_scored": 0, "samples_trained": 0})
-    history: list[Record] = field(default_factory=list)
-
-    def state_dict(self) -> Snapshot:
-        """Return the state: tensors are the ones that training changes, not copies."""
-        shared = training_state(self.model, self.optimizer)
-        if self.average is not None:
-            shared |= {f"{EMA}{key}": value for key, value in self.average.state_dict().items()}
-        shared |= {f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()}
-        progress = {
-            "step": self.step,
-            "history": self.history,
-            "passed_over": self.skipped_steps,
-            "seen": self.seen,
-            # Where some optimizers count.
-            "optimizer_steps": [
-                int(group["step"]) if "step" in group else None for group in self.optimizer.param_groups
-            ],
-        }
-        return Snapshot(shared, self.method.state_dict(), self.stream.state_dict(), progress)
-
-    def load_state_dict(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
-        """Load the state of a checkpoint, which may be of another number of ranks."""
-        restore_training(checkpoint, self.model, self.optimizer)
-        progress = checkpoint.progress
-        self.step, self.history = progress["step"], progress["history"]
-        self.skipped_steps, self.seen = progress["passed_over"], progress["seen"]
-        for group, count in zip(self.optimizer.param_groups, progress["optimizer_steps"], strict=True):
-            if count is not None:
-                group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
-        if self.average is not None:
-            checkpoint.fill({f"{EMA}{key}": value for key, value in self.average.state_dict().items()})
-        checkpoint.fill({f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()})
-        self.method.load_state_dict(checkpoint.own)
-        # Counts of ranks that no longer exist go to those that do.
-        self.stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
 
 
 class Trainer:
@@ -211,7 +140,7 @@ class Trainer:
         self.state = TrainState(
             clip.model,
             build_optimizer(clip.model, optimization),
-            LossScale(execution.precision == "float16", ranks.device),
+            LossScale(precision_of(execution, ranks.device) == "float16", ranks.device),
             None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema),
             method,
             stream,
@@ -240,24 +169,45 @@ class Trainer:
 
         Records and lines of the log count the pairs of all steps so far, over all ranks: ``samples_scored`` are those
         that the stream gave, ``samples_trained`` those that a backward pass was for.
+        A signal that asks to stop ends the run with a checkpoint of the last step, also while a batch is waited for.
         """
-        state, stream = self.state, self.state.stream
         self.restore()
+        with noted(self._policy.grace_seconds):
+            self._fit()
+        return self.state.history
+
+    def _fit(self) -> None:
+        state, stream = self.state, self.state.stream
         self._means, self._saved_at = StepMeans(self._ranks), time.monotonic()
+        if state.unscored is not None:
+            self.validate()
+            self.save()
         for epoch in range(state.step // stream.steps_per_epoch, self._optimization.epochs):
             first = state.step - epoch * stream.steps_per_epoch
-            for candidates in self._means.timed(stream.batches(epoch, first)):
+            for candidates in self._until_stopped(self._means.timed(stream.batches(epoch, first))):
                 self.step(candidates, epoch)
-                logs = state.step % self._log_every == 0 or state.step == self.total
-                validates = state.step in self._validation_steps
-                self._late.read(all_of_them=logs or validates)
-                if logs:
-                    self._write_log()
-                self._checkpoint_if_due(validates and self.validate())
+                self._after_step(state.step in self._validation_steps)
         if not self._writer.is_of(state.step):
             self.save()
         self._writer.commit()
-        return state.history
+        if not state.seen["samples_trained"]:
+            raise UserError(
+                f"none of the {self.total} steps had {_FEWEST} pairs to compare: see skipped/ in the log, train on "
+                "more pairs, or lower --candidates"
+            )
+
+    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
+        """Yield the batches; None, and no more, where the run is asked to stop while it waits for one."""
+        while True:
+            try:
+                with interruptible():
+                    batch = next(batches, None)
+            except Stopped:
+                yield None
+                return
+            if batch is None:
+                return
+            yield batch
 
     def restore(self) -> None:
         """Load the last checkpoint, if there is one."""
@@ -282,26 +232,38 @@ class Trainer:
                 "not kept: leave out --best, or start anew in another --out"
             )
 
-    def step(self, candidates: Batch, epoch: int) -> None:
+    def step(self, candidates: Batch | None, epoch: int) -> None:
         """Take one step on a batch, on the device, where nothing changes if something is not finite.
 
-        Its numbers are received by `_report`, some steps later.
+        Its numbers are received by `_report`, some steps later. Where a rank has None, because a signal came while it
+        waited for its batch, all ranks end the run.
         """
         state = self.state
+        scored = self._samples_of_ranks(None if candidates is None else candidates.index)
+        if candidates is None or scored is None:
+            self._end(self._wishes().wanted if self._ranks.group is None else self._agreed.wanted)
         # Dropout is a function of seed, step and rank, so that a resumed run needs no generators' states.
         torch.manual_seed(int(np.random.SeedSequence([self._seed, state.step, self._ranks.rank]).generate_state(1)[0]))
         state.optimizer.zero_grad(set_to_none=True)
-        scored, lr = self._samples_of_ranks(candidates.index), self._set_learning_rate()
-        underway = Underway(state.step, scored, scored, candidates.skipped, {"lr": lr})
-        with deferred_checks():
-            chosen = self._chosen(candidates, scored)
-            if chosen is None:
-                self._late.put(None, lambda _: self._skip(underway, _FEATURES))
-            else:
-                batch, reference, self._learnability = chosen
-                trained = scored if batch is candidates else self._samples_of_ranks(batch.index)
-                self._train(batch, underway._replace(trained=trained), reference, epoch)
+        underway = Underway(state.step, scored, scored, candidates.skipped, {"lr": self._set_learning_rate()})
+        total = sum(scored.counts)
+        if (total if self._selector is None else self._selector.size(total)) < _FEWEST:
+            self._late.put(None, lambda _: self._pass_over(underway))
+        else:
+            with deferred_checks():
+                self._take(underway, candidates, scored, epoch)
         state.step += 1
+        state.counts = state.stream.state_dict()
+
+    def _take(self, underway: Underway, candidates: Batch, scored: BatchIndex, epoch: int) -> None:
+        chosen = self._chosen(candidates, scored)
+        if chosen is None:
+            self._late.put(None, lambda _: self._skip(underway, _FEATURES))
+            return
+        batch, reference, self._learnability = chosen
+        trained = scored if batch is candidates else self._samples_of_ranks(batch.index)
+        assert trained is not None
+        self._train(batch, underway._replace(trained=trained), reference, epoch)
 
     def _train(self, batch: Batch, underway: Underway, reference: Features | None, epoch: int) -> None:
         """Compute the loss and its gradient, update what is learned from it, and send the step's numbers."""
@@ -319,16 +281,21 @@ class Trainer:
         numbers = [*on_device(log), *on_device(after)]
         self._late.put(torch.cat([sums, packed(numbers)]), partial(self._report, underway, len(sums)))
 
-    def _samples_of_ranks(self, own: Tensor) -> BatchIndex:
-        """Return the samples of all ranks, and note what ranks want; the hosts exchange both in one message."""
-        ranks, index = self._ranks, own.numpy()
+    def _samples_of_ranks(self, own: Tensor | None) -> BatchIndex | None:
+        """Return the samples of all ranks, and note what ranks want; the hosts exchange both in one message.
+
+        None is of a rank that has no batch, and is then returned on all.
+        """
+        ranks, index = self._ranks, np.empty(0, np.int64) if own is None else own.numpy()
         if ranks.group is None:
-            return BatchIndex([index])
+            return None if own is None else BatchIndex([index])
         message = np.zeros(3 + self._capacity, np.int64)
-        message[:3] = len(index), *self._wishes()
+        message[:3] = -1 if own is None else len(index), *self._wishes()
         message[3 : 3 + len(index)] = index
         messages = ranks.gathered_on_hosts(message)
         self._agreed = Wishes(*messages[:, 1:3].max(0).tolist())
+        if messages[:, 0].min() < 0:
+            return None
         return BatchIndex([each[3 : 3 + each[0]] for each in messages], ranks.group)
 
     def _reference_features(self, batch: Batch) -> Features | None:
@@ -398,13 +365,18 @@ class Trainer:
         trained = 0 if problem == _FEATURES else sum(underway.trained.counts)
         self._finish(underway, trained, {"lr": underway.log["lr"]})  # pyright: ignore[reportArgumentType]
 
+    def _pass_over(self, underway: Underway) -> None:
+        """Count the samples of a batch that has no two pairs to compare: at the end of an epoch, or others skipped."""
+        alone = {_ALONE: len(underway.scored.own)} if len(underway.scored.own) else {}
+        self._finish(underway._replace(skipped={**underway.skipped, **alone}), 0, {})
+
     def _finish(self, underway: Underway, trained: int, log: Record) -> None:
         """Count a step's samples, and give its numbers to those that want them."""
         counts = sum(underway.scored.counts), trained
         seen = self.state.seen
         self.state.seen = {key: seen[key] + count for key, count in zip(seen, counts, strict=True)}
         self._means.add(len(underway.scored.own), underway.skipped, log)
-        self._log = log
+        self._log = log or self._log
         self._on_step(underway.step + 1, self.total, log)
 
     def _write_log(self) -> None:
@@ -414,12 +386,40 @@ class Trainer:
         if self._logs is not None:
             self._logs.write(state.step, {**values, **state.seen, "epoch": state.step / state.stream.steps_per_epoch})
 
+    def _after_step(self, validates: bool) -> None:
+        """Log, validate and save where that is due: by time, by steps, after the best validation so far.
+
+        End the run with a checkpoint where that is asked. Ranks know of each other what they wanted before the step.
+        """
+        state, policy = self.state, self._policy
+        logs = state.step % self._log_every == 0 or state.step == self.total
+        self._late.read(all_of_them=logs or validates)
+        if logs:
+            self._write_log()
+        if validates:
+            state.unscored = {"step": state.step, **state.seen, **self._log, **self._steering()}
+        wanted, is_writing = self._wishes() if self._ranks.group is None else self._agreed
+        if self._writer.has_begun and not is_writing:
+            self._writer.commit()
+        if wanted > _SAVE:
+            self._end(wanted)
+        is_best = validates and self.validate()
+        if wanted or is_best or state.step % (policy.checkpoint_steps or state.step + 1) == 0:
+            self.save()
+            self._saved_at = time.monotonic()
+
     def validate(self) -> bool:
         """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
         state = self.state
-        scores = self._validate()
-        record = {"step": state.step, **state.seen, **self._log, **self._steering(), **scores}
+        try:
+            # The ranks score together, and would lose each other.
+            with interruptible() if self._ranks.group is None else nullcontext():
+                scores = self._validate()
+        except Stopped:
+            self._end(self._wishes().wanted)
+        record = {**(state.unscored or {}), **scores}
         state.history.append(record)
+        state.unscored = None
         if self._logs is not None and scores:
             self._logs.write(state.step, {f"validation/{key}": value for key, value in scores.items()})
         if self._policy.best is None:
@@ -432,22 +432,14 @@ class Trainer:
         is_due = seconds > 60 * self._policy.checkpoint_minutes
         return Wishes(_SAVE + asked if asked else _SAVE * is_due, int(self._writer.is_writing))
 
-    def _checkpoint_if_due(self, is_best: bool) -> None:
-        """Save after the best validation so far, by time, by steps, or when asked to stop; then end the run.
-
-        Ranks know of each other what they wanted before the step.
-        """
-        policy, step = self._policy, self.state.step
-        wanted, is_writing = self._wishes() if self._ranks.group is None else self._agreed
-        if self._writer.has_begun and not is_writing:
-            self._writer.commit()
-        if wanted or is_best or step % (policy.checkpoint_steps or step + 1) == 0:
+    def _end(self, wanted: int) -> NoReturn:
+        """End the run as it stands, for the signal that is wanted, with a checkpoint of the last step."""
+        step = self.state.step
+        if step and not self._writer.is_of(step):
             self.save()
-            self._saved_at = time.monotonic()
-        if wanted > _SAVE:
-            self._writer.commit()
-            message = f"stopped after step {step} of {self.total}; {self._folder} holds the state"
-            raise Interrupted(message, wanted - _SAVE)
+        self._writer.commit()
+        kept = f"; {self._folder} holds the state" if step else ""
+        raise Interrupted(f"stopped after step {step} of {self.total}{kept}", wanted - _SAVE)
 
     def save(self) -> None:
         """Start to write a checkpoint, which is committed later, once all steps so far are known to be right."""

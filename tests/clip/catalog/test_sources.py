@@ -11,6 +11,7 @@ from experiments.clip.catalog.sources import (
     parse_sources,
     parse_weights,
     table_rows,
+    with_columns,
 )
 from experiments.clip.errors import UserError
 
@@ -28,8 +29,78 @@ def test_names_become_sources(tmp_path):
         TarPattern("zip://x.tar::s3://b/y.zip"),
         Table("t.csv"),
     ]
+    assert parse_sources(["a.tar::b/*.tar", "simplecache::s3://b/x.tar::c.csv"]) == [
+        TarPattern("a.tar"),
+        TarPattern("b/*.tar"),
+        TarPattern("simplecache::s3://b/x.tar"),
+        Table("c.csv"),
+    ]
+    assert parse_sources("s3://a/1.tar::zip://*.tar::simplecache::s3://a/2.zip::http://b/3.tar") == [
+        TarPattern("s3://a/1.tar"),
+        TarPattern("zip://*.tar::simplecache::s3://a/2.zip"),
+        TarPattern("http://b/3.tar"),
+    ]
+    (tmp_path / "odd::name.tar").write_bytes(b"")
+    assert parse_sources(f"{tmp_path}/odd::name.tar") == [TarPattern(f"{tmp_path}/odd::name.tar")]
     with pytest.raises(UserError, match="no data is named"):
         parse_sources([])
+
+
+def test_columns_are_named_for_all_tables():
+    sources = parse_sources("a.tar::b.csv::c.tsv")
+    assert with_columns(sources, ["path"], ["en", "de"], "tab") == [
+        TarPattern("a.tar"),
+        Table("b.csv", "path", ("en", "de"), "\t"),
+        Table("c.tsv", "path", ("en", "de"), "\t"),
+    ]
+    assert with_columns(sources, (), (), "") == sources
+    assert with_columns(sources, (), (), "\\t")[1] == Table("b.csv", separator="\t")
+
+
+@pytest.mark.parametrize(
+    ("sources", "columns", "message"),
+    [
+        ("a.tar", ((), (), ";"), "--separator ';' is for tables, and no source ends in .csv, .tsv, .parquet"),
+        ("a.csv", ((), (), "::"), "--separator must be one character or tab, got '::'"),
+        ("a.csv", ((), (), "\n"), r"--separator must be one character or tab, got '\\n'"),
+        ("a.csv", (("a", "b"), (), ""), "--image-key a b: a table has its paths in one column, name that"),
+    ],
+)
+def test_columns_that_no_table_has_are_refused(sources, columns, message):
+    with pytest.raises(UserError, match=message):
+        with_columns(parse_sources(sources), *columns)
+
+
+def test_a_folder_is_its_shards(tmp_path):
+    for name in ("1.tar", "0.tar", "._0.tar", ".hidden.tar", "0.parquet", "0_stats.json"):
+        (tmp_path / name).write_bytes(b"")
+    assert expand(str(tmp_path)) == expand(f"{tmp_path}/") == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+    with fsspec.open("memory://folder-of-shards/1.tar", "wb") as file:
+        file.write(b"")
+    assert expand("memory://folder-of-shards/") == ["memory:///folder-of-shards/1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["a.csv", "b.parquet", "x.jpg"], "name a table, like FOLDER/a.csv"),
+        (["0.tar.gz", "1.tar.gz"], "decompress its files: samples are read by their offsets"),
+        (
+            ["part-0/0.tar", "part-1/0.tar"],
+            r"name folders in it, like FOLDER/part-0, or all shards, like 'FOLDER/\*/\*.tar'",
+        ),
+        (["0.jpg", "0.txt"], "put images with their captions beside them into shards, like tar --sort=name -cf 0.tar"),
+        (["README"], "shards are tar files of images and captions"),
+        ([], "shards are tar files of images and captions"),
+    ],
+    ids=["tables", "compressed", "folders", "images", "other", "empty"],
+)
+def test_a_folder_without_shards_is_refused_with_a_hint(tmp_path, names, hint):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"has no file that ends in .tar: {hint.replace('FOLDER', str(tmp_path))}"):
+        expand(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["synthetic:", "synthetic:0", "synthetic:x", "synthetic:1:2:3", "synthetic:-1"])

@@ -1,5 +1,7 @@
 """From options to models, methods and selectors."""
 
+import json
+
 import open_clip
 import pytest
 import torch
@@ -7,9 +9,12 @@ import torch
 from experiments.clip.cli.building import SPREAD_SHARE, build_method, build_models, build_selector, check_ranks
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
+from experiments.clip.models.config import registered_config
 from experiments.clip.models.export import export_model
+from experiments.clip.models.sources import register_models
 from experiments.clip.run import main, parse
 from experiments.clip.training.methods import METHODS, Distilled
+from experiments.clip.training.options import SHIPPED_REFERENCE
 
 
 class Spread:
@@ -53,18 +58,11 @@ def test_distillation_wraps_any_method_at_the_references_temperature(reference):
     assert chosen["distill_temperature"] == pytest.approx(1 / reference.model.logit_scale.exp().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "words, count, message",
-    [
-        (["--batch-size", "3"], 4, "--batch-size 3 is less than the 4 ranks: every rank needs a pair"),
-        (["--method", "two-level", "--select", "jest"], 2, "--method two-level with --select jest runs in one process"),
-    ],
-)
-def test_what_cannot_be_spread_over_ranks_is_refused(words, count, message):
-    options = parse(["train", *words])
+def test_a_batch_that_cannot_be_spread_over_ranks_is_refused():
+    options = parse(["train", "--batch-size", "3"])
     check_ranks(options, ONE_PROCESS)
-    with pytest.raises(UserError, match=message):
-        check_ranks(options, Ranks(0, count))
+    with pytest.raises(UserError, match="--batch-size 3 is less than the 4 ranks: every rank needs a pair"):
+        check_ranks(options, Ranks(0, 4))
 
 
 @pytest.mark.slow
@@ -97,8 +95,35 @@ def test_what_the_model_takes_follows_the_options(tmp_path, capsys):
     assert torch.equal(clip.model.token_embedding.weight, own.model.token_embedding.weight)
 
 
+def test_each_tower_is_locked_but_for_its_own_number_of_groups():
+    words = ["train", "--method", "openclip", "--model", "glyph-micro", "--lock", "image", "text"]
+    words += ["--unlocked-groups", "1", "--unlocked-text-groups"]
+
+    def learning(groups):
+        model = build_models(parse([*words, str(groups)])).clip.model
+        return {name for name, each in model.named_parameters() if each.requires_grad}
+
+    assert {"visual.proj"} == {name for name in learning(0) if name.startswith("visual.")}
+    text = [len([name for name in learning(groups) if not name.startswith("visual.")]) for groups in range(3)]
+    assert text == sorted(set(text))
+    with pytest.raises(UserError, match="--unlocked-text-groups 1 has no part in this run: it is for --lock text"):
+        parse(["train", "--lock", "image", "--unlocked-text-groups", "1"])
+
+
+def test_patches_that_an_architecture_drops_may_be_kept(tmp_path):
+    register_models()
+    config = registered_config("glyph-micro").model
+    config["vision_cfg"]["patch_dropout"] = 0.5
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    words = ["train", "--method", "openclip", "--model", str(tmp_path / "own.json")]
+    for more, share in (([], 0.5), (["--patch-dropout", "0"], 0.0), (["--patch-dropout", "0.25"], 0.25)):
+        dropout = build_models(parse([*words, *more])).clip.model.visual.patch_dropout
+        assert getattr(dropout, "prob", 0.0) == share
+
+
 def test_a_reference_beside_the_target_sees_its_crops():
-    words = ["--catalog", "none", "--model", "glyph-micro", "--aug-cfg", "scale=(0.3,0.4)"]
+    words = ["--catalog", "none", "--model", "glyph-micro", "--reference", str(SHIPPED_REFERENCE)]
+    words += ["--aug-cfg", "scale=(0.3,0.4)"]
     words += ["color_jitter=(0.1,0.1,0.1,0.1)", "color_jitter_prob=0.5"]
     clip, reference = build_models(parse(["train", *words]))
     crops = [next(step for step in each.augment.transforms if hasattr(step, "scale")) for each in (clip, reference)]

@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from tars import pair, write_tar
 from task_folders import (
     CLASSES,
     DATACOMP,
@@ -17,6 +19,7 @@ from task_folders import (
     write_task,
 )
 
+from experiments.clip.catalog.catalog import open_catalog
 from experiments.clip.cli.options import SHIPPED_REFERENCE
 from experiments.clip.evaluation.datacomp import AVERAGES
 from experiments.clip.models.clip import new_model
@@ -35,10 +38,47 @@ def test_a_catalog_says_what_it_holds(tmp_path, capsys):
     assert "none.tar" in capsys.readouterr().err
 
 
+def test_sources_are_joined_on_the_command_line_and_tables_name_their_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "shards/0.tar", pair(0))
+    write_tar(tmp_path / "more.tar", [*pair(1), *pair(2)])
+    assert main(["catalog", "shards::more.tar", "synthetic:5:8", "--workers", "0"]) == 0
+    assert "8 pairs in 3 shards" in capsys.readouterr().out
+    assert len(open_catalog(tmp_path / "catalog").sources) == 3
+    (tmp_path / "t.csv").write_text("path;en;de\na.png;x;y\nb.png;;z\n")
+    words = ["catalog", "t.csv", "--image-key", "path", "--caption-key", "en", "de", "--separator", ";"]
+    assert main([*words, "--workers", "0"]) == 0
+    assert "2 pairs in 1 shards" in capsys.readouterr().out
+    assert main(["catalog", "t.csv"]) == 2
+    assert "name its own by --image-key, --caption-key and --separator" in capsys.readouterr().err
+    assert main(["catalog", "more.tar", "--uid-key", "id"]) == 2
+    assert "--uid-key id has no part in this run: it is for --uids" in capsys.readouterr().err
+
+
+def test_a_catalog_says_what_may_help_where_more_is_left_out_than_there_is(tmp_path, capsys):
+    members = [*pair(0), ("a.png", b""), ("a.alt", b"x"), ("b.png", b""), ("b.alt", b"x")]
+    words = ["catalog", str(write_tar(tmp_path / "x.tar", members)), "--out", str(tmp_path / "c"), "--workers", "0"]
+    assert main([*words, "--caption-key", "txt"]) == 0
+    shown = capsys.readouterr().out
+    assert "left out   2 for no caption" in shown and "more than there is: " in shown
+    assert main([*words, "--caption-key", "txt", "alt"]) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_subset_is_named_by_its_uids(tmp_path, capsys):
+    np.save(tmp_path / "uids.npy", np.array([(0, 1)], np.dtype("u8,u8")))
+    members = [m for n in range(3) for m in (*pair(n), (f"{n:05d}.json", b'{"uid": "%x"}' % n))]
+    words = ["catalog", str(write_tar(tmp_path / "x.tar", members)), "--out", str(tmp_path / "c"), "--workers", "0"]
+    assert main([*words, "--uids", str(tmp_path / "uids.npy")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 pairs in 1 shards" in shown and "left out   2 for not in the subset" in shown
+
+
 @pytest.mark.slow
 def test_features_of_a_catalog_are_computed_once(tmp_path, capsys):
     assert main(["catalog", "synthetic:8:32", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
     words = ["cache-reference", "--catalog", str(tmp_path / "catalog"), "--out", str(tmp_path / "features")]
+    words += ["--reference", str(SHIPPED_REFERENCE)]
     assert main(words) == 0
     assert "computed 8 rows" in capsys.readouterr().out
     assert main(words) == 0

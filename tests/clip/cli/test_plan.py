@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from drrho.running import RunningEstimates
 from drrho.temperature import IndividualTemperatures
 from experiments.clip.catalog.catalog import make_catalog
-from experiments.clip.cli.plan import cost_of, estimated
+from experiments.clip.cli.cost import cost_of
+from experiments.clip.cli.plan import estimated
 from experiments.clip.data.loader import Loader
 from experiments.clip.models.clip import new_model
 from experiments.clip.models.export import export_model
@@ -24,7 +24,7 @@ SMALL = {
     "scored_per_pair": 1,
     "accumulation": 1,
     "ranks": 1,
-    "execution": Execution(),
+    "execution": Execution(precision="float32"),
     "teraflops": 0.1,
     "utilization": 0.5,
     "reference_width": 64,
@@ -44,32 +44,6 @@ def pairs_of_a_catalog(manifest, reference, tmp_path):
     clip = new_model("glyph-micro", 0)
     loader = Loader(catalog, clip.in_bytes(clip.augment), clip.tokenize, batch_size=150, seed=0)
     return loader, open_features(reference, catalog, tmp_path / "features")
-
-
-@pytest.mark.parametrize("name", ["glyph-small", pytest.param("RN50", marks=pytest.mark.slow)])
-def test_counts_are_those_of_the_real_model(name):
-    model = new_model(name, 0).model
-    cost = cost_of(name)
-    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
-    size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
-    image, text = torch.rand(1, 3, size, size), torch.ones(1, model.context_length, dtype=torch.int64)
-    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = tensor, storage.nbytes()
-        return tensor
-
-    # The fused kernel's operations are not in torch's counter on the CPU, and it keeps no matrix of attention.
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with plain, FlopCounterMode(display=False) as counter, hooks:
-        features = model(image, text)[0]
-    assert cost.flops == counter.get_total_flops()
-    assert cost.width == features.shape[1]
-    assert cost.kept_bytes == pytest.approx(sum(size for _, size in kept.values()), rel=0.1)
 
 
 @pytest.mark.slow
@@ -100,7 +74,7 @@ def test_sizes_are_those_of_a_real_run(tmp_path):
 def test_more_ranks_share_and_accumulation_divides():
     cost = cost_of("glyph-small")
     one = estimated(cost, **SMALL)
-    eight = estimated(cost, **SMALL | {"ranks": 8, "execution": Execution(parallel="fsdp")})
+    eight = estimated(cost, **SMALL | {"ranks": 8, "execution": Execution(parallel="fsdp", precision="float32")})
     assert eight.optimizer == one.optimizer // 8
     assert eight.running_state == one.running_state // 8
     assert eight.activations == one.activations // 8
@@ -114,7 +88,7 @@ def test_more_ranks_share_and_accumulation_divides():
     assert chosen.hours == pytest.approx(one.hours * (1 + 3 / 5) / 3)
     assert one.memory == sum(
         getattr(one, name)
-        for name in ("weights", "gradients", "optimizer", "activations", "inputs", "loss", "running_state")
+        for name in ("weights", "gradients", "optimizer", "casts", "activations", "inputs", "loss", "running_state")
     )
     assert one.pairs_per_second == pytest.approx(0.1e12 * 0.5 / (3 * cost.flops))
 

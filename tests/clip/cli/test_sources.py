@@ -1,19 +1,30 @@
 """The one place through which data enter a training."""
 
+from datetime import timedelta
+from pathlib import Path
+
+import fsspec
 import pytest
+import torch
+import torch.distributed as dist
+from processes import start_ranks
+from tars import image_bytes, write_shards, write_tar
 from task_folders import DATACOMP, classification, write_catalog
 
-from experiments.clip.catalog.catalog import make_catalog
+from experiments.clip.catalog.catalog import check_shards, make_catalog
 from experiments.clip.cli.options import SOURCES
-from experiments.clip.cli.sources import embedded_pairs, open_training_data, open_validation
+from experiments.clip.cli.sources import embedded_pairs, open_shared_catalog, open_training_data, open_validation
 from experiments.clip.data.loader import Loader
-from experiments.clip.distributed import ONE_PROCESS
+from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.glyphs import source as glyph_source
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.models.clip import new_model
 from experiments.clip.run import parse
+from experiments.clip.training.options import SHIPPED_REFERENCE
+
+MODEL = ("--model", "glyph-micro", "--workers", "0")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +37,7 @@ def test_the_options_choose_the_source(clip, glyph_cache, tmp_path):
     data = open_training_data(parse(["train", "--method", "openclip", *embedded]), clip, None, ONE_PROCESS)
     assert isinstance(data.stream, MemoryStream) and data.samples == 150 and data.reference is None
     make_catalog("synthetic:20:32", tmp_path / "catalog")
-    words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "5"]
+    words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "5", *MODEL]
     data = open_training_data(parse(words), clip, None, ONE_PROCESS)
     assert isinstance(data.stream, Loader) and data.samples == 20 and data.stream.steps_per_epoch == 4
     assert data.identity["block_shards"] == 16 and data.validate() == {}
@@ -35,7 +46,8 @@ def test_the_options_choose_the_source(clip, glyph_cache, tmp_path):
 
 def test_a_reference_beside_a_catalog_runs_or_is_cached(clip, reference, tmp_path):
     make_catalog("synthetic:20:32", tmp_path / "catalog")
-    words = ["train", "--catalog", str(tmp_path / "catalog"), "--batch-size", "5"]
+    words = ["train", "--catalog", str(tmp_path / "catalog"), "--batch-size", "5", *MODEL]
+    words += ["--reference", str(SHIPPED_REFERENCE)]
     data = open_training_data(parse(words), clip, reference, ONE_PROCESS)
     assert data.identity["reference_views"] == "live" and data.reference is not None
     data.stream.close()
@@ -45,14 +57,37 @@ def test_a_reference_beside_a_catalog_runs_or_is_cached(clip, reference, tmp_pat
         )
 
 
+def test_captions_are_weighted_by_their_sources(clip, reference, tmp_path):
+    members = [("a.png", image_bytes(1)), ("a.txt", b"txt"), ("a.alt", b"alt")]
+    shard = write_tar(tmp_path / "x.tar", members)
+    make_catalog(shard, tmp_path / "catalog", caption_key=("txt", "alt"))
+    words = ["train", *MODEL, "--catalog", str(tmp_path / "catalog"), "--caption-weights"]
+    plain = ["--method", "openclip"]
+    data = open_training_data(parse([*words, "1::3", *plain]), clip, None, ONE_PROCESS)
+    assert data.identity["caption_weights"] == [1, 3]
+    for text, message in (
+        ("1", "there are 1 weights, '1', for 2 sources of captions: give one for each"),
+        ("1::0", "must be positive: make the catalog without"),
+        ("1::x", "must be numbers joined by ::"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_training_data(parse([*words, text, *plain]), clip, None, ONE_PROCESS)
+    (tmp_path / "t.csv").write_text("filepath,title\na.png,x\n")
+    make_catalog([shard, tmp_path / "t.csv"], tmp_path / "catalog", caption_key=("txt", "alt"))
+    with pytest.raises(UserError, match="of which this catalog's data has 1 or 2: leave them out"):
+        open_training_data(parse([*words, "1::3", *plain]), clip, None, ONE_PROCESS)
+    with pytest.raises(UserError, match="--caption-weights 1::3 has no part in this run: it is for runs without"):
+        parse([*words, "1::3", "--reference", "r", "--reference-features", "f"])
+
+
 def test_tasks_that_are_no_folder_are_refused_before_anything_is_read(clip, tmp_path):
-    words = ["train", "--method", "openclip", "--catalog", str(tmp_path), "--tasks", str(tmp_path / "none")]
+    words = ["train", "--method", "openclip", *MODEL, "--catalog", str(tmp_path), "--tasks", str(tmp_path / "none")]
     with pytest.raises(UserError, match=r"--tasks .*none is no folder"):
         open_training_data(parse(words), clip, None, ONE_PROCESS)
 
 
 def test_what_is_wrong_with_tasks_and_held_out_pairs_is_said_before_anything_is_read(clip, tmp_path):
-    words = ["train", "--method", "openclip", "--catalog", "nowhere"]
+    words = ["train", "--method", "openclip", *MODEL, "--catalog", "nowhere"]
     damaged = classification(tmp_path / "damaged")
     (damaged / "test" / "1.tar").write_bytes(b"damaged")
     for more, message in (
@@ -75,3 +110,91 @@ def test_a_validation_has_the_metrics_that_it_names(clip, tmp_path):
 def test_the_embedded_pairs_are_the_glyphs():
     assert embedded_pairs() is glyph_source
     assert set(SOURCES) == {"catalog", "glyphs"}
+
+
+def test_remote_shards_are_read_in_blocks_unless_an_option_says_otherwise(clip, tmp_path):
+    base = f"memory://{tmp_path.name}"
+    [path] = write_shards(tmp_path / "data", [30])
+    with fsspec.open(f"{base}/0.tar", "wb") as file:
+        file.write(path.read_bytes())
+    for name, pattern in (("remote", f"{base}/0.tar"), ("local", str(path))):
+        make_catalog(pattern, tmp_path / name)
+
+    def opened(name, *more):
+        words = ["train", "--model", "glyph-micro", "--method", "openclip", "--catalog", str(tmp_path / name)]
+        words += ["--batch-size", "10", *more]
+        data = open_training_data(parse(words), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+        assert sorted(index) == list(range(30))
+        drawn = {"resampled", "epoch_samples"}
+        return {key: value for key, value in data.identity.items() if key not in {"data", "weights", *drawn}}, index
+
+    blocks, random = opened("remote"), opened("local")
+    assert blocks[0] == {"reading": "blocks"} and random[0] == {"block_shards": 16} and blocks[1] != random[1]
+    assert opened("remote", "--reading", "random") == random
+    assert opened("local", "--reading", "blocks") == blocks
+    assert opened("remote", "--block-folder", str(tmp_path / "blocks")) == blocks
+    assert not list((tmp_path / "blocks").iterdir())
+    assert opened("remote", "--reading", "shards")[0] == {"reading": "shards"}
+    with pytest.raises(UserError, match=r"--block-shards 4 has no part in this run: it is for --reading random"):
+        opened("remote", "--block-shards", "4")
+    with pytest.raises(UserError, match=r"--block-folder x has no part in this run: it is for --reading blocks"):
+        opened("local", "--block-folder", "x")
+
+
+def test_shards_are_checked_by_their_numbers(tmp_path):
+    paths = write_shards(tmp_path / "data", [2, 3, 1])
+    catalog = make_catalog([str(path) for path in paths], tmp_path / "catalog")
+    assert open_shared_catalog(tmp_path / "catalog", ONE_PROCESS) == catalog
+    paths[1].unlink()
+    check_shards(catalog, [0, 2])
+    with pytest.raises(UserError, match=r"00001\.tar is missing: make it again"):
+        check_shards(catalog, [1])
+    with pytest.raises(UserError, match=r"00001\.tar is missing: make it again"):
+        open_shared_catalog(tmp_path / "catalog", ONE_PROCESS)
+
+
+def open_on_ranks(rank, folder):
+    folder = Path(folder)
+    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
+    try:
+        said = "nothing"
+        try:
+            open_shared_catalog(folder / "catalog", Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD))
+        except UserError as error:
+            said = str(error)
+        (folder / f"{rank}.txt").write_text(said)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_one_rank_finds_stops_all(tmp_path):
+    """Each rank opens its part of the shards, not all of them."""
+    paths = write_shards(tmp_path / "data", [2, 3, 1])
+    make_catalog([str(path) for path in paths], tmp_path / "catalog")
+    paths[1].unlink()
+    start_ranks(open_on_ranks, (str(tmp_path),), 2)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == "stopped because rank 1 did: see its message" and "00001.tar is missing" in said[1]
+
+
+def test_a_server_without_ranges_is_refused_at_the_start_unless_shards_are_read_as_a_whole(clip, tmp_path):
+    pytest.importorskip("aiohttp")
+    from experiments.benchmarks.remote import served
+
+    write_shards(tmp_path / "data", [20, 10])
+    with served(tmp_path / "data", ranges=False) as server:
+        make_catalog(f"{server.url}/{{00000,00001}}.tar", tmp_path / "catalog")
+        words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "10"]
+        server.requests.clear()
+        with pytest.raises(UserError, match=r"the server 127.0.0.1:\d+ ignores requests for a part of a file"):
+            open_training_data(parse(words), clip, None, ONE_PROCESS)
+        assert [stated for method, _, stated in server.requests if method == "GET"] == ["bytes=0-0"]
+        data = open_training_data(parse([*words, "--reading", "shards"]), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+    assert sorted(index) == list(range(30))

@@ -1,24 +1,6 @@
-"""What a person at the terminal sees and may do."""
+"""What a person at the terminal sees."""
 
-import os
-import signal
-
-import pytest
-
-from experiments.clip.cli.terminal import console, progress_bar, stop_on_signal
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_noted_and_the_second_one_is_at_once(number):
-    before = signal.getsignal(number)
-    with stop_on_signal() as stop:
-        assert stop() == 0
-        os.kill(os.getpid(), number)
-        assert stop() == number
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            signal.pause()
-    assert signal.getsignal(number) is before
+from experiments.clip.cli.terminal import console, progress_bar
 
 
 def test_a_bar_shows_how_much_is_done():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.train import run_training
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed
@@ -91,3 +92,18 @@ def hold(path, held, release):
     with claimed(path):
         held.set()
         release.wait(60)
+
+
+def test_a_run_on_a_catalog_says_what_is_larger_than_it_and_what_it_chose(tmp_path, capsys):
+    make_catalog("synthetic:20:32", tmp_path / "catalog")
+    words = ["train", "--catalog", str(tmp_path / "catalog"), "--model", "glyph-micro", "--method", "openclip"]
+    words += ["--batch-size", "64", "--epochs", "2", "--warmup", "500", "--validations", "1", "--logs", "jsonl"]
+    words += ["--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 steps, a warm-up of 500, towers in float32" in shown and "1 steps an epoch, 0 workers" in shown
+    assert "--warmup 500 is not over when the run is, after 2 steps: the learning rate ends at 2e-06" in shown
+    assert "--batch-size 64 is more than the 20 pairs of an epoch: each is one step, on all of them" in shown
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert (settings["betas"], settings["adam_eps"], settings["precision"]) == ([0.9, 0.98], 1e-6, "float32")
+    assert not {"momentum", "cooldown_power"} & set(settings)

@@ -1,5 +1,6 @@
 """The order of an epoch: every sample once, or by weights, in blocks, as a pure function of seed and epoch."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -92,3 +93,17 @@ def test_wrong_options(options, message):
 def test_positions_outside_the_epoch():
     with pytest.raises(ValueError, match=re.escape("the positions 3 to 11 must lie between 0 and 10")):
         Order([10], seed=0).visits(0, 3, 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({}, "1e79463edc4f5324"),
+        ({"weights": [1, 1, 3, 2, 1, 1, 1, 4]}, "7bd4f03281dd1c84"),
+        ({"resampled": True, "weights": [0.5] * 8, "epoch_samples": 500}, "b5304ac737e3d4e9"),
+    ],
+)
+def test_the_order_is_that_of_earlier_runs(options, digest):
+    order = Order(UNEVEN, seed=3, block_shards=3, **options)
+    visits = np.stack(order.visits(2, 0, order.samples)).astype("<i8")
+    assert hashlib.sha256(visits.tobytes()).hexdigest()[:16] == digest

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 from tars import image_bytes, numbered, pair, write_shards, write_tar
 
 from experiments.clip.catalog.catalog import make_catalog
+from experiments.clip.catalog.sources import Table
 from experiments.clip.data import reader as reading
 from experiments.clip.data.reader import RawSample, Reader, Skip, decode
 from experiments.clip.errors import UserError
@@ -59,6 +61,19 @@ def test_modes_become_rgb(kind, mode):
         pytest.skip("the format has no such mode")
     sample = decode(raw(stream.getvalue()))
     assert sample.image.mode == "RGB" and sample.image.size == (5, 3) and sample.caption == "caption"
+
+
+@pytest.mark.parametrize("written_by_pillow", [False, True])
+def test_of_16_bits_of_gray_the_upper_8_stay(written_by_pillow):
+    ramp = np.linspace(0, 65535, 256 * 4).round().astype(np.uint16).reshape(4, 256)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in ramp)
+    data = corpus.png(256, 4, (16, 0), zlib.compress(rows))
+    if written_by_pillow:
+        stream = io.BytesIO()
+        Image.fromarray(ramp).save(stream, "PNG")
+        data = stream.getvalue()
+    pixels = np.asarray(decode(raw(data)).image)
+    assert np.array_equal(pixels, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +132,15 @@ def described(value):
         ([(b'{"caption": ' + b"9" * 10**5 + b"}", "caption")], "invalid caption"),
         ([(b'{"caption": "\\ud800"}', "caption")], "invalid caption"),
         ([(pickle.dumps(Evil()), None)], "invalid caption"),
+        ([(b"\xef\xbb\xbfmarked", None)], ["marked"] * 3),
+        ([(b'\xef\xbb\xbf{"caption": "marked"}', "caption")], ["marked"] * 3),
+        ([(b"\xff", None), (b"good", None)], ["good"] * 3),
+        ([(b"good", None), (b"{", "caption")], ["good"] * 3),
+        ([(b"{}", "caption"), described(None), (b"good", None), described(3)], ["good"] * 3),
+        ([described(["a", None, 3, "\ud800", ["c"], "b"])], ["a", "b", "a"]),
+        ([described([None, 3]), (b"", None)], "invalid caption"),
     ],
-    ids=range(19),
+    ids=range(26),
 )
 def test_captions(captions, outcome):
     results = [decode(raw(None, *captions), draw) for draw in range(3)]
@@ -126,6 +148,35 @@ def test_captions(captions, outcome):
         assert results == [Skip(0, outcome)] * 3
     else:
         assert [result.caption for result in results] == outcome
+
+
+def test_sources_of_captions_have_their_probabilities():
+    members = ((b"a", None), described(["b", "c"]), (b"\xff", None))
+    weighted = RawSample(0, "key", image_bytes(), members, (1.0, 3.0, 100.0))
+    draws = np.random.default_rng(0).integers(0, 2**64, 4000, dtype=np.uint64).tolist()
+    shares = Counter(decode(weighted, draw).caption for draw in draws)
+    assert [round(shares[each] / 4000, 1) for each in "abc"] == [0.2, 0.4, 0.4] and shares.total() == 4000
+    assert {abs(shares["a"] - 1000) < 4 * 27.4, abs(shares["b"] - 1500) < 4 * 30.6} == {True}
+    assert decode(weighted, 2**64 - 1).caption == "c" and decode(weighted).caption == "a"
+
+
+def test_a_reader_weighs_what_a_sample_has(tmp_path):
+    members = [*pair(0), ("b.png", image_bytes(1)), ("b.alt", b"alt"), ("c.png", image_bytes(2)), ("c.txt", b"txt")]
+    shard = write_tar(tmp_path / "x.tar", [*members, ("c.alt", b"alt")])
+    (tmp_path / "t.csv").write_text(f"filepath,title,alt\n{tmp_path}/1.png,x,\n")
+    (tmp_path / "1.png").write_bytes(image_bytes())
+    table = Table(str(tmp_path / "t.csv"), captions=("title", "alt"))
+    catalog = make_catalog([shard, table], tmp_path / "catalog", caption_key=("txt", "alt"))
+    reader = Reader(catalog, caption_weights=(1, 3))
+    assert [raw.weights for raw in reader.read_many(range(4))] == [(1,), (3,), (1, 3), (1, 3)]
+    assert decode(reader.read(3), 2**32 - 1).caption == "x"  # the other is empty
+
+
+def test_a_large_caption_does_not_discard_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_CAPTION_BYTES", 2000)
+    members = [("a.png", image_bytes(1)), ("a.txt", b"x" * 3000), ("a.alt", b"good")]
+    catalog = make_catalog(write_tar(tmp_path / "x.tar", members), tmp_path / "c", caption_key=("txt", "alt"))
+    assert decode(Reader(catalog).read(0)).caption == "good"
 
 
 def test_limits_on_bytes_hold_before_reading(tmp_path, monkeypatch):
@@ -162,8 +213,9 @@ def test_a_shard_cut_off_later_gives_skips(tmp_path):
 
 def test_few_files_are_open_at_a_time(tmp_path):
     write_shards(tmp_path, [2] * 40)
-    reader = Reader(make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog"), kept=4)
+    catalog = make_catalog(str(tmp_path / "*.tar"), tmp_path / "catalog")
     before = len(os.listdir("/proc/self/fd"))
+    reader = Reader(catalog, kept=4)
     for index in [*range(80), *range(79, -1, -1)]:
         assert numbered(decode(reader.read(index)).image) == index
         # A descriptor for the tar file, one behind the map of the index.
@@ -310,3 +362,35 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     reasons, _, growth = done.stdout.rpartition(" ")
     assert reasons == "{'too many pixels'}" and int(growth) < 64
+
+
+MANY = """
+import sys
+from pathlib import Path
+from experiments.clip.catalog.catalog import make_catalog
+from experiments.clip.data.reader import Reader
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+reader = Reader(make_catalog(sys.argv[1], sys.argv[2]))
+before = peak()
+print({len(raw.image) for raw in reader.read_many(range(12))}, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_batch_of_the_largest_members_takes_the_memory_of_a_few(tmp_path):
+    """Together they have 768 MiB."""
+    end = 0
+    with open(tmp_path / "x.tar", "wb") as file:
+        for number in range(12):
+            for name, size in ((f"{number}.png", reading.MAX_IMAGE_BYTES), (f"{number}.txt", 1)):
+                info = tarfile.TarInfo(name)
+                info.size = size
+                file.seek(end)
+                file.write(info.tobuf(tarfile.GNU_FORMAT))
+                end += 512 + -(-size // 512) * 512
+        file.truncate(end + 1024)  # contents are holes, which take no space
+    arguments = [sys.executable, "-c", MANY, str(tmp_path / "x.tar"), str(tmp_path / "catalog")]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    sizes, _, growth = done.stdout.rpartition(" ")
+    assert sizes == f"{{{reading.MAX_IMAGE_BYTES}}}" and int(growth) < 300

@@ -6,8 +6,9 @@ import torch
 from experiments.clip.cli.options import Data, Train
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.errors import UserError
-from experiments.clip.glyphs.options import Prepare
-from experiments.clip.glyphs.source import glyph_features, load_pairs, open_data, prepare, run_prepare
+from experiments.clip.glyphs.source import glyph_features, load_pairs, open_data, prepare
+from experiments.clip.icons.options import Prepare
+from experiments.clip.icons.source import run_prepare
 from experiments.clip.models.clip import new_model
 from experiments.clip.reference.cache import CachedReference
 from experiments.clip.reference.margins import margin_spread
@@ -33,5 +34,5 @@ def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference
 
 
 def test_the_command_says_that_it_reuses_what_is_there(glyph_cache, capsys):
-    run_prepare(Prepare(Data("swapped", "small", glyph_cache)))
+    run_prepare(Prepare(data=Data("swapped", "small", glyph_cache)))
     assert "reusing" in capsys.readouterr().out

@@ -1,14 +1,29 @@
 """Byte ranges of local and remote files, retries where storage fails for a while, few files open at a time."""
 
+import hashlib
 import os
 import pickle
+import re
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
 
 from experiments.clip.errors import UserError
 from experiments.clip.io import files, storage
-from experiments.clip.io.storage import Ranges, file_size, is_remote, open_seekable
+from experiments.clip.io.storage import (
+    Ranges,
+    download,
+    file_size,
+    file_version,
+    is_remote,
+    matching,
+    open_once,
+    open_seekable,
+    refuse_without_ranges,
+)
 
 
 @pytest.fixture
@@ -85,10 +100,123 @@ def test_storage_that_fails_for_a_while(paths, monkeypatch):
     assert waits == []
 
 
-def test_a_remote_range_that_fails_is_requested_again_alone(tmp_path, monkeypatch):
-    path = f"memory://{tmp_path.name}/x"
+@pytest.fixture
+def far(tmp_path):
+    """A remote file whose ends are far apart, and what it holds."""
+    path, content = f"memory://{tmp_path.name}/x", os.urandom(2**18)
     with fsspec.open(path, "wb") as file:
-        file.write(bytes(range(10)))
+        file.write(content)
+    return path, content
+
+
+def test_neighbors_of_a_remote_file_are_requested_together(far, monkeypatch):
+    path, content = far
+    asked = []
     fs = fsspec.filesystem("memory")
-    monkeypatch.setattr(fs, "cat_ranges", lambda paths, *_, **__: [OSError("busy"), b"given"])
-    assert Ranges(1).read_many([(path, 1, 2), (path, 3, 2)]) == [b"\x01\x02", b"given"]
+    original = fs.cat_ranges
+
+    def counting(paths, starts, ends, **options):
+        asked.extend(zip(starts, ends, strict=True))
+        return original(paths, starts, ends, **options)
+
+    monkeypatch.setattr(fs, "cat_ranges", counting)
+    wanted = [(path, 200_000, 50), (path, 70, 30), (path, 0, 50), (path, 0, 0), (path, 65_000, 9)]
+    assert Ranges(1).read_many(wanted) == [content[start : start + size] for _, start, size in wanted]
+    assert asked == [(0, 65_009), (200_000, 200_050)]
+
+
+def test_a_remote_range_that_fails_is_requested_again_alone(far, monkeypatch):
+    path, content = far
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setattr(fs, "cat_ranges", lambda paths, *_, **__: [OSError("busy"), b"ok"])
+    assert Ranges(1).read_many([(path, 1, 2), (path, 200_000, 2)]) == [content[1:3], b"ok"]
+
+
+@pytest.mark.parametrize("protocol", ["zip", "tar"])
+def test_an_archive_stays_open_and_has_globs(tmp_path, monkeypatch, protocol):
+    for number in range(3):
+        (tmp_path / f"{number}.tar").write_bytes(bytes([number] * 2000))
+    chain = f"{protocol}://{{}}::file://{tmp_path}/all.{protocol}"
+    if protocol == "zip":
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for number in range(3):
+                archive.write(tmp_path / f"{number}.tar", f"{number}.tar")
+    else:
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            for number in range(3):
+                archive.add(tmp_path / f"{number}.tar", f"{number}.tar")
+    opened = []
+    original = fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: opened.append(url) or original(url))
+    assert matching(chain.format("*.tar")) == [chain.format(f"{number}.tar") for number in range(3)]
+    ranges = Ranges(1)
+    for number in range(3):
+        path = chain.format(f"{number}.tar")
+        assert ranges.read_many([(path, 5, 10), (path, 0, 3)]) == [bytes([number] * 10), bytes([number] * 3)]
+        assert file_size(path) == 2000
+        with open_once(path, 2000) as file:
+            assert file.read(2100) == bytes([number] * 2000)
+    assert len(opened) == 1
+    ranges = Ranges(1)
+    path = chain.format("1.tar")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda start: ranges.read(path, start, 7), range(200)))
+    assert found == [bytes([1] * 7)] * 200
+
+
+def test_a_stream_reads_forward_once(far):
+    path, content = far
+    with open_once(path, len(content)) as file:
+        assert file.read(8) == content[:8]
+        file.seek(0)
+        assert file.read(4) == content[:4]
+        file.seek(100_000)
+        assert file.read(10) == content[100_000:100_010]
+        assert file.digest() == hashlib.sha256(content).hexdigest()
+    with pytest.raises(OSError, match=r"ended after 262144 of 300000 bytes"), open_once(path, 300_000) as file:
+        file.seek(300_000)
+        file.read(1)
+
+
+def test_the_version_of_a_file_changes_when_it_is_written(far, paths):
+    path, _ = far
+    with open(paths[0], "rb") as file:
+        before = file.read()
+    first = file_version(paths[0])
+    with open(paths[0], "wb") as file:
+        file.write(before)
+    assert file_version(paths[0]) != first and file_version(paths[0])[0] == 100
+    assert file_version(path)[0] == 2**18
+
+
+def test_servers_by_http(tmp_path):
+    pytest.importorskip("aiohttp")
+    from experiments.benchmarks.remote import served
+
+    content = os.urandom(5_000_000)
+    (tmp_path / "x.tar").write_bytes(content)
+    (tmp_path / "empty").write_bytes(b"")
+    with served(tmp_path) as server:
+        url = f"{server.url}/x.tar"
+        refuse_without_ranges(url)
+        refuse_without_ranges(f"{server.url}/empty")
+        assert file_version(url)[0] == 5_000_000 and file_version(url)[1]
+        server.requests.clear()
+        assert Ranges(1).read_many([(url, 10, 20), (url, 40, 5)]) == [content[10:30], content[40:45]]
+        assert [stated for *_, stated in server.requests] == ["bytes=10-44"]
+        server.requests.clear()
+        with open_once(url, 5_000_000) as file:
+            file.seek(4_999_990)
+            assert file.read(99) == content[-10:]
+        assert [method for method, *_ in server.requests] == ["HEAD", "GET"]
+    with served(tmp_path, ranges=False) as server:
+        url, host = f"{server.url}/x.tar", server.url.removeprefix("http://")
+        for read in (refuse_without_ranges, lambda url: Ranges(1).read(url, 3, 5)):
+            with pytest.raises(
+                UserError, match=rf"the server {re.escape(host)} ignores .*: train with --reading shards"
+            ):
+                read(url)
+        with open_once(url, 5_000_000) as file:
+            assert file.digest() == hashlib.sha256(content).hexdigest()
+        download(url, str(tmp_path / "copy"))
+        assert (tmp_path / "copy").read_bytes() == content

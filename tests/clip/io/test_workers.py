@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.clip.errors import UserError
-from experiments.clip.io.workers import Workers, spare_cores, spread
+from experiments.clip.io.workers import Workers, spare_cores, spread, usual_workers
 
 ROOT = Path(__file__).parents[3]
 
@@ -61,6 +61,18 @@ def test_work_is_spread_over_the_cores_and_comes_in_order(keys):
     assert (os.getpid() in {process for _, process in found}) == (cores == 1)
     with pytest.raises(UserError, match=r"^-1 is negative$"):
         list(spread(square, [1, -1]))
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(1, None, 0), (2, None, 1), (8, "1", 7), (96, "8", 11), (128, "4", 16), (4, "8", 0)]
+)
+def test_ranks_of_a_machine_share_its_cores(cores, ranks, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    if ranks is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert usual_workers() == workers
 
 
 @pytest.mark.parametrize("count", [0, 1])

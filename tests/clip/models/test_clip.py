@@ -94,8 +94,8 @@ def test_no_images_and_no_captions_have_no_features():
 def test_locked_towers_are_frozen_except_for_their_last_groups():
     model = new_model("glyph-small", 0).model
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
-    lock_towers(model, ["image"], 0)
+    lock_towers(model, {"image": 0})
     left = {name for name, each in model.named_parameters() if each.requires_grad}
     assert left == {name for name in trained if not name.startswith("visual.")}
     with pytest.raises(UserError, match=r"this model's text tower cannot be locked .*: choose another --model"):
-        lock_towers(torch.nn.Linear(1, 1), ["text"], 0)
+        lock_towers(torch.nn.Linear(1, 1), {"text": 0})

@@ -1,9 +1,13 @@
 """What identifies a training, and how long it is expected to take."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from experiments.clip.cli.options import Train
+from experiments.clip.cli.presets import STARTS
+from experiments.clip.run import parse
+from experiments.clip.study import planning
 from experiments.clip.study.grid import REFERENCES, STUDIES, Cell
 from experiments.clip.study.planning import (
     cell_hash,
@@ -12,7 +16,11 @@ from experiments.clip.study.planning import (
     planned_trainings,
     reference_label,
 )
+from experiments.clip.study.results import read_rows
 from experiments.clip.training.options import Loss
+
+GLYPHS = STARTS["glyphs"]
+RESULTS = Path(planning.__file__).parent / "results" / "study.csv"
 
 
 def test_a_hash_is_that_of_all_that_the_result_depends_on():
@@ -37,13 +45,13 @@ def test_a_hash_is_that_of_all_that_the_result_depends_on():
 
 
 def test_trainings_that_differ_in_their_seed_alone():
-    cell = Cell("drrho", Train())
-    assert differ_in_seed_alone(cell, Cell("label", Train(seed=3)))
-    assert not differ_in_seed_alone(cell, Cell("drrho", Train(seed=3, fraction=0.5)))
+    cell = Cell("drrho", GLYPHS)
+    assert differ_in_seed_alone(cell, Cell("label", dataclasses.replace(GLYPHS, seed=3)))
+    assert not differ_in_seed_alone(cell, Cell("drrho", dataclasses.replace(GLYPHS, seed=3, fraction=0.5)))
 
 
 def test_a_training_of_two_studies_is_planned_once(monkeypatch):
-    cells = [Cell("drrho", Train(seed=seed)) for seed in range(3)]
+    cells = [Cell("drrho", dataclasses.replace(GLYPHS, seed=seed)) for seed in range(3)]
     monkeypatch.setitem(STUDIES, "first", lambda _: cells[:2])
     monkeypatch.setitem(STUDIES, "second", lambda _: cells)
     planned = planned_trainings(["first", "second"], {})
@@ -69,3 +77,14 @@ def test_time_is_expected_of_alike_trainings_first():
     assert expected_seconds(train, 300, rows) == 90  # 0.3 seconds a pair: the median of 0.1, 0.3 and 0.3
     alone = expected_seconds(train, 100, rows[-1:])
     assert 0 < alone and expected_seconds(train, 200, rows[-1:]) == 2 * alone
+
+
+def test_the_words_of_a_committed_row_are_the_training_of_its_hash():
+    """Whatever the defaults of other runs become."""
+    rows = read_rows(RESULTS)
+    steered_by_others = {row["hash"] for row in rows.values() if row["reference"] not in ("", "shipped")}
+    own = [row for key, row in rows.items() if key not in steered_by_others]
+    assert len(own) > 1000
+    for row in own[::100]:
+        options = parse(["train", *shlex.split(row["options"])])
+        assert cell_hash(Cell(row["method"], options)) == row["hash"]

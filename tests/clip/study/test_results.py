@@ -1,8 +1,10 @@
 """The tables of results, as processes that may be killed write and read them."""
 
+import dataclasses
+
 import pytest
 
-from experiments.clip.cli.options import Train
+from experiments.clip.cli.presets import STARTS
 from experiments.clip.errors import UserError
 from experiments.clip.study.grid import STUDIES, Cell
 from experiments.clip.study.planning import cell_hash
@@ -16,6 +18,8 @@ from experiments.clip.study.results import (
     study_rows,
     write_training,
 )
+
+GLYPHS = STARTS["glyphs"]
 
 
 def line(own, **more):
@@ -61,7 +65,7 @@ def test_a_line_or_table_of_another_shape_is_named(tmp_path):
 
 def test_rows_of_a_study_have_its_own_labels_and_order(tmp_path, monkeypatch):
     results = tmp_path / "study.csv"
-    cells = [Cell("drrho", Train(seed=seed), f"setting {seed}") for seed in range(3)]
+    cells = [Cell("drrho", dataclasses.replace(GLYPHS, seed=seed), f"setting {seed}") for seed in range(3)]
     monkeypatch.setitem(STUDIES, "own", lambda _: reversed(cells))
     for cell in cells[:2]:
         write_training(results, line(cell_hash(cell), study="other", method="other", setting="other"), [])

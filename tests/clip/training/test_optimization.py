@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from open_clip_train import scheduler
 from training_runs import SHORT, run
 
-from experiments.clip.errors import Interrupted
+from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.optimization import (
     LossScale,
@@ -82,6 +83,57 @@ def test_schedules():
     cooldown = Optimization(lr=1.0, warmup=0, schedule="cooldown", cooldown_steps=4)
     assert [learning_rate(step, 20, cooldown) for step in (0, 16, 18, 19)] == pytest.approx([1.0, 1.0, 0.5, 0.25])
     assert learning_rate(19, 20, Optimization(lr=1.0, warmup=0, schedule="constant")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        (Optimization(lr=2e-3, warmup=30), lambda own: scheduler.cosine_lr(own, 2e-3, 30, 100)),
+        (
+            Optimization(lr=1e-3, warmup=10, schedule="cooldown", cooldown_steps=40, cooldown_power=2.0, lr_min=1e-4),
+            lambda own: scheduler.const_lr_cooldown(own, 1e-3, 10, 100, 40, 2.0, 1e-4),
+        ),
+        (
+            Optimization(lr=1e-3, warmup=0, schedule="cooldown", cooldown_steps=7),
+            lambda own: scheduler.const_lr_cooldown(own, 1e-3, 0, 100, 7),
+        ),
+        (Optimization(lr=1e-3, warmup=5, schedule="constant"), lambda own: scheduler.const_lr(own, 1e-3, 5, 100)),
+    ],
+    ids=["cosine", "cooldown", "linear cooldown", "constant"],
+)
+def test_schedules_are_those_of_open_clip(options, theirs):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rate = theirs(optimizer)
+    expected = [rate(step) or optimizer.param_groups[0]["lr"] for step in range(100)]
+    assert [learning_rate(step, 100, options) for step in range(100)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_optimizers_of_timm_are_given_what_they_have():
+    model = torch.nn.Linear(3, 2)
+    for more, expected in (
+        ({"optimizer": "lion", "betas": (0.9, 0.95)}, {"betas": (0.9, 0.95)}),
+        ({"optimizer": "lion"}, {"betas": (0.9, 0.99)}),
+        ({"optimizer": "lamb", "adam_eps": 1e-5}, {"eps": 1e-5}),
+        ({"optimizer": "sgd", "momentum": 0.5}, {"momentum": 0.5}),
+        ({"optimizer": "sgd"}, {"momentum": 0.9}),
+        ({"betas": (0.8, 0.9), "adam_eps": 1e-4}, {"betas": (0.8, 0.9), "eps": 1e-4}),
+    ):
+        defaults = build_optimizer(model, Optimization(lr=0.1, **more)).defaults
+        assert {name: defaults[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"optimizer": "lion", "adam_eps": 1e-5}, "--optimizer lion has no eps: leave out 1e-05"),
+        ({"optimizer": "sgd", "betas": (0.9, 0.9)}, r"--optimizer sgd (has no|does not take)"),
+        ({"optimizer": "adam", "momentum": 0.5}, "--optimizer adam has no momentum: leave out 0.5"),
+        ({"optimizer": "adan", "betas": (0.9, 0.9)}, "--optimizer adan does not take"),
+    ],
+)
+def test_what_an_optimizer_would_pass_over_is_refused(more, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer(torch.nn.Linear(3, 2), Optimization(lr=0.1, **more))
 
 
 @pytest.mark.slow

@@ -1,19 +1,23 @@
 """The towers: parts of a batch, precisions, dropout."""
 
 import dataclasses
+from collections import Counter
 
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
+from processes import start_ranks
 from training_runs import SHORT, built, contrastive, run
 
 from drrho.routes import BatchIndex
+from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import Execution, Optimization
-from experiments.clip.training.towers import Towers, synchronize_batch_norm
+from experiments.clip.training.towers import Towers, precision_of, repeated_blocks, synchronize_batch_norm
 
 
 @pytest.mark.slow
@@ -142,3 +146,69 @@ def test_batch_normalization_over_ranks_keeps_the_names_of_weights_and_says_wher
     assert isinstance(model[2].act, torch.nn.ReLU) and isinstance(model[2], torch.nn.SyncBatchNorm)
     with pytest.raises(UserError, match="--use-bn-sync has no part in this run"):
         synchronize_batch_norm(torch.nn.Linear(2, 2), Ranks())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, blocks",
+    [
+        ("RN50", {"Bottleneck": 13, "ResidualAttentionBlock": 12}),
+        ("ViT-B-16-SigLIP", {"Block": 12, "ResidualAttentionBlock": 12}),
+        ("convnext_base", {"ConvNeXtBlock": 33, "ConvNeXtStage": 4, "ResidualAttentionBlock": 12}),
+        (
+            "swin_base_patch4_window7_224",
+            {"SwinTransformerBlock": 24, "SwinTransformerStage": 4, "ResidualAttentionBlock": 12},
+        ),
+    ],
+)
+def test_blocks_are_what_a_model_repeats(name, blocks):
+    """Of any family: what is gathered at a time is a small part of it, and inner blocks come before outer ones."""
+    with torch.device("meta"):
+        model = open_clip.create_model(name, device="meta")
+    found = repeated_blocks(model)
+    assert Counter(type(block).__name__ for block in found) == blocks
+    place = {block: number for number, block in enumerate(found)}
+    assert all(place[inner] <= place[outer] for outer in found for inner in outer.modules() if inner in place)
+    assert repeated_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))) == []
+
+
+def reduced_types(rank, folder):
+    """Note in which types FSDP adds gradients up over two ranks, of towers in bfloat16."""
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    try:
+        types, reduce = [], dist.reduce_scatter_tensor
+
+        def noted(output, given, *arguments, **options):
+            types.append(given.dtype)
+            return reduce(output, given, *arguments, **options)
+
+        dist.reduce_scatter_tensor = noted
+        clip, world = new_model("glyph-micro", 0, nonscalar_logit_scale=True), dist.group.WORLD
+        ranks = Ranks(rank, 2, torch.device("cpu"), world, None, world)
+        towers = Towers(clip, Execution(parallel="fsdp", precision="bfloat16"), ranks)
+        size, length = clip.model.visual.image_size[0], clip.model.context_length
+        images, texts = torch.zeros(4, 3, size, size, dtype=torch.uint8), torch.ones(4, length, dtype=torch.int32)
+        batch = Batch(images, texts, torch.arange(4))
+        towers.backward(OpenCLIP(world), batch, BatchIndex.gathered(batch.index, world), None, 1, 0, 1.0)
+        assert types and set(types) == {torch.float32}
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_gradients_of_sharded_towers_add_up_in_float32(tmp_path):
+    start_ranks(reduced_types, (str(tmp_path),), 2)
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
+def test_the_precision_is_the_one_that_is_given_or_the_usual_one_of_the_device(given):
+    for device in ("cpu", "cuda"):
+        assert precision_of(Execution(precision=given), torch.device(device)) == given
+    assert precision_of(Execution(), torch.device("cpu")) == "float32"
+
+
+@pytest.mark.gpu
+def test_the_usual_precision_of_a_gpu_has_sixteen_bits():
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert precision_of(Execution(), torch.device("cuda")) == ("bfloat16" if native else "float16")

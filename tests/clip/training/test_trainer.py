@@ -1,12 +1,13 @@
 """The trainer on real pairs: what a step computes, and resuming without loss."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 from families import thorough
-from training_runs import SETTINGS, built, contrastive, run
+from training_runs import SETTINGS, SHORT, built, contrastive, run
 
 from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.glyphs.stream import PreparedPairs, epoch_order
@@ -34,6 +35,26 @@ def test_stopped_anywhere_and_resumed_ends_at_the_same_bits(name, pairs, feature
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert all(math.isfinite(value) for record in history for value in record.values())
+
+
+@pytest.mark.parametrize("name", thorough(SETTINGS, ("drrho", "siglip on jest")))
+def test_a_pair_alone_in_its_batch_is_passed_over(name, pairs, features, reference, tmp_path):
+    """Of 7 pairs in batches of 2 the last is alone, once in an epoch; the other steps are taken."""
+    selects, few = " on " in name, pairs.first(7)
+    optimization = dataclasses.replace(SHORT, batch_size=4 if selects else 2)
+    given = built(name, few, features, reference, optimization)
+    clip, history, _ = run(few, checkpoints=tmp_path / "c", **given)
+    assert all(bool(value.isfinite().all()) for value in clip.model.state_dict().values())
+    chosen = 4 if selects else 6  # of two batches with selection, of 4 and 3 candidates, two each
+    assert [(r["samples_scored"], r["samples_trained"]) for r in history] == [(7, chosen), (14, 2 * chosen)]
+    assert all(math.isfinite(record["loss"]) for record in history)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum(line.get("skipped/alone in its batch", 0) for line in lines) == (0 if selects else 2)
+
+
+def test_a_run_in_which_every_pair_is_alone_says_so(pairs, tmp_path):
+    with pytest.raises(UserError, match="none of the 2 steps had 2 pairs to compare"):
+        run(pairs.first(1), contrastive(), tmp_path / "c")
 
 
 @pytest.mark.slow

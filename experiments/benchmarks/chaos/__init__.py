@@ -1,0 +1,1 @@
+"""Small trainings broken at random moments, resumed, and compared with one that was left alone."""

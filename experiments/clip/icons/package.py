@@ -1,0 +1,150 @@
+"""The icons of npm's ``@iconify/json``: fetched once, read as data, with the licence of each set."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.clip.errors import UserError, printable
+from experiments.clip.io.files import sync
+
+PACKAGE, VERSION = "@iconify/json", "2.2.535"
+#: SPDX names of the licences whose icons may be drawn, changed and passed on under any terms, where their authors are
+#: named. Share-alike, non-commercial and GPL-like ones are left out.
+LICENSES = frozenset(
+    ("Apache-2.0", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "MPL-2.0", "OFL-1.1", "Unlicense")
+)
+_MOST_BYTES = 1 << 28  # of one file of the package
+
+
+class Icon(NamedTuple):
+    """One drawing: ``svg`` is a whole document, ``categories`` are the set's own names of what it shows."""
+
+    name: str
+    svg: str
+    categories: tuple[str, ...]
+
+
+class IconSet(NamedTuple):
+    """The visible icons of one set; ``category`` is the package's own word for its kind."""
+
+    prefix: str
+    title: str
+    author: str
+    license: str
+    url: str
+    category: str
+    icons: tuple[Icon, ...]
+
+
+def fetch(folder: Path, source: Path | None = None) -> Path:
+    """Return the package's archive: ``source``, or the one in ``folder``, which npm fetches if it is not there.
+
+    Raises
+    ------
+    UserError
+        Without npm or a network, or if the file is not there.
+    """
+    if source is not None:
+        if not source.is_file():
+            raise UserError(f"--source {source} is not a file: give the archive that `npm pack {PACKAGE}` writes")
+        return source
+    path = folder / f"iconify-json-{VERSION}.tgz"
+    if path.is_file():
+        return path
+    remedy = f"run `npm pack {PACKAGE}@{VERSION}` where there is a network, and give its file as --source"
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError(f"npm is not installed: {remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [npm, "pack", "--silent", f"{PACKAGE}@{VERSION}", "--pack-destination", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        found = list(Path(scratch).glob("*.tgz"))
+        if done.returncode or len(found) != 1:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise UserError(f"npm could not fetch the icons ({printable(said[-1]) if said else 'no output'}): {remedy}")
+        sync(found[0])
+        found[0].rename(path)
+    return path
+
+
+def read_package(path: Path) -> tuple[str, list[IconSet], dict[str, int]]:
+    """Return the package's version, its sets whose licence is in `LICENSES`, and how many icons the others have.
+
+    Raises
+    ------
+    UserError
+        If the file is not the archive of such a package.
+    """
+    refused: dict[str, int] = {}
+    try:
+        members = dict(_members(path))
+        version = str(members["package/package.json"]["version"])
+        sets = []
+        for prefix, about in sorted(members["package/collections.json"].items()):
+            license = str(about.get("license", {}).get("spdx") or "none")
+            if license in LICENSES:
+                sets.append(_icon_set(prefix, license, about, members[f"package/json/{prefix}.json"]))
+            else:
+                refused[license] = refused.get(license, 0) + int(about["total"])
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): fetch it again") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"{path} is not the archive of {PACKAGE} ({printable(repr(error))}): fetch it again") from error
+    return version, sets, refused
+
+
+def _members(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the JSON files of the archive; nothing is unpacked."""
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            is_wanted = member.name in ("package/package.json", "package/collections.json")
+            if member.isfile() and (is_wanted or re.fullmatch(r"package/json/[\w-]+\.json", member.name)):
+                if member.size > _MOST_BYTES:
+                    raise ValueError(f"{member.name} has {member.size} bytes")
+                file = archive.extractfile(member)
+                assert file is not None
+                yield member.name, json.loads(file.read())
+
+
+def _icon_set(prefix: str, license: str, about: Mapping[str, Any], content: Mapping[str, Any]) -> IconSet:
+    categories: dict[str, list[str]] = {}
+    for category, names in content.get("categories", {}).items():
+        for name in names:
+            categories.setdefault(name, []).append(category)
+    icons = tuple(
+        Icon(name, _document(icon, content), tuple(categories.get(name, ())))
+        for name, icon in sorted(content["icons"].items())
+        if not icon.get("hidden")
+    )
+    author, url = about.get("author", {}), about.get("license", {}).get("url", "")
+    return IconSet(
+        prefix,
+        str(about["name"]),
+        str(author.get("name", "")),
+        license,
+        str(url),
+        str(about.get("category", "")),
+        icons,
+    )
+
+
+def _document(icon: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Return a whole SVG document of an icon's body, its current color black; empty for an icon without a size."""
+    left, top, width, height = (
+        float(icon.get(key, content.get(key, otherwise)))
+        for key, otherwise in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    )
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        return ""
+    box = f"{left:g} {top:g} {width:g} {height:g}"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" color="#000">{icon["body"]}</svg>'

@@ -1,0 +1,142 @@
+"""Icons with their names as a data set on disk: drawn once, split by drawing and by name."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.clip.cli.options import Data
+from experiments.clip.cli.terminal import console, progress_bar
+from experiments.clip.glyphs import source as glyphs
+from experiments.clip.glyphs.dataset import GlyphPair, Manifest, open_dataset, write_dataset
+from experiments.clip.icons.captions import caption, style_of
+from experiments.clip.icons.options import Prepare
+from experiments.clip.icons.package import LICENSES, IconSet, fetch, read_package
+from experiments.clip.icons.rendering import RULE, Renders, fault
+from experiments.clip.icons.splits import SHARES, drawing_splits, family_of, kind_of, split_of
+
+#: Of the icons that `--size small` keeps, about 30,000 are left after the splits.
+_SMALL_SHARE = 0.145
+
+
+class Candidate(NamedTuple):
+    """An icon that has a place in a split, not yet drawn."""
+
+    key: str
+    svg: str
+    caption: str
+    split: str
+    meta: dict[str, Any]
+
+
+def run_prepare(options: Prepare) -> None:
+    """Draw the pairs that the options name and write their shards, unless they are there."""
+    if options.kind == "glyphs":
+        glyphs.prepare(options.data)
+    else:
+        prepare(options.data, options.pixels, options.source)
+
+
+def prepare(data: Data, pixels: int, archive: Path | None = None) -> Manifest:
+    """Return the manifest of the icons, after drawing and writing them if they are not there.
+
+    Their captions are always the icons' names. An interrupted drawing goes on where it was.
+    """
+    folder = data.cache / f"icons-{pixels}-{data.size}"
+    if archive is None and (manifest := open_dataset(folder)) is not None:
+        console.print(f"data       reusing {folder}")
+        return manifest
+    with console.status("reading the icons"):
+        version, sets, refused = read_package(fetch(data.cache, archive))
+        left_out = Counter({f"license {name}": count for name, count in refused.items()})
+        candidates = list(_candidates(sets, data.size == "small", left_out))
+    settings = {"package": version, "pixels": pixels, "size": data.size, "rule": RULE, "licenses": sorted(LICENSES)}
+    if (manifest := open_dataset(folder, settings)) is not None:
+        console.print(f"data       reusing {folder}")
+        return manifest
+    renders = Renders(data.cache / "icon-pictures", pixels)
+    with progress_bar("drawing the icons") as advance:
+        pictures = renders.draw([candidate.svg for candidate in candidates], advance)
+    splits = _splits(candidates, pictures, left_out)
+    vocabulary = sorted({pair.caption for pairs in splits.values() for pair in pairs})
+    total = sum(len(pairs) for pairs in splits.values())
+    extra = {"ATTRIBUTION.md": _attribution(sets, splits), "left_out.json": json.dumps(left_out, indent=1).encode()}
+    with progress_bar("writing shards") as advance:
+        manifest = write_dataset(
+            folder, splits, settings, vocabulary=vocabulary, extra=extra, progress=lambda done: advance(done, total)
+        )
+    renders.remove()
+    sizes = ", ".join(f"{split.name} {split.samples}" for split in manifest.splits.values())
+    console.print(f"data       wrote {total} icons to {folder} ({sizes})")
+    console.print("left out   " + ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()))
+    return manifest
+
+
+def _candidates(sets: Sequence[IconSet], small: bool, left_out: Counter[str]) -> Iterator[Candidate]:
+    by_drawing = drawing_splits(sets)
+    for icons in sets:
+        kind, family = kind_of(icons), family_of(icons)
+        style = style_of([icon.name for icon in icons.icons])
+        for icon in icons.icons:
+            if small and _draw(f"{icons.prefix} {icon.name}") >= _SMALL_SHARE:
+                continue
+            words = caption(icon.name, style)
+            split = split_of(kind, family, words, by_drawing) if words else None
+            if reason := fault(icon.svg) or ("no name" if not words else "" if split else "drawing of the other pool"):
+                left_out[reason] += 1
+                continue
+            assert split is not None
+            meta = {"name": words, "set": icons.prefix, "kind": kind, "license": icons.license, "icon": icon.name}
+            if icon.categories:
+                meta["categories"] = list(icon.categories)
+            yield Candidate(f"{icons.prefix}--{_key(icon.name)}", icon.svg, words, split, meta)
+
+
+def _draw(text: str) -> float:
+    """Return a number from 0 to 1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
+
+
+def _key(name: str) -> str:
+    """Return a name that webdataset takes for a whole key: a long one ends in its hash."""
+    return name if len(name) <= 48 else f"{name[:39]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _splits(
+    candidates: Sequence[Candidate], pictures: Sequence[bytes | None], left_out: Counter[str]
+) -> dict[str, list[GlyphPair]]:
+    """Return the pairs of each split in a random order that depends on their keys alone.
+
+    Of identical pictures one is kept, that of the first split of test, validation, reference and train.
+    """
+    order = {split: number for number, split in enumerate(SHARES)}
+    drawn = sorted(
+        zip(candidates, pictures, strict=True),
+        key=lambda pair: (order[pair[0].split], hashlib.sha256(pair[0].key.encode()).digest()),
+    )
+    splits: dict[str, list[GlyphPair]] = {split: [] for split in reversed(SHARES)}
+    seen: set[bytes] = set()
+    for candidate, picture in drawn:
+        digest = b"" if picture is None else hashlib.sha256(picture).digest()
+        if picture is None or digest in seen:
+            left_out["empty" if picture is None else "the same picture as another"] += 1
+            continue
+        seen.add(digest)
+        splits[candidate.split].append(GlyphPair(candidate.key, picture, candidate.caption, candidate.meta))
+    return splits
+
+
+def _attribution(sets: Sequence[IconSet], splits: dict[str, list[GlyphPair]]) -> bytes:
+    """Return a page that names the author and licence of every set of which an icon is there."""
+    counts = Counter(pair.meta["set"] for pair in itertools.chain(*splits.values()))
+    lines = ["# The icons, their authors and licenses", "", "| set | icons | author | license |", "|---|---|---|---|"]
+    for icons in sets:
+        if counts[icons.prefix]:
+            license = f"[{icons.license}]({icons.url})" if icons.url else icons.license
+            lines.append(f"| {icons.title} (`{icons.prefix}`) | {counts[icons.prefix]} | {icons.author} | {license} |")
+    return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,100 @@
+"""Everything that training changes, as a checkpoint holds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.clip.data.batch import Stream
+from experiments.clip.distributed import Ranks
+from experiments.clip.training.checkpoint import Checkpoint, restore_training, training_state
+from experiments.clip.training.logs import Record
+from experiments.clip.training.methods import Method
+from experiments.clip.training.optimization import LossScale, MovingAverage
+
+# Names of a checkpoint's tensors beside weights and optimizer.
+EMA, _SCALER = "ema.", "scaler."
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds; see `CheckpointWriter.start`."""
+
+    shared: dict[str, Tensor]
+    own: dict[str, Tensor]
+    counts: dict[str, int]
+    progress: dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes: a checkpoint holds it, and a run resumes from it.
+
+    Attributes
+    ----------
+    step : int
+        Finished steps.
+    skipped_steps : int
+        Steps that were not taken because something was not finite.
+    seen : dict
+        Pairs so far, over all ranks: those that the stream gave, and those that a backward pass was for.
+    history : list
+        One record per validation.
+    counts : dict
+        The stream's counts of the finished steps: it may have given the next batch already.
+    unscored : dict, optional
+        The record of a validation that is due after this step, without its scores: the run was stopped before it.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: LossScale
+    average: MovingAverage | None
+    method: Method
+    stream: Stream
+    step: int = 0
+    skipped_steps: int = 0
+    seen: dict[str, int] = field(default_factory=lambda: {"samples_scored": 0, "samples_trained": 0})
+    history: list[Record] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    unscored: Record | None = None
+
+    def state_dict(self) -> Snapshot:
+        """Return the state: tensors are the ones that training changes, not copies."""
+        shared = training_state(self.model, self.optimizer)
+        if self.average is not None:
+            shared |= {f"{EMA}{key}": value for key, value in self.average.state_dict().items()}
+        shared |= {f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()}
+        progress = {
+            "step": self.step,
+            "history": self.history,
+            "passed_over": self.skipped_steps,
+            "seen": self.seen,
+            "unscored": self.unscored,
+            # Where some optimizers count.
+            "optimizer_steps": [
+                int(group["step"]) if "step" in group else None for group in self.optimizer.param_groups
+            ],
+        }
+        return Snapshot(shared, self.method.state_dict(), self.counts, progress)
+
+    def load_state_dict(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
+        """Load the state of a checkpoint, which may be of another number of ranks."""
+        restore_training(checkpoint, self.model, self.optimizer)
+        progress = checkpoint.progress
+        self.step, self.history = progress["step"], progress["history"]
+        self.skipped_steps, self.seen = progress["passed_over"], progress["seen"]
+        self.unscored = progress.get("unscored")
+        for group, count in zip(self.optimizer.param_groups, progress["optimizer_steps"], strict=True):
+            if count is not None:
+                group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
+        if self.average is not None:
+            checkpoint.fill({f"{EMA}{key}": value for key, value in self.average.state_dict().items()})
+        checkpoint.fill({f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()})
+        self.method.load_state_dict(checkpoint.own)
+        # Counts of ranks that no longer exist go to those that do.
+        self.stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
+        self.counts = self.stream.state_dict()
