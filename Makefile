@@ -30,7 +30,8 @@ test: lint types
 HOSTS := .venv-integrations
 
 test-integrations: $(HOSTS)/.ready
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations \
+	  "tests/test_notebooks.py::test_notebook_runs_and_draws[05_steer_your_trainer]"
 
 $(HOSTS)/.ready: $(READY)
 	$(PYTHON) -m venv $(HOSTS)

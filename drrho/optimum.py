@@ -57,8 +57,10 @@ def optimum(
 
 def dtype_read(losses: Tensor, problem: Problem) -> torch.dtype:
     """Return the dtype in which losses are solved: a narrow one where kernels read that and compute in float64."""
+    if losses.dtype == torch.float64 or transforms_active() or forward_ad._current_level >= 0:
+        return torch.float64
     kernel = algorithm_of(problem.divergence).kernel
-    if losses.dtype == torch.float64 or kernel is None or transforms_active() or forward_ad._current_level >= 0:
+    if kernel is None:
         return torch.float64
     if native.takes(losses, problem):
         return torch.float32
@@ -101,6 +103,8 @@ class _Derivatives:
             solution.on_ball,
         )
         ctx.save_for_backward(*kept)
+        ctx.weights = solution.weights.detach()
+        ctx.version = ctx.weights._version
         return kept
 
     @staticmethod
@@ -109,7 +113,10 @@ class _Derivatives:
         by_value, *others = grads
         if not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
             by_row = by_value if by_value is None or ctx.one_row else by_value[:, None]
-            return by_row if by_row is None else by_row * ctx.saved_tensors[-_KEPT], None, None, None, None, None
+            # To unpack what is saved takes longer than to multiply; it is what can be derived again, or was written over
+            is_plain = not torch.is_grad_enabled() and ctx.weights._version == ctx.version
+            weights = ctx.weights if is_plain else ctx.saved_tensors[-_KEPT]
+            return by_row if by_row is None else by_row * weights, None, None, None, None, None
         if ctx.one_row:
             grads = [grad if grad is None else grad.unsqueeze(0) for grad in grads]
         pulled = _Derivatives.pulled(ctx, grads)

@@ -229,8 +229,12 @@ def drrho_risk(
     )
 
 
+#: Whether autocast is on for some device; to ask for the losses' own takes a tenth of a small call.
+_any_autocast = torch._C._is_any_autocast_enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _answer_dtype(losses: Tensor) -> torch.dtype:
-    return torch.promote_types(losses.dtype, torch.float32)
+    return losses.dtype if losses.dtype == torch.float64 else torch.float32
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -285,7 +289,7 @@ def _risk(
         base if base is None else base.to(precise),
     )
     try:
-        if torch.is_autocast_enabled(losses.device.type):
+        if _any_autocast() and torch.is_autocast_enabled(losses.device.type):
             with torch.autocast(losses.device.type, enabled=False):
                 solution = optimum(*inputs, problem)
         else:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+#: Notebooks that need more than the extras of `all`.
+NEEDS = {"05_steer_your_trainer": "transformers"}
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -12,6 +14,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 @pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_draws(path):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem], reason="needs the extra integrations (make test-integrations)")
     import nbformat  # takes seconds to load, which the fast tests should not pay
     from nbclient import NotebookClient
 

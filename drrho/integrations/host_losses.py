@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from drrho.integrations.content import IGNORED
+from drrho.integrations.reference_losses import ReferenceLosses
 
 Level = Literal["token", "sequence", "sample"]
 
@@ -29,12 +30,12 @@ def losses_of_outputs(outputs: Any, labels: Tensor, level: Level) -> Tensor:
             f"level={level!r} needs one label for each row of logits, got logits {list(logits.shape)} and labels "
             f"{list(labels.shape)} of {labels.dtype}"
         )
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if level == "sample":
-        return cross_entropy(logits.to(wide), labels, reduction="none")
-    logits, labels = logits[:, :-1].to(wide), labels[:, 1:]
+        return cross_entropy(logits, labels, reduction="none")
+    labels = pad(labels[:, 1:], (0, 1), value=IGNORED)  # as the hosts do: logits without the last would be a copy
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return losses.view(labels.shape)
+    return losses.view(labels.shape)[:, :-1]
 
 
 class Rows(NamedTuple):
@@ -119,8 +120,10 @@ def refuse_configuration(trainer: Any, level: Level) -> None:
     raise ValueError(wrong)
 
 
-def refuse_outputs(own: int | None, theirs: int | None, level: Level, is_padded: bool) -> None:
+def refuse_outputs(model: nn.Module, reference: nn.Module | ReferenceLosses, level: Level, is_padded: bool) -> None:
     """Raise a ``ValueError`` if a reference has another vocabulary or other classes than the target."""
+    own = outputs_of(model, level)
+    theirs = reference.about.get("outputs") if isinstance(reference, ReferenceLosses) else outputs_of(reference, level)
     if None not in (own, theirs) and own != theirs and not (is_padded and level != "sample"):
         what, remedy = "classes", "train the reference on the same labels"
         if level != "sample":

@@ -5,8 +5,13 @@ The numbers are raw and little-endian. Beside ``NAME`` lies ``NAME.crc``, one 32
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -14,6 +19,7 @@ from numpy.typing import NDArray
 
 PAGE = 4096
 _CHUNK = 2**22
+AGAIN = "delete its folder and compute the losses again"
 
 
 class Pages:
@@ -134,4 +140,24 @@ def no_room(path: Path, size: int, error: OSError) -> OSError:
     )
 
 
-AGAIN = "delete its folder and compute the losses again"
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file by a mapping as JSON; a crash leaves the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(json.dumps(value, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel releases however this process ends."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OSError(error.errno, f"another process is computing the losses of {folder}: wait for it") from error
+    finally:
+        os.close(descriptor)

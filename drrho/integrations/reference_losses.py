@@ -101,10 +101,7 @@ class ReferenceLosses:
     def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return the sample of each key of ``keys`` ``[k, 2]``, -1 for one that is not there.
 
-        Raises
-        ------
-        ValueError
-            If the losses have no keys.
+        The losses must have keys, else a ``ValueError`` is raised.
         """
         if self._keys is None:
             raise ValueError(f"{self.folder} finds samples by number, not by content: {AGAIN}, with keys")
@@ -142,7 +139,7 @@ class ReferenceLosses:
             Maps a batch to the reference's losses ``[b]``, or for sequences ``[tokens]``, one sample after another. It
             runs without gradients.
         batches : iterable of (index, batch)
-            ``index`` ``[b]`` tells the samples of a batch. Every sample must occur.
+            ``index`` ``[b]`` tells the samples of a batch; each must occur.
         rows : int or sequence of int
             The number of samples, or of sequences the number of losses of each.
         about : mapping

@@ -6,12 +6,10 @@ and samples may come in any order and in batches of any size.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drrho.integrations.pages import checksums_of, reserve, seal, write, write_file
+from drrho.integrations.pages import alone, checksums_of, reserve, seal, write, write_file, write_json
 from drrho.validation import ArrayLike, as_index
 
 HEADER = "reference-losses.json"
@@ -51,7 +49,7 @@ def compute(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "losses.f32"
-    with _alone(folder):
+    with alone(folder):
         if not (folder / _STARTED).exists():
             _start(folder, header, offsets, keys)
         _refuse_other_start(folder, header)
@@ -68,7 +66,7 @@ def compute(
             *(["keys.u64"] if header["keyed"] else []),
         ]
         digests = {name: hashlib.sha256(checksums_of(folder / name).read_bytes()).hexdigest() for name in names}
-        _write_json(folder / HEADER, header | {"sha256": digests})
+        write_json(folder / HEADER, header | {"sha256": digests})
         (folder / _STARTED).unlink()
 
 
@@ -154,7 +152,7 @@ def _start(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    _write_json(folder / _STARTED, header)
+    write_json(folder / _STARTED, header)
 
 
 def _checked_keys(keys: NDArray[np.uint64], rows: int) -> NDArray[np.uint64]:
@@ -191,25 +189,3 @@ def as_json(about: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(about), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"about must be JSON, got {about!r}: {error}") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(value, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel releases however this process ends."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OSError(error.errno, f"another process is computing the losses of {folder}: wait for it") from error
-    finally:
-        os.close(descriptor)

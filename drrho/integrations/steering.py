@@ -24,17 +24,11 @@ Part = TypeVar("Part")
 class SteeringStep(NamedTuple):
     """What a batch's losses give.
 
-    Attributes
-    ----------
-    loss : scalar Tensor
-        What to call ``backward`` on. Wrappers such as DistributedDataParallel average gradients over ranks, where those
-        of a risk over all ranks have to be added up: it is the value times the number of ranks.
-    value : Tensor
-        The robust risk of the excess losses of all ranks' samples, the same on every rank: what to log.
-    weights : Tensor ``[..., n]``
-        The weights of this rank's samples; those of all ranks sum to one. Detached.
-    excess : Tensor ``[..., n]``
-        ``losses - coefficient * reference_losses``. Detached.
+    ``loss`` is the scalar to call ``backward`` on: the value times the number of ranks, because wrappers such as
+    DistributedDataParallel average gradients over ranks, where those of a risk over all of them have to be added up.
+    ``value`` is the robust risk of the excess losses of all ranks' samples: what to log. ``weights`` and ``excess``,
+    ``losses - coefficient * reference_losses``, are of this rank's samples ``[..., n]``, detached; the weights of all
+    ranks sum to one.
     """
 
     loss: Tensor
@@ -44,36 +38,29 @@ class SteeringStep(NamedTuple):
 
 
 class Steering:
-    """Minimize a robust risk of the excess losses over a reference model, instead of the mean loss.
+    """Minimize a robust risk of the excess losses over a reference model, not the mean loss.
 
     Parameters
     ----------
     divergence : Divergence
         ``KL()``, ``ChiSquare()``, ``CVaR(alpha)`` or any other.
     radius, strength, rho : float, optional
-        Which risk: ``radius`` bounds the divergence (`drrho.constrained_risk`), ``strength`` is its price
-        (`drrho.penalized_risk`), both together give `drrho.hybrid_risk`, and ``rho`` is n times the radius
-        (`drrho.drrho_risk`), n the samples of all ranks. CVaR needs none.
+        ``radius`` bounds the divergence (`drrho.constrained_risk`), ``strength`` is its price (`drrho.penalized_risk`),
+        both give `drrho.hybrid_risk`, and ``rho`` is n times the radius, n the samples of all ranks. CVaR needs none.
     reference : ReferenceLosses or Tensor ``[N]``, optional
-        The reference's losses by sample index. Without it, every call is given them.
+        The reference's losses by sample index; else each call is given them.
     coefficient : float
-        How much of the reference's losses to subtract; 0 ignores the reference.
+        How much of the reference's losses to subtract.
     group : "all", ProcessGroup or None
-        The ranks over which a batch is spread: those of torch.distributed, where that is initialized when a batch
-        comes; a process group; or, with None, this process alone, so that every rank weighs its own samples.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If not exactly one risk is asked for, or a parameter is out of range.
+        The ranks over which a batch is spread: those of torch.distributed, where that is initialized; a process group;
+        or, with None, this process alone, so that every rank weighs its own samples.
 
     Examples
     --------
     >>> from drrho import KL
     >>> steering = Steering(KL(), strength=1.0)
     >>> losses = torch.tensor([2.0, 2.0, 2.0], requires_grad=True)
-    >>> step = steering(losses, reference_losses=[0.1, 1.0, 4.0])  # the third is hard for the reference, too
-    >>> step.loss.backward()
+    >>> step = steering(losses, [0.1, 1.0, 4.0])  # the third is hard for the reference, too
     >>> [round(weight, 3) for weight in step.weights.tolist()]
     [0.701, 0.285, 0.014]
     """
@@ -91,13 +78,13 @@ class Steering:
     ) -> None:
         if not isinstance(divergence, Divergence):
             raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
-        given = {"radius": radius, "strength": strength, "rho": rho}
+        every = {"radius": radius, "strength": strength, "rho": rho}
+        given = {name: value for name, value in every.items() if value is not None}
         for name, value in given.items():
-            if value is not None and not 0 <= value < math.inf:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        names = [name for name, value in given.items() if value is not None]
-        if ("rho" in names and len(names) > 1) or (not names and divergence.has_radius):
-            raise ValueError(f"give radius, strength, both of these, or rho, got {' and '.join(names) or 'none'}")
+        if ("rho" in given and len(given) > 1) or (not given and divergence.has_radius):
+            raise ValueError(f"give radius, strength, both of these, or rho, got {' and '.join(given) or 'none'}")
         if not abs(coefficient) < math.inf:
             raise ValueError(f"coefficient must be finite, got {coefficient}")
         self.divergence, self.reference, self.coefficient = divergence, reference, coefficient
@@ -113,24 +100,16 @@ class Steering:
     ) -> SteeringStep:
         """Return the loss of a batch, with its weights.
 
-        Parameters
-        ----------
-        losses : Tensor ``[..., n]``
-            One loss for each sample of this rank's part of the batch, with its graph. Leading dimensions are separate
-            batches, over which ``loss`` is the mean.
-        reference_losses : the same shape
-            The reference's losses of the same samples; instead of ``index``.
-        index : integers ``[b]``
-            Which samples these are, for a reference whose losses are stored; of sequences, losses are one after
-            another.
-        base_weights : optional
-            As for `drrho.constrained_risk`: the weights without steering.
+        ``losses`` ``[..., n]`` are of this rank's samples, with their graph; leading dimensions are separate batches,
+        over which ``loss`` is the mean. Either ``reference_losses`` of the same shape are given, or ``index`` ``[b]``,
+        which samples these are, where the reference's losses are stored (of sequences, one after another).
+        ``base_weights`` are the weights without steering, as for `drrho.constrained_risk`.
 
         Raises
         ------
         ValueError, TypeError
             For losses or reference losses that are NaN, infinite or of different shapes, and for a batch of fewer than
-            two samples, which cannot be weighed. Over ranks all of them raise, so that none waits for another.
+            two samples. Over ranks all of them raise, so that none waits for another.
         """
         group = self.group
         try:
@@ -145,8 +124,7 @@ class Steering:
     @property
     def ranks(self) -> int:
         """How many ranks a batch is spread over."""
-        group = self.group
-        return 1 if group is None else dist.get_world_size(group)
+        return 1 if self.group is None else dist.get_world_size(self.group)
 
     def accumulate(
         self,
@@ -160,13 +138,10 @@ class Steering:
     ) -> SteeringStep:
         """Add the gradient of a batch to ``.grad`` whose graph does not fit in memory, from one part after another.
 
-        The gradient is that of one call with the whole batch and of its ``loss.backward()``: weights compare all
-        samples. `drrho.accumulation.accumulate` does it: two or more parts are computed twice, the first time without
-        a graph.
-
-        ``losses_of`` runs ``model``, with its wrapper if it has one, on a part and returns its losses ``[c]``, or these
-        and the reference's. ``reference_losses`` or ``index`` are of the whole batch, in the order of the parts.
-        ``gradient_scale`` is a factor of every gradient, such as ``GradScaler.get_scale()``.
+        It is that of one call with the whole batch, by `drrho.accumulation.accumulate`: two or more parts are computed
+        twice, first without a graph. ``losses_of`` runs ``model``, with its wrapper if it has one, on a part and
+        returns its losses ``[c]``, or these and the reference's. ``reference_losses`` or ``index`` are of the whole
+        batch, in the order of the parts; ``gradient_scale`` multiplies gradients, as does ``GradScaler.get_scale()``.
         """
 
         def outputs(part: Part) -> tuple[Tensor, ...]:
@@ -221,8 +196,5 @@ def _agreed(found: Tensor | Exception, device: torch.device, group: Group) -> Te
     if faults:
         raise ValueError(f"{faults} of the other ranks refused their losses: see the error there")
     if count < 2:
-        raise ValueError(
-            f"losses must be of at least 2 samples, got {count}: weights compare the samples of a batch; in a data "
-            "loader, set drop_last=True"
-        )
+        raise ValueError(f"losses must be of at least 2 samples to compare, got {count}; data loader: drop_last=True")
     return found

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from drrho.divergences import Divergence
-from drrho.integrations.content import NAME, Batch, ReferenceCollator, Samples, Tokens, compute_by_content
+from drrho.integrations.content import NAME, Batch, Content, ReferenceCollator, Samples, Tokens, compute_by_content
 from drrho.integrations.host_losses import (
     Level,
     about,
     losses_of_outputs,
-    outputs_of,
     refuse_configuration,
     refuse_outputs,
     rows_of,
@@ -33,6 +32,7 @@ from drrho.integrations.reference_losses import ReferenceLosses
 from drrho.integrations.steering import Steering, SteeringStep
 from drrho.ranks import row_counts
 
+CONTENTS: dict[str, Content] = {"token": Tokens, "sequence": Tokens, "sample": Samples}
 _Host: Any = object  # the trainer's class stands behind `_Steered` in the class that `steered` makes
 
 
@@ -73,14 +73,12 @@ def steered(
         When the trainer is made, for a configuration in which the loss would be wrong; while it trains, for a sample
         without reference losses, for losses that are not finite, and for a batch with nothing to weigh.
     """
-    if level not in ("token", "sequence", "sample"):
-        raise ValueError(f"level must be token, sequence or sample, got {level!r}")
+    if level not in get_args(Level):
+        raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
     if not isinstance(reference, nn.Module | ReferenceLosses):
         raise TypeError(f"reference must be a model or ReferenceLosses, got {reference!r}")
     if cache is not None and not isinstance(reference, nn.Module):
         raise ValueError(f"cache={cache} is for a reference that is a model: its losses are given")
-    if isinstance(reference, nn.Module):
-        reference.eval().requires_grad_(False)
     options = {"_reference": reference, "_cache": cache, "_level": level, "_padded_vocabulary": padded_vocabulary}
     return type(
         f"Steered{trainer.__name__}", (_Steered, trainer), options | {"_steering": Steering(divergence, **risk)}
@@ -95,8 +93,7 @@ class _Steered(_Host):
     _cache: str | os.PathLike[str] | None
     _level: Level
     _padded_vocabulary: bool
-    #: What the last training batch gave, with the weights of this rank's tokens, sequences or samples.
-    steering_step: SteeringStep | None = None
+    steering_step: SteeringStep | None = None  #: what the last training batch gave, with this rank's weights
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -104,21 +101,22 @@ class _Steered(_Host):
         self._places: Tensor | None = None
         #: TRL computes the losses of tokens in its output layer; given a function, it would compute all a second time.
         self._is_fused = any(kind.__module__ == "trl.trainer.sft_trainer" for kind in type(self).__mro__)
+        if self._reference is self.model:
+            raise ValueError("reference must be another model than the target, such as copy.deepcopy(model)")
         refuse_configuration(self, self._level)
-        stored = self._reference.about.get("outputs") if isinstance(self._reference, ReferenceLosses) else None
-        theirs = outputs_of(self._reference, self._level) if stored is None else stored
-        refuse_outputs(outputs_of(self.model, self._level), theirs, self._level, self._padded_vocabulary)
+        refuse_outputs(self.model, self._reference, self._level, self._padded_vocabulary)
         if not self._is_fused:
             self.compute_loss_func = self._loss_of_outputs
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the host's loader, with the reference's losses in its batches where they are stored."""
         if self._cache is not None and isinstance(self._reference, nn.Module):
-            self._reference = self._compute_cache(self._reference, self._cache)
+            with self.args.main_process_first(local=False, desc="the reference's losses"):
+                self._reference = self._compute_cache(self._reference, self._cache)
         if not isinstance(self._reference, ReferenceLosses):
             return super().get_train_dataloader()
         plain = self.data_collator
-        self.data_collator = ReferenceCollator(plain, self._reference, self._content)
+        self.data_collator = ReferenceCollator(plain, self._reference, CONTENTS[self._level])
         try:
             return super().get_train_dataloader()
         finally:
@@ -150,14 +148,10 @@ class _Steered(_Host):
         return self._loss(losses_of_outputs(outputs, labels, self._level), labels, num_items_in_batch)
 
     def _loss(self, losses: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        """Return this micro-batch's robust risk, weighted by its share of the step's tokens or samples.
-
-        Its gradient is that of the risk, and its value is divided by the number of ranks: the host logs their sum.
-        """
+        """Return this micro-batch's risk times its share of the step, divided by ranks: the host logs their sum."""
         reference, self._references = self._references, None
         if items is None or reference is None:
             raise ValueError("the trainer must call compute_loss, with num_items_in_batch, for every training batch")
-        ranks = self._steering.ranks
         counted = len(labels) if self._level == "sample" else int((labels[:, 1:] != -100).sum())
         counts = row_counts(counted, self._steering.group, labels.device)
         if 0 in counts:
@@ -166,11 +160,7 @@ class _Steered(_Host):
         base = None if rows.tokens is None else rows.tokens / sum(counts)
         step = self.steering_step = self._steering(rows.losses, rows.reference, base_weights=base)
         value = step.value * (sum(counts) / items)
-        return value - value.detach() * (1 - 1 / ranks)
-
-    @property
-    def _content(self) -> type[Samples] | type[Tokens]:
-        return Samples if self._level == "sample" else Tokens
+        return value - value.detach() * (1 - 1 / self._steering.ranks)
 
     def _live(self, inputs: Batch, labels: Tensor) -> Tensor:
         """Return the reference's losses of a batch, as `losses_of_outputs`."""
@@ -179,7 +169,7 @@ class _Steered(_Host):
         named: dict[str, Any] = {} if self._level == "sample" else {"use_cache": False}
         named |= {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad():
-            outputs = self._reference.to(labels.device)(**named)
+            outputs = self._reference.eval().to(labels.device)(**named)
             return losses_of_outputs(outputs, labels, self._level)
 
     def _compute_cache(self, reference: nn.Module, folder: str | os.PathLike[str]) -> ReferenceLosses:
@@ -195,7 +185,7 @@ class _Steered(_Host):
             inputs = self._prepare_inputs(dict(batch))
             return self._live(inputs, inputs["labels" if self._level == "sample" else "input_ids"])
 
-        return compute_by_content(folder, losses_of, batches, self._content, about(reference, self._level))
+        return compute_by_content(folder, losses_of, batches, CONTENTS[self._level], about(reference, self._level))
 
 
 class _Recorded:

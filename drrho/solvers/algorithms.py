@@ -52,9 +52,12 @@ _CHI_SQUARE = Algorithm(chi_square_ball, chi_square_penalty, kernel=0)
 _KL = Algorithm(kl_ball, kl_penalty, kernel=1)
 
 
+_POWER = Algorithm(cressie_read_ball, cressie_read_penalty, kernel=5)
+_NAMED: dict[float | None, Algorithm] = {1.0: _KL, 2.0: _CHI_SQUARE}
+
+
 def _of_order(divergence: Divergence) -> Algorithm:
-    named: dict[float | None, Algorithm] = {1.0: _KL, 2.0: _CHI_SQUARE}
-    return named.get(divergence.cressie_read_order, Algorithm(cressie_read_ball, cressie_read_penalty, kernel=5))
+    return _NAMED.get(divergence.cressie_read_order, _POWER)
 
 
 _REGISTERED: dict[type[Divergence], Algorithm | Callable[[Divergence], Algorithm]] = {

@@ -98,6 +98,7 @@ typedef struct {
     double all;                    /* mass of all losses: n, or the sum of the base weights */
     double mean, variance, share;  /* of d; share: of the losses tied at the maximum */
     int surveyed;                  /* whether these are known */
+    int rough;                     /* whether passes may be made in float32, in which it is stored */
     double tail[PAIR], tail_mass[PAIR];
 } Row;
 
@@ -193,6 +194,11 @@ INLINE floats less(floats z, Split from) { return (z - from.high) - from.low; }
 /* Whether float32 losses may be summed in float32 on the way to a root, of which no digit reaches an answer. */
 INLINE int is_narrow(const Row *row) {
     return kind_of(row) == SINGLE && row->scale > 0x1p-60 && row->scale < 0x1p60;
+}
+INLINE Row roughened(const Row *row) {
+    Row rough = *row;
+    rough.rough = is_narrow(row);
+    return rough;
 }
 
 /* The mass of losses: 1 or their base weight, 0 for what pads the row. */

@@ -37,6 +37,32 @@ INLINE void capped_moments(int kind, const Row *from_row, const void *in, long f
 
 PASSES(capped_moments)
 
+static void capped_roughly(const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Capped of = *(const Capped *)in;
+    long pairs = to < row->whole ? to : row->whole;
+    floats rate = spread((float)(of.rate * row->scale)), offset = spread((float)of.offset), zero = {0};
+    floats limit = spread((float)of.limit), sum[5] = {zero, zero, zero, zero, zero};
+    Split origin = split(row->top + of.origin / row->scale);
+    STRETCHES(from, pairs) {
+        for (long i = begin; i < end; i += PAIR) {
+            floats s = less(load_floats(row, i), origin) * rate + offset, c = smaller_floats(s, limit);
+            floats ratio, e, beyond;
+            exponentials_of_floats(c, &ratio, &e, &beyond);
+            floats h = choose_floats(s < limit, ratio, zero), hc = h * c;
+            sum[0] += e;
+            sum[1] += c * e - beyond;
+            sum[2] += h;
+            sum[3] += hc;
+            sum[4] += hc * c;
+        }
+        for (int j = 0; j < 5; j++) add_floats(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+    if (pairs < to) capped_moments(SINGLE, row, in, pairs, to, sums);
+}
+
+static Passes capped_roughly_passes = {NULL, NULL, capped_roughly, NULL};
+
 /* Stores ratios; sums of e, e (d - mean), phi, of phi*(s) - s, and of s - limit where it is positive. */
 INLINE void capped_weights(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
@@ -80,7 +106,7 @@ typedef struct {
 
 static void measure(const Row *row, const Capped *of, Balance *at) {
     Sums sums;
-    over_row(row, capped_moments_passes, of, &sums);
+    over_row(row, row->rough ? capped_roughly_passes : capped_moments_passes, of, &sums);
     double all = row->all;
     at->surplus = result(sums.of[0]) / all, at->distance = result(sums.of[1]) / all, at->h = result(sums.of[2]) / all;
     at->hs = result(sums.of[3]) / all, at->hss = result(sums.of[4]) / all;
@@ -164,6 +190,12 @@ static int balance(const Row *row, double alpha, double radius, double price, do
         int found = find_multipliers(&sample, radius, limit, 1e-5, 60, least, origin, 0, &rough_x, &rough, &saturated);
         if (found && !saturated) *x = rough_x, *offset = rough;
         free((void *)sample.z);
+    }
+    Row rough_row = roughened(row);
+    if (rough_row.rough) {
+        double rough_x = *x, rough = *offset;
+        int found = find_multipliers(&rough_row, radius, limit, 1e-5, 60, least, origin, 0, &rough_x, &rough, &saturated);
+        if (found && !saturated) *x = rough_x, *offset = rough;
     }
     return find_multipliers(row, radius, limit, tolerance, 400, least, origin, to_the_end, x, offset, &saturated) &&
            !saturated;

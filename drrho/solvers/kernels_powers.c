@@ -112,6 +112,52 @@ static Pass *const *const POWER_PASSES[FORMS][2] = {
     {LOGARITHMIC_at_top_passes, LOGARITHMIC_central_passes},
 };
 
+/* In float32 the forms that are a few operations: the same terms, of a row without base weights. */
+INLINE void sum_roughly(int form, int central, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    const Powers of = *(const Powers *)in;
+    long pairs = to < row->whole ? to : row->whole;
+    floats rate = spread((float)(of.rate * row->scale)), zero = {0}, sum[3] = {zero, zero, zero};
+    Split origin = split(row->top + of.origin / row->scale);
+    STRETCHES(from, pairs) {
+        for (long i = begin; i < end; i += PAIR) {
+            floats y = less(load_floats(row, i), origin) * rate, ratio, beyond_one, beyond_line, reciprocal;
+            if (form == SQUARE) {
+                floats g = larger_floats(y + 1.0f, zero);
+                ratio = g * g, reciprocal = g;
+                beyond_line = choose_floats(y <= -1.0f, -1.0f - 2.0f * y, y * y);
+                beyond_one = choose_floats(y <= -1.0f, spread(-1.0f), y * (y + 2.0f));
+            } else {
+                floats inverse = 1.0f / (y + 1.0f);
+                ratio = inverse * inverse, reciprocal = ratio * inverse;
+                beyond_one = -y * (y + 2.0f) * ratio, beyond_line = y * y * (2.0f * y + 3.0f) * ratio;
+            }
+            sum[0] += central ? beyond_line : ratio;
+            sum[1] += (central ? beyond_one : ratio) * y;
+            sum[2] += central ? reciprocal * y * y : reciprocal;
+        }
+        for (int j = 0; j < 3; j++) add_floats(&sums->of[j], sum[j]), sum[j] = zero;
+    }
+    if (pairs < to) sum_powers(form, central, SINGLE, row, in, pairs, to, sums);
+}
+
+#define ROUGHLY(form)                                                                                          \
+    static void form##_roughly_central(const Row *row, const void *in, long from, long to, Sums *sums) {      \
+        sum_roughly(form, 1, row, in, from, to, sums);                                                        \
+    }                                                                                                          \
+    static void form##_roughly_at_top(const Row *row, const void *in, long from, long to, Sums *sums) {       \
+        sum_roughly(form, 0, row, in, from, to, sums);                                                        \
+    }
+
+ROUGHLY(SQUARE)
+ROUGHLY(INVERSE_SQUARE)
+
+static Passes ROUGH_PASSES[FORMS][2] = {
+    [SQUARE] = {{NULL, NULL, SQUARE_roughly_at_top, NULL}, {NULL, NULL, SQUARE_roughly_central, NULL}},
+    [INVERSE_SQUARE] = {{NULL, NULL, INVERSE_SQUARE_roughly_at_top, NULL},
+                        {NULL, NULL, INVERSE_SQUARE_roughly_central, NULL}},
+};
+
 INLINE int form_of(double k) {
     if (k == 1.5) return SQUARE;
     if (k == 3) return ROOT;
@@ -136,7 +182,8 @@ static Path path_at(const Row *row, double k, double v, double each) {
     int near_one = fabs(k - 1) < 0.1;
     Powers of = {k, 1 / (k - 1), fabs(k) < 1e-20 ? 0 : 1 / k, path.origin, -sign / path.unit, each, near_one};
     Sums sums;
-    over_row(row, POWER_PASSES[form_of(k)][central], &of, &sums);
+    int form = form_of(k);
+    over_row(row, row->rough ? ROUGH_PASSES[form][central] : POWER_PASSES[form][central], &of, &sums);
     double first = result(sums.of[0]) / all, third = result(sums.of[2]) / all, quotient = result(sums.of[3]) / all;
     path.log_total = central ? log1p(first) : log(first);
     double total = exp(path.log_total), y = result(sums.of[1]) / all / total, rate = exp((1 - k) * path.log_total);
@@ -208,6 +255,12 @@ int powers(Row *row, double k, double radius, double price, Answer *answer) {
         find_pole(&sample, k, radius, unit, 1e-6, 41, &x, &foretold, NAN, k > 2, &search);
         curvature = search.curvature;
         free((void *)sample.z);
+    }
+    Row rough = roughened(row);
+    if (rough.rough && (form_of(k) == SQUARE || form_of(k) == INVERSE_SQUARE)) {
+        double near = x;
+        if (find_pole(&rough, k, radius, unit, 1e-5, 41, &near, &foretold, curvature, 0, &search) && !search.saturated)
+            x = near, curvature = search.curvature;
     }
     Path path;
     for (int to_the_end = k > 2;; to_the_end = 1) { /* above order 2 no slope tells of losses that come in */

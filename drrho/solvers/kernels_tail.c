@@ -99,8 +99,57 @@ INLINE void fill_buckets(int kind, const Selection *of, long piece) {
         held[j] = (double)numbers[0][j] + numbers[1][j] + numbers[2][j] + numbers[3][j];
 }
 
+/* The same of float32 losses, in float32: buckets still follow each other as the losses do. */
+INLINE float_bits buckets_of_floats(const Row *row, floats z, double unit) {
+    return __builtin_convertvector((z - (float)row->top) * (float)(unit * row->scale), float_bits);
+}
+
+/* Losses from i on, of which some may be padding. */
+INLINE floats floats_from(const Row *row, long i) {
+    if (i < row->whole) return load_floats(row, i);
+    floats z;
+    for (int j = 0; j < PAIR; j++) z[j] = (float)row->tail[j];
+    return z;
+}
+
+static void fill_narrow(const Selection *of, long piece) {
+    long from, to;
+    bounds_of(of->row, piece, &from, &to);
+    double *held = of->held + piece * BUCKETS;
+    int32_t numbers[4][BUCKETS];
+    memset(numbers, 0, sizeof numbers);
+    for (long i = from; i < to; i += PAIR) {
+        float_bits buckets = buckets_of_floats(of->row, floats_from(of->row, i), of->unit);
+        int32_t at[PAIR];
+        memcpy(at, &buckets, sizeof at); /* faster than to take it apart */
+        int count = to - i < PAIR ? (int)(to - i) : PAIR;
+        if (count == PAIR) {
+            for (int j = 0; j < PAIR; j++) numbers[j & 3][at[j]]++;
+        } else {
+            for (int j = 0; j < count; j++) numbers[j & 3][at[j]]++;
+        }
+    }
+    for (int j = 0; j < BUCKETS; j++) held[j] = (double)numbers[0][j] + numbers[1][j] + numbers[2][j] + numbers[3][j];
+}
+
+static void keep_narrow(const Selection *of, long piece) {
+    long from, to, kept = piece ? of->kept[piece - 1] : 0;
+    bounds_of(of->row, piece, &from, &to);
+    for (long i = from; i < to; i += PAIR) {
+        floats z = floats_from(of->row, i);
+        float_bits same = buckets_of_floats(of->row, z, of->unit) == of->chosen;
+        if (!any_floats(same)) continue;
+        for (int j = 0; j < PAIR && i + j < to; j++)
+            if (same[j]) of->entries[kept++] = (Entry){of->sign * z[j], 1};
+    }
+}
+
 static void fill(const void *in, long piece) {
     const Selection *of = in;
+    if (is_narrow(of->row)) {
+        fill_narrow(of, piece);
+        return;
+    }
     switch (kind_of(of->row)) {
         case 0: fill_buckets(0, of, piece); break;
         case BASED: fill_buckets(BASED, of, piece); break;
@@ -109,17 +158,17 @@ static void fill(const void *in, long piece) {
     }
 }
 
-/* Keeps what is in the chosen bucket, or everything, if that is negative; without room for it, counts it. */
+/* Keeps what is in the chosen bucket; without room for it, counts it. */
 INLINE void keep_entries(int kind, const Selection *of, long piece) {
     const Row *row = of->row;
     long from, to, kept = of->entries && piece ? of->kept[piece - 1] : 0;
     bounds_of(row, piece, &from, &to);
     for (long i = from; i < to; i += LANES) {
         counts same = bucket_of(kind, row, i, of->unit) == of->chosen;
-        if (of->chosen >= 0 && !any(__builtin_convertvector(same, bits))) continue;
+        if (!any(__builtin_convertvector(same, bits))) continue;
         reals z = load(kind, row, i), m = mass(kind, row, i);
         for (int j = 0; j < LANES; j++) {
-            if (!(same[j] || of->chosen < 0) || m[j] == 0) continue;
+            if (!same[j] || m[j] == 0) continue;
             if (of->entries) of->entries[kept] = (Entry){of->sign * z[j], m[j]};
             kept++;
         }
@@ -129,6 +178,10 @@ INLINE void keep_entries(int kind, const Selection *of, long piece) {
 
 static void keep(const void *in, long piece) {
     const Selection *of = in;
+    if (is_narrow(of->row)) {
+        keep_narrow(of, piece);
+        return;
+    }
     switch (kind_of(of->row)) {
         case 0: keep_entries(0, of, piece); break;
         case BASED: keep_entries(BASED, of, piece); break;
@@ -153,8 +206,9 @@ static int select_bucketed(const Row *row, double wanted, int from_below, double
         wanted -= here;
     }
     of.chosen = (int32_t)fullest; /* rounding may have asked for more than there is: then the last */
+    for (long piece = 0; piece < pieces; piece++) kept[piece] = (long)of.held[piece * BUCKETS + fullest];
     free(of.held);
-    over_pieces(row, keep, &of);
+    if (row->base) over_pieces(row, keep, &of);
     for (long piece = 1; piece < pieces; piece++) kept[piece] += kept[piece - 1];
     of.entries = malloc(kept[pieces - 1] * sizeof(Entry));
     if (!of.entries) return NO_MEMORY;
@@ -203,10 +257,27 @@ INLINE void around(int kind, const Row *from_row, const void *in, long from, lon
 
 PASSES(around)
 
+/* Of float32 losses, of which each counts one. */
+static void around_floats(const Row *from_row, const void *in, long from, long to, Sums *sums) {
+    const Row held = *from_row, *row = &held;
+    floats at = spread((float)((const Edge *)in)->at);
+    float_bits higher = {0}, lower = {0};
+    long pairs = to < row->whole ? to : row->whole;
+    for (long i = from; i < pairs; i += PAIR) {
+        floats z = load_floats(row, i);
+        higher -= z > at, lower -= z < at;
+    }
+    for (int j = 0; j < PAIR; j++) sums->of[0].sum += higher[j], sums->of[1].sum += lower[j];
+    sums->of[2].sum = (double)(pairs - from) - sums->of[0].sum - sums->of[1].sum;
+    if (pairs < to) around(SINGLE, row, in, pairs, to, sums);
+}
+
+static Passes around_floats_passes = {NULL, NULL, around_floats, NULL};
+
 /* The mass of what lies above an edge, below it and at it. */
 static void masses_around(const Row *row, Edge edge, double *higher, double *lower, double *equal) {
     Sums sums;
-    over_row(row, around_passes, &edge, &sums);
+    over_row(row, is_narrow(row) && edge.of_losses ? around_floats_passes : around_passes, &edge, &sums);
     *higher = result(sums.of[0]), *lower = result(sums.of[1]), *equal = result(sums.of[2]);
 }
 
@@ -281,17 +352,20 @@ int tail_mean(Row *row, double alpha, Answer *answer) {
 
 typedef struct {
     double depth, tied, at_top, mean, each;
+    double edge; /* the depth, or its loss where losses are compared */
+    int of_losses;
 } Moved;
 
 INLINE void move(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Moved of = *(const Moved *)in;
     reals at = ALL(of.depth), level = ALL(of.tied), received = ALL(of.at_top), none = ALL(-1.0), zero = ALL(0.0);
+    reals edge = ALL(of.edge);
     reals mean = ALL(of.mean), each = ALL(of.each), tilted = zero, gained = zero, moved = zero, missed = zero;
     STRETCHES(from, to) {
         VECTORS {
-            reals d = depth(kind, row, i), m = mass(kind, row, i);
-            reals tilt = choose(d < at, none, choose(d == at, level, choose(d == 0.0, received, zero)));
+            reals d = depth(kind, row, i), m = mass(kind, row, i), x = of.of_losses ? load(kind, row, i) : d;
+            reals tilt = choose(x < edge, none, choose(x == edge, level, choose(d == 0.0, received, zero)));
             store(kind, row, i, weighed(kind, row, i, (tilt + 1.0) * each));
             reals weighted = tilt * m;
             tilted += weighted;
@@ -317,7 +391,8 @@ int total_variation(Row *row, double radius, double price, Answer *answer) {
         if (status != OK) return status;
         of.depth = (loss - row->top) * row->scale;
     }
-    masses_around(row, (Edge){of.depth, 0}, &higher, &lower, &equal);
+    of.of_losses = price < 0 && is_narrow(row), of.edge = of.of_losses ? loss : of.depth;
+    masses_around(row, (Edge){of.edge, of.of_losses}, &higher, &lower, &equal);
     /* Counted from below: a small radius has digits that 1 - radius does not keep. */
     if (price < 0) of.tied = fmin(fmax((lower - radius * all) / equal, -1), 0);
     of.at_top = (lower - of.tied * equal) / (row->share * all);

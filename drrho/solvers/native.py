@@ -72,7 +72,7 @@ def _warn_once() -> None:
 
 def takes(z: Tensor, problem: Problem) -> bool:
     """Whether the kernels, if they know the problem's divergence, solve rows like these."""
-    if problem.group is not None or z.device.type != "cpu" or torch.compiler.is_compiling():
+    if problem.group is not None or not z.is_cpu or torch.compiler.is_compiling():
         return False
     if library is None:
         _warn_once()
@@ -101,7 +101,7 @@ def solve_natively(
     """
     assert library is not None
     z = z.contiguous()
-    rows, n = z.shape if z.ndim == 2 else (1, len(z))
+    rows, n = z.shape if z.ndim == 2 else (1, z.shape[0])
     divergence = problem.divergence
     given = radius, strength, alpha, base
     if not divergence.has_radius:
@@ -112,7 +112,7 @@ def solve_natively(
         None if tensor is None else _float64(tensor) for tensor in (radius, strength, alpha, base)
     )
     weights = torch.empty_like(z)
-    fields = torch.empty(_FIELDS, *z.shape[:-1], dtype=torch.float64)
+    fields = torch.empty((_FIELDS, rows) if z.ndim == 2 else _FIELDS, dtype=torch.float64)
     threads = 1 if rows * n < _SHARED_FROM else torch.get_num_threads()
     together = threads if n >= _LONG and rows < threads else 1  # a row at a time, or a thread for each part of them
     size = (kernel, z.dtype == torch.float32, together, divergence.cressie_read_order or 0.0, n, rows)

@@ -47,7 +47,7 @@ def solve(
     ValueError
         For a loss that is not finite, a range that overflows, or a parameter that is negative or not finite.
     """
-    if len(z) == 0:
+    if z.shape[0] == 0:
         none = z.new_zeros(0)
         return Solution(none, torch.zeros_like(z), *(none.clone() for _ in range(7)))
     algorithm = algorithm_of(problem.divergence)

@@ -43,6 +43,12 @@ The number of samples from which on at least half (nine in ten) of {samples} sam
 delta = 0.05, as a multiple of the number at which a one-sided z-test with the known variance does; among multiples 1,
 1.25, 1.5, .. up to 12. Losses are differences in [-1, 1].
 
+`no test below` is a multiple below which no test can go that is valid for every law on [-1, 1], whatever it computes.
+Let Q be the law, of mean m < 0, and e = -m / (1 - m): the law P = (1 - e) Q + e (point at 1) has mean zero, so that a
+valid test rejects under P with probability at most delta. But P^n >= (1 - e)^n Q^n: a sample of P has none of the
+points with that probability, and is then one of Q. So the test certifies under Q with probability at most
+delta / (1 - e)^n, and half of the samples need n >= log(1 / (2 delta)) / -log(1 - e).
+
 {certify}
 """
 
@@ -103,6 +109,7 @@ class Certify:
     betting_half: str
     betting_nine_in_ten: str
     bernstein_half: str
+    no_test_below: str
 
 
 def outcomes(better: float, worse: float) -> Callable[[np.random.Generator, tuple[int, int]], Array]:
@@ -118,6 +125,12 @@ SOURCES = {
     "normal, mean -.05, deviation .2": lambda rng, shape: rng.normal(-0.05, 0.2, shape).clip(-1, 1),
     "skewed: .6 beta(.5, 2) - .16": lambda rng, shape: 0.6 * rng.beta(0.5, 2, shape) - 0.16,
 }
+
+
+def least_samples(mean: float) -> float:
+    """Return the samples that any valid test needs to certify half of the samples of differences of that mean."""
+    rare = -mean / (1 - mean)
+    return math.log(1 / (2 * DELTA)) / -math.log1p(-rare)
 
 
 def certify(name: str, draw: Callable[[np.random.Generator, tuple[int, int]], Array], samples: int) -> Certify:
@@ -146,6 +159,7 @@ def certify(name: str, draw: Callable[[np.random.Generator, tuple[int, int]], Ar
         betting_half=needed(0.5, betting),
         betting_nine_in_ten=needed(0.9, betting),
         bernstein_half=needed(0.5, bernstein),
+        no_test_below=f"{least_samples(mean) / (stats.norm.ppf(1 - DELTA) * sd / mean) ** 2:.2g}",
     )
     print(row, flush=True)
     return row

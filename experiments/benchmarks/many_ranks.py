@@ -261,7 +261,8 @@ def planned_rows(scale: Scale) -> Iterator[Row]:
     of_a_rank = f"{saved.of_a_rank / 1e6:.1f} MB of a rank in {1e3 * saved.seconds:.0f} ms at 1 GB/s"
     yield Row("checkpoint", f"{saved.bytes / 1e9:.2f} GB, {of_a_rank}", "planned")
     yield Row("memory of a rank, bfloat16", f"{found.estimate.memory / 1e9:.1f} GB", "planned")
-    steered = planned(parse([*words, "--method", "drrho", "--reference-features", "features", "--catalog", "catalog"]))
+    more = ["--method", "drrho", "--catalog", "catalog", "--reference", "reference", "--reference-features", "features"]
+    steered = planned(parse([*words, *more]))
     state, cache = steered.estimate.running_state, steered.estimate.reference_cache
     yield Row("steered: running estimates of a rank", f"{state / 1e6:.1f} MB", "planned")
     yield Row("steered: reference features on disk", f"{cache / 1e12:.2f} TB", "planned")

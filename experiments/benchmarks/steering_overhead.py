@@ -29,7 +29,7 @@ from experiments.benchmarks.measure import markdown, provenance
 
 VOCABULARY, LENGTH, BATCH, SAMPLES = 4096, 128, 4, 64
 OUTPUT = Path(__file__).parent / "results" / "steering_overhead.md"
-RISKS: dict[str, tuple[Any, dict[str, float]]] = {
+RISKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "KL, strength 1": (KL(), {"strength": 1.0}),
     "chi-square, radius 0.5": (ChiSquare(), {"radius": 0.5}),
     "CVaR, half of the tokens": (CVaR(0.5), {}),
@@ -51,7 +51,7 @@ class Row:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="pairs of steps for each row")
+    parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT.name}")
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
@@ -63,9 +63,9 @@ def main() -> None:
                 print(rows[-1], flush=True)
     record = provenance("python -m experiments.benchmarks.steering_overhead --write", ("torch", "transformers", "trl"))
     text = "# Overhead of steering with stored reference losses\n\n" + markdown(rows)
-    text += f"\n\nA decoder of {_parameters():,} parameters, {BATCH} x {LENGTH} tokens a step, float32, one thread; processor time.\n"
-    text += "Both kinds of step in turn; the interval is that of the median, by order statistics.\n\n"
-    text += "\n".join(f"- {key}: {value}" for key, value in record.items()) + "\n"
+    text += f"\n\nA decoder of {_parameters():,} parameters, {BATCH} x {LENGTH} tokens a step, float32, one thread.\n"
+    text += "Processor time. Both kinds of step in turn; the interval is that of the median, by order statistics.\n\n"
+    text += "\n".join(f"- {key}: {record[key]}" for key in ("command", "date", "machine", "load", "versions")) + "\n"
     print(text)
     if parser.parse_args().write:
         OUTPUT.write_text(text)
@@ -93,7 +93,7 @@ def _compared(host: str, name: str, plain: Callable[[], object], ours: Callable[
 
 
 def _model(seed: int = 0) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(seed)
     size = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -105,7 +105,7 @@ def _parameters() -> int:
 
 
 def _data() -> Any:
-    from datasets import Dataset
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
 
     ids = torch.randint(3, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
@@ -131,8 +131,8 @@ def _steps_of(trainer: Any) -> Callable[[], object]:
     return step
 
 
-def _trainer(folder: Path, risk: tuple[Any, dict[str, float]] | None) -> Callable[[], object]:
-    from transformers import Trainer, TrainingArguments, default_data_collator
+def _trainer(folder: Path, risk: tuple[Any, dict[str, Any]] | None) -> Callable[[], object]:
+    from transformers import Trainer, TrainingArguments, default_data_collator  # pyright: ignore[reportMissingImports]
 
     kind: Any = Trainer
     if risk is not None:
@@ -141,10 +141,10 @@ def _trainer(folder: Path, risk: tuple[Any, dict[str, float]] | None) -> Callabl
     return _steps_of(kind(_model(), arguments, data_collator=default_data_collator, train_dataset=_data()))
 
 
-def _sft(folder: Path, risk: tuple[Any, dict[str, float]] | None) -> Callable[[], object]:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
+def _sft(folder: Path, risk: tuple[Any, dict[str, Any]] | None) -> Callable[[], object]:
+    from tokenizers import Tokenizer, models  # pyright: ignore[reportMissingImports]
+    from transformers import PreTrainedTokenizerFast  # pyright: ignore[reportMissingImports]
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     kind: Any = SFTTrainer
     if risk is not None:
@@ -155,7 +155,7 @@ def _sft(folder: Path, risk: tuple[Any, dict[str, float]] | None) -> Callable[[]
     return _steps_of(kind(_model(), arguments, train_dataset=_data(), processing_class=tokenizer))
 
 
-def _loop(folder: Path, risk: tuple[Any, dict[str, float]] | None) -> Callable[[], object]:
+def _loop(folder: Path, risk: tuple[Any, dict[str, Any]] | None) -> Callable[[], object]:
     """A loop of one's own over sequences, whose stored losses are found by number."""
     model, ids = _model(), torch.tensor(_data()["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters())

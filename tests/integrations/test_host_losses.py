@@ -92,13 +92,13 @@ def test_a_reference_is_known_by_its_weights():
 
 
 def test_a_vocabulary_is_common():
-    refuse_outputs(40, 40, "token", False)
-    refuse_outputs(40, None, "token", False)
-    refuse_outputs(40, 48, "token", True)
-    with pytest.raises(
-        ValueError, match=r"must have the same vocabulary, got 48 and 40 outputs.*padded_vocabulary=True"
-    ):
-        refuse_outputs(40, 48, "token", False)
-    with pytest.raises(ValueError, match="must have the same classes, got 2 and 3 outputs"):
-        refuse_outputs(3, 2, "sample", True)
+    models = {size: model_of(vocab_size=size, num_labels=size) for size in (40, 48)}
+    refuse_outputs(models[40], models[40], "token", False)
+    refuse_outputs(models[40], nn.Linear(1, 1), "token", False)
+    refuse_outputs(models[40], models[48], "token", True)
+    message = r"must have the same vocabulary, got 48 and 40 outputs.*padded_vocabulary=True"
+    with pytest.raises(ValueError, match=message):
+        refuse_outputs(models[40], models[48], "token", False)
+    with pytest.raises(ValueError, match="must have the same classes, got 40 and 48 outputs"):
+        refuse_outputs(models[48], models[40], "sample", True)
     assert outputs_of(nn.Linear(1, 1), "token") is None

@@ -66,7 +66,7 @@ def test_in_a_grid_search(digits):
 def test_what_cannot_be_weighed_is_refused():
     with pytest.raises(ValueError, match=r"reference_losses must be finite, got nan at index \[1\]"):
         drrho_weights([1.0, 2.0], [0.0, np.nan], KL(), strength=1.0)
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match="at least 2 samples to compare, got 1"):
         drrho_weights([1.0], [0.0], KL(), strength=1.0)
     with pytest.raises(ValueError, match="give radius, strength"):
         drrho_weights([1.0, 2.0], [0.0, 0.0], KL())

@@ -87,7 +87,7 @@ NAN = float("nan")
         ([1.0, float("inf")], [0.0, 0.0], r"^losses must be finite, got inf"),
         ([1.0, 2.0], [NAN, 0.0], r"^reference_losses must be finite, got nan at index \[0\]"),
         ([1.0, 2.0], [0.0], r"reference_losses must have the shape of losses, \[2\], got \[1\]"),
-        ([1.0], [0.0], "losses must be of at least 2 samples, got 1.*drop_last=True"),
+        ([1.0], [0.0], "losses must be of at least 2 samples to compare, got 1.*drop_last=True"),
         ([], [], r"losses must have shape \[..., n\] with n >= 1, got \[0\]"),
     ],
 )

@@ -230,7 +230,8 @@ def on_rank(rank, world, folder, port):
     for host in ("padded left", "sft"):
         for level in ("token", "sequence"):
             more = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "eval_strategy": "no"}
-            trainer = made(host, folder, kind_of(host, level=level), **more)
+            cache = {"cache": f"{folder}/cache"} if host == "sft" else {}
+            trainer = made(host, folder, kind_of(host, level=level, **cache), **more)
             found[host, level] = trained(trainer)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -276,6 +277,18 @@ def test_several_devices_in_one_process_are_refused(tmp_path):
         kind_of("padded right")(model=decoder(), args=arguments, train_dataset=sentences())
 
 
+def test_the_target_is_not_its_own_reference(tmp_path):
+    model = decoder()
+    with refused("reference must be another model than the target"):
+        with_trainer(tmp_path, kind_of("padded right", reference=model), model=model)
+
+
+def test_the_reference_is_left_trainable(tmp_path):
+    reference = decoder(1)
+    with_trainer(tmp_path, kind_of("padded right", reference=reference)).train()
+    assert all(weight.requires_grad and weight.grad is None for weight in reference.parameters())
+
+
 def test_a_loss_of_one_s_own_is_refused(tmp_path):
     with refused("compute_loss_func must be None"):
         kind_of("padded right")(
@@ -288,7 +301,7 @@ def test_another_vocabulary_is_refused(tmp_path, stored):
     reference = decoder(1, vocabulary=48)
     if stored:
         wide = with_trainer(
-            tmp_path, kind_of("padded right", reference=reference, cache=tmp_path / "c"), model=reference
+            tmp_path, kind_of("padded right", reference=reference, cache=tmp_path / "c"), model=decoder(vocabulary=48)
         )
         wide.get_train_dataloader()
         reference = ReferenceLosses(tmp_path / "c")
@@ -302,7 +315,7 @@ def test_a_level_is_of_its_kind_of_model(tmp_path):
         with_trainer(tmp_path, kind_of("padded right", level="sample"))
     with refused("level='token' is for causal language models, got BertForSequenceClassification"):
         with_classifier(tmp_path, kind_of("padded right"))
-    with refused("level must be token, sequence or sample, got 'word'"):
+    with refused("level must be one of token, sequence, sample, got 'word'"):
         kind_of("padded right", level="word")
     with pytest.raises(TypeError, match="reference must be a model or ReferenceLosses, got 'llama'"):
         kind_of("padded right", reference="llama")
@@ -326,7 +339,9 @@ def test_nothing_to_predict_is_refused(tmp_path):
         with_trainer(tmp_path, kind_of("padded right"), data=sentences(4, masked=99)).train()
 
 
-@pytest.mark.parametrize("level, message", [("sequence", "at least 2 samples, got 1"), ("token", "reference_losses")])
+@pytest.mark.parametrize(
+    "level, message", [("sequence", "at least 2 samples to compare, got 1"), ("token", "reference_losses")]
+)
 def test_one_sequence_or_a_reference_without_numbers_is_refused(tmp_path, level, message):
     reference = decoder(1)
     if level == "token":

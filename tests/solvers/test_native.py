@@ -241,6 +241,40 @@ def test_float32_losses_are_solved_as_in_float64(name):
     torch.testing.assert_close(tracked.weights, narrow.weights, rtol=1e-6, atol=1e-12)
 
 
+NARROW = {
+    "normal": lambda n: torch.randn(n, dtype=torch.float64),
+    "heavy tails": lambda n: torch.exp(3 * torch.randn(n, dtype=torch.float64)),
+    "few values": lambda n: torch.randint(-2, 3, (n,)).double(),
+    "far from zero": lambda n: 1e5 + torch.randn(n, dtype=torch.float64),
+    "tiny": lambda n: 1e-40 * torch.randn(n, dtype=torch.float64),
+    "huge": lambda n: 1e37 * torch.rand(n, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", ["KL", "chi-square", "order 1.5", "order 0.5", "total variation", "capped KL 0.3"])
+@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize("n", [2, 16, 100, 1003, 140_001])
+def test_passes_in_float32_leave_no_trace(name, kind, n, monkeypatch):
+    """The way to the multipliers may be in float32: answers and certificates are those of float64."""
+    monkeypatch.setattr(native, "solve_declined", None)
+    divergence, z = DIVERGENCES[name], NARROW[kind](n).float()
+    z[0] += 1e-3 * (z.max() - z.min() + z.max().abs())  # not all the same
+    for radius in (1e-6, 0.02, 0.3):
+        narrow, wide = (constrained_risk(losses, divergence, radius) for losses in (z, z.double()))
+        torch.testing.assert_close(narrow.premium, wide.premium.float(), rtol=2e-7, atol=1e-44)
+        assert (narrow.weights - wide.weights).abs().sum() <= 4e-7
+        assert abs(narrow.gap) <= 1e-7 * wide.premium
+
+
+def test_not_finite_float32_losses_are_refused():
+    for odd in (np.nan, np.inf, -np.inf):
+        for place in (0, 5, 99):
+            z = torch.linspace(0, 1, 100)
+            z[place] = odd
+            with pytest.raises(ValueError, match="finite"):
+                constrained_risk(z, ChiSquare(), 0.1)
+
+
 def test_weights_of_a_high_order_that_jump_are_solved_otherwise():
     """Above order 2 no number has the radius where a loss comes in with an infinite slope."""
     losses = torch.tensor([[0.0, 0.0, 1.0, 1.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)

@@ -16,20 +16,19 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from experiments.clip.catalog.index import map_index
+from experiments.clip.catalog.jobs import Journal, jobs_of
 from experiments.clip.catalog.layout import layout_hint
 from experiments.clip.catalog.scan import (
-    CHUNK,
     FORMAT,
     ScanJob,
     Shard,
@@ -41,29 +40,25 @@ from experiments.clip.catalog.scan import (
 )
 from experiments.clip.catalog.shards import Shards, open_shards, remove_other_shards, write_shards
 from experiments.clip.catalog.sources import (
-    PIPE,
     Source,
-    Synthetic,
     Table,
     TarPattern,
-    expand,
-    is_pattern,
     parse_sources,
     parse_weights,
-    table_paths,
 )
 from experiments.clip.catalog.subset import Subset
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import ensure_writable, write_json
-from experiments.clip.io.storage import file_size, is_remote, open_seekable
+from experiments.clip.io.storage import digest_once, file_version, is_remote, open_once, open_seekable, retry
 from experiments.clip.io.workers import Workers
 
+#: What of the shards is compared with the catalog, beside sizes and headers.
+Check = Literal["time", "checksum"]
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("txt",)
 
 _CATALOG = "catalog.json"
 _CATALOG_FORMAT = 2
-_JOURNAL = "journal.jsonl"
 _CONCURRENT_CHECKS = 16
 
 
@@ -140,10 +135,11 @@ def make_catalog(
     progress: Callable[[int, int], None] | None = None,
     run_pipe_commands: bool = False,
     subset: Subset | None = None,
+    checksums: bool = False,
 ) -> Catalog:
     """Scan the data and write its catalog; an earlier scan is resumed, and unchanged shards are not scanned again.
 
-    Only headers are read; but of a remote shard this means most of its blocks, once.
+    Only headers of local shards are read; a remote shard is read once, in one stream.
 
     Parameters
     ----------
@@ -164,6 +160,8 @@ def make_catalog(
         Whether to run the shell commands of ``pipe:`` sources, which are refused otherwise.
     subset : Subset, optional
         The samples to take, each as many times as it is named. Of these the member ``json`` is read too.
+    checksums : bool
+        Whether to keep the SHA-256 of each tar file, for which local ones are read as a whole too.
 
     Raises
     ------
@@ -176,8 +174,8 @@ def make_catalog(
     if not image_keys or not caption_keys or not all((*image_keys, *caption_keys)):
         raise UserError(f"images {list(image_keys)} and captions {list(caption_keys)} must each have a type of member")
     ensure_writable(folder)
-    jobs = list(_jobs(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset))
-    journal = _Journal(folder)
+    jobs = list(jobs_of(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset, checksums))
+    journal = Journal(folder)
     todo = [job for _, job in jobs if isinstance(job, ScanJob) and job.name not in journal.done]
     total = sum(isinstance(job, ScanJob) for _, job in jobs)
     pool: Workers[ScanJob, list[Shard]] = Workers(scan, min(workers, len(todo)))
@@ -220,13 +218,15 @@ def write_catalog(
     return catalog
 
 
-def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
+def open_catalog(folder: Path, *, verify: bool = True, check: Check | None = None) -> Catalog:
     """Read the catalog in a folder.
 
     Parameters
     ----------
     verify : bool
         Whether to `check_shards`, all of them.
+    check : "time" or "checksum", optional
+        As for `check_shards`.
 
     Raises
     ------
@@ -259,12 +259,17 @@ def open_catalog(folder: Path, *, verify: bool = True) -> Catalog:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot understand {path} ({error!r}): make the catalog again") from error
     if verify:
-        check_shards(catalog, range(len(catalog.shards)))
+        check_shards(catalog, range(len(catalog.shards)), check)
     return catalog
 
 
-def check_shards(catalog: Catalog, numbers: Iterable[int]) -> None:
+def check_shards(catalog: Catalog, numbers: Iterable[int], check: Check | None = None) -> None:
     """Check that shards of these numbers still have their sizes and, if local, the headers of first and last samples.
+
+    Parameters
+    ----------
+    check : "time" or "checksum", optional
+        What to check beside: that no shard has been written since, or, by reading all of them, that none has changed.
 
     Raises
     ------
@@ -272,7 +277,7 @@ def check_shards(catalog: Catalog, numbers: Iterable[int]) -> None:
         If one no longer fits.
     """
     with ThreadPoolExecutor(_CONCURRENT_CHECKS) as pool:
-        for problem in pool.map(lambda number: _problem(catalog, catalog.shards[number]), numbers):
+        for problem in pool.map(lambda number: _problem(catalog, catalog.shards[number], check), numbers):
             if problem:
                 raise UserError(f"the catalog {catalog.folder} no longer fits: {problem}: make it again")
 
@@ -301,116 +306,53 @@ def open_index(catalog: Catalog, shard: Shard, *, verify: bool = True) -> np.nda
     return rows
 
 
-def _problem(catalog: Catalog, shard: Shard) -> str:
+def shard_digest(catalog: Catalog, shard: Shard) -> str:
+    """Return a digest of what a shard is, whatever other shards its catalog has: equal ones have the same samples.
+
+    It is of the name (not the folder), size and index, and of the types of members that are images and captions.
+    """
+    what = [*_described(shard), shard.first_index if shard.kind == "synthetic" else 0]
+    return digest_of(canonical([FORMAT, catalog.image_keys, catalog.caption_keys, what]))
+
+
+def _problem(catalog: Catalog, shard: Shard, check: Check | None) -> str:
     if shard.kind == "synthetic":
         return ""
-    index = catalog.folder / shard.index
-    for path, size in ((data_path(catalog, shard), shard.bytes), (str(index), shard.index_bytes)):
-        if not is_remote(path) and not os.path.isfile(path):
-            return f"{path} is missing"
-        if (now := file_size(path)) != size:
-            return f"{path} has {now} bytes, not {size}"
-    if shard.kind == "tar" and shard.samples and not is_remote(shard.path):
+    path, index = data_path(catalog, shard), str(catalog.folder / shard.index)
+    for each, size in ((path, shard.bytes), (index, shard.index_bytes)):
+        if not is_remote(each) and not os.path.isfile(each):
+            return f"{each} is missing"
+        now, version = file_version(each)
+        if now != size:
+            return f"{each} has {now} bytes, not {size}"
+        if each == path and check == "time" and shard.kind == "tar" and version != shard.version:
+            return f"{path} has been written since, it is of {version or 'unknown'}, not {shard.version or 'unknown'}"
+    if shard.kind != "tar":
+        return ""
+    if shard.samples and not is_remote(path):
         rows = open_index(catalog, shard, verify=False)  # readers do, each when it first needs the index
-        with open_seekable(shard.path) as file:
+        with open_seekable(path) as file:
             if heads_digest(file, [int(rows["image"][row, 0]) for row in (0, -1)]) != shard.heads:
-                return f"{shard.path} holds other samples"
-    return ""
+                return f"{path} holds other samples"
+    return _changed(shard) if check == "checksum" else ""
 
 
-def _jobs(
-    sources: Sequence[Source],
-    folder: Path,
-    image_keys: tuple[str, ...],
-    caption_keys: tuple[str, ...],
-    run_pipe_commands: bool,
-    subset: Subset | None,
-) -> Iterator[tuple[int, ScanJob | list[Shard]]]:
-    """Yield the number of each source with its jobs, or with its shards if nothing needs to be read."""
-    seen: set[str] = set()
-    for number, source in enumerate(sources):
-        if isinstance(source, Synthetic):
-            if subset is not None:
-                raise UserError(f"synthetic:{source.samples} has no uids of a subset: leave out one of them")
-            sizes = [min(CHUNK, source.samples - first) for first in range(0, source.samples, CHUNK)]
-            path = f"synthetic:{source.samples}:{source.pixels}"
-            yield number, [Shard("synthetic", path, 0, size, pixels=source.pixels) for size in sizes]
-            continue
-        for path in table_paths(source) if isinstance(source, Table) else expand(source.pattern):
-            if path in seen:
-                raise UserError(f"{path} is listed twice: list it once and give its source a weight")
-            seen.add(path)
-            if path.startswith(PIPE):
-                path = _pipe_output(path, folder, run_pipe_commands)
-            size = file_size(path)
-            modified = 0 if is_remote(path) else os.stat(path).st_mtime_ns
-            own = replace(source, path=path) if isinstance(source, Table) and is_pattern(source.path) else source
-            yield number, ScanJob(own, path, (size, modified), folder, image_keys, caption_keys, subset)
+def _changed(shard: Shard) -> str:
+    """Return what is wrong with the contents of a tar file, empty if nothing is."""
+    if not shard.sha256:
+        return f"it has no checksum of {shard.path}, which `run.py catalog --checksums` keeps"
 
+    def digest() -> str:
+        with open_once(shard.path, shard.bytes) as file:
+            return digest_once(file)
 
-def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
-    """Return the tar file that a command writes; the command is run if there is no such file yet."""
-    command = source.removeprefix(PIPE)
-    if not run_pipe_commands:
-        raise UserError(
-            f"the data {source!r} would run a shell command: allow it with run_pipe_commands, or name files"
-        )
-    path = folder / "pipes" / f"{digest_of(command.encode())[:24]}.tar"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=True)
-            partial.replace(path)
-        except subprocess.CalledProcessError as error:
-            reason = " ".join(error.stderr.decode(errors="replace").split())[-200:]
-            raise UserError(f"the command {command!r} ended with {error.returncode} ({reason})") from error
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): free space") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return str(path)
-
-
-class _Journal:
-    """The finished jobs: a line of JSON for each, appended after its index files are written."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._path = folder, folder / _JOURNAL
-        self.done: dict[str, list[Shard]] = {}
-        try:
-            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        except OSError as error:
-            raise UserError(f"cannot read {self._path} ({error.strerror})") from error
-        for line in lines:
-            # A line that was being written when the process died is ignored.
-            try:
-                job, records = json.loads(line)
-                shards = [Shard(**record) for record in records]
-                if all(map(self._has_files, shards)):
-                    self.done[job] = shards
-            except (ValueError, TypeError, RecursionError):
-                continue
-
-    def add(self, job: str, shards: list[Shard]) -> None:
-        self.done[job] = shards
-        records = [dataclasses.asdict(shard) for shard in shards]
-        try:
-            with self._path.open("ab") as file:
-                # The line feed first ends an incomplete line, if there is one.
-                file.write(b"\n" + canonical([job, records]) + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self._path} ({error.strerror}): free space") from error
-
-    def _has_files(self, shard: Shard) -> bool:
-        files = [(shard.index, shard.index_bytes)] + [(shard.path, shard.bytes)] * (shard.kind == "table")
-        paths = [(self._folder / name, size) for name, size in files]
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    return "" if retry(digest, shard.path) == shard.sha256 else f"{shard.path} has changed, its checksum differs"
 
 
 def _hint(shards: Iterable[Shard], image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> str:
     for shard in shards:
+        if "URL" in shard.left_out:
+            return "download its images, into shards by img2dataset --output_format webdataset"
         if shard.kind == "tar" and {"no image", "no caption"} & set(shard.left_out):
             return layout_hint(shard.path, shard.bytes, image_keys, caption_keys)
     return ""
@@ -443,15 +385,13 @@ def _document(catalog: Catalog, digests: dict[str, str]) -> dict[str, Any]:
 
 def _fingerprint(shards: Sequence[Shard], image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> str:
     described = [
-        [
-            shard.kind,
-            shard.heads if shard.kind == "table" else os.path.basename(shard.path),
-            shard.bytes,
-            shard.samples,
-            shard.first_index,
-            shard.index_sha256,
-            shard.pixels,
-        ]
+        [kind, name, size, samples, shard.first_index, index, pixels]
         for shard in shards
+        for kind, name, size, samples, index, pixels in [_described(shard)]
     ]
     return digest_of(canonical([FORMAT, image_keys, caption_keys, described]))
+
+
+def _described(shard: Shard) -> tuple[str, str, int, int, str, int]:
+    name = shard.heads if shard.kind == "table" else os.path.basename(shard.path)
+    return shard.kind, name, shard.bytes, shard.samples, shard.index_sha256, shard.pixels

@@ -30,7 +30,7 @@ from experiments.clip.catalog.sources import Caption, Source, Table, table_rows
 from experiments.clip.catalog.subset import Subset, is_uid, map_uids, times_in, uid_in
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_atomically
-from experiments.clip.io.storage import is_remote, open_seekable, retry
+from experiments.clip.io.storage import digest_once, is_remote, open_once, retry
 from experiments.clip.io.tar import BLOCK, Damaged, Member, tar_members
 
 FORMAT = 1
@@ -47,6 +47,7 @@ _MAX_NAME = 4096
 # Largest member json that is searched for a uid.
 _MAX_DESCRIPTION = 2**20
 
+_URLS = ("http://", "https://")
 _META = re.compile(r"__[^/]*__($|/)")
 _METADATA = re.compile(r"(^|/)\._[^/]*$")
 _HOSTILE = re.compile(r"[\x00-\x1f\x7f]|^/|(^|[/\\])\.\.([/\\]|$)")
@@ -55,6 +56,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28
 LeftOut = Literal[
     "no image",
     "no caption",
+    "URL",  # in a table, in the place of an image's path
     "link or device",  # in the place of an image, or of all captions
     "no uid",  # by which it could be in the subset
     "not in the subset",
@@ -89,6 +91,10 @@ class Shard:
         The folder at which relative image paths of a table start.
     pixels : int
         Width and height of made-up images.
+    version : str
+        Of a tar file: what changes when it is written, its time of modification or what remote storage says.
+    sha256 : str
+        Of a tar file, where checksums were asked for.
     """
 
     kind: str
@@ -105,26 +111,33 @@ class Shard:
     pixels: int = 0
     source: int = 0
     first_index: int = 0
+    version: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class ScanJob:
-    """The unit of work of a scan: a tar file or a table. ``stamp`` is its size and time of modification."""
+    """The unit of work of a scan: a tar file or a table.
+
+    ``stamp`` is its size and what changes when it is written; ``checksums``, whether the SHA-256 of tar files is kept.
+    """
 
     source: Source
     path: str
-    stamp: tuple[int, int]
+    stamp: tuple[int, int | str]
     folder: Path
     image_keys: tuple[str, ...]
     caption_keys: tuple[str, ...]
     subset: Subset | None = None
+    checksums: bool = False
 
     @property
     def name(self) -> str:
         """Digest of everything that the result depends on."""
         what = dataclasses.asdict(self.source) if isinstance(self.source, Table) else self.path
-        subset = [] if self.subset is None else [self.subset.checksum, self.subset.key]
-        return digest_of(canonical([FORMAT, what, self.stamp, self.image_keys, self.caption_keys, *subset]))[:24]
+        also = [] if self.subset is None else [self.subset.checksum, self.subset.key]
+        also += ["checksums"] if self.checksums else []
+        return digest_of(canonical([FORMAT, what, self.stamp, self.image_keys, self.caption_keys, *also]))[:24]
 
 
 def scan(job: ScanJob) -> list[Shard]:
@@ -139,7 +152,7 @@ def _scan_tar(job: ScanJob) -> Shard:
     left_out: Counter[str] = Counter()
     damage = ""
     rows: list[Row] = []
-    with open_seekable(job.path) as file:
+    with open_once(job.path, size) as file:
         start = file.read(8)
         for magic, method in _COMPRESSED.items():
             if start.startswith(magic):
@@ -156,7 +169,18 @@ def _scan_tar(job: ScanJob) -> Shard:
             damage = f"{problem}, of {size}"
         rows += grouping.end()
         heads = heads_digest(file, [rows[0][0][0], rows[-1][0][0]]) if rows and not is_remote(job.path) else ""
-    shard = Shard("tar", job.path, size, len(rows), heads=heads, left_out=dict(left_out), damage=damage)
+        sha256 = digest_once(file) if job.checksums else ""
+    shard = Shard(
+        "tar",
+        job.path,
+        size,
+        len(rows),
+        heads=heads,
+        left_out=dict(left_out),
+        damage=damage,
+        version=str(job.stamp[1] or ""),
+        sha256=sha256,
+    )
     return _with_index(shard, job.folder, job.name, rows, len(job.caption_keys))
 
 
@@ -300,6 +324,8 @@ def _complete_rows(
         encoded = [_stored(each) for each in captions]
         if not image:
             left_out["no image"] += 1
+        elif image.startswith(_URLS):
+            left_out["URL"] += 1
         elif all(text is None for text in encoded):
             left_out["no caption"] += 1
         else:

@@ -1,6 +1,6 @@
 """The shards of a catalog on disk: a line of JSON for each, which is parsed when it is asked for.
 
-``shards-DIGEST.jsonl`` has the lines, ``shards-DIGEST.columns`` five integers for each: where its line begins, and what
+``shards-DIGEST.jsonl`` has the lines, ``shards-DIGEST.columns`` six integers for each: where its line begins, and what
 an order of the samples needs. Both are mapped into memory, so that all ranks and workers of a host share them: of
 140,000 shards, none of them parses more than those that it reads from.
 """
@@ -19,11 +19,12 @@ import numpy as np
 from experiments.clip.catalog.scan import Shard, canonical, digest_of, file_digest
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import write_atomically
+from experiments.clip.io.storage import is_remote
 
 _NAME = "shards-"
 _LINES, _COLUMNS = ".jsonl", ".columns"
-_LINE, _FIRST, _SAMPLES, _BYTES, _SOURCE = range(5)
-_WIDTH = 5
+_LINE, _FIRST, _SAMPLES, _BYTES, _SOURCE, _REMOTE = range(6)
+_WIDTH = 6
 
 
 class Shards(Sequence[Shard]):
@@ -33,6 +34,8 @@ class Shards(Sequence[Shard]):
     ----------
     firsts, samples, bytes, sources : integers ``[n]``
         Index of the first sample of each shard, number of samples, size, and number of the source.
+    remote : booleans ``[n]``
+        Whether the shard is at a URL.
     """
 
     def __init__(self, lines: Path) -> None:
@@ -90,6 +93,11 @@ class Shards(Sequence[Shard]):
         """Number of the source of each shard, ``[n]``."""
         return self._columns[:, _SOURCE]
 
+    @property
+    def remote(self) -> np.ndarray:
+        """Whether each shard is at a URL, ``[n]``."""
+        return self._columns[:, _REMOTE] > 0
+
 
 def write_shards(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
     """Write the shards of a catalog; return the SHA-256 digests of both files by name, which `open_shards` needs."""
@@ -98,7 +106,7 @@ def write_shards(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
     start = 0
     for shard in shards:
         lines.append(canonical(dataclasses.asdict(shard)) + b"\n")
-        columns.append((start, shard.first_index, shard.samples, shard.bytes, shard.source))
+        columns.append((start, shard.first_index, shard.samples, shard.bytes, shard.source, is_remote(shard.path)))
         start += len(lines[-1])
     text, table = b"".join(lines), np.array(columns, "<i8").tobytes()
     name = f"{_NAME}{digest_of(text)[:24]}"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from braceexpand import braceexpand
 
 from experiments.clip.errors import UserError
-from experiments.clip.io.storage import filesystem, is_remote
+from experiments.clip.io.storage import is_remote, matching
 
 PIPE = "pipe:"
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -242,8 +242,7 @@ def _matches(name: str) -> list[str]:
             name += "*.tar"
         if "*" not in name:
             return [name]
-        fs, inner = filesystem(name)
-        return [fs.unstrip_protocol(path) for path in sorted(fs.glob(inner))]
+        return matching(name)
     if os.path.exists(name) or not glob.has_magic(name):
         return [os.path.abspath(name)]
     return sorted(os.path.abspath(path) for path in glob.glob(name, recursive=True))

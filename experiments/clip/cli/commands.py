@@ -21,7 +21,7 @@ from experiments.clip.cli.sources import (
     HELD_OUT,
     Validation,
     embedded_pairs,
-    open_catalog_on,
+    open_shared_catalog,
     open_validation,
     reference_features,
 )
@@ -50,7 +50,7 @@ def evaluate(options: Evaluate) -> None:
         with ranks.leader_first():
             if ranks.leads and options.out is not None:
                 ensure_writable(options.out.absolute().parent)
-        validation = ranks.run_on_all_or_fail(lambda: open_validation(options.tasks, options.val_data))
+        validation = open_validation(options.tasks, options.val_data, ranks)
         if options.datacomp:
             check_datacomp(validation.tasks)
         clip = load_model(options.model, options.weights)
@@ -237,7 +237,7 @@ def cache_reference(options: CacheReference) -> None:
         reference_features(
             options.out,
             reference,
-            open_catalog_on(ranks, options.catalog),
+            open_shared_catalog(options.catalog, ranks),
             ranks,
             views=options.views,
             precision=options.precision,
@@ -260,10 +260,11 @@ def catalog(options: MakeCatalog) -> None:
             progress=advance,
             run_pipe_commands=options.run_pipe_commands,
             subset=None if options.uids is None else open_subset(options.uids, options.uid_key),
+            checksums=options.checksums,
         )
     console.print(f"catalog    {len(made)} pairs in {len(made.shards)} shards: {made.folder}")
     for reason, count in made.left_out.items():
         console.print(f"left out   {count} for {reason}")
-    incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption"))
+    incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption", "URL"))
     if incomplete > len(made) and (hint := made.hint()):
         console.print(f"left out   more than there is: {hint}", markup=False)

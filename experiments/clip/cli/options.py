@@ -41,6 +41,8 @@ SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.cli
 
 Captions = Literal["clean", "vague", "swapped"]
 FeaturePrecision = Literal["float16", "bfloat16"]
+Reading = Literal["random", "blocks", "shards"]
+Check = Literal["time", "checksum"]
 
 _WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
 _WITH_DATA = OnlyWith("--tasks or --val-data", lambda options: options.tasks or options.val_data is not None)
@@ -81,6 +83,14 @@ class Shards:
     """Samples of an epoch when resampled; all by default."""
     block_shards: Annotated[int, AtLeast(1), _OF_A_CATALOG] = 16
     """Shards whose samples are shuffled together."""
+    reading: Annotated[Reading | None, _OF_A_CATALOG] = None
+    """How shards are read, and in which order. random: each sample by its offset, the default of local shards. blocks:
+    parts of 8 MiB, each by one request, the default of remote ones. shards: as a whole, for servers without ranges."""
+    block_folder: Annotated[Path | None, _OF_A_CATALOG] = None
+    """Where blocks of remote shards are kept for a while; by default the system's folder of temporary files."""
+    check_shards: Annotated[Check | None, _OF_A_CATALOG] = None
+    """What must be as in the catalog beside sizes and headers. time: shards were not written since; checksum: their
+    contents, which are all read."""
     skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of samples that may turn out to be unusable before the run stops."""
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
@@ -319,6 +329,8 @@ class MakeCatalog:
     """The field of the member json, or the column of a table, that has the uid."""
     workers: Annotated[int, NotNegative] = 2
     """Processes that scan."""
+    checksums: bool = False
+    """Keep the SHA-256 of each shard, for `train --check-shards checksum`; local shards are then read as a whole."""
     run_pipe_commands: bool = False
     """Run the shell commands of sources that start with pipe:, which are refused otherwise."""
 

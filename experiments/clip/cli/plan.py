@@ -41,6 +41,7 @@ def planned(options: Plan) -> Planned:
     """Return what a run would take."""
     train, precision = as_on_a_gpu(options.train)
     loss, execution = train.loss, train.execution
+    precision = execution.precision or "bfloat16"
     cost = cost_of(
         train.model,
         checkpointing=execution.activation_checkpointing,

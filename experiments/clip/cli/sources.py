@@ -7,12 +7,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from rich.table import Table
 
 from experiments.clip.catalog.catalog import Catalog, check_shards, open_catalog
 from experiments.clip.catalog.sources import parse_weights
-from experiments.clip.cli.options import SOURCES, Data, Train
+from experiments.clip.cli.options import SOURCES, Check, Data, Reading, Shards, Train
 from experiments.clip.cli.terminal import console, progress_bar
 from experiments.clip.data.batch import Reference, Stream
 from experiments.clip.data.loader import Loader
@@ -23,8 +24,10 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
 from experiments.clip.evaluation.task_files import Task
 from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
+from experiments.clip.io.storage import refuse_without_ranges
 from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip
+from experiments.clip.ranges import refuse_if_given
 from experiments.clip.reference.cache import CachedReference, cache_features, open_features
 from experiments.clip.reference.live import LiveReference
 
@@ -89,12 +92,41 @@ class Validation(NamedTuple):
         return found
 
 
-def open_validation(tasks: Sequence[Path], val_data: Path | None) -> Validation:
-    """Open tasks and held-out pairs, so that what is wrong with them is said before any work."""
-    opened = open_tasks(tasks)
+def open_validation(tasks: Sequence[Path], val_data: Path | None, ranks: Ranks = ONE_PROCESS) -> Validation:
+    """Open tasks and held-out pairs, so that what is wrong with them is said before any work (collective)."""
+    opened = ranks.run_on_all_or_fail(lambda: open_tasks(tasks))
     if val_data is not None and any(task.name == HELD_OUT for task in opened):
         raise UserError(f"--tasks has a folder called {HELD_OUT}, as the scores of --val-data are: rename it")
-    return Validation(opened, None if val_data is None else open_catalog(val_data))
+    return Validation(opened, None if val_data is None else open_shared_catalog(val_data, ranks))
+
+
+def open_shared_catalog(
+    folder: Path, ranks: Ranks, reading: Reading | None = None, check: Check | None = None
+) -> Catalog:
+    """Open a catalog on all ranks, of whose shards each looks at a share (collective)."""
+    catalog = ranks.run_on_all_or_fail(lambda: open_catalog(folder, verify=False))
+    own = ranks.own_indices(len(catalog.shards))
+
+    def look() -> None:
+        check_shards(catalog, own, check)
+        if reading != "shards":
+            urls = [catalog.shards[number].path for number in own if catalog.shards.remote[number]]
+            for url in {urlsplit(url)[:2]: url for url in urls}.values():
+                refuse_without_ranges(url)
+
+    ranks.run_on_all_or_fail(look)
+    return catalog
+
+
+def _order_options(shards: Shards, catalog: Catalog) -> dict[str, Any]:
+    """Return what the order of the samples depends on, beside their weights."""
+    reading = shards.reading or ("blocks" if catalog.shards.remote.any() else "random")
+    drawn = {"resampled": shards.resampled, "epoch_samples": shards.epoch_samples}
+    if reading == "random":
+        refuse_if_given(shards, "block_folder", "--reading blocks or shards, as remote shards are")
+        return {**drawn, "block_shards": shards.block_shards}
+    refuse_if_given(shards, "block_shards", "--reading random, as local shards are")
+    return {**drawn, "reading": reading}
 
 
 class EmbeddedPairs(Protocol):
@@ -124,14 +156,10 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     """Open a catalog: its pairs are read while training, and its zero-shot tasks validate the model."""
     shards, folder = options.shards, options.shards.catalog
     assert folder is not None
-    validation = open_validation(shards.tasks, shards.val_data)
-    catalog = open_catalog_on(ranks, folder)
+    validation = open_validation(shards.tasks, shards.val_data, ranks)
+    catalog = open_shared_catalog(folder, ranks, shards.reading, shards.check_shards)
     weights = None if shards.source_weights is None else parse_weights(shards.source_weights, len(catalog.sources))
-    order = {
-        "resampled": shards.resampled,
-        "epoch_samples": shards.epoch_samples,
-        "block_shards": shards.block_shards,
-    }
+    order = _order_options(shards, catalog)
     identity = {"data": catalog.fingerprint, "weights": weights, **order}
     caption_weights: list[float] = []
     if shards.caption_weights is not None:
@@ -150,14 +178,16 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         rank=ranks.rank,
         ranks=ranks.count,
         weights=weights,
+        copies=shards.block_folder,
         skip_limit=shards.skip_limit,
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
         caption_weights=caption_weights,
         **order,
     )
+    how = f", read in {order['reading']}" if "reading" in order else ""
     steps = loader.steps_per_epoch
-    console.print(f"data       {len(catalog)} pairs of {folder}, {steps} steps an epoch, {workers} workers a rank")
+    console.print(f"data       {len(catalog)} pairs of {folder}, {steps} steps an epoch, {workers} workers a rank{how}")
     encoder = Encoder(
         clip,
         ranks,
@@ -168,13 +198,6 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)
     return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)
-
-
-def open_catalog_on(ranks: Ranks, folder: Path) -> Catalog:
-    """Open a catalog, of whose shards each rank checks a part (collective)."""
-    catalog = ranks.run_on_all_or_fail(lambda: open_catalog(folder, verify=False))
-    ranks.run_on_all_or_fail(lambda: check_shards(catalog, ranks.own_indices(len(catalog.shards))))
-    return catalog
 
 
 def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:

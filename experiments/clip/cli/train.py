@@ -172,7 +172,7 @@ def _say_what_is_chosen(options: Train, data: TrainingData) -> None:
     """Print what a run is like whose options were left to the program, and what is out of proportion."""
     steps = data.stream.steps_per_epoch * options.optimization.epochs
     warmup, precision = options.optimization.warmup_of(steps), options.execution.precision
-    console.print(f"training   {steps} steps, {warmup} of them to warm up; towers in {precision}")
+    console.print(f"training   {steps} steps, a warm-up of {warmup}, towers in {precision}")
     epoch = options.shards.epoch_samples if options.shards.resampled else None
     for line in out_of_proportion(options, epoch or data.samples, steps):
         console.print(f"training   {line}", markup=False)

@@ -36,9 +36,12 @@ def visit_draws(seed: int, epoch: int, index: int, occurrence: int) -> Draws:
     return _digested(struct.pack("<4Q", seed, epoch, index, occurrence))
 
 
-def view_draws(index: int, view: int) -> Draws:
-    """Return the draws of a cached view of a sample, the same for all training runs; ``choice`` is the view."""
-    return _digested(struct.pack("<2Q", index, view))._replace(choice=view)
+def view_draws(shard: int, row: int, view: int) -> Draws:
+    """Return the draws of a cached view of a sample, the same for all training runs; ``choice`` is the view.
+
+    ``shard`` is a number of 64 bits that stands for the sample's shard, whatever its place in a catalog.
+    """
+    return _digested(struct.pack("<3Q", shard, row, view))._replace(choice=view)
 
 
 def _digested(place: bytes) -> Draws:

@@ -231,6 +231,17 @@ def open_once(path: str, size: int) -> BinaryIO:
     return cast(BinaryIO, _call(path, lambda fs, inner: _Forward(_stream(fs, inner), size)))
 
 
+def digest_once(file: BinaryIO) -> str:
+    """Return the SHA-256 in hexadecimal of a file that `open_once` gave; a stream goes on where it is."""
+    if isinstance(file, _Forward):
+        return file.digest()
+    file.seek(0)
+    sha256 = hashlib.sha256()
+    while part := file.read(_STREAMED):
+        sha256.update(part)
+    return sha256.hexdigest()
+
+
 def _stream(fs: Any, inner: str) -> Any:
     # Of these keywords, HTTP knows the first, for which 0 means one request; other storages read blocks ahead.
     if {"http", "https"} & {*([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)}:

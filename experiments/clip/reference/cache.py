@@ -1,13 +1,14 @@
 """The reference model's features of every sample of a catalog, computed once and looked up while training.
 
-There is one file for each shard. ``features-00012.safetensors`` holds the tensor ``features`` ``[samples, views, 2,
-width]`` (image and text, unit length, float16 or bfloat16), whose rows are in the order of the shard, ``present``
-``[samples]``, which tells the samples that could be decoded, and ``checksums`` ``[samples, views]``, the CRC-32 of each
-row's bytes, which is compared whenever the row is read. Its metadata identify the reference, the data and the
-rows; a file that was made for others, or a missing row, is an error.
+There is one file for each shard, named by the shard's digest, so that it keeps its value when shards are added, left
+out or put in another order. It holds the tensor ``features`` ``[samples, views, 2, width]`` (image and text, unit
+length, float16 or bfloat16), whose rows are in the order of the shard, ``present`` ``[samples]``, which tells the
+samples that could be decoded, and ``checksums`` ``[samples, views]``, the CRC-32 of each row's bytes, which is compared
+whenever the row is read. Its metadata identify the reference, the shard and the rows; a file that was made for others,
+or a missing row, is an error.
 
 With one view, features are those of the reference's evaluation preprocessing and the first caption. With several, view
-v is a random crop (the reference's training preprocessing) and caption number v, both functions of the sample's index
+v is a random crop (the reference's training preprocessing) and caption number v, both functions of the shard, the row
 and v alone, so that the target can use the same crop and caption.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from zlib import crc32
 
 import numpy as np
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.clip.catalog.catalog import Catalog
+from experiments.clip.catalog.catalog import Catalog, shard_digest
 from experiments.clip.catalog.scan import Shard
 from experiments.clip.data.batch import Tensors
 from experiments.clip.data.draws import Draws, random_state_restored, view_draws
@@ -50,6 +51,7 @@ _TOWERS: TowerPrecision = "float32"  # of files that do not say it
 _AGAIN = "run `run.py cache-reference` on this data again"
 _CONCURRENT_CHECKS = 16
 _MAPPED = 256  # files that are mapped into memory at a time
+T = TypeVar("T")
 
 
 class CachedReference:
@@ -63,22 +65,27 @@ class CachedReference:
         Number of cached views of each sample.
     """
 
-    def __init__(self, files: list[Path], firsts: np.ndarray, samples: int, views: int, precision: Precision) -> None:
+    def __init__(self, folder: Path, catalog: Catalog, views: int, precision: Precision) -> None:
         self.views = views
-        self._files, self._firsts, self._samples = files, firsts, samples
+        self._folder, self._catalog, self._firsts = folder, catalog, np.array(catalog.shards.firsts)
+        self._digests: OrderedDict[int, str] = OrderedDict()
         self._dtype: torch.dtype = getattr(torch, precision)
-        self._first = int(np.searchsorted(firsts, 0, side="right")) - 1  # shards before it are empty
+        self._first = int(np.searchsorted(self._firsts, 0, side="right")) - 1  # shards before it are empty
         self._mapped: OrderedDict[int, _File] = OrderedDict()
 
     def __len__(self) -> int:
-        return self._samples
+        return len(self._catalog)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": OrderedDict()}
 
     def draws(self, index: int, draws: Draws) -> Draws:
         """Return the draws that give the target the caption of the cached view and, with several views, its crop."""
-        return draws._replace(choice=0) if self.views == 1 else view_draws(index, draws.choice % self.views)
+        if self.views == 1:
+            return draws._replace(choice=0)
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        row = index - int(self._firsts[shard])
+        return view_draws(_seed(self._digest(shard)), row, draws.choice % self.views)
 
     def image(self, image: Image.Image, draws: Draws) -> None:
         """Return None: features that are cached need no image."""
@@ -143,18 +150,26 @@ class CachedReference:
             if len(wrong):
                 sample = self._firsts[shard] + rows[wrong[0]]
                 raise UserError(
-                    f"the reference features of sample {sample} in {self._files[shard]} are not as they were written, "
-                    "their checksum differs: delete the file and cache again"
+                    f"the reference features of sample {sample} in {_path(self._folder, self._digest(shard))} are not "
+                    "as they were written, their checksum differs: delete the file and cache again"
                 )
         return found
 
     def _file(self, shard: int) -> _File:
-        if shard not in self._mapped:
-            while len(self._mapped) >= _MAPPED:
-                self._mapped.popitem(last=False)
-            self._mapped[shard] = _map(self._files[shard])
-        self._mapped.move_to_end(shard)
-        return self._mapped[shard]
+        return _kept(self._mapped, shard, lambda: _map(_path(self._folder, self._digest(shard))))
+
+    def _digest(self, shard: int) -> str:
+        return _kept(self._digests, shard, lambda: shard_digest(self._catalog, self._catalog.shards[shard]))
+
+
+def _kept(cache: OrderedDict[int, T], key: int, make: Callable[[], T]) -> T:
+    """Return ``cache[key]``, which is made if it is not there; those that were used last stay."""
+    if key not in cache:
+        while len(cache) >= _MAPPED:
+            cache.popitem(last=False)
+        cache[key] = make()
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def cache_features(
@@ -173,7 +188,8 @@ def cache_features(
 ) -> int:
     """Compute the features of all samples, each rank those of its shards; return the number computed by this rank.
 
-    Files that exist are kept, so that an interrupted run resumes.
+    Files that exist are kept, so that an interrupted run resumes; where shards were added to the data, only they are
+    computed.
 
     Parameters
     ----------
@@ -200,14 +216,15 @@ def cache_features(
     samples = catalog.shards.samples
     total = int(samples[own].sum())
     ensure_writable(folder)
+    paths = {number: _path(folder, shard_digest(catalog, catalog.shards[number])) for number in own}
     identities = {number: _identity(clip, catalog, catalog.shards[number], views, precision, towers) for number in own}
-    missing = [number for number in own if not _path(folder, number).is_file()]
+    missing = [number for number in own if not paths[number].is_file()]
     for number in own:
         if number not in missing:
-            _check(_path(folder, number), identities[number])
+            _check(paths[number], identities[number])
     parts = {number: _parts(catalog.shards[number], batch_size) for number in missing}
     pool: Workers[tuple[int, int], _Inputs] = Workers(
-        _InputMaker(Reader(catalog), clip, views), workers, pin_memory=ranks.device.type == "cuda"
+        _InputMaker(catalog, clip, views), workers, pin_memory=ranks.device.type == "cuda"
     )
     done = total - int(samples[missing].sum())
     computed = 0
@@ -225,7 +242,7 @@ def cache_features(
             tensors = encoder.features(itertools.islice(inputs, len(parts[number])), shard)
             if written is not None:
                 written.result()
-            written = writer.submit(_write, _path(folder, number), tensors, identities[number])
+            written = writer.submit(_write, paths[number], tensors, identities[number])
             computed += shard.samples
             if progress is not None:
                 progress(done + computed, total)
@@ -247,18 +264,20 @@ def _write(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> 
 def open_features(clip: Clip, catalog: Catalog, folder: Path, ranks: Ranks = ONE_PROCESS) -> CachedReference:
     """Open the cached features of a catalog; refuse files that were made by another reference or from other data.
 
-    Each rank checks a part of the files (collective).
+    Each rank checks a share of the files (collective).
     """
-    files = [_path(folder, number) for number in range(len(catalog.shards))]
     full = np.flatnonzero(catalog.shards.samples).tolist()
-    made = _metadata(files[full[0]]) if files[full[0]].is_file() else {}
+    first = _path(folder, shard_digest(catalog, catalog.shards[full[0]]))
+    made = _metadata(first) if first.is_file() else {}
     views, precision = int(made.get("views", 1)), cast(Precision, made.get("precision", "float16"))
     towers = cast(TowerPrecision, made.get("towers", _TOWERS))
 
     def check(number: int) -> str:
-        if not files[number].is_file():
-            return f"reference features {files[number]} are missing: {_AGAIN}"
-        _check(files[number], _identity(clip, catalog, catalog.shards[number], views, precision, towers))
+        shard = catalog.shards[number]
+        path = _path(folder, shard_digest(catalog, shard))
+        if not path.is_file():
+            return f"reference features of {shard.path} are missing in {folder}: {_AGAIN}"
+        _check(path, _identity(clip, catalog, shard, views, precision, towers))
         return ""
 
     def check_own() -> None:
@@ -268,7 +287,7 @@ def open_features(clip: Clip, catalog: Catalog, folder: Path, ranks: Ranks = ONE
                     raise UserError(problem)
 
     ranks.run_on_all_or_fail(check_own)
-    return CachedReference(files, np.array(catalog.shards.firsts), len(catalog), views, precision)
+    return CachedReference(folder, catalog, views, precision)
 
 
 class _Inputs(NamedTuple):
@@ -287,8 +306,8 @@ class _Inputs(NamedTuple):
 class _InputMaker:
     """Reads and decodes samples ``first`` to ``stop`` for the reference, in this process or in a worker."""
 
-    def __init__(self, reader: Reader, clip: Clip, views: int) -> None:
-        self._reader, self._views = reader, views
+    def __init__(self, catalog: Catalog, clip: Clip, views: int) -> None:
+        self._catalog, self._reader, self._views = catalog, Reader(catalog), views
         self._tokenize = clip.tokenize
         self._transform = clip.in_bytes(clip.preprocess if views == 1 else clip.augment)
 
@@ -304,9 +323,11 @@ class _InputMaker:
                     skipped[pairs[0].reason] += 1
                     continue
                 indices.append(raw.index)
+                shard, row = self._catalog.locate(raw.index)
+                seed = _seed(shard_digest(self._catalog, shard)) if self._views > 1 else 0
                 for view, pair in enumerate(pairs):
                     assert not isinstance(pair, Skip)
-                    view_draws(raw.index, view).seed_generators()
+                    view_draws(seed, row, view).seed_generators()
                     images.append(self._transform(pair.image))
                     captions.append(pair.caption)
         if not indices:
@@ -375,8 +396,13 @@ def _checksums(rows: np.ndarray) -> np.ndarray:  # [b, ...] -> [b]
     return np.fromiter((crc32(row) for row in np.ascontiguousarray(rows)), np.uint32, len(rows))
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"features-{number:05d}.safetensors"
+def _path(folder: Path, digest: str) -> Path:
+    return folder / f"features-{digest[:32]}.safetensors"
+
+
+def _seed(digest: str) -> int:
+    """Return the number that stands for a shard where views are drawn."""
+    return int(digest[:16], 16)
 
 
 def _identity(
@@ -384,8 +410,8 @@ def _identity(
 ) -> dict[str, str]:
     return {
         "reference": clip.fingerprint,
-        "data": catalog.fingerprint,
-        "rows": f"{shard.first_index}+{shard.samples}",
+        "shard": shard_digest(catalog, shard),
+        "checksum": shard.sha256,
         "views": str(views),
         "precision": precision,
         "towers": towers,
@@ -404,10 +430,12 @@ def _check(path: Path, identity: dict[str, str]) -> None:
     stored = _metadata(path)
     for key, value in identity.items():
         found = stored.get(key, _TOWERS if key == "towers" else None)
+        if key == "checksum" and not (found and value):  # a catalog without checksums does not say
+            continue
         if found != value:
             raise UserError(
                 f"reference features {path} were made for another {key}, {found} instead of {value}: "
-                "delete their folder or choose another"
+                "delete the file or choose another folder"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections import Counter, deque
@@ -64,7 +65,8 @@ class Logs:
                 import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise UserError("--log-to wandb needs the package wandb: pip install wandb") from None
-            self._wandb = wandb.init(project="drrho", dir=folder, config=settings, resume="allow", id=folder.name)
+            project = os.environ.get("WANDB_PROJECT", "drrho")  # W&B's own variable, which an argument would go before
+            self._wandb = wandb.init(project=project, dir=folder, config=settings, resume="allow", id=folder.name)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""

@@ -1,12 +1,15 @@
 """The catalog: a stable index for every sample, resumed scans, and refusal of what no longer fits."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -15,7 +18,7 @@ import pytest
 from tars import everything, expected, image_bytes, write_pairs, write_shards, write_tar
 
 from experiments.clip.catalog import catalog as catalog_module
-from experiments.clip.catalog.catalog import make_catalog, open_catalog, open_index
+from experiments.clip.catalog.catalog import make_catalog, open_catalog, open_index, shard_digest
 from experiments.clip.data.reader import Reader, decode
 from experiments.clip.errors import UserError
 
@@ -142,6 +145,79 @@ def test_remote_shards(shards, tmp_path, protocol):
     fsspec.filesystem(protocol).rm(f"{base}/00001.tar")
     with pytest.raises(UserError, match=r"cannot read .*00001.tar"):
         open_catalog(tmp_path / "catalog")
+
+
+@pytest.mark.parametrize("protocol", ["zip", "tar"])
+def test_shards_within_an_archive(shards, tmp_path, protocol):
+    path = tmp_path / f"all.{protocol}"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) if protocol == "zip" else tarfile.open(path, "w") as archive:
+        for shard in shards:
+            (archive.write if protocol == "zip" else archive.add)(shard, shard.name)
+    chain = f"{protocol}://*.tar::file://{path}"
+    catalog = make_catalog([chain], tmp_path / "catalog", workers=2)
+    assert everything(catalog) == expected(range(14))
+    assert [shard.path for shard in catalog.shards] == [chain.replace("*.tar", shard.name) for shard in shards]
+    assert open_catalog(tmp_path / "catalog") == catalog
+
+
+def test_a_remote_shard_is_read_once_in_one_stream(shards, tmp_path):
+    pytest.importorskip("aiohttp")
+    from experiments.benchmarks.remote import served
+
+    with served(tmp_path / "data") as server:
+        pattern = f"{server.url}/{{00000..00002}}.tar"
+        catalog = make_catalog(pattern, tmp_path / "catalog", checksums=True)
+        names = [f"/{path.name}" for path in shards]
+        gets = [(path, stated) for method, path, stated in server.requests if method == "GET"]
+        assert gets == [(name, "") for name in names]
+        assert everything(catalog) == expected(range(14))
+        for check in (None, "time", "checksum"):
+            assert open_catalog(tmp_path / "catalog", check=check) == catalog
+        edit(shards[2])
+        open_catalog(tmp_path / "catalog")
+        for check in ("time", "checksum"):
+            with pytest.raises(
+                UserError, match=r"no longer fits: http://.*/00002.tar has (been written since|changed)"
+            ):
+                open_catalog(tmp_path / "catalog", check=check)
+        server.requests.clear()
+        make_catalog(pattern, tmp_path / "catalog", checksums=True)
+        assert [path for method, path, _ in server.requests if method == "GET"] == names[2:]
+        assert open_catalog(tmp_path / "catalog", check="checksum") == open_catalog(tmp_path / "catalog", check="time")
+
+
+def edit(path):
+    """Change a byte of the caption of a sample in the middle, and nothing else; the clock goes on."""
+    content, before = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    content[content.index(b"caption 9") + 8] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before + 2 * 10**9, before + 2 * 10**9))
+
+
+def test_a_shard_that_is_edited_in_place_is_noticed_by_its_time_or_its_checksum(shards, tmp_path):
+    folder = tmp_path / "catalog"
+    make_catalog(str(tmp_path / "data/*.tar"), folder)
+    with pytest.raises(UserError, match=r"it has no checksum of .*00000.tar, which `run.py catalog --checksums` keeps"):
+        open_catalog(folder, check="checksum")
+    catalog = make_catalog(str(tmp_path / "data/*.tar"), folder, checksums=True)
+    assert [shard.sha256 for shard in catalog.shards] == [hashlib.sha256(p.read_bytes()).hexdigest() for p in shards]
+    times = shards[2].stat()
+    edit(shards[2])
+    assert open_catalog(folder) == catalog  # sizes and headers are the same
+    with pytest.raises(UserError, match=r"00002.tar has been written since, it is of \d+, not \d+: make it again"):
+        open_catalog(folder, check="time")
+    os.utime(shards[2], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_catalog(folder, check="time") == catalog
+    with pytest.raises(UserError, match=r"00002.tar has changed, its checksum differs: make it again"):
+        open_catalog(folder, check="checksum")
+
+
+def test_a_digest_of_a_shard_does_not_depend_on_the_others(shards, tmp_path):
+    digests = []
+    for pattern in ("00000", "{00000..00002}", "{00001..00002}"):
+        catalog = make_catalog(str(tmp_path / f"data/{pattern}.tar"), tmp_path / "catalog")
+        digests.append({Path(shard.path).name: shard_digest(catalog, shard) for shard in catalog.shards})
+    assert digests[1] == {**digests[0], **digests[2]} and len(set(digests[1].values())) == 3
 
 
 def test_captions_of_tables_belong_to_the_fingerprint(tmp_path):
@@ -328,6 +404,10 @@ def test_fingerprints_of_earlier_versions_stay_as_they_are(tmp_path):
     for shard, old in zip(map(dataclasses.asdict, catalog.shards), written["shards"], strict=True):
         # Index files are named after the paths and times of what was scanned.
         different = {"tar": ("index",), "table": ("index", "path")}.get(old["kind"], ())
+        version, checksum = shard.pop("version"), shard.pop("sha256")  # which they did not have
+        assert checksum == "" and version == (
+            str((tmp_path / "0.tar").stat().st_mtime_ns) if shard["kind"] == "tar" else ""
+        )
         assert shard == old | {name: shard[name] for name in different}
     assert catalog.fingerprint == written["fingerprint"]
     (tmp_path / "catalog/catalog.json").write_text(json.dumps(written))

@@ -328,3 +328,9 @@ def test_a_pattern_may_name_several_tables(tmp_path):
     assert everything(make_catalog(str(tmp_path / "odd{1}.csv"), tmp_path / "catalog")) == expected([1])
     with pytest.raises(UserError, match=r"the table s3://bucket/t.csv is remote: copy it to this machine"):
         make_catalog("s3://bucket/t.csv", tmp_path / "catalog")
+
+
+def test_urls_in_the_place_of_paths_are_refused_with_a_hint(tmp_path):
+    (tmp_path / "t.csv").write_text("url,text\nhttp://host/1.jpg,one\nhttps://host/2.jpg,two\n")
+    with pytest.raises(UserError, match=r"no sample .* \(URL: 2\): download its images, into shards by img2dataset"):
+        make_catalog(Table(str(tmp_path / "t.csv"), "url", ("text",)), tmp_path / "catalog")

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from task_folders import DATACOMP, classification, write_catalog
 
 from experiments.clip.catalog.catalog import check_shards, make_catalog
 from experiments.clip.cli.options import SOURCES
-from experiments.clip.cli.sources import embedded_pairs, open_catalog_on, open_training_data, open_validation
+from experiments.clip.cli.sources import embedded_pairs, open_shared_catalog, open_training_data, open_validation
 from experiments.clip.data.loader import Loader
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
@@ -111,16 +112,47 @@ def test_the_embedded_pairs_are_the_glyphs():
     assert set(SOURCES) == {"catalog", "glyphs"}
 
 
+def test_remote_shards_are_read_in_blocks_unless_an_option_says_otherwise(clip, tmp_path):
+    base = f"memory://{tmp_path.name}"
+    [path] = write_shards(tmp_path / "data", [30])
+    with fsspec.open(f"{base}/0.tar", "wb") as file:
+        file.write(path.read_bytes())
+    for name, pattern in (("remote", f"{base}/0.tar"), ("local", str(path))):
+        make_catalog(pattern, tmp_path / name)
+
+    def opened(name, *more):
+        words = ["train", "--model", "glyph-micro", "--method", "openclip", "--catalog", str(tmp_path / name)]
+        words += ["--batch-size", "10", *more]
+        data = open_training_data(parse(words), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+        assert sorted(index) == list(range(30))
+        drawn = {"resampled", "epoch_samples"}
+        return {key: value for key, value in data.identity.items() if key not in {"data", "weights", *drawn}}, index
+
+    blocks, random = opened("remote"), opened("local")
+    assert blocks[0] == {"reading": "blocks"} and random[0] == {"block_shards": 16} and blocks[1] != random[1]
+    assert opened("remote", "--reading", "random") == random
+    assert opened("local", "--reading", "blocks") == blocks
+    assert opened("remote", "--block-folder", str(tmp_path / "blocks")) == blocks
+    assert not list((tmp_path / "blocks").iterdir())
+    assert opened("remote", "--reading", "shards")[0] == {"reading": "shards"}
+    with pytest.raises(UserError, match=r"--block-shards 4 has no part in this run: it is for --reading random"):
+        opened("remote", "--block-shards", "4")
+    with pytest.raises(UserError, match=r"--block-folder x has no part in this run: it is for --reading blocks"):
+        opened("local", "--block-folder", "x")
+
+
 def test_shards_are_checked_by_their_numbers(tmp_path):
     paths = write_shards(tmp_path / "data", [2, 3, 1])
     catalog = make_catalog([str(path) for path in paths], tmp_path / "catalog")
-    assert open_catalog_on(ONE_PROCESS, tmp_path / "catalog") == catalog
+    assert open_shared_catalog(tmp_path / "catalog", ONE_PROCESS) == catalog
     paths[1].unlink()
     check_shards(catalog, [0, 2])
     with pytest.raises(UserError, match=r"00001\.tar is missing: make it again"):
         check_shards(catalog, [1])
     with pytest.raises(UserError, match=r"00001\.tar is missing: make it again"):
-        open_catalog_on(ONE_PROCESS, tmp_path / "catalog")
+        open_shared_catalog(tmp_path / "catalog", ONE_PROCESS)
 
 
 def open_on_ranks(rank, folder):
@@ -130,7 +162,7 @@ def open_on_ranks(rank, folder):
     try:
         said = "nothing"
         try:
-            open_catalog_on(Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD), folder / "catalog")
+            open_shared_catalog(folder / "catalog", Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD))
         except UserError as error:
             said = str(error)
         (folder / f"{rank}.txt").write_text(said)
@@ -148,3 +180,21 @@ def test_what_one_rank_finds_stops_all(tmp_path):
     start_ranks(open_on_ranks, (str(tmp_path),), 2)
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0] == "stopped because rank 1 did: see its message" and "00001.tar is missing" in said[1]
+
+
+def test_a_server_without_ranges_is_refused_at_the_start_unless_shards_are_read_as_a_whole(clip, tmp_path):
+    pytest.importorskip("aiohttp")
+    from experiments.benchmarks.remote import served
+
+    write_shards(tmp_path / "data", [20, 10])
+    with served(tmp_path / "data", ranges=False) as server:
+        make_catalog(f"{server.url}/{{00000,00001}}.tar", tmp_path / "catalog")
+        words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "10"]
+        server.requests.clear()
+        with pytest.raises(UserError, match=r"the server 127.0.0.1:\d+ ignores requests for a part of a file"):
+            open_training_data(parse(words), clip, None, ONE_PROCESS)
+        assert [stated for method, _, stated in server.requests if method == "GET"] == ["bytes=0-0"]
+        data = open_training_data(parse([*words, "--reading", "shards"]), clip, None, ONE_PROCESS)
+        index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
+        data.stream.close()
+    assert sorted(index) == list(range(30))

@@ -153,8 +153,10 @@ def test_a_shard_that_is_gone_is_named(make, shards, tmp_path_factory, monkeypat
     with served(folder) as server:
         catalog = make_catalog(f"{server.url}/00000.tar", folder / "catalog")
         (folder / "00000.tar").unlink()
+        own = make(catalog, workers=1)
         with pytest.raises(UserError, match=r"cannot read http://.*/00000\.tar"):
-            list(make(catalog, workers=1).batches(0))
+            list(own.batches(0))
+        own.close()
 
 
 def test_a_server_without_ranges_serves_whole_shards_and_is_refused_otherwise(make, shards, local, tmp_path_factory):

@@ -362,3 +362,35 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     reasons, _, growth = done.stdout.rpartition(" ")
     assert reasons == "{'too many pixels'}" and int(growth) < 64
+
+
+MANY = """
+import sys
+from pathlib import Path
+from experiments.clip.catalog.catalog import make_catalog
+from experiments.clip.data.reader import Reader
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+reader = Reader(make_catalog(sys.argv[1], sys.argv[2]))
+before = peak()
+print({len(raw.image) for raw in reader.read_many(range(12))}, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_batch_of_the_largest_members_takes_the_memory_of_a_few(tmp_path):
+    """Together they have 768 MiB."""
+    end = 0
+    with open(tmp_path / "x.tar", "wb") as file:
+        for number in range(12):
+            for name, size in ((f"{number}.png", reading.MAX_IMAGE_BYTES), (f"{number}.txt", 1)):
+                info = tarfile.TarInfo(name)
+                info.size = size
+                file.seek(end)
+                file.write(info.tobuf(tarfile.GNU_FORMAT))
+                end += 512 + -(-size // 512) * 512
+        file.truncate(end + 1024)  # contents are holes, which take no space
+    arguments = [sys.executable, "-c", MANY, str(tmp_path / "x.tar"), str(tmp_path / "catalog")]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    sizes, _, growth = done.stdout.rpartition(" ")
+    assert sizes == f"{{{reading.MAX_IMAGE_BYTES}}}" and int(growth) < 300

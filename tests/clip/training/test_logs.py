@@ -89,6 +89,19 @@ def test_tensorboard_and_unknown_writers(pairs, tmp_path):
         Logs(tmp_path, ("wandb",), {})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("project", [None, "mine"])
+def test_wandb_has_the_project_of_its_own_variable(project, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if project is not None:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    logs = Logs(tmp_path, ("wandb",), {})
+    assert logs._wandb.project == (project or "drrho")
+    logs.close()
+
+
 def test_numbers_of_several_types_are_packed_in_their_order():
     numbers = [torch.tensor(0.1), torch.tensor(True), torch.tensor(3), torch.tensor([0.2]), torch.tensor(0.1).double()]
     assert packed(numbers).tolist() == [number.item() for number in numbers]
