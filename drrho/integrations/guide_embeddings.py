@@ -1,129 +1,108 @@
-"""A guide's embeddings of a training set, computed once and looked up while training.
+"""A guide's embeddings of a data set, computed once and looked up while training.
 
-A folder has a file for every `ROWS` samples, a safetensors tensor ``embeddings`` ``[samples, columns, d]``. Its
-metadata identify guide, data and precision, and hold the CRC-32 of the tensor's bytes, which is compared when the file
-is first read. A file is complete or absent, so that an interrupted computation goes on where it was.
+They are kept as `ReferenceLosses` keeps losses: a row of numbers for each sample, its columns' embeddings one after
+another, in float32.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ROWS = 4096  # samples of a file
+from drrho.integrations.reference_losses import ReferenceLosses
+
+ROWS = 1024  # samples that are embedded together
 _LABELS = ("label", "labels", "score", "scores")  # columns that sentence-transformers does not take for text
-_TAG = 2**32  # a sample's label is its number, plus this times a number that belongs to the data
+_TAG = 2**32  # a sample's label is its number, plus this times a number that belongs to the cache
 
 
 class GuideEmbeddings:
-    """The embeddings that a guide gives every text of a dataset; `cached` makes them.
+    """The embeddings that a guide gives every text of a data set; `cached` makes them.
 
     Attributes
     ----------
-    dataset : datasets.Dataset or mapping of str to it
+    dataset : datasets.Dataset, or mapping of names to such
         The data to train on, with a column ``label`` by which a batch's embeddings are found.
     """
 
-    def __init__(self, files: Sequence[Path], identity: dict[str, str], dataset: Any) -> None:
-        self.dataset = dataset
-        self._files, self._identity, self._maps = files, identity, {}
-        self._tag = _tag(identity)
+    def __init__(self, rows: ReferenceLosses, dataset: Any) -> None:
+        self._rows, self._columns = rows, list(rows.about["columns"])
+        self._tag = crc32(rows.fingerprint.encode()) >> 1
+        sets = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+        numbered = iter(_numbered(sets, self._tag))
+        self.dataset = {name: next(numbered) for name in dataset} if isinstance(dataset, Mapping) else next(numbered)
 
     @classmethod
     def cached(
-        cls,
-        folder: str | os.PathLike[str],
-        guide: Any,
-        dataset: Any,
-        *,
-        precision: Literal["float32", "float16"] = "float32",
-        batch_size: int = 128,
+        cls, folder: str | os.PathLike[str], guide: Any, dataset: Any, *, batch_size: int = 128
     ) -> GuideEmbeddings:
-        """Compute the embeddings that the folder does not have yet.
+        """Compute the embeddings that the folder does not have yet, also after ``kill -9`` or a full disk.
 
         Parameters
         ----------
         folder : path
-            Where the embeddings are kept, for one guide and one dataset.
+            Where the embeddings are kept, for one guide and one data set.
         guide : SentenceTransformer
             The reference model.
-        dataset : datasets.Dataset, or mapping of names to datasets
+        dataset : datasets.Dataset, or mapping of names to such
             Data whose columns are all text, (anchor, positive, ...), for example ``{"train": ..., "eval": ...}``.
-        precision : "float32" or "float16"
-            That of the embeddings on disk.
         batch_size : int
             Number of texts that go through the guide at a time.
 
         Raises
         ------
         ValueError
-            If the folder has embeddings of another guide, other data or another precision, if the dataset has labels,
-            or if an embedding is not finite.
+            If the folder has embeddings of another guide, other data or another precision, if the data have labels or
+            columns that are not text, or if an embedding is not finite.
         """
         sets = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
         columns = _text_columns(sets)
-        identity = {
+        width = len(_embedded(guide, [["text"]], batch_size))
+        about = {
             "guide": _fingerprint_of_model(guide),
             "data": _fingerprint_of_data(sets, columns),
-            "columns": ", ".join(columns),
-            "precision": precision,
+            "columns": columns,
+            "precision": str(next(guide.parameters()).dtype).removeprefix("torch."),
+            "width": width,
         }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        for number, texts in enumerate(_parts(sets, columns)):
-            files.append(folder / f"embeddings-{number:05d}.safetensors")
-            if files[-1].is_file():
-                _check(files[-1], identity)
-            else:
-                _write(files[-1], _embedded(guide, texts, precision, batch_size), identity)
-        numbered = iter(_numbered(sets, _tag(identity)))
-        whole = {name: next(numbered) for name in dataset} if isinstance(dataset, Mapping) else next(numbered)
-        return cls(files, identity, whole)
+        lengths = np.full(sum(map(len, sets)), len(columns) * width)
+        embed = lambda texts: torch.from_numpy(_embedded(guide, texts, batch_size))  # noqa: E731
+        return cls(ReferenceLosses.compute(folder, embed, _parts(sets, columns), lengths, about=about), dataset)
 
     def __repr__(self) -> str:
-        return f"GuideEmbeddings(guide={self._identity['guide'][:12]}, data={self._identity['data'][:12]})"
+        about = self._rows.about
+        return f"GuideEmbeddings(guide={about['guide'][:12]}, data={about['data'][:12]}, width={about['width']})"
 
     def embeddings(
         self,
-        columns: Sequence[dict[str, Any]],
+        columns: Sequence[Mapping[str, Any]],
         labels: Tensor | None,
         size: int | None = None,
         tokens: int | None = None,
     ) -> list[Tensor]:
-        """Return the embeddings ``[b, d]`` of each column, in float32, of the samples with these labels ``[b]``.
+        """Return the embeddings ``[b, d]`` of each column of a batch, on its device, found by its labels ``[b]``.
 
         Raises
         ------
         ValueError
-            If the labels are not those of `dataset`, or there is another number of columns.
+            If the labels are not those of `dataset`, there is another number of columns, or a row is damaged.
         """
-        known = self._identity["columns"].split(", ")
-        if len(columns) != len(known):
-            raise ValueError(
-                f"the guide's embeddings are of the columns {', '.join(known)}, got {len(columns)} columns"
-            )
-        numbers = None if labels is None or labels.is_floating_point() else labels.cpu().numpy()
-        if numbers is None or numbers.ndim != 1 or (numbers // _TAG != self._tag).any():
+        if len(columns) != len(self._columns):
+            known = ", ".join(self._columns)
+            raise ValueError(f"the guide's embeddings are of the columns {known}, got a batch of {len(columns)}")
+        numbers = None if labels is None or labels.is_floating_point() else labels.cpu()
+        if numbers is None or numbers.ndim != 1 or bool((numbers // _TAG != self._tag).any()):
             raise ValueError("the batch is not of the data that the guide's embeddings are of: train on guide.dataset")
-        numbers = numbers % _TAG
-        found = np.stack([self._file(number // ROWS)[number % ROWS] for number in numbers.tolist()])
+        found = self._rows.lookup(numbers % _TAG).view(len(numbers), len(columns), -1)
         device = next(value.device for value in columns[0].values() if isinstance(value, Tensor))
-        return list(torch.from_numpy(found).to(device).float().unbind(1))
-
-    def _file(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            self._maps[number] = _mapped(self._files[number])
-        return self._maps[number]
+        return list(found.to(device).unbind(1))
 
 
 def _text_columns(sets: Sequence[Any]) -> list[str]:
@@ -136,36 +115,27 @@ def _text_columns(sets: Sequence[Any]) -> list[str]:
     return columns
 
 
-def _parts(sets: Sequence[Any], columns: Sequence[str]) -> Iterator[list[list[str]]]:
-    """Yield the texts of `ROWS` samples at a time, a list for each column; files do not end with a dataset."""
-    held: list[list[str]] = [[] for _ in columns]
+def _parts(sets: Sequence[Any], columns: Sequence[str]) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
+    """Yield the numbers of samples, and their texts in a list for each column."""
+    start = 0
     for each in sets:
         for first in range(0, len(each), ROWS):
             rows = each[first : first + ROWS]
-            for column, texts in zip(columns, held, strict=True):
-                texts.extend(rows[column])
-            if len(held[0]) >= ROWS:
-                yield [texts[:ROWS] for texts in held]
-                held = [texts[ROWS:] for texts in held]
-    if held[0]:
-        yield held
+            texts = [list(rows[name]) for name in columns]
+            yield np.arange(start + first, start + first + len(texts[0])), texts
+        start += len(each)
 
 
-def _numbered(sets: Sequence[Any], tag: int) -> Iterator[Any]:
+def _numbered(sets: Any, tag: int) -> Iterator[Any]:
     first = tag * _TAG
     for each in sets:
         yield each.add_column("label", np.arange(first, first + len(each)))
         first += len(each)
 
 
-def _tag(identity: dict[str, str]) -> int:
-    """Return a number of 31 bits that other data, or another guide, are unlikely to have."""
-    return crc32(repr(sorted(identity.items())).encode()) >> 1
-
-
 def _fingerprint_of_data(sets: Sequence[Any], columns: Sequence[str]) -> str:
     digest = hashlib.sha256(repr([len(each) for each in sets]).encode())
-    for texts in _parts(sets, columns):
+    for _, texts in _parts(sets, columns):
         for text in (text for column in texts for text in column):
             if not isinstance(text, str):
                 raise ValueError(f"all columns must hold text, got {type(text).__name__} in one of {list(columns)}")
@@ -175,64 +145,17 @@ def _fingerprint_of_data(sets: Sequence[Any], columns: Sequence[str]) -> str:
 
 
 def _fingerprint_of_model(guide: Any) -> str:
-    digest = hashlib.sha256(repr((guide.max_seq_length, sorted(guide.tokenizer.get_vocab().items()))).encode())
+    words = sorted(guide.tokenizer.get_vocab().items())
+    digest = hashlib.sha256(repr((guide.max_seq_length, words)).encode())
     for name, value in sorted(guide.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _embedded(guide: Any, texts: list[list[str]], precision: str, batch_size: int) -> np.ndarray:
+def _embedded(guide: Any, texts: list[list[str]], batch_size: int) -> np.ndarray:
+    """Return the columns' embeddings, one after another, sample by sample."""
     flat = [text for column in texts for text in column]
-    found = guide.encode(flat, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
-    if not np.isfinite(found).all():
+    found = guide.encode(flat, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    if not bool(torch.isfinite(found).all()):
         raise ValueError("the guide's embeddings are not finite: check its weights")
-    return np.stack(np.split(found.astype(precision), len(texts)), axis=1)
-
-
-def _write(path: Path, embeddings: np.ndarray, identity: dict[str, str]) -> None:
-    from safetensors.numpy import save
-
-    whole = save({"embeddings": embeddings}, {**identity, "checksum": str(crc32(embeddings.data))})
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(whole)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _check(path: Path, identity: dict[str, str]) -> None:
-    found = _header(path)[0].get("__metadata__", {})
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"the guide's embeddings {path} are of another {key}, {found.get(key)} instead of {value}: "
-                "delete the folder or name another"
-            )
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file, and where its tensors begin."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return dict(json.loads(file.read(min(size, path.stat().st_size)))), 8 + size
-    except ValueError as error:
-        raise ValueError(f"the guide's embeddings {path} are damaged ({error}): delete the file") from error
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """Map a file's embeddings into memory, and compare their checksum."""
-    header, start = _header(path)
-    try:
-        about = header["embeddings"]
-        kind = {"F32": np.float32, "F16": np.float16}[about["dtype"]]
-        embeddings = np.memmap(path, kind, "r", start, tuple(about["shape"]))
-        if crc32(embeddings.data) == int(header["__metadata__"]["checksum"]):
-            return embeddings
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise ValueError(f"the guide's embeddings {path} are not as they were written: delete the file")
+    return found.view(len(texts), len(texts[0]), -1).transpose(0, 1).flatten().numpy()
