@@ -1,4 +1,4 @@
-"""Seconds until a rank has its data open, with many shards: the first rank, which looks at all of them, and the others.
+"""Seconds until a rank has its data open, with many shards, of which each rank looks at its share.
 
 python -m experiments.benchmarks.start
 """
@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.clip.catalog.catalog import make_catalog, open_catalog
+from experiments.clip.catalog.catalog import Catalog, check_shards, make_catalog, open_catalog
 from experiments.clip.data.loader import Loader
+from experiments.clip.distributed import Ranks
 from experiments.clip.io import files
 from experiments.clip.models.clip import Clip, load_model
 from experiments.clip.reference.cache import cache_features, open_features
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
+_RANKS = (1, 8, 64)
 _RESULTS = Path(__file__).parent / "results" / "start.md"
 
 
@@ -47,10 +49,18 @@ def seconds(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def opened(folder: Path, reference: Clip, is_first: bool) -> dict[str, float]:
-    """Return how long the parts of a start take, until the first batch is there."""
-    for_catalog, catalog = seconds(partial(open_catalog, folder / "catalog", verify=is_first))
-    for_features, beside = seconds(partial(open_features, reference, catalog, folder / "features", verify=is_first))
+def opened_catalog(folder: Path, ranks: int) -> Catalog:
+    """Open a catalog as a rank does, which looks at its share of the shards."""
+    catalog = open_catalog(folder, verify=False)
+    check_shards(catalog, Ranks(0, ranks).own_indices(len(catalog.shards)))
+    return catalog
+
+
+def opened(folder: Path, reference: Clip, ranks: int) -> dict[str, float]:
+    """Return how long the parts of the start of a rank take, until its first batch is there."""
+    for_catalog, catalog = seconds(partial(opened_catalog, folder / "catalog", ranks))
+    share = Ranks(0, ranks)
+    for_features, beside = seconds(partial(open_features, reference, catalog, folder / "features", share))
     transform = reference.in_bytes(reference.augment)
     loader = Loader(catalog, transform, reference.tokenize, batch_size=64, seed=0, reference=beside)
     for_batch, _ = seconds(lambda: next(loader.batches(0)))
@@ -65,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     reference = load_model(SHIPPED_REFERENCE)
     files.os.fsync = lambda descriptor: None  # what is written here need not survive a loss of power
-    rows: dict[tuple[str, bool], list[float]] = {}
+    rows: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "shards").mkdir()
@@ -73,24 +83,23 @@ def main() -> None:
         made = make_catalog(str(folder / "shards/*.tar"), folder / "catalog")
         cache_features(reference, made, folder / "features")
         for _ in range(options.rounds):
-            for is_first in (True, False):
-                for part, taken in opened(folder, reference, is_first).items():
-                    rows.setdefault((part, is_first), []).append(taken)
+            for ranks in _RANKS:
+                for part, taken in opened(folder, reference, ranks).items():
+                    rows.setdefault((part, ranks), []).append(taken)
     lines = [
         f"# Seconds until a rank has {options.shards:,} shards open",
         "",
         f"`python -m experiments.benchmarks.start`: local shards of one pair each, median of {options.rounds} rounds, "
-        "one process. The first rank looks at every shard, index and file of features; the others wait for it, and "
-        "then take as long as in the last column.",
+        "one process. Each rank looks at its share of the shards, indexes and files of features.",
         "",
-        "| | first rank | each other rank |",
-        "|---|---:|---:|",
+        f"| | {' | '.join('one rank' if ranks == 1 else f'a rank of {ranks}' for ranks in _RANKS)} |",
+        f"|---|{'---:|' * len(_RANKS)}",
     ]
     parts = list(dict.fromkeys(part for part, _ in rows))
     medians = {key: float(np.median(values)) for key, values in rows.items()}
-    lines += [f"| {part} | {medians[part, True]:.2f} | {medians[part, False]:.2f} |" for part in parts]
-    totals = [sum(medians[part, is_first] for part in parts) for is_first in (True, False)]
-    lines.append(f"| together | {totals[0]:.2f} | {totals[1]:.2f} |")
+    lines += [f"| {part} | {' | '.join(f'{medians[part, ranks]:.2f}' for ranks in _RANKS)} |" for part in parts]
+    totals = [sum(medians[part, ranks] for part in parts) for ranks in _RANKS]
+    lines.append(f"| together | {' | '.join(f'{total:.2f}' for total in totals)} |")
     _RESULTS.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
