@@ -186,9 +186,9 @@ def reduced_types(rank, folder):
         types = []
 
         def noting(reduce):
-            def noted(output, given, *arguments, **options):
-                types.append(given.dtype)
-                return reduce(output, given, *arguments, **options)
+            def noted(*arguments, **options):
+                types.append((options["input"] if "input" in options else arguments[1]).dtype)
+                return reduce(*arguments, **options)
 
             return noted
 
