@@ -118,7 +118,7 @@ class _Derivatives:
         by_value, *others = grads
         if not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
             by_row = by_value if by_value is None or ctx.one_row else by_value[:, None]
-            # To unpack what is saved takes longer than to multiply; to derive again, or refuse what was changed, it is needed
+            # To unpack what is saved takes longer than to multiply: it is for what is derived again, or was changed
             is_plain = not torch.is_grad_enabled() and ctx.weights._version == ctx.version
             weights = ctx.weights if is_plain else ctx.saved_tensors[-_KEPT]
             return by_row if by_row is None else by_row * weights, None, None, None, None, None
