@@ -1,0 +1,1 @@
+"""A small embedding model trained on WordNet with and without a guide."""
