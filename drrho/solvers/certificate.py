@@ -22,7 +22,7 @@ from drrho.solvers.rows import Block, Rows, Term, some
 _ALLOWED = 1e-8  # gap of an answer over its premium
 _ROUNDING = 512 * EPS  # gap of an answer over the range of the losses
 _LEAST = 64 * float(np.finfo(np.float64).smallest_subnormal)  # gap of an answer, where the range is no normal number
-_BEYOND = 1e-10  # by how much of itself rounding in D may move a premium
+_BEYOND = 1e-11  # by how much of itself rounding in D may move a premium
 _SAME = 256 * EPS  # difference of a solver's D and its sum
 _CLOSE = 1e-12  # by how much sums of ratios may miss what they should be, where better ones can be found
 _LINEAR = 1e-8  # surplus up to which D is followed to first order

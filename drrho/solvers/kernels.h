@@ -289,7 +289,7 @@ INLINE void into_ball(const Row *row, Answer *answer, double radius, double tota
         answer->gain *= kept, answer->distance = radius;
     }
     /* By weak duality, what exceeds the bound does so by the rounding of D at the weights. */
-    if (answer->gain > answer->dual && answer->gain - answer->dual <= 1e-10 * answer->gain) {
+    if (answer->gain > answer->dual && answer->gain - answer->dual <= 1e-11 * answer->gain) {
         if (radius >= 0) kept *= answer->dual / answer->gain;
         answer->gain = answer->dual;
     }
