@@ -10,7 +10,7 @@ consists of outputs that are differentiable themselves; this gives derivatives o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from drrho.solvers.problem import Problem, Solution, by_rows
 from drrho.solvers.solution import solve
 from drrho.validation import transforms_active
 
+_Optional = TypeVar("_Optional", Tensor, Tensor | None)
 _KEPT = 6  # fields of the solution that are saved for its derivatives, of which the weights are the first
 
 
@@ -51,8 +52,12 @@ def optimum(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         function = Optimum if dtype_read(losses, problem) == torch.float64 else NarrowOptimum
         return _solution(function.apply(*inputs, problem))
-    radius, strength, alpha = (tensor if tensor is None else tensor.detach() for tensor in (radius, strength, alpha))
-    return solve(losses.detach(), radius, strength, alpha, base, problem)
+    return solve(_plain(losses), _plain(radius), _plain(strength), _plain(alpha), base, problem)
+
+
+def _plain(tensor: _Optional) -> _Optional:
+    """Return a tensor without its graph: itself if it has none."""
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def dtype_read(losses: Tensor, problem: Problem) -> torch.dtype:
@@ -113,7 +118,7 @@ class _Derivatives:
         by_value, *others = grads
         if not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
             by_row = by_value if by_value is None or ctx.one_row else by_value[:, None]
-            # To unpack what is saved takes longer than to multiply; it is what can be derived again, or was written over
+            # To unpack what is saved takes longer than to multiply: it is for what is derived again, or was changed
             is_plain = not torch.is_grad_enabled() and ctx.weights._version == ctx.version
             weights = ctx.weights if is_plain else ctx.saved_tensors[-_KEPT]
             return by_row if by_row is None else by_row * weights, None, None, None, None, None

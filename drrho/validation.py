@@ -17,6 +17,9 @@ from drrho.ranks import Group
 ArrayLike: TypeAlias = "Tensor | np.ndarray | float | Sequence[ArrayLike]"
 
 
+_NUMBER = float | int  # made once: it takes as long as what it is asked for
+
+
 def as_numbers(values: ArrayLike, name: str) -> Tensor:
     """Return numbers as a tensor: a real tensor as it is, with its graph; all else as a new one, float64.
 
@@ -200,9 +203,11 @@ def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> T
         If it is not numeric.
     """
     rows = losses.shape[:-1]
-    if isinstance(value, float | int):
+    if isinstance(value, _NUMBER):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {value}: it {meaning}")
+        if not rows and losses.is_cpu:
+            return torch.scalar_tensor(value, dtype=torch.float64)
         return torch.full(rows, float(value), dtype=torch.float64, device=losses.device)
     parameter = as_numbers(value, name).to(losses.device, torch.float64)
     if checks_are_deferred():

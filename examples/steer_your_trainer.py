@@ -1,6 +1,6 @@
 """A language model learns Python's documentation, of which a third of the lines is noise, with and without steering.
 
-    python examples/steer_your_trainer.py            # three seeds, minutes on one core, nothing is downloaded
+    python examples/steer_your_trainer.py  # three seeds; nothing is downloaded
     python examples/steer_your_trainer.py --seeds 1
 
 The text is that of the docstrings in the sources of the standard library. A small decoder over bytes is trained by the

@@ -265,3 +265,12 @@ def test_derivatives_in_float32_are_those_of_the_same_losses_in_float64(divergen
             continue
         scale = expected.abs().max().item() + 1e-3
         assert (found.double() - expected.double()).abs().max().item() <= 2e-6 * scale
+
+
+def test_weights_that_were_changed_are_no_gradient():
+    losses = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    risk = constrained_risk(losses, KL(), 0.1)
+    with torch.no_grad():
+        risk.weights.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        risk.value.backward()

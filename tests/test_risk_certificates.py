@@ -269,3 +269,17 @@ def test_the_hard_maximum_of_many_ties_has_no_negative_gap():
     losses = np.random.default_rng(0).integers(-2, 3, size=10_000) * 1e-8
     risk = judged(certificates.Problem(losses, None, True, 3.8), users.Alpha(0.0), certificates.power(0.5))
     assert risk.value.item() == losses.max() and risk.gap.item() == 0
+
+
+RARE = {  # losses, base weights of which the maximum has hardly any, and radii next to the largest
+    "2": ([363.48409715, 363.28409715], [3.39969452e-11, 1.0], 2123593562.6950204),
+    "3": ([730139.8, 374827.3, -3053438.5], [1.56432288e-12, 0.227853215, 0.772146785], 319604524697.1272),
+    "3, closer": ([188.82317791, 8.58012542, 7.92144731], [7.40668729e-13, 0.795333756, 0.204666244], 453836.0438),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_chi_square_ball_around_a_maximum_of_hardly_any_base_weight(name):
+    losses, base, radius = RARE[name]
+    problem = certificates.Problem(np.array(losses), np.array(base) / np.sum(base), True, radius)
+    judged(problem, ChiSquare(), certificates.power(2))

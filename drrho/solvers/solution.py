@@ -13,6 +13,7 @@ from drrho.solvers.certificate import Bound, certified
 from drrho.solvers.device import dispatch
 from drrho.solvers.dual import Found
 from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
+from drrho.solvers.generic import generic_ball, generic_penalty
 from drrho.solvers.problem import (
     REFUSED,
     REFUSED_ALPHA,
@@ -169,7 +170,14 @@ def _one_bound(
             bound, solver = Bound(divergence, strength / rows.scale, strength), algorithm.penalty
         ends = ends_of_penalty(span, bound.parameter, maximizer)
     chosen = ends.open
-    found = solver(divergence, rows.select(chosen), bound.parameter[chosen]) if some(chosen) else None
+    found = None
+    if some(chosen):
+        part, parameter = rows.select(chosen), bound.parameter[chosen]
+        found = solver(divergence, part, parameter)
+        generic = generic_ball if radius is not None else generic_penalty
+        if found.better is None and solver is not generic and not divergence.has_kinks:
+            # As where the maximum has hardly any base weight, so that a mean has no digits for the others' ratios
+            found = found._replace(better=lambda: generic(divergence, part, parameter))
 
     def certified_solution(found: Found | None) -> Solution | None:
         everywhere, reached = found, ends

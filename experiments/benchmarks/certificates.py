@@ -3,9 +3,9 @@
 ``OMP_NUM_THREADS=1 python experiments/benchmarks/certificates.py`` draws 15,000 problems for each divergence of the
 library and 2,000 for each of a user's, and writes results/certificates.md. That takes 15 minutes: what is done stands
 in outputs/certificates.jsonl, and the same command resumes after it; remove the file where the library has changed.
-The answers are judged from the definitions alone, in extended precision: the weights returned, scaled back into the ball,
-attain a value, the multipliers returned give a bound on every value, and what lies between the two is an upper bound
-on the error, whatever found them. Nothing is solved, and no code of the library is used.
+The answers are judged from the definitions alone, in extended precision: the weights returned, scaled back into the
+ball, attain a value, the multipliers returned give a bound on every value, and what lies between the two is an upper
+bound on the error, whatever found them. Nothing is solved, and no code of the library is used.
 """
 
 from __future__ import annotations

@@ -68,6 +68,11 @@ COMMANDS = {
         "cli.commands:evaluate",
         on_many_ranks=True,
     ),
+    "export": Command(
+        "Write the model of a run, at one of its checkpoints, for open_clip; also while the run goes on.",
+        "cli.options:Export",
+        "cli.commands:export",
+    ),
     "plan": Command(
         "Say what a run would take: parameters, operations, memory of a rank by part, disk, time.",
         "cli.options:Plan",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import many_ranks
-from experiments.benchmarks.many_ranks import BEGIN, END, Scale, asked, batches_agree, visited_once
+from experiments.benchmarks.many_ranks import BEGIN, END, README, RESULTS, Scale, asked, batches_agree, visited_once
 from experiments.clip.catalog.catalog import IMAGE_KEYS, open_catalog, write_catalog
 from experiments.clip.catalog.sources import TarPattern
 
@@ -76,3 +76,8 @@ def test_the_command_writes_its_table(tmp_path):
     assert table in (tmp_path / "t.md").read_text() and "earlier table" not in page.read_text()
     assert page.read_text().startswith("before\n\n") and page.read_text().endswith("\n\nafter\n")
     assert "every one of 60,000 samples visited once | yes" in table and "NOT" not in table
+
+
+def test_the_page_has_the_table_of_the_results():
+    table = README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert table and table in RESULTS.read_text()

@@ -169,6 +169,26 @@ def test_a_rank_of_which_no_pair_is_chosen_takes_part(words, tmp_path):
     assert len(losses(tmp_path / "out2")) == 12
 
 
+@pytest.mark.parametrize("method", ["openclip", "two-level"])
+def test_a_batch_of_one_pair_is_passed_over_on_ranks(method, tmp_path):
+    """Of 7 pairs in batches of 2, a rank has one, or none; the last one is alone."""
+    members = []
+    for k in range(7):
+        members += [(f"{k}.png", image_bytes(31 * k, (48, 48))), (f"{k}.txt", f"letter {chr(97 + k)}".encode())]
+    write_tar(tmp_path / "0.tar", members)
+    assert main(["catalog", str(tmp_path / "0.tar"), "--out", str(tmp_path / "catalog")]) == 0
+    options = ("--catalog", tmp_path / "catalog", "--epochs", "1", "--batch-size", "2", "--log-every", "1")
+    options = (*options, "--model", "glyph-micro", "--method", method, "--validations", "1", "--workers", "0")
+    options = options if method == "openclip" else (*options, "--reference", SHIPPED_REFERENCE)
+    for ranks in (1, 2):
+        statuses, errors = start(ranks, *options, "--out", tmp_path / f"out{ranks}")
+        assert statuses == [0] * ranks, errors
+    one, two = ([line for line in lines(tmp_path / name)] for name in ("out1", "out2"))
+    assert [line["samples_trained"] for line in one] == [line["samples_trained"] for line in two] == [2, 4, 6, 6]
+    assert [line["loss"] for line in two[:3]] == pytest.approx([line["loss"] for line in one[:3]], abs=1e-5)
+    assert one[3]["skipped/alone in its batch"] == two[3]["skipped/alone in its batch"] == 1
+
+
 def test_ranks_go_on_from_other_numbers_of_ranks(alone, glyph_cache, tmp_path):
     """The last checkpoint of one process, taken up by two with shards and by one again: all is the same, bit by bit."""
     (tmp_path / "out").mkdir()

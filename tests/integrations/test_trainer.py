@@ -249,6 +249,21 @@ def test_ranks_weigh_their_samples_together(tmp_path):
         assert torch.allclose(curve, expected[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # workers
+def test_workers_look_the_losses_up(tmp_path):
+    kind = kind_of("sft packed", cache=tmp_path / "cache")
+    expected, found = (trained(made("sft packed", tmp_path, kind, dataloader_num_workers=count)) for count in (0, 2))
+    assert torch.allclose(found[1], expected[1], rtol=1e-9)
+
+
+def test_in_mixed_precision_the_host_trains_as_ever(tmp_path):
+    zero = kind_of("padded left", divergence=ChiSquare(), strength=None, radius=0.0)
+    curves = [
+        trained(made("padded left", tmp_path, kind, model=decoder().float(), bf16=True))[1] for kind in (None, zero)
+    ]
+    assert torch.allclose(*curves, rtol=1e-3, atol=1e-4) and curves[0].dtype == torch.float32
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +347,13 @@ def test_a_cache_of_other_data_or_another_reference_is_refused(tmp_path):
         with_trainer(tmp_path, kind_of("padded right", cache=cache), data=sentences(seed=5)).train()
     with refused("cache=.* is for a reference that is a model"):
         kind_of("padded right", reference=ReferenceLosses(cache), cache=cache)
+
+
+def test_a_cache_is_of_a_known_number_of_samples(tmp_path):
+    stream = sentences().to_iterable_dataset()
+    with refused("cache needs a train_dataset of known samples, got an IterableDataset"):
+        with_trainer(tmp_path, kind_of("padded right", cache=tmp_path / "cache"), data=stream).train()
+    with_trainer(tmp_path, kind_of("padded right"), data=stream).train()
 
 
 def test_nothing_to_predict_is_refused(tmp_path):

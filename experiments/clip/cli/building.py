@@ -37,7 +37,7 @@ def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
         find_source(options.model, _text(options.pretrained))
         if options.needs_reference:
             find_source(str(options.reference), _text(loss.reference_weights))
-    clip = _target(options, ranks)
+    clip = build_target(options, ranks)
     if options.needs_reference:
         # Beside the target, it sees the target's crops.
         crops = {"aug_cfg": geometry(options.inputs.aug_cfg) or None}
@@ -68,7 +68,7 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _target(options: Train, ranks: Ranks) -> Clip:
+def build_target(options: Train, ranks: Ranks = ONE_PROCESS) -> Clip:
     """Return the model to be trained."""
     more = input_options(options.inputs)
     if options.patch_dropout is not None:

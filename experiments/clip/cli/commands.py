@@ -1,4 +1,4 @@
-"""The commands ``evaluate``, ``cache-reference`` and ``catalog``: each takes its options and carries them out."""
+"""The commands ``evaluate``, ``cache-reference``, ``catalog`` and ``export``: each carries out its options."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import torch
 
 from experiments.clip.catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
 from experiments.clip.catalog.sources import parse_sources, with_columns
 from experiments.clip.catalog.subset import open_subset
-from experiments.clip.cli.building import say_notes
-from experiments.clip.cli.options import CacheReference, Evaluate, MakeCatalog
-from experiments.clip.cli.parser import as_settings
+from experiments.clip.cli.building import build_target, say_notes
+from experiments.clip.cli.options import CacheReference, Evaluate, Export, MakeCatalog
+from experiments.clip.cli.parser import as_settings, load_config
 from experiments.clip.cli.presets import EMBEDDED
 from experiments.clip.cli.sources import (
     HELD_OUT,
@@ -36,8 +37,11 @@ from experiments.clip.io.files import ensure_writable, write_json
 from experiments.clip.io.workers import usual_workers
 from experiments.clip.models.clip import Clip, load_model
 from experiments.clip.models.config import CONFIG_FILE
+from experiments.clip.models.export import export_model
 from experiments.clip.models.sources import register_models
+from experiments.clip.training.checkpoint import MODEL, Checkpoint, Damaged, check_sound, chosen_checkpoint
 from experiments.clip.training.options import SHIPPED_REFERENCE
+from experiments.clip.training.state import EMA
 
 
 def evaluate(options: Evaluate) -> None:
@@ -268,3 +272,35 @@ def catalog(options: MakeCatalog) -> None:
     incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption", "URL"))
     if incomplete > len(made) and (hint := made.hint()):
         console.print(f"left out   more than there is: {hint}", markup=False)
+
+
+def export(options: Export) -> None:
+    """Write the model of a run at one of its checkpoints; the run may be going on."""
+    path = chosen_checkpoint(options.run, "RUN_OR_CHECKPOINT")
+    run = path.parent.parent
+    out = options.out or run / "exports" / f"{path.name}{'-ema' if options.ema else ''}"
+    ensure_writable(out)
+    config = load_config(run / "config.json")
+    clip = build_target(config)
+    checkpoint = _sound(path)
+    if checkpoint.settings["model"] != config.model:
+        raise UserError(
+            f"{path} is of {checkpoint.settings['model']}, {run / 'config.json'} says {config.model}: name another run"
+        )
+    if options.ema and not checkpoint.has(EMA):
+        raise UserError(f"{path} has no moving average: leave out --ema, or train with --ema DECAY")
+    state = checkpoint.full_tensors(EMA if options.ema else MODEL)
+    state.pop("steps", None)
+    export_model(clip, out, getattr(torch, options.weights), state)
+    console.print(f"export     {out} holds the model after {checkpoint.progress['step']} steps")
+
+
+def _sound(path: Path) -> Checkpoint:
+    """Open a checkpoint whose files are as they were written; a run that goes on may have removed it meanwhile."""
+    try:
+        check_sound(path)
+        return Checkpoint(path)
+    except Damaged as error:
+        if path.is_dir():
+            raise
+        raise UserError(f"{path} is no longer kept by its run: export again, or raise --keep") from error

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.options import TowerPrecision
+from experiments.clip.training.towers import repeated_blocks
 
 _FEW, _MORE = 2, 4  # pairs, of which the difference is per pair and the rest is not
 
@@ -38,6 +39,8 @@ class Cost(NamedTuple):
         What is kept in addition of the block that is computed again, where blocks keep their inputs alone.
     cast_bytes : int
         Copies of the weights in the precision of the towers, which are kept during a step.
+    gathered_parameters : int
+        How many parameters a rank has in full at a time where they are sharded over ranks.
     width : int
         Of the features.
     pair_bytes : int
@@ -49,6 +52,7 @@ class Cost(NamedTuple):
     kept_bytes: int
     block_bytes: int
     cast_bytes: int
+    gathered_parameters: int
     width: int
     pair_bytes: int
 
@@ -92,6 +96,7 @@ def cost_of(
         kept_bytes=kept,
         block_bytes=block if kept < per_pair else 0,
         cast_bytes=max(0, few.total - _FEW * per_pair),
+        gathered_parameters=_gathered_parameters(model),
         width=few.width,
         pair_bytes=run.pair_bytes,
     )
@@ -183,12 +188,21 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the members of the model's lists of layers that contain no such list themselves."""
-    lists = torch.nn.ModuleList, torch.nn.Sequential
-    for module in model.modules():
-        if isinstance(module, lists):
-            yield from (each for each in module if not any(isinstance(part, lists[0]) for part in each.modules()))
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the model's repeated blocks that no other such block is part of."""
+    blocks = repeated_blocks(model)
+    return [block for block in blocks if sum(part in block.modules() for part in blocks) == 1]
+
+
+def _gathered_parameters(model: torch.nn.Module) -> int:
+    """Return how many parameters a rank has in full at a time where they are sharded.
+
+    They are those of two blocks, since the next one is gathered while one runs, and what is in no block.
+    """
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in _blocks(model)]
+    in_blocks = {id(parameter) for block in _blocks(model) for parameter in block.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_blocks)
+    return outside + sum(sorted(sizes)[-2:])
 
 
 @contextmanager

@@ -48,6 +48,7 @@ _WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
 _WITH_DATA = OnlyWith("--tasks or --val-data", lambda options: options.tasks or options.val_data is not None)
 _WITH_TASKS = OnlyWith("--tasks", lambda options: options.tasks)
 _WITH_VAL_DATA = OnlyWith("--val-data", lambda options: options.val_data is not None)
+_WITH_WANDB = OnlyWith("--log-to wandb", lambda options: "wandb" in options.logs)
 _OF_A_CATALOG = OnlyWith("--catalog", lambda options: options.catalog is not None)
 
 
@@ -139,6 +140,17 @@ class Train:
     """Seed of the initial weights and of the order of the pairs."""
     out: Path = Path("outputs/train")
     """Folder for the checkpoint and the trained model; a run found there is resumed."""
+    resume: Path | None = None
+    """Start from the state of another run, given by its folder or one of its checkpoints: weights, optimizer, running
+    estimates, place in the data. Epochs, rates, schedule and the like may be others; data, model, batch and method not.
+    Checkpoints in --out go first."""
+    remote_sync: str | None = None
+    """URL under which fsspec keeps a copy of --out, such as s3://bucket/runs: checkpoints, exports and logs. A run
+    whose --out has no checkpoint begins with the one that is there."""
+    remote_sync_frequency: Annotated[
+        float, Positive, OnlyWith("--remote-sync", lambda options: options.remote_sync is not None)
+    ] = 300.0
+    """Seconds between copies."""
     keeping: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     validations: Annotated[int, AtLeast(1)] = 5
     """How many times to score the model on the validation split, evenly spaced."""
@@ -150,6 +162,10 @@ class Train:
     )
     """Where the run's numbers are written, within --out: lines of text and of JSON, TensorBoard's events, Weights &
     Biases."""
+    name: Annotated[str | None, _WITH_WANDB] = None
+    """Name of the run in Weights & Biases; by default that of --out."""
+    wandb_project: Annotated[str | None, _WITH_WANDB] = None
+    """Project in Weights & Biases; by default what WANDB_PROJECT says, or drrho."""
     log_every: Annotated[int, AtLeast(1)] = 10
     """Each line of the log is the mean over so many steps."""
     nonfinite_limit: Annotated[int, NotNegative] = 0
@@ -304,6 +320,20 @@ class Evaluate:
             raise UserError(
                 "--tasks and --val-data take the place of --captions, --size, --cache and --split: leave those out"
             )
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a run, at one of its checkpoints, for open_clip and CLIP_benchmark; also while it goes on."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, for its last checkpoint, or of one of its checkpoints (checkpoints/step-N)."""
+    out: Path | None = None
+    """Folder of the model, in open_clip's local-dir layout; exports/step-N in the run's folder by default."""
+    ema: bool = False
+    """Export the moving average of the weights instead."""
+    weights: Literal["float32", "float16"] = "float32"
+    """Precision of the exported weights."""
 
 
 @dataclass(frozen=True)

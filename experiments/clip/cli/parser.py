@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _CHECKOUT = Path(__file__).parents[3]
 _MOVED = {"experiments/clip/reference": SHIPPED_REFERENCE}
 #: Options that are called otherwise than their fields.
 _OTHER_FLAGS = {"logs": "--log-to"}
+# What tyro says of words that are of none of an option's types.
+_NO_KIND = re.compile(r"no type matching (.*) could be instantiated from \[(.*)\]\.?")
 T = TypeVar("T")
 
 
@@ -92,7 +95,11 @@ def _refusal(event: object, kind: type) -> str:
             name, hint = event.argument.display_name(), nearest(str(event.value), event.choices, 1)
             return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}{hint}"
         case InstantiationFailure() if event.argument is not None:
-            return f"{event.argument.display_name()}: {event.message.splitlines()[0]}"
+            message = event.message.splitlines()[0]
+            if found := _NO_KIND.fullmatch(message):
+                kinds = [kind.strip("{}") for kind in found[1].split("|") if kind != "{None}"]
+                return f"{event.argument.display_name()} needs {' or '.join(kinds)}, got {found[2]}"
+            return f"{event.argument.display_name()}: {message}"
         case MissingArgs():
             return f"Missing: {', '.join(each.arg.display_name() for each in event.missing_arguments)}"
         case BadValue():

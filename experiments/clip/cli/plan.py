@@ -104,9 +104,10 @@ def as_on_a_gpu(train: Train) -> tuple[Train, TowerPrecision]:
 class Estimate:
     """What a run takes; memory in bytes, of one rank.
 
-    ``casts`` are copies of the weights in the precision of the towers, ``activations`` what is kept for the backward
-    pass in that precision. ``inputs`` is of the batch at hand, in bytes and normalized, and of the one that is copied
-    meanwhile; ``shared`` is the most that batches of the workers take in the host's shared memory.
+    ``casts`` are copies of the weights in the precision of the towers, of sharded ones those of two blocks and of what
+    is in none; ``activations`` what is kept for the backward pass in that precision. ``inputs`` is of the batch at
+    hand, in bytes and normalized, and of the one that is copied meanwhile; ``shared`` is the most that batches of the
+    workers take in the host's shared memory.
     """
 
     parameters: int
@@ -156,6 +157,8 @@ def estimated(
     """
     shards = ranks if execution.parallel == "fsdp" else 1
     weights = _FLOAT * cost.parameters
+    size = _FLOAT if execution.precision == "float32" else 2
+    gathered = cost.gathered_parameters if shards > 1 else 0
     own = -(-batch_size // ranks)
     part = -(-own // accumulation)
     activations = part * (cost.kept_bytes + cost.block_bytes)
@@ -168,11 +171,11 @@ def estimated(
     batch = -(-batch_size * scored_per_pair // ranks) * (cost.pair_bytes + 4 * reference_width)
     parts = {
         "weights": weights // shards * (1 + ema),
-        "gradients": weights // shards,
+        "gradients": weights // shards + gathered * _FLOAT,
         "optimizer": 2 * weights // shards,
-        "casts": cost.cast_bytes // shards,
+        "casts": gathered * size if shards > 1 else cost.cast_bytes,
         "activations": activations,
-        "inputs": 2 * batch + part * cost.pair_bytes * (_FLOAT if execution.precision == "float32" else 2),
+        "inputs": 2 * batch + part * cost.pair_bytes * size,
         "loss": loss,
         "running_state": state,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from math import nan
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,21 +22,25 @@ from experiments.clip.data.prefetch import Prefetched
 from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
 from experiments.clip.errors import UserError
 from experiments.clip.io.files import claimed, ensure_writable, write_json
+from experiments.clip.io.mirror import mirrored
 from experiments.clip.models.clip import Clip
 from experiments.clip.models.export import export_checkpoint, export_model
 from experiments.clip.signals import asked
 from experiments.clip.training.checkpoint import (
     MODEL,
     Checkpoint,
+    check_continued,
     check_sound,
+    chosen_checkpoint,
     latest_checkpoint,
     set_aside_damaged,
     step_folder,
     step_number,
 )
 from experiments.clip.training.logs import Logs, Record
+from experiments.clip.training.state import best_record, check_resumable
 from experiments.clip.training.towers import full_tensor, precision_of, repeated_blocks
-from experiments.clip.training.trainer import Trainer, best_record
+from experiments.clip.training.trainer import Trainer
 
 # Options that are newer than some checkpoints, which do not have them where they are off.
 _NEWER = ("momentum", "cooldown_power")
@@ -46,9 +51,7 @@ def run(options: Train) -> None:
     with joined_ranks(options.execution.device, options.execution.exchange_minutes) as ranks:
         console.quiet = not ranks.leads
         ranks.check_same_options(as_settings(options))
-        trained = run_training(options, ranks)
-        if ranks.leads:
-            write_json(options.out / "run.json", {"options": as_settings(options), **trained.record()})
+        run_training(options, ranks)
 
 
 class Trained(NamedTuple):
@@ -67,20 +70,29 @@ class Trained(NamedTuple):
 def run_training(options: Train, ranks: Ranks = ONE_PROCESS) -> Trained:
     """Train as the options say, from a checkpoint in ``options.out`` if there is one; export the model."""
     models = build_models(options, ranks)
-    with ExitStack() as claims:
+    with ExitStack() as held:
         with ranks.leader_first():
             ensure_writable(options.out)
             if ranks.leads:
-                if not claims.enter_context(claimed(options.out / ".claim")):
+                if not held.enter_context(claimed(options.out / ".claim")):
                     raise UserError(
                         f"--out {options.out} is in use: wait for that run, end it, or choose another --out"
                     )
-                save_config(options.out / "config.json", options)
-        trained = train_model(options, models, ranks, asked)
-    weights = {key: full_tensor(value) for key, value in trained.clip.model.state_dict().items()}
-    if ranks.leads:
-        write_exports(options, trained, weights)
+                if (url := options.remote_sync) is not None:
+                    held.enter_context(mirrored(options.out, url, options.remote_sync_frequency, _say_of_copies))
+        # One that is refused leaves the configuration of the run that it does not resume.
+        trained = train_model(
+            options, models, ranks, asked, begin=lambda: save_config(options.out / "config.json", options)
+        )
+        weights = {key: full_tensor(value) for key, value in trained.clip.model.state_dict().items()}
+        if ranks.leads:
+            write_exports(options, trained.clip, trained.history, weights, trained.average)
+            write_json(options.out / "run.json", {"options": as_settings(options), **trained.record()})
     return trained
+
+
+def _say_of_copies(line: str) -> None:
+    console.print(f"copies     {line}")
 
 
 def train_model(
@@ -89,10 +101,12 @@ def train_model(
     ranks: Ranks,
     stop: Callable[[], int],
     source: DataSource = open_training_data,
+    begin: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Train as the options say, from a checkpoint in ``options.out`` if there is one; write logs and checkpoints only.
 
-    ``stop`` is the `Trainer`'s; ``source`` opens the pairs.
+    ``stop`` is the `Trainer`'s; ``source`` opens the pairs; the leading rank calls ``begin`` when nothing is refused
+    any more.
     """
     set_float32_products(ranks.device, options.execution.full_float32)
     clip, reference = models
@@ -107,11 +121,14 @@ def train_model(
     for path, moved_to, fault in set_aside_damaged(checkpoints, ranks):
         console.print(f"training   {path} is damaged ({fault}): it is now {moved_to.name}")
     _say_what_is_chosen(options, data)
-    step = 0
-    if (found := latest_checkpoint(checkpoints)) is not None:
-        step = step_number(found)
+    found, other = ranks.run_on_all_or_fail(lambda: _beginning(options, checkpoints, identity))
+    step = 0 if found is None else step_number(found)
+    if found is not None:
         console.print(f"training   resuming from {found}")
-    logs = Logs(options.out, options.logs, identity) if ranks.leads else None
+    logs = None
+    if ranks.leads:
+        begin()
+        logs = Logs(options.out, options.logs, identity, options.wandb_project, options.name)
     stream = Prefetched(data.stream, ranks.device)
     with closing(stream), progress_bar(f"training {options.out.name}") as advance:
         if step < stream.steps_per_epoch * options.optimization.epochs:
@@ -137,6 +154,8 @@ def train_model(
             on_step=shown.step,
             stop=stop,
             nonfinite_limit=options.nonfinite_limit,
+            other=other,
+            export=exports_of(options, clip, ranks),
         )
         if ranks.group is not None and options.execution.parallel == "fsdp" and not repeated_blocks(clip.model):
             console.print("training   the model repeats no block: --parallel fsdp gathers all of it at once")
@@ -144,6 +163,19 @@ def train_model(
     if logs is not None:
         logs.close()
     return Trained(clip, history, identity, trainer.averaged_weights())
+
+
+def _beginning(options: Train, checkpoints: Path, identity: dict[str, Any]) -> tuple[Path | None, Path | None]:
+    """Return the checkpoint that a run begins with, if there is one, and the same where it is another run's."""
+    if (found := latest_checkpoint(checkpoints)) is not None:
+        check_resumable(found, Checkpoint(found), identity, options.keeping.best)
+        return found, None
+    if options.resume is None:
+        return None, None
+    other = chosen_checkpoint(options.resume, "--resume")
+    check_sound(other)
+    check_continued(other, Checkpoint(other).settings, identity)
+    return other, other
 
 
 def _identity(options: Train, models: Models, data: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +190,7 @@ def _identity(options: Train, models: Models, data: dict[str, Any], method: dict
         **data,
         "reference": reference.fingerprint if reference is not None else "",
         "seed": options.seed,
+        **({} if options.resume is None else {"resume": str(options.resume)}),
         "validations": options.validations,
         "precision": options.execution.precision,
         **({} if options.unlocked_text_groups is None else {"unlocked_text_groups": options.unlocked_text_groups}),
@@ -209,19 +242,38 @@ class _Shown:
         return scores
 
 
-def write_exports(options: Train, trained: Trained, weights: dict[str, Tensor]) -> None:
-    """Write the trained model, its best validation and its moving average for open_clip and CLIP_benchmark."""
-    clip, dtype, epoch = trained.clip, getattr(torch, options.weights), options.optimization.epochs
+def write_exports(
+    options: Train, clip: Clip, history: list[Record], weights: dict[str, Tensor], average: dict[str, Tensor]
+) -> None:
+    """Write the trained model, its best validation and its moving average, where there is one."""
+    dtype, epoch = getattr(torch, options.weights), options.optimization.epochs
     preprocess = get_model_preprocess_cfg(clip.model)
-    for name, state in (("model", weights), ("model-ema", trained.average)):
+    for name, state in (("model", weights), ("model-ema", average)):
         if state:
             export_model(clip, options.out / name, dtype, state)
             path = options.out / f"epoch_{epoch}{name.removeprefix('model')}.pt"
             architecture = clip.config.model
             export_checkpoint(clip.name, state, preprocess, path, epoch=epoch, dtype=dtype, config=architecture)
     console.print(f"training   {options.out / 'model'} holds the model in open_clip's local-dir layout")
-    if (best := best_record(trained.history, options.keeping.best)) is not None:
+    if (best := best_record(history, options.keeping.best)) is not None:
         path = step_folder(options.out / "checkpoints", int(best["step"]))
         check_sound(path)
         checkpoint = Checkpoint(path)
         export_model(clip, options.out / "model-best", dtype, checkpoint.full_tensors(MODEL))
+
+
+def exports_of(options: Train, clip: Clip, ranks: Ranks) -> Callable[[str, dict[str, Tensor]], None]:
+    """Return what writes the model as it stands, and its moving average if any, under ``exports/NAME`` (collective)."""
+    dtype = getattr(torch, options.weights)
+
+    def write(name: str, average: dict[str, Tensor]) -> None:
+        weights = {key: full_tensor(value) for key, value in clip.model.state_dict().items()}
+
+        def both() -> None:
+            for ending, state in (("", weights), ("-ema", average)):
+                if state:
+                    export_model(clip, options.out / "exports" / f"{name}{ending}", dtype, state)
+
+        ranks.run_on_all_or_fail(both if ranks.leads else lambda: None)
+
+    return write

@@ -91,7 +91,13 @@ def _candidates(sets: Sequence[IconSet], small: bool, left_out: Counter[str]) ->
                 left_out[reason] += 1
                 continue
             assert split is not None
-            meta = {"name": words, "set": icons.prefix, "kind": kind, "license": icons.license, "icon": icon.name}
+            meta: dict[str, Any] = {
+                "name": words,
+                "set": icons.prefix,
+                "kind": kind,
+                "license": icons.license,
+                "icon": icon.name,
+            }
             if icon.categories:
                 meta["categories"] = list(icon.categories)
             yield Candidate(f"{icons.prefix}--{_key(icon.name)}", icon.svg, words, split, meta)

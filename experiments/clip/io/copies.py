@@ -31,6 +31,7 @@ _PREFIX = "drrho-copies-"
 _OWNER = re.compile(re.escape(_PREFIX) + r"(\d+)-")
 _OPEN = 64
 _YOUNG_SECONDS = 60.0
+_CLOSING_SECONDS = 5.0
 
 
 class Copy(NamedTuple):
@@ -183,11 +184,14 @@ class _Background:
         return future
 
     def close(self, futures: Iterable[Future[None]]) -> None:
-        """Cancel actions that have not begun, and end the threads."""
+        """Cancel actions that have not begun, and end the threads, but for those that wait for storage."""
         for future in futures:
             future.cancel()
         for _ in self._threads:
             self._tasks.put(None)
+        end = time.monotonic() + _CLOSING_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

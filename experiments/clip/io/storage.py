@@ -71,8 +71,8 @@ def _opened(url: str) -> tuple[_Opened, str]:
     return _archives.setdefault(key, _Opened(fs, threading.RLock())), inner
 
 
-def retry(action: Callable[[], T], path: str) -> T:
-    """Return what ``action`` returns, which reads ``path``; wait and try again where storage fails.
+def retry(action: Callable[[], T], path: str, does: str = "read") -> T:
+    """Return what ``action`` returns, which reads ``path``, or ``does`` something else; try again where storage fails.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def retry(action: Callable[[], T], path: str) -> T:
     except failures as error:
         attempts = "" if is_final(error) else f" after {len(files.WAITS) + 1} attempts"
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"cannot read {path}{attempts} ({reason}): check the storage, then resume") from error
+        raise UserError(f"cannot {does} {path}{attempts} ({reason}): check the storage, then resume") from error
 
 
 def _call(url: str, action: Callable[[Any, str], T]) -> T:

@@ -23,7 +23,7 @@ from experiments.clip.training.options import SHIPPED_REFERENCE
 
 _FORMAT = 1
 # What the trained model does not depend on.
-_WITHOUT_EFFECT = ("out", "keeping", "logs", "log_every")
+_WITHOUT_EFFECT = ("out", "keeping", "logs", "log_every", "remote_sync", "remote_sync_frequency")
 _PRECISION = "float32"  # of the towers on the cores that studies take, if none is given
 _GFLOPS_PER_SECOND = 40.0  # of one core, of small models: expected where nothing of a model's size has been timed
 

@@ -40,6 +40,12 @@ _PART = re.compile(r"part-(\d+)-of-(\d+)\.safetensors")
 SHARED, OWN = "shared/", "own/"
 MODEL, _OPTIMIZER = "model.", "optimizer."
 _OF = "|"  # between a parameter's name and the optimizer's
+# Settings that a run may have otherwise than the one whose state it goes on from.
+_MAY_DIFFER = frozenset(
+    "epochs lr lr_min betas adam_eps momentum weight_decay schedule warmup cooldown_steps cooldown_power clip_norm "
+    "accumulation validations patch_dropout final_gamma gamma_epochs temperature_lr temperature_lr_schedule "
+    "resume".split()
+)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -61,6 +67,16 @@ def step_number(path: Path) -> int:
 def step_folder(folder: Path, step: int) -> Path:
     """Return where the checkpoint after ``step`` steps is kept."""
     return folder / f"step-{step:08d}"
+
+
+def chosen_checkpoint(path: Path, option: str) -> Path:
+    """Return the checkpoint that is named, or the last one of the run that is named."""
+    if path.name.startswith("step-") and path.is_dir():
+        return path.absolute()
+    found = latest_checkpoint(path / "checkpoints")
+    if found is None:
+        raise UserError(f"{option} {path} has no checkpoint: name the folder of a run, or of one of its checkpoints")
+    return found.absolute()
 
 
 class Damaged(UserError):
@@ -357,7 +373,18 @@ def check_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any])
     """Refuse a result made with other settings, naming the first that differs."""
     for key in sorted(stored.keys() | settings.keys()):
         if stored.get(key) != settings.get(key):
+            others = ", or go on from it by --resume in another one" if key in _MAY_DIFFER else ""
             raise UserError(
                 f"{path} was made with {key}={stored.get(key)}, now it is {settings.get(key)}: "
-                "choose another --out or delete that folder"
+                f"choose another --out or delete that folder{others}"
+            )
+
+
+def check_continued(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to go on from another run's state with settings that give the state another meaning."""
+    for key in sorted((stored.keys() | settings.keys()) - _MAY_DIFFER):
+        if stored.get(key) != settings.get(key):
+            raise UserError(
+                f"--resume {path} was made with {key}={stored.get(key)}, now it is {settings.get(key)}: only "
+                f"{', '.join(sorted(_MAY_DIFFER - {'resume'}))} may be others"
             )

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import secrets
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from drrho.routes import BatchIndex
 from experiments.clip.data.batch import Batch
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError, printable
-from experiments.clip.io.files import append_line
+from experiments.clip.io.files import append_line, write_atomically, writing
 from experiments.clip.training.methods import Features, Number, RankSum
 from experiments.clip.training.options import LogName
 
@@ -48,9 +50,19 @@ class Logs:
         Which logs to write.
     settings : dict
         The run's settings, for wandb.
+    project, name : str, optional
+        Project and name of the run, for wandb.
     """
 
-    def __init__(self, folder: Path, names: Sequence[LogName], settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[LogName],
+        settings: dict[str, Any],
+        project: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._events = folder / "tensorboard"
         self._text = folder / "log.txt" if "text" in names else None
         self._lines = folder / "log.jsonl" if "jsonl" in names else None
         self._board = self._wandb = None
@@ -59,14 +71,22 @@ class Logs:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--log-to tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self._board = SummaryWriter(folder / "tensorboard")
+            with writing(self._events):
+                self._board = SummaryWriter(self._events)
+            threading.excepthook = _without_writers_errors
         if "wandb" in names:
             try:
                 import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise UserError("--log-to wandb needs the package wandb: pip install wandb") from None
-            project = os.environ.get("WANDB_PROJECT", "drrho")  # W&B's own variable, which an argument would go before
-            self._wandb = wandb.init(project=project, dir=folder, config=settings, resume="allow", id=folder.name)
+            self._wandb = wandb.init(
+                project=project or os.environ.get("WANDB_PROJECT", "drrho"),  # an argument goes before the variable
+                name=name or folder.absolute().name,
+                id=_wandb_id(folder / "wandb-id"),
+                dir=folder,
+                config=settings,
+                resume="allow",
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers after a step."""
@@ -77,17 +97,34 @@ class Logs:
         if self._lines is not None:
             append_line(self._lines, json.dumps({"step": step, **values}))
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(_MARKUP.sub("_", name), value, step)
+            with writing(self._events):  # what its own thread could not write is raised by a later call
+                for name, value in values.items():
+                    self._board.add_scalar(_MARKUP.sub("_", name), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         """Write what is buffered."""
         if self._board is not None:
-            self._board.close()
+            with writing(self._events):
+                self._board.flush()
+                self._board.close()
+            threading.excepthook = threading.__excepthook__
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _without_writers_errors(error: threading.ExceptHookArgs) -> None:
+    """Print no traceback of what TensorBoard's own thread could not write, which a later call raises."""
+    if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(error)
+
+
+def _wandb_id(path: Path) -> str:
+    """Return the run's own name for wandb, kept in a file: folders of runs may have one name."""
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(8).encode())
+    return path.read_text()
 
 
 @torch.no_grad()

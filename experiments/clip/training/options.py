@@ -42,6 +42,8 @@ LogName = Literal["text", "jsonl", "tensorboard", "wandb"]
 #: Steps of the warm-up, and the share of a shorter run, where no number is given.
 USUAL_WARMUP, WARMUP_SHARE = 10_000, 0.05
 
+# Checkpoints of large models are written seldom, if nothing else is said: ViT-B every 5 minutes, ViT-L every 14.
+_PARAMETERS_A_MINUTE, _MOST_MINUTES = 30e6, 30.0
 _WITHOUT_LOG_STEP = OnlyWith("--method fastclip or drrho, without --log-step", lambda loss: loss.log_step is None)
 _LEARNED = OnlyWith("a learned --temperature-scheme", lambda loss: loss.learns_temperature)
 _WITH_KL = OnlyWith("--divergence kl", lambda loss: loss.divergence == "kl")
@@ -304,15 +306,26 @@ class Execution:
 class CheckpointPolicy:
     """When checkpoints are written, and which are kept."""
 
-    checkpoint_minutes: Annotated[float, PositiveOrInfinite] = 1.0
-    """Minutes between checkpoints, which are written while training continues."""
+    checkpoint_minutes: Annotated[float | Literal["auto"], PositiveOrInfinite] = "auto"
+    """Minutes between checkpoints, which are written while training continues; auto: one for every 30 million
+    parameters, from 1 to 30."""
     checkpoint_steps: Annotated[int | None, AtLeast(1)] = None
     """Steps between checkpoints, in addition."""
     keep: Annotated[int, AtLeast(1)] = 2
     """How many of the last checkpoints are kept."""
+    export_epochs: Annotated[int | None, AtLeast(1)] = None
+    """Epochs between exports of the model as it stands, to exports/ in --out."""
+    export_steps: Annotated[int | None, AtLeast(1)] = None
+    """Steps between such exports, in addition."""
     grace_seconds: Annotated[float, PositiveOrInfinite] = 25.0
     """Seconds after SIGTERM or SIGUSR1 by which the run ends, with a checkpoint of its last step unless something hangs
     that long. Schedulers and torchrun kill 30 seconds after SIGTERM."""
     best: str | None = None
     """Metric of the validations, such as naming_top1 or held_out/loss: the checkpoint of its best value (the lowest of
     a loss or a rank, else the highest) is kept too, and exported as model-best."""
+
+    def minutes(self, parameters: int) -> float:
+        """Return the minutes between checkpoints of a model with so many parameters."""
+        if self.checkpoint_minutes == "auto":
+            return min(max(parameters / _PARAMETERS_A_MINUTE, 1.0), _MOST_MINUTES)
+        return self.checkpoint_minutes

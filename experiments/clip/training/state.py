@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,14 @@ from torch import Tensor
 
 from experiments.clip.data.batch import Stream
 from experiments.clip.distributed import Ranks
-from experiments.clip.training.checkpoint import Checkpoint, restore_training, training_state
+from experiments.clip.errors import UserError
+from experiments.clip.training.checkpoint import (
+    Checkpoint,
+    check_settings,
+    restore_training,
+    step_folder,
+    training_state,
+)
 from experiments.clip.training.logs import Record
 from experiments.clip.training.methods import Method
 from experiments.clip.training.optimization import LossScale, MovingAverage
@@ -98,3 +107,33 @@ class TrainState:
         # Counts of ranks that no longer exist go to those that do.
         self.stream.load_state_dict(sum(map(Counter, checkpoint.counts[ranks.rank :: ranks.count]), Counter()))
         self.counts = self.stream.state_dict()
+
+
+def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
+    """Return the validation of the best value of a metric, the first of equals; None without a metric or validation.
+
+    The best is the lowest of a loss or a rank, and the highest of all else.
+
+    Raises
+    ------
+    UserError
+        If the validations have no such metric.
+    """
+    if metric is None or not history:
+        return None
+    for record in history:
+        if metric not in record:
+            raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
+    sign = -1 if metric.endswith(("loss", "_rank")) else 1
+    return max(history, key=lambda record: (sign * record[metric], -record["step"]))
+
+
+def check_resumable(path: Path, checkpoint: Checkpoint, settings: dict[str, Any], best: str | None) -> None:
+    """Refuse a checkpoint of other settings, or one without that of the best validation beside it."""
+    check_settings(path, checkpoint.settings, settings)
+    record = best_record(checkpoint.progress["history"], best)
+    if record is not None and not step_folder(path.parent, int(record["step"])).is_dir():
+        raise UserError(
+            f"--best {best}: the checkpoint of the best validation so far, step {record['step']}, was not kept: leave "
+            "out --best, or start anew in another --out"
+        )

@@ -126,7 +126,9 @@ class Towers:
         parts = min(parts, max(1, *samples.counts))
         rows = -(-batch.size // parts) if self._may_pad else 0
         pairs = zip(batch.image.tensor_split(parts), batch.text.tensor_split(parts), strict=True)
-        return [_Part(image, text, max(1, rows)) for image, text in pairs]
+        # Statistics over one image are those over it twice, and where it is one pixel there are none without.
+        least = 1 if self._may_pad else 2
+        return [_Part(image, text, max(least, rows)) for image, text in pairs]
 
     def _encode(self, part: _Part) -> list[Tensor]:
         inputs = self._clip.prepared(part.image), self._clip.prepared_tokens(part.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,8 @@ from experiments.clip.models.clip import Clip
 from experiments.clip.signals import Stopped, interruptible, noted
 from experiments.clip.training.checkpoint import (
     Checkpoint,
-    check_settings,
+    check_continued,
     latest_checkpoint,
-    step_folder,
     step_number,
 )
 from experiments.clip.training.checkpoint_writer import CheckpointWriter
@@ -47,7 +46,7 @@ from experiments.clip.training.methods import Features, Method, MethodLoss, Numb
 from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
 from experiments.clip.training.selection import Chosen, Selector
-from experiments.clip.training.state import TrainState
+from experiments.clip.training.state import TrainState, best_record, check_resumable
 from experiments.clip.training.towers import (
     Towers,
     are_not_finite,
@@ -102,6 +101,10 @@ class Trainer:
         For how many of the last steps numbers may still be on their way from the device, which decides itself whether a
         step is taken: by default 1 on a GPU, so that it need not wait. Lines of the log, validations and checkpoints
         come after all numbers. A run that ends for ``nonfinite_limit`` has tried as many steps more, and saves none.
+    other : Path, optional
+        The checkpoint of another run, from whose state this one begins unless it has a checkpoint of its own.
+    export : callable
+        Writes the model as it stands, given a name and the moving average; called where the policy wants it.
 
     Attributes
     ----------
@@ -134,6 +137,8 @@ class Trainer:
         stop: Callable[[], int],
         nonfinite_limit: int = 0,
         lag: int | None = None,
+        other: Path | None = None,
+        export: Callable[[str, dict[str, Tensor]], None] = lambda name, average: None,
     ) -> None:
         choose_head(clip.model, method)
         self._towers = Towers(clip, execution, ranks)
@@ -149,9 +154,10 @@ class Trainer:
         self._ranks, self._seed, self._nonfinite_limit = ranks, seed, nonfinite_limit
         self._policy, self._settings, self._folder = policy, settings, folder
         self._validate, self._logs, self._log_every = validate, logs, log_every
-        self._on_step, self._stop = on_step, stop
+        self._on_step, self._stop, self._other, self._export = on_step, stop, other, export
         self.total = stream.steps_per_epoch * optimization.epochs
         self._validation_steps = {round(self.total * (k + 1) / validations) for k in range(validations)}
+        self._checkpoint_minutes = policy.minutes(sum(each.numel() for each in clip.model.parameters()))
         self._writer = CheckpointWriter(folder, settings, ranks, policy.keep)
         self._means, self._saved_at = StepMeans(ranks), time.monotonic()
         self._late = LateNumbers(ranks.device, int(ranks.device.type == "cuda") if lag is None else lag)
@@ -219,18 +225,22 @@ class Trainer:
                 f"rank {self._ranks.rank} finds {found or 'no checkpoint'}, others another one: --out must be a folder "
                 "that all ranks share"
             )
-        if found is None:
-            return
-        checkpoint = Checkpoint(found)
-        check_settings(found, checkpoint.settings, self._settings)
-        self.state.load_state_dict(checkpoint, self._ranks)
-        self._writer.resumed_from(self.state.step, len(checkpoint.counts))
-        best = best_record(self.state.history, self._policy.best)
-        if best is not None and not step_folder(self._folder, int(best["step"])).is_dir():
-            raise UserError(
-                f"--best {self._policy.best}: the checkpoint of the best validation so far, step {best['step']}, was "
-                "not kept: leave out --best, or start anew in another --out"
-            )
+        if found is not None:
+            checkpoint = Checkpoint(found)
+            check_resumable(found, checkpoint, self._settings, self._policy.best)
+            self.state.load_state_dict(checkpoint, self._ranks)
+            self._writer.resumed_from(self.state.step, len(checkpoint.counts))
+        elif self._other is not None:
+            self._begin_from(self._other)
+
+    def _begin_from(self, other: Path) -> None:
+        """Load the state of another run, whose validations are its own."""
+        state, checkpoint = self.state, Checkpoint(other)
+        check_continued(other, checkpoint.settings, self._settings)
+        state.load_state_dict(checkpoint, self._ranks)
+        state.history, state.unscored = [], None
+        if state.step >= self.total:
+            raise UserError(f"--resume {other} has {state.step} steps, this run ends with {self.total}: raise --epochs")
 
     def step(self, candidates: Batch | None, epoch: int) -> None:
         """Take one step on a batch, on the device, where nothing changes if something is not finite.
@@ -396,6 +406,9 @@ class Trainer:
         self._late.read(all_of_them=logs or validates)
         if logs:
             self._write_log()
+        if (name := self._export_due()) is not None:
+            self._late.read(all_of_them=True)
+            self._export(name, self.averaged_weights())
         if validates:
             state.unscored = {"step": state.step, **state.seen, **self._log, **self._steering()}
         wanted, is_writing = self._wishes() if self._ranks.group is None else self._agreed
@@ -407,6 +420,13 @@ class Trainer:
         if wanted or is_best or state.step % (policy.checkpoint_steps or state.step + 1) == 0:
             self.save()
             self._saved_at = time.monotonic()
+
+    def _export_due(self) -> str | None:
+        """Return the name of the export that is due after this step, if one is."""
+        step, policy, epoch = self.state.step, self._policy, self.state.stream.steps_per_epoch
+        if policy.export_epochs and step % (epoch * policy.export_epochs) == 0:
+            return f"epoch-{step // epoch}"
+        return f"step-{step}" if policy.export_steps and step % policy.export_steps == 0 else None
 
     def validate(self) -> bool:
         """Score the model and keep the record; return whether it is the best so far by the metric to keep."""
@@ -429,7 +449,7 @@ class Trainer:
     def _wishes(self) -> Wishes:
         """Return what this rank wants: a checkpoint by time, or one and an end because it is asked to stop."""
         asked, seconds = self._stop(), time.monotonic() - self._saved_at
-        is_due = seconds > 60 * self._policy.checkpoint_minutes
+        is_due = seconds > 60 * self._checkpoint_minutes
         return Wishes(_SAVE + asked if asked else _SAVE * is_due, int(self._writer.is_writing))
 
     def _end(self, wanted: int) -> NoReturn:
@@ -464,22 +484,3 @@ def _problem(are_features_wrong: bool, loss: float, norm: float, scales: bool) -
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     return "" if scales or math.isfinite(norm) else f"the gradient's norm is {norm}"
-
-
-def best_record(history: Sequence[Record], metric: str | None) -> Record | None:
-    """Return the validation of the best value of a metric, the first of equals; None without a metric or validation.
-
-    The best is the lowest of a loss or a rank, and the highest of all else.
-
-    Raises
-    ------
-    UserError
-        If the validations have no such metric.
-    """
-    if metric is None or not history:
-        return None
-    for record in history:
-        if metric not in record:
-            raise UserError(f"--best {metric} is no metric of the validations: choose one of {', '.join(record)}")
-    sign = -1 if metric.endswith(("loss", "_rank")) else 1
-    return max(history, key=lambda record: (sign * record[metric], -record["step"]))

@@ -80,6 +80,15 @@ def test_a_gpu_keeps_less_in_half_precision_and_normalizes_in_full():
     assert by_inputs.cast_bytes == half.cast_bytes and full.cast_bytes < 1000
 
 
+def test_sharded_weights_are_gathered_by_blocks():
+    """By hand: two of the larger tower's blocks, and all that is in no block."""
+    model = new_model("glyph-small", 0).model
+    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    assert cost_of("glyph-small").gathered_parameters == everything - sum(sizes) + 2 * max(sizes)
+
+
 def test_counting_leaves_autocast_and_attention_as_they_were():
     attention = torch.nn.functional.scaled_dot_product_attention
     cost_of("glyph-micro", precision="bfloat16")

@@ -4,6 +4,7 @@ import pytest
 
 from experiments.clip.errors import UserError
 from experiments.clip.run import parse
+from experiments.clip.training.options import CheckpointPolicy
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,10 @@ def test_a_share_of_the_pairs_is_refused_where_it_has_no_part():
     ):
         with pytest.raises(UserError, match=message):
             parse(words)
+
+
+@pytest.mark.parametrize("millions, minutes", [(3, 1), (30, 1), (150, 5), (420, 14), (2500, 30)])
+def test_checkpoints_of_large_models_are_written_seldom_unless_something_is_said(millions, minutes):
+    assert CheckpointPolicy().minutes(millions * 10**6) == minutes
+    assert CheckpointPolicy(checkpoint_minutes=2.5).minutes(millions * 10**6) == 2.5
+    assert parse(["train", "--method", "openclip"]).keeping == CheckpointPolicy()

@@ -189,7 +189,17 @@ def test_a_server_without_ranges_is_refused_at_the_start_unless_shards_are_read_
     write_shards(tmp_path / "data", [20, 10])
     with served(tmp_path / "data", ranges=False) as server:
         make_catalog(f"{server.url}/{{00000,00001}}.tar", tmp_path / "catalog")
-        words = ["train", "--method", "openclip", "--catalog", str(tmp_path / "catalog"), "--batch-size", "10"]
+        words = [
+            "train",
+            "--model",
+            "glyph-micro",
+            "--method",
+            "openclip",
+            "--catalog",
+            str(tmp_path / "catalog"),
+            "--batch-size",
+            "10",
+        ]
         server.requests.clear()
         with pytest.raises(UserError, match=r"the server 127.0.0.1:\d+ ignores requests for a part of a file"):
             open_training_data(parse(words), clip, None, ONE_PROCESS)

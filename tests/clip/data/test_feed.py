@@ -136,7 +136,7 @@ def test_few_blocks_are_kept(make, remote, tmp_path):
         [folder] = tmp_path.iterdir()
         most = max(most, len([path for path in folder.iterdir() if not path.name.startswith(".")]))
     blocks = lanes.GROUP_BLOCKS["blocks"]
-    assert 0 < most <= 4 * blocks * 2
+    assert 0 < most <= 4 * blocks * 3  # of 73: the group at hand, what comes next, and what others may be reading
 
 
 def test_weights_and_resampling(make, local, remote):

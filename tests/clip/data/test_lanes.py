@@ -127,6 +127,7 @@ def test_a_batch_has_samples_of_many_shards_and_a_lane_of_few():
     assert len(set(order.visits(0, 0, 8).index // 100)) <= 2
 
 
+@pytest.mark.slow
 def test_places_are_uniform():
     """The step of sample 0 among 6, over many epochs: chi-square with 5 degrees of freedom, 99.9 % below 20.5."""
     order = lanes([20] * 6, batch_size=20, lane_visits=5, block_bytes=1000)
@@ -137,12 +138,12 @@ def test_places_are_uniform():
 
 def test_resampling_follows_the_weights():
     counts = [100, 300, 50]
-    order = lanes(counts, weights=[1.0, 0.5, 0.0], resampled=True, epoch_samples=40_000, batch_size=256)
-    visits = order.visits(0, 0, 40_000)
+    order = lanes(counts, weights=[1.0, 0.5, 0.0], resampled=True, epoch_samples=20_000, batch_size=256)
+    visits = order.visits(0, 0, 20_000)
     drawn = np.bincount(visits.index, minlength=450)
     assert drawn[400:].sum() == 0
-    assert drawn[:100].sum() / 40_000 == pytest.approx(100 / 250, abs=0.03)
-    assert len(set(visits.occurrence)) == 40_000
+    assert drawn[:100].sum() / 20_000 == pytest.approx(100 / 250, abs=0.04)
+    assert len(set(visits.occurrence)) == 20_000
 
 
 def test_a_catalog_of_a_billion_samples_is_laid_out_as_far_as_it_is_asked_for():

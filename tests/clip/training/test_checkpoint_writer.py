@@ -17,7 +17,7 @@ from experiments.clip.training.checkpoint import Checkpoint, latest_checkpoint, 
 from experiments.clip.training.checkpoint_writer import CheckpointWriter
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import CheckpointPolicy
-from experiments.clip.training.trainer import best_record
+from experiments.clip.training.state import best_record
 
 
 def test_a_folder_that_is_moved_while_a_checkpoint_is_made_is_named(tmp_path):

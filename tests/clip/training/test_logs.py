@@ -2,6 +2,9 @@
 
 import json
 import re
+import sys
+import textwrap
+import types
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from training_runs import contrastive, run
 from experiments.clip.errors import UserError
 from experiments.clip.training.logs import LateNumbers, Logs, filled_in, on_device, packed, parts_of_ranks
 from experiments.clip.training.methods import RankSum
+from tests.clip.launched import Launched
 
 
 @pytest.mark.slow
@@ -125,3 +129,42 @@ def test_late_numbers_come_in_order_and_all_of_them_when_asked():
         assert len(received) == max(0, k - 1)
     late.read(all_of_them=True)
     assert received == [[], [1.0], [2.0], [3.0]]
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    from experiments.clip.errors import UserError
+    from experiments.clip.training.logs import Logs
+
+    logs = Logs(Path(sys.argv[1]), ("tensorboard",), {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        for step in range(1000):
+            logs.write(step, {"loss": 0.5})
+        logs.close()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_of_tensorboard_s_writer(tmp_path):
+    """A write past the file-size limit of a real process fails as on a full disk."""
+    (tmp_path / "full.py").write_text(textwrap.dedent(FULL))
+    output, errors = Launched(tmp_path, program=tmp_path / "full.py").communicate(timeout=60)
+    assert errors == ""
+    assert output.startswith(f"cannot write {tmp_path / 'tensorboard'} (File too large)") and output.count("\n") == 1
+
+
+def test_a_run_has_a_name_of_its_own_in_wandb(tmp_path, monkeypatch):
+    """Kept when it is resumed, whatever its folder is called; wandb itself is not among what the tests need."""
+    given = []
+    wandb = types.SimpleNamespace(init=lambda **options: given.append(options))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folders = [tmp_path / name / "train [1]" for name in ("a", "b", "a")]
+    for folder in folders:
+        Logs(folder, ("wandb",), {"lr": 0.1}, "steering", "mine" if folder == folders[1] else None)
+    assert [options["name"] for options in given] == ["train [1]", "mine", "train [1]"]
+    first, second, again = (options["id"] for options in given)
+    assert first == again != second and re.fullmatch("[0-9a-f]{16}", first)
+    assert {options["project"] for options in given} == {"steering"}

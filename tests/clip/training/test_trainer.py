@@ -15,7 +15,7 @@ from experiments.clip.models.clip import load_model, new_model
 from experiments.clip.models.export import export_model
 from experiments.clip.training.methods import SigLIP
 from experiments.clip.training.options import Optimization
-from experiments.clip.training.trainer import best_record
+from experiments.clip.training.state import best_record
 
 
 @pytest.mark.parametrize("name", thorough(SETTINGS, ("drrho",)))
