@@ -53,6 +53,4 @@ def test_links_lead_somewhere():
     text = PAGE.read_text()
     anchors = {re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in SECTIONS}
     for path in re.findall(r"\]\(([^)]+)\)", text):
-        if path in ("STEER_EMBEDDINGS.md", "STEER_OPEN_CLIP.md"):
-            continue  # have their own tests
         assert path[1:] in anchors if path.startswith("#") else (PAGE.parent / path).exists(), path
