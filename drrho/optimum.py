@@ -109,7 +109,8 @@ class _Derivatives:
         )
         ctx.save_for_backward(*kept)
         ctx.weights = solution.weights.detach()
-        ctx.version = ctx.weights._version
+        # A compiler would take the version for a number that it does not know, and must unpack what is saved.
+        ctx.version = None if torch.compiler.is_compiling() else ctx.weights._version
         return kept
 
     @staticmethod
@@ -119,7 +120,8 @@ class _Derivatives:
         if not any(ctx.needs_input_grad[1:]) and all(grad is None for grad in others):
             by_row = by_value if by_value is None or ctx.one_row else by_value[:, None]
             # To unpack what is saved takes longer than to multiply: it is for what is derived again, or was changed
-            is_plain = not torch.is_grad_enabled() and ctx.weights._version == ctx.version
+            is_read = ctx.version is not None and not torch.is_grad_enabled()
+            is_plain = is_read and ctx.weights._version == ctx.version
             weights = ctx.weights if is_plain else ctx.saved_tensors[-_KEPT]
             return by_row if by_row is None else by_row * weights, None, None, None, None, None
         if ctx.one_row:

@@ -98,7 +98,7 @@ def consumed(source, folder, captions, clip):
     assert open_catalog(folder) == catalog
     assert set(catalog.left_out) <= set(get_args(LeftOut)) and all(catalog.left_out.values())
     assert len(catalog.damaged) == catalog.left_out.get("damaged shard", 0)
-    raws = Reader(catalog).read_many(range(len(catalog)))
+    raws = list(Reader(catalog).read_many(range(len(catalog))))
     outcomes = [raw if isinstance(raw, Skip) else decode(raw) for raw in raws]
     assert [outcome.index for outcome in outcomes] == list(range(len(catalog)))
     skipped = {outcome.index: outcome.reason for outcome in outcomes if isinstance(outcome, Skip)}

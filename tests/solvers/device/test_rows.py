@@ -10,7 +10,17 @@ import torch
 from interpreted import DEVICE, by_device_kernels
 from problems import HARD, value_tolerance
 
-from drrho import KL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, hybrid_risk, penalized_risk
+from drrho import (
+    KL,
+    ChiSquare,
+    CressieRead,
+    CVaR,
+    RobustRisk,
+    TotalVariation,
+    constrained_risk,
+    hybrid_risk,
+    penalized_risk,
+)
 from drrho.solvers.device import dispatch
 from drrho.solvers.problem import Problem
 
@@ -46,14 +56,22 @@ every_risk = pytest.mark.parametrize(
 
 def agree(form, z, divergence, parameter, base=None):
     """Compare with the same in float64 on the CPU, to the rounding of the answer."""
+    compare(z, *both(form, z, divergence, parameter, base))
+
+
+def both(form, z, divergence, parameter, base=None):
+    """Return the answers of the device's kernels, and of the CPU in float64."""
     with by_device_kernels():
         fast = form(z.to(DEVICE), divergence, parameter, base)
-    plain = form(z.double(), divergence, parameter, base)
+    return RobustRisk(*(field.cpu().double() for field in fast)), form(z.double(), divergence, parameter, base)
+
+
+def compare(z, fast, plain):
+    """Hold answers against those in float64, to the rounding of the losses of type ``z``."""
     narrow = z.dtype != torch.float64
     eps = 2.0**-23 if narrow else 2.0**-52
     scale = max(value_tolerance(row, torch.float32 if narrow else torch.float64) for row in z.double().tolist())
     spread = float(z.double().max() - z.double().min())
-    fast = [field.cpu().double() for field in fast]
     names = plain._fields
     for name, found, expected in zip(names, fast, plain, strict=True):
         if name == "weights":
@@ -126,15 +144,25 @@ def test_same_answer_with_base_weights(form, divergence, shared):
 
 
 @pytest.mark.slow
-@every_risk
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("losses", HARD.values(), ids=HARD)
-@pytest.mark.parametrize("parameter", [0.0, 1e-8, 0.2, 3.0])
-def test_same_answer_on_hard_rows(form, divergence, dtype, losses, parameter):
-    z = torch.tensor(losses, dtype=dtype)
-    if not torch.isfinite(z.max() - z.min()):
-        pytest.skip("out of range in this dtype")
-    agree(form, z[None], divergence, parameter)
+@pytest.mark.parametrize("n", sorted({len(losses) for losses in HARD.values()}))
+@pytest.mark.parametrize(
+    "form, divergence, dtype",
+    [
+        pytest.param(form, divergence, dtype, id=f"{name} {kind} {dtype}")
+        for dtype in DTYPES[:2]
+        for kind, form in FORMS.items()
+        for name, divergence in (DIVERGENCES if dtype == torch.float64 else SOME).items()
+    ],
+)
+def test_same_answer_on_hard_rows(form, divergence, dtype, n):
+    """Every parameter of every row, in one call for the rows of a length, and each judged by its own losses."""
+    z = torch.tensor(np.array([losses for losses in HARD.values() if len(losses) == n]), dtype=dtype)
+    z = z[torch.isfinite(z.amax(-1) - z.amin(-1))]  # what is out of range in float32 is not for it
+    parameters = torch.tensor([0.0, 1e-8, 0.2, 3.0], dtype=torch.float64).repeat_interleave(len(z))
+    z = z.repeat(4, 1)
+    fast, plain = both(form, z, divergence, parameters)
+    for row in range(len(z)):
+        compare(z[row, None], *(RobustRisk(*(field[row, None] for field in risk)) for risk in (fast, plain)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 33, 64, 65, 300])
