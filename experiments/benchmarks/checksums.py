@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.measure import markdown, provenance, within
+from experiments.benchmarks.measure import provenance, within, write_page
 from experiments.clip.distributed import Ranks
 from experiments.clip.io.checksums import checksum
 from experiments.clip.training import checkpoint_writer
@@ -133,14 +133,8 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = rounds_of(Path(folder), state_of(int(1e9 * options.gigabytes)), options.rounds)
     table = rows(found, options.gigabytes)
-    text = (
-        f"# Checksums of checkpoints\n\n`{record['command']}`, {record['date']}. {record['machine']}, load "
-        f"{record['load']} at the start, torch {record['versions']['torch']}. One rank; with and without by turns.\n\n"
-        f"{markdown(table)}\n"
-    )
-    print(text)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text)
+    about = "One rank; with and without by turns."
+    write_page(options.output, "Checksums of checkpoints", record, about, table)
     return int(any(row.met == "NO" for row in table))
 
 

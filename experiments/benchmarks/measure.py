@@ -117,6 +117,17 @@ def markdown(rows: Iterable[Any]) -> str:
     return table([_spread(asdict(row)) for row in rows])
 
 
+def write_page(path: Path, title: str, record: Mapping[str, Any], about: str, rows: Iterable[Any]) -> None:
+    """Print and write a page of one table, whose first line says what was measured where."""
+    text = (
+        f"# {title}\n\n`{record['command']}`, {record['date']}. {record['machine']}, load {record['load']} at the start, "
+        f"torch {record['versions']['torch']}. {about}\n\n{markdown(rows)}\n"
+    )
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def table(flat: Sequence[Mapping[str, Any]]) -> str:
     """Return rows by the names of their columns as a table; columns that are empty in every row go."""
     names = dict.fromkeys(name for row in flat for name in row)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.benchmarks.measure import ROOT, markdown, provenance, within
+from experiments.benchmarks.measure import ROOT, provenance, within, write_page
 from experiments.clip.training.checkpoint import latest_checkpoint
 
 REACH_SECONDS = 10.0
@@ -142,15 +142,11 @@ def main(arguments: Sequence[str]) -> int:
             within(share, REACH_SHARE),
         ),
     ]
-    text = (
-        f"# Resuming and checkpointing\n\n`{record['command']}`, {record['date']}. {record['machine']}, load "
-        f"{record['load']} at the start, torch {record['versions']['torch']}. glyph-small on 23,635 pairs, batch 512, "
-        f"steered, {os.cpu_count()} threads. Data and reference features are there, as after any first run.\n\n"
-        f"{markdown(rows)}\n"
+    about = (
+        f"glyph-small on 23,635 pairs, batch 512, steered, {os.cpu_count()} threads. Data and reference features are there, "
+        "as after any first run."
     )
-    print(text)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text)
+    write_page(options.output, "Resuming and checkpointing", record, about, rows)
     return int(any(row.met == "NO" for row in rows))
 
 
