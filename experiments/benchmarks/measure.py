@@ -120,8 +120,8 @@ def markdown(rows: Iterable[Any]) -> str:
 def write_page(path: Path, title: str, record: Mapping[str, Any], about: str, rows: Iterable[Any]) -> None:
     """Print and write a page of one table, whose first line says what was measured where."""
     text = (
-        f"# {title}\n\n`{record['command']}`, {record['date']}. {record['machine']}, load {record['load']} at the start, "
-        f"torch {record['versions']['torch']}. {about}\n\n{markdown(rows)}\n"
+        f"# {title}\n\n`{record['command']}`, {record['date']}. {record['machine']}, load {record['load']} at the "
+        f"start, torch {record['versions']['torch']}. {about}\n\n{markdown(rows)}\n"
     )
     print(text)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -143,8 +143,8 @@ def main(arguments: Sequence[str]) -> int:
         ),
     ]
     about = (
-        f"glyph-small on 23,635 pairs, batch 512, steered, {os.cpu_count()} threads. Data and reference features are there, "
-        "as after any first run."
+        f"glyph-small on 23,635 pairs, batch 512, steered, {os.cpu_count()} threads. Data and reference features are "
+        "there, as after any first run."
     )
     write_page(options.output, "Resuming and checkpointing", record, about, rows)
     return int(any(row.met == "NO" for row in rows))
