@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from experiments.benchmarks.measure import provenance
 from experiments.clip.catalog.catalog import Catalog, make_catalog
 from experiments.clip.data.feed import BlockFeed
 from experiments.clip.data.lanes import Lanes
@@ -217,12 +218,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    record = provenance("python -m experiments.benchmarks.remote")
     lines = [
         "# Samples per second from a slow server",
         "",
-        f"`python -m experiments.benchmarks.remote`: {options.workers} workers, {1000 * options.latency:g} ms before "
-        f"every answer, {SHARDS} shards of {PAIRS:,} pairs, batches of {BATCH}. Median of "
-        f"{options.rounds} rounds, which take turns. `requests` and `bytes` are per sample.",
+        f"`python -m experiments.benchmarks.remote`, {record['date']}. {record['machine']}, load {record['load']} at "
+        f"the start. {options.workers} workers, {1000 * options.latency:g} ms before every answer, {SHARDS} shards of "
+        f"{PAIRS:,} pairs, batches of {BATCH}. Median of {options.rounds} rounds, which take turns. `requests` and "
+        "`bytes` are per sample.",
         "",
         "| reading | samples/s | requests | bytes |",
         "|---|---:|---:|---:|",

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from experiments.benchmarks.measure import provenance
 from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.cli.sources import open_shared_catalog
 from experiments.clip.data.loader import Loader
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    record = provenance("python -m experiments.benchmarks.start")
     reference = _Quick(**vars(load_model(SHIPPED_REFERENCE)))
     files.os.fsync = lambda descriptor: None  # what is written here need not survive a loss of power
     rows: dict[tuple[str, int], list[np.ndarray]] = {}
@@ -98,10 +100,9 @@ def main() -> None:
     lines = [
         f"# Seconds until a rank has {options.shards:,} shards open",
         "",
-        f"`python -m experiments.benchmarks.start`: local shards of one pair each, median of {options.rounds} rounds, "
-        "one process, as one of so many ranks, each of which looks at a share of shards, indexes and features. "
-        "In brackets: seconds of processor time, of a machine of 2 cores on "
-        "which other programs ran.",
+        f"`python -m experiments.benchmarks.start`, {record['date']}. {record['machine']}, load {record['load']} at "
+        f"the start. Local shards of one pair each, median of {options.rounds} rounds, one process, as one of so many "
+        "ranks, each of which looks at a share of shards, indexes and features. In brackets: processor time.",
         "",
         "| |" + "".join(f" of {count} |" for count in _RANKS),
         "|---|" + "---:|" * len(_RANKS),

@@ -52,4 +52,4 @@ def out_of_proportion(options: Train, samples: int, steps: int) -> Iterator[str]
     if options.pairs_per_step > samples:
         scored = options.selection.scored_per_pair
         what = f"--batch-size {optimization.batch_size}" + (f" times --candidates {scored}" if scored > 1 else "")
-        yield f"{what} is more than the {samples} pairs of an epoch: each is one step, on all of them"
+        yield f"{what} is more than the {samples} pairs of an epoch: every epoch is one step, on all of them"

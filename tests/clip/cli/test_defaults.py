@@ -58,7 +58,10 @@ def test_the_warm_up_is_that_of_the_field_or_a_share_of_a_short_run(steps, expec
         (["--warmup", "300"], ["--warmup 300 is not over when the run is, after 300 steps: the learning rate ends at"]),
         (["--warmup", "600", "--lr", "1e-3"], ["ends at 0.0005, and --lr 0.001 is never reached"]),
         (["--batch-size", "96"], []),
-        (["--batch-size", "97"], ["--batch-size 97 is more than the 96 pairs of an epoch: each is one step, on all"]),
+        (
+            ["--batch-size", "97"],
+            ["--batch-size 97 is more than the 96 pairs of an epoch: every epoch is one step, on all"],
+        ),
         (["--select", "rho-top-k", "--batch-size", "90"], ["--batch-size 90 times --candidates 5 is more than the 96"]),
         (["--warmup", "10000"], ["--warmup 10000 is not over"]),
     ],

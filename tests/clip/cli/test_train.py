@@ -103,7 +103,7 @@ def test_a_run_on_a_catalog_says_what_is_larger_than_it_and_what_it_chose(tmp_pa
     shown = " ".join(capsys.readouterr().out.split())
     assert "2 steps, a warm-up of 500, towers in float32" in shown and "1 steps an epoch, 0 workers" in shown
     assert "--warmup 500 is not over when the run is, after 2 steps: the learning rate ends at 2e-06" in shown
-    assert "--batch-size 64 is more than the 20 pairs of an epoch: each is one step, on all of them" in shown
+    assert "--batch-size 64 is more than the 20 pairs of an epoch: every epoch is one step, on all of them" in shown
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert (settings["betas"], settings["adam_eps"], settings["precision"]) == ([0.9, 0.98], 1e-6, "float32")
     assert not {"momentum", "cooldown_power"} & set(settings)
