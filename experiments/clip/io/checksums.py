@@ -1,44 +1,49 @@
-"""Checksums of the files of a folder, in a manifest beside them: whether they are as they were written."""
+"""Checksums of the files of a folder, in a manifest beside them: whether they are as they were written.
+
+They find damage, not malice: who can change a file can change the manifest too.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import xxhash
 
 from experiments.clip.io.files import write_atomically
 
 MANIFEST = "manifest.json"
-_BLOCK = 2**24
-_THREADS = min(8, os.cpu_count() or 1)
+#: The checksum's name in a manifest, and the ending of the file that holds one.
+CHECKSUM = "xxh3_128"
+_BLOCK = 2**20
 
 
 def checksum(path: Path) -> str:
-    """Return the SHA-256 of the SHA-256 of every 16 MiB of a file, which threads compute side by side."""
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            return whole.hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+    """Return the XXH3 of a file in 128 bits, as ``xxhsum -H2`` prints it.
 
-            def digest(start: int) -> bytes:
-                with view[start : start + _BLOCK] as block:
-                    return hashlib.sha256(block).digest()
-
-            with ThreadPoolExecutor(_THREADS) as threads:
-                for part in threads.map(digest, range(0, size, _BLOCK)):
-                    whole.update(part)
+    It takes a tenth of the processor time of SHA-256. The file is read, not mapped: a page of a mapped file that the
+    storage cannot give ends the process.
+    """
+    whole = xxhash.xxh3_128()
+    block = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            whole.update(block[:count])
     return whole.hexdigest()
 
 
 def write_manifest(folder: Path, checksums: Mapping[str, str]) -> None:
     """Write the checksums of a folder's files, by name."""
-    write_atomically(folder / MANIFEST, json.dumps({"sha256": dict(sorted(checksums.items()))}, indent=2).encode())
+    write_atomically(folder / MANIFEST, json.dumps({CHECKSUM: dict(sorted(checksums.items()))}, indent=2).encode())
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder has a manifest of such checksums, be they right or not."""
+    try:
+        return CHECKSUM in json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def fault_of(folder: Path, names: Sequence[str], rank: int = 0, ranks: int = 1) -> str:
@@ -50,7 +55,10 @@ def fault_of(folder: Path, names: Sequence[str], rank: int = 0, ranks: int = 1) 
         If a file is there and cannot be read.
     """
     try:
-        stored = json.loads((folder / MANIFEST).read_bytes())["sha256"]
+        document = json.loads((folder / MANIFEST).read_bytes())
+        if CHECKSUM not in document:
+            return f"{MANIFEST} has no {CHECKSUM}, but {', '.join(map(str, document)) or 'nothing'}"
+        stored = document[CHECKSUM]
         if sorted(stored) != sorted(names):
             return f"{MANIFEST} is of {', '.join(stored)}, the folder has {', '.join(names)}"
         for name in sorted(names)[rank::ranks]:

@@ -29,11 +29,11 @@ from torch.distributed.tensor import DTensor
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import MANIFEST, fault_of
+from experiments.clip.io.checksums import fault_of, has_manifest
 from experiments.clip.io.files import retry_with_backoff, writing
 
 #: What a checkpoint holds and under which names; another number where that changes.
-FORMAT = "2"
+FORMAT = "3"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.safetensors")
@@ -136,8 +136,8 @@ def check_sound(path: Path) -> None:
 def _fault_of_files(path: Path, ranks: Ranks) -> str:
     """Return what is wrong with this rank's share of a checkpoint's files, empty if nothing is."""
     try:
-        if not (path / MANIFEST).exists():
-            Checkpoint(path)  # which may be of another version
+        if not has_manifest(path):
+            Checkpoint(path)  # which may be of another version, and says so
         return guarded(path, lambda: fault_of(path, [each.name for each in files_of(path)], ranks.rank, ranks.count))
     except Damaged as error:
         return str(error.__cause__)

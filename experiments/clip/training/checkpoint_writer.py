@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from experiments.clip.distributed import Ranks
 from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import checksum, write_manifest
+from experiments.clip.io.checksums import CHECKSUM, checksum, write_manifest
 from experiments.clip.io.files import retry_with_backoff, share_permissions, sync, write_atomically, writing
 from experiments.clip.training.checkpoint import (
     FORMAT,
@@ -233,7 +233,7 @@ class CheckpointWriter:
 
 def _checksum_path(part: Path) -> Path:
     """Return where a rank leaves the checksum of its part for the one that publishes the checkpoint."""
-    return part.with_suffix(".sha256")
+    return part.with_suffix(f".{CHECKSUM}")
 
 
 def _recover(folder: Path) -> None:

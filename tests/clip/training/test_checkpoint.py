@@ -16,6 +16,7 @@ from experiments.clip.models.clip import new_model
 from experiments.clip.run import main
 from experiments.clip.training import checkpoint as checkpoint_module
 from experiments.clip.training.checkpoint import (
+    FORMAT,
     Checkpoint,
     Damaged,
     check_sound,
@@ -62,7 +63,7 @@ def test_checkpoint_of_another_version_is_refused(pairs, tmp_path):
     del metadata["format"]
     save_file(tensors, tmp_path / "older", metadata)
     (tmp_path / "older").replace(part)
-    with pytest.raises(UserError, match="has format None, this program reads 2"):
+    with pytest.raises(UserError, match=f"has format None, this program reads {FORMAT}"):
         run(pairs, OpenCLIP(), tmp_path / "c")
 
 
@@ -130,7 +131,7 @@ DAMAGE = {
     "all of another step": lambda one, two: [shutil.copy(path, two / path.name) for path in one.iterdir()],
     "a bit of the manifest": lambda one, two: flip(two / MANIFEST, 30),
     "an empty manifest": lambda one, two: (two / MANIFEST).write_bytes(b""),
-    "a manifest of something else": lambda one, two: (two / MANIFEST).write_text('{"sha256": [1, {}]}'),
+    "a manifest of something else": lambda one, two: (two / MANIFEST).write_text('{"xxh3_128": [1, {}]}'),
     "no manifest": lambda one, two: (two / MANIFEST).unlink(),
     "no part": lambda one, two: (two / PART).unlink(),
     "nothing": lambda one, two: [path.unlink() for path in two.iterdir()],
@@ -156,6 +157,18 @@ def test_damage_is_named_and_the_checkpoint_before_is_the_last(damage, two_steps
         set_aside_damaged(two_steps, ONE_PROCESS)
     with pytest.raises(UserError, match=r"the last checkpoint is damaged, .*damaged-step-00000001"):
         set_aside_damaged(two_steps, ONE_PROCESS)  # nor does it start from nothing when it is given again
+
+
+def test_checksums_of_another_version_are_no_damage(two_steps):
+    two = max(step_folders(two_steps))
+    with safe_open(two / PART, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    save_file(tensors, two / PART, metadata | {"format": "2"})
+    (two / MANIFEST).write_text('{"sha256": {"%s": "00"}}' % PART)
+    for look in (check_sound, lambda path: set_aside_damaged(path.parent, ONE_PROCESS)):
+        with pytest.raises(UserError, match=f"has format 2, this program reads {FORMAT}: resume with the version that"):
+            look(two)
+    assert two.is_dir()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
