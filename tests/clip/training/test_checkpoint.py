@@ -1,5 +1,6 @@
 """Checkpoints that are read: damaged ones, of other settings or versions."""
 
+import json
 import shutil
 
 import pytest
@@ -164,7 +165,7 @@ def test_checksums_of_another_version_are_no_damage(two_steps):
     with safe_open(two / PART, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     save_file(tensors, two / PART, metadata | {"format": "2"})
-    (two / MANIFEST).write_text('{"sha256": {"%s": "00"}}' % PART)
+    (two / MANIFEST).write_text(json.dumps({"sha256": {PART: "00"}}))
     for look in (check_sound, lambda path: set_aside_damaged(path.parent, ONE_PROCESS)):
         with pytest.raises(UserError, match=f"has format 2, this program reads {FORMAT}: resume with the version that"):
             look(two)
