@@ -31,6 +31,7 @@ REQUEST_BYTES = 16 * 2**20
 
 _CHAIN = "::"
 _STREAMED = 4 * 2**20
+_SILENCE = 60.0  # seconds that a server may send nothing
 # What storages call the version of a file, the most precise first.
 _STAMPS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "date_time")
 
@@ -63,12 +64,25 @@ def _opened(url: str) -> tuple[_Opened, str]:
     try:
         if (archive := _archives.get(key)) is not None:
             return archive, archive.fs._strip_protocol(first)
-        fs, inner = fsspec.core.url_to_fs(url)
+        fs, inner = fsspec.core.url_to_fs(url, **_patience(url))
     except (ImportError, ValueError) as error:
         raise UserError(f"cannot open {url} ({error}): install the package that reads it, or copy the data") from error
     if not chain or fs.cachable:  # fsspec keeps it itself
         return _Opened(fs, nullcontext()), inner
     return _archives.setdefault(key, _Opened(fs, threading.RLock())), inner
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """Return options by which a stream lasts as long as bytes come; by default aiohttp ends it after five minutes."""
+    found = {}
+    for part in url.split(_CHAIN):
+        protocol = part.partition("://")[0]
+        if protocol in ("http", "https") and "client_kwargs" not in fsspec.config.conf.get(protocol, {}):
+            import aiohttp  # half as long to import as all else here, and for these alone
+
+            limit = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+            found[protocol] = {"client_kwargs": {"timeout": limit}}
+    return found
 
 
 def retry(action: Callable[[], T], path: str, does: str = "read") -> T:

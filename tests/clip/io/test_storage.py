@@ -5,8 +5,11 @@ import os
 import pickle
 import re
 import tarfile
+import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
@@ -220,3 +223,40 @@ def test_servers_by_http(tmp_path):
             assert file.digest() == hashlib.sha256(content).hexdigest()
         download(url, str(tmp_path / "copy"))
         assert (tmp_path / "copy").read_bytes() == content
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Sends a file in eight parts, with a pause before each."""
+
+    content, pause = bytes(range(256)) * 8, 0.1
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        for start in range(0, len(self.content), 256):
+            time.sleep(self.pause)
+            self.wfile.write(self.content[start : start + 256])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_stream_lasts_as_long_as_bytes_come(tmp_path, monkeypatch):
+    aiohttp = pytest.importorskip("aiohttp")
+    monkeypatch.setattr(aiohttp.client, "DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))  # of 300 seconds
+    monkeypatch.setattr(files, "WAITS", (0.01,))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x.tar"
+        download(url, str(tmp_path / "copy"))
+        assert (tmp_path / "copy").read_bytes() == Slow.content
+        with open_once(url, len(Slow.content)) as file:
+            assert file.read() == Slow.content
+        monkeypatch.setattr(storage, "_SILENCE", 0.02)
+        with pytest.raises(UserError, match=r"cannot read http://.* after 2 attempts \(.*[Tt]imeout"):
+            download(url, str(tmp_path / "silent"))
+        server.shutdown()
