@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from drrho import KL, ChiSquare, CVaR, Divergence
 from drrho.integrations.open_clip import steer
 from experiments.benchmarks.measure import markdown, provenance
-from experiments.benchmarks.steering_overhead import _compared
+from experiments.benchmarks.steering_overhead import compared_steps
 from experiments.embeddings.run import load_guide
 
 RISKS: dict[str, Divergence] = {"KL": KL(), "chi-square": ChiSquare(), "CVaR(0.1)": CVaR(0.1)}
@@ -44,7 +44,7 @@ def main() -> None:
         for host, make in HOSTS.items():
             for name, divergence in RISKS.items():
                 compared = make(Path(folder), None), make(Path(folder), divergence)
-                rows.append(_compared(host, name, *compared, options.steps))
+                rows.append(compared_steps(host, name, *compared, options.steps))
                 print(rows[-1], flush=True)
     names = ("torch", "sentence-transformers", "open_clip_torch")
     record = provenance("python -m experiments.benchmarks.embedding_overhead --write", names)
