@@ -60,17 +60,23 @@ def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
         check_options(dataclasses.replace(options, train=dataclasses.replace(train, shards=Shards())))
     else:
         options = train = _parsed(Train, arguments, name, start)
-        if preset is not None and not preset.startswith(EMBEDDED) and train.source != "catalog":
-            raise UserError(
-                f"--preset {preset} is for your own data: add --catalog FOLDER, which `run.py catalog` makes"
-            )
-        if train.source == "catalog" and start.source == "glyphs" and start.model:
-            given = f"--preset {preset}" if path is None else f"--config {path}"
-            raise UserError(f"{given} has the settings of the embedded pairs: leave it out beside --catalog")
+        _check_start(preset, path, start, train)
         check_options(options)
     check_method(train.loss)
     _check_optimizer(train.optimization.optimizer)
     return options
+
+
+def _check_start(preset: str | None, path: str | None, start: Train, train: Train) -> None:
+    """Refuse a preset or a configuration of the embedded pairs for own data, and a preset for own data without any."""
+    if preset is not None:
+        given, is_embedded = f"--preset {preset}", preset.startswith(EMBEDDED)
+        if not is_embedded and train.source != "catalog":
+            raise UserError(f"{given} is for your own data: add --catalog FOLDER, which `run.py catalog` makes")
+    else:
+        given, is_embedded = f"--config {path}", path is not None and start.source == "glyphs"
+    if is_embedded and train.source == "catalog":
+        raise UserError(f"{given} has the settings of the embedded pairs: leave it out beside --catalog")
 
 
 def _parsed(kind: type, arguments: Sequence[str], name: str, default: Any = None) -> Any:

@@ -1,5 +1,6 @@
 """Presets against the published settings."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from drrho.running import published_final_gamma
 from experiments.clip.cli.parser import as_settings, load_config, save_config
-from experiments.clip.cli.presets import PRESETS
+from experiments.clip.cli.presets import EMBEDDED, PRESETS
 from experiments.clip.errors import UserError
 from experiments.clip.run import parse
 
@@ -64,3 +65,15 @@ def test_presets_of_published_recipes_want_the_users_data():
     assert parse(["plan", "--preset", "datacomp-small"]).train == PRESETS["datacomp-small"]
     seen = {name: o.shards.epoch_samples * o.optimization.epochs for name, o in PRESETS.items() if "datacomp" in name}
     assert list(seen.values()) == [12_800_000, 128_000_000, 1_280_000_000, 12_800_000_000]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_is_for_its_own_pairs_and_for_no_others(name):
+    words = ["train", "--preset", name]
+    if name.startswith(EMBEDDED):
+        assert parse(words) == PRESETS[name]
+        with pytest.raises(UserError, match=f"--preset {name} has the settings of the embedded pairs"):
+            parse([*words, "--catalog", "c"])
+    else:
+        options = parse([*words, "--catalog", "c"])
+        assert options == dataclasses.replace(PRESETS[name], shards=options.shards) and options.source == "catalog"
