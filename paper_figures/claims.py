@@ -42,7 +42,7 @@ from experiments.clip.study.statistics import (
     paired_ratio,
     power_law_fit,
 )
-from experiments.intervals import Interval, half_width
+from experiments.clip.study.intervals import Interval, half_width
 from paper_figures.study_results import (
     ALL_FRACTIONS,
     COMMAND,

@@ -15,7 +15,7 @@ from experiments.clip.study.grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN, Tu
 from experiments.clip.study.results import Row, read_curves, study_rows
 from experiments.clip.study.statistics import PowerLaw, Rule, power_law_fit
 from experiments.clip.study.tuned import read_tuned
-from experiments.intervals import half_width
+from experiments.clip.study.intervals import half_width
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = Path(__file__).parents[1] / "experiments" / "clip" / "study" / "results" / "study.csv"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from experiments.intervals import Interval, crossing, interval
+from experiments.clip.study.intervals import Interval, crossing, interval
 
 REPLICATES = 2000
 BINS = 5
