@@ -16,8 +16,8 @@ if __name__ == "__main__":
     # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from experiments.clip.errors import Interrupted, UserError, nearest, printable
-from experiments.clip.signals import Stopped, asked, exit_in_time, handled, status_of, was_raised
+from .errors import Interrupted, UserError, nearest, printable
+from .signals import Stopped, asked, exit_in_time, handled, status_of, was_raised
 
 
 class Command(NamedTuple):
@@ -150,7 +150,7 @@ def parse(arguments: Sequence[str]) -> Any:
     name, words = _name_and_words(arguments)
     if name not in COMMANDS:
         raise UserError(f"no command is called {name!r}{nearest(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
-    from experiments.clip.cli.parser import parse_options
+    from .cli.parser import parse_options
 
     return parse_options(_part(COMMANDS[name].options), words, name)
 
@@ -169,7 +169,7 @@ def _part(place: str) -> Any:
 
 
 def _check_launch(command: Command) -> None:
-    from experiments.clip.distributed import launched
+    from .distributed import launched
 
     count = launched(os.environ)[1]
     if count > 1 and not command.on_many_ranks:

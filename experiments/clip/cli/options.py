@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.clip.errors import UserError
-from experiments.clip.models.options import ModelInputs
-from experiments.clip.ranges import (
+from ..errors import UserError
+from ..models.options import ModelInputs
+from ..ranges import (
     AtLeast,
     BelowOne,
     NotNegative,
@@ -23,7 +23,7 @@ from experiments.clip.ranges import (
     ShareOrZero,
     refuse_if_given,
 )
-from experiments.clip.training.options import (
+from ..training.options import (
     SHIPPED_REFERENCE,
     STEERED,
     CheckpointPolicy,

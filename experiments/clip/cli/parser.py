@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
-from experiments.clip.cli.options import Plan, Shards, Train
-from experiments.clip.cli.presets import EMBEDDED, PRESETS, STARTS
-from experiments.clip.errors import UserError, nearest
-from experiments.clip.io.files import write_json
-from experiments.clip.ranges import annotations_of, check_options, default_of, flag, refuse_if_given
-from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
+from ..errors import UserError, nearest
+from ..io.files import write_json
+from ..ranges import annotations_of, check_options, default_of, flag, refuse_if_given
+from ..training.options import SHIPPED_REFERENCE, Loss
+from .options import Plan, Shards, Train
+from .presets import EMBEDDED, PRESETS, STARTS
 
 _CHECKOUT = Path(__file__).parents[3]
 #: Where earlier versions kept what a stored configuration may name.
@@ -124,7 +124,7 @@ def _flag(name: str) -> str:
 
 def check_method(loss: Loss) -> None:
     """Refuse options that the method does not take, by what the methods' classes say."""
-    from experiments.clip.training.methods import METHODS  # loads torch
+    from ..training.methods import METHODS  # loads torch
 
     for option in sorted(set().union(*(method.takes for method in METHODS.values()))):
         takers = [name for name, method in METHODS.items() if option in method.takes]
@@ -136,7 +136,7 @@ def check_method(loss: Loss) -> None:
 
 def _check_optimizer(name: str) -> None:
     """Refuse an optimizer that does not exist."""
-    from experiments.clip.training.optimization import check_optimizer  # loads torch
+    from ..training.optimization import check_optimizer  # loads torch
 
     check_optimizer(name)
 

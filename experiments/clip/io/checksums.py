@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from experiments.clip.io.files import write_atomically
+from .files import write_atomically
 
 MANIFEST = "manifest.json"
 _BLOCK = 2**24
