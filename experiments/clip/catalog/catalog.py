@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import PROGRAM, UserError
 from ..io.files import ensure_writable, write_json
 from ..io.storage import digest_once, file_version, is_remote, open_once, open_seekable, retry
 from ..io.workers import Workers
@@ -340,7 +340,7 @@ def _problem(catalog: Catalog, shard: Shard, check: Check | None) -> str:
 def _changed(shard: Shard) -> str:
     """Return what is wrong with the contents of a tar file, empty if nothing is."""
     if not shard.sha256:
-        return f"it has no checksum of {shard.path}, which `run.py catalog --checksums` keeps"
+        return f"it has no checksum of {shard.path}, which `{PROGRAM} catalog --checksums` keeps"
 
     def digest() -> str:
         with open_once(shard.path, shard.bytes) as file:

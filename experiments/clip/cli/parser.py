@@ -14,16 +14,24 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
-from ..errors import UserError, nearest
+from ..errors import PROGRAM, UserError, nearest
 from ..io.files import write_json
 from ..ranges import annotations_of, check_options, default_of, flag, refuse_if_given
 from ..training.options import SHIPPED_REFERENCE, Loss
 from .options import Plan, Shards, Train
 from .presets import EMBEDDED, PRESETS, STARTS
 
-_CHECKOUT = Path(__file__).parents[3]
-#: Where earlier versions kept what a stored configuration may name.
-_MOVED = {"experiments/clip/reference": SHIPPED_REFERENCE}
+#: The checkout; in an installation, the folder of packages.
+_ROOT = Path(__file__).parents[__name__.count(".")]
+#: Where earlier versions, and an installation for a checkout, keep what a stored configuration may name.
+_MOVED = dict.fromkeys(
+    (
+        "experiments/clip/reference",
+        "experiments/clip/glyphs/reference_model",
+        "drrho_clip/glyphs/reference_model",
+    ),
+    SHIPPED_REFERENCE,
+)
 #: Options that are called otherwise than their fields.
 _OTHER_FLAGS = {"logs": "--log-to"}
 # What tyro says of words that are of none of an option's types.
@@ -62,7 +70,7 @@ def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
         options = train = _parsed(Train, arguments, name, start)
         if preset is not None and not preset.startswith(EMBEDDED) and train.source != "catalog":
             raise UserError(
-                f"--preset {preset} is for your own data: add --catalog FOLDER, which `run.py catalog` makes"
+                f"--preset {preset} is for your own data: add --catalog FOLDER, which `{PROGRAM} catalog` makes"
             )
         if train.source == "catalog" and start.source == "glyphs" and start.model:
             given = f"--preset {preset}" if path is None else f"--config {path}"
@@ -77,11 +85,11 @@ def _parsed(kind: type, arguments: Sequence[str], name: str, default: Any = None
     """Parse a command's words; what the parser refuses becomes an error of one line."""
 
     def refuse(event: object) -> None:
-        raise UserError(f"{_refusal(event, kind)}: see `run.py {name} --help`")
+        raise UserError(f"{_refusal(event, kind)}: see `{PROGRAM} {name} --help`")
 
     with on_parse_error(refuse):
         return tyro.cli(
-            kind, args=arguments, default=default, prog=f"run.py {name}", config=(tyro.conf.OmitArgPrefixes,)
+            kind, args=arguments, default=default, prog=f"{PROGRAM} {name}", config=(tyro.conf.OmitArgPrefixes,)
         )
 
 
@@ -212,7 +220,7 @@ def as_settings(options: Any) -> dict[str, Any]:
 
 def _as_setting(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value.relative_to(_CHECKOUT) if value.is_relative_to(_CHECKOUT) else value)
+        return str(value.relative_to(_ROOT) if value.is_relative_to(_ROOT) else value)
     if isinstance(value, tuple):
         return [_as_setting(part) for part in value]
     return as_settings(value) if dataclasses.is_dataclass(value) else value
@@ -278,8 +286,8 @@ def _path(text: str) -> Path:
     """Return a stored path; one that `as_settings` has made relative to the checkout is found from anywhere."""
     if text in _MOVED:
         return _MOVED[text]
-    is_elsewhere = not Path(text).exists() and (_CHECKOUT / text).exists()
-    return _CHECKOUT / text if "/" in text and is_elsewhere else Path(text)
+    is_elsewhere = not Path(text).exists() and (_ROOT / text).exists()
+    return _ROOT / text if "/" in text and is_elsewhere else Path(text)
 
 
 def as_words(options: Train) -> list[str]:

@@ -17,7 +17,7 @@ from ..data.batch import Reference, Stream
 from ..data.loader import Loader
 from ..data.reader import first_pairs
 from ..distributed import ONE_PROCESS, Ranks
-from ..errors import UserError
+from ..errors import PROGRAM, UserError
 from ..evaluation.encoding import Encoder
 from ..evaluation.held_out import evaluate_pairs, pair_metrics
 from ..evaluation.task_files import Task
@@ -216,7 +216,7 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     if options.execution.compile:
         reference.compile()
     parts = options.optimization.accumulation * options.selection.scored_per_pair
-    console.print("features   computed while training: `run.py cache-reference` computes them once")
+    console.print(f"features   computed while training: `{PROGRAM} cache-reference` computes them once")
     return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"
 
 

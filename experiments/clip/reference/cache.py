@@ -38,7 +38,7 @@ from ..data.draws import Draws, random_state_restored, view_draws
 from ..data.prefetch import copied_ahead
 from ..data.reader import SKIPS_ALLOWED, Reader, Skip, decode
 from ..distributed import ONE_PROCESS, Ranks
-from ..errors import UserError
+from ..errors import PROGRAM, UserError
 from ..io.files import ensure_writable, write_atomically
 from ..io.workers import Workers
 from ..models.clip import Clip
@@ -48,7 +48,7 @@ Precision = Literal["float16", "bfloat16"]
 TowerPrecision = Literal["float32", "bfloat16"]
 
 _TOWERS: TowerPrecision = "float32"  # of files that do not say it
-_AGAIN = "run `run.py cache-reference` on this data again"
+_AGAIN = f"run `{PROGRAM} cache-reference` on this data again"
 _CONCURRENT_CHECKS = 16
 _MAPPED = 256  # files that are mapped into memory at a time
 T = TypeVar("T")

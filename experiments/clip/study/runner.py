@@ -35,7 +35,7 @@ from ..cli.parser import as_words
 from ..cli.terminal import console
 from ..cli.train import Trained, train_model
 from ..distributed import joined_ranks
-from ..errors import Interrupted, UserError
+from ..errors import PROGRAM, Interrupted, UserError
 from ..glyphs.dataset import Manifest
 from ..glyphs.evaluation import Evaluation, evaluate_model
 from ..glyphs.source import load_pairs, open_data, prepare, share
@@ -93,7 +93,7 @@ class _StudyRunner:
         if not self._trainings:
             raise UserError(
                 f"--only {' '.join(self._names)} uses tuned settings, of which {self._results} has none yet: run "
-                f"`run.py study --only {' '.join(TUNING_STUDIES)}` first"
+                f"`{PROGRAM} study --only {' '.join(TUNING_STUDIES)}` first"
             )
         self._load = PairsInMemory()
         self._manifests = cache(self._prepared)
@@ -155,7 +155,7 @@ class _StudyRunner:
         rows = read_rows(self._results)
         done = [each for each in self._trainings if each.hash in rows]
         if not done:
-            raise UserError(f"{self._results} has no finished training to check: run `run.py study` first")
+            raise UserError(f"{self._results} has no finished training to check: run `{PROGRAM} study` first")
         each = random.Random(seed).choice(done)
         console.print(f"check      {each}, chosen by --seed {seed}")
         ensure_writable(self._out)
