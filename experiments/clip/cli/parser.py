@@ -21,17 +21,11 @@ from ..training.options import SHIPPED_REFERENCE, Loss
 from .options import Plan, Shards, Train
 from .presets import EMBEDDED, PRESETS, STARTS
 
-#: The checkout; in an installation, the folder of packages.
-_ROOT = Path(__file__).parents[__name__.count(".")]
-#: Where earlier versions, and an installation for a checkout, keep what a stored configuration may name.
-_MOVED = dict.fromkeys(
-    (
-        "experiments/clip/reference",
-        "experiments/clip/glyphs/reference_model",
-        "drrho_clip/glyphs/reference_model",
-    ),
-    SHIPPED_REFERENCE,
-)
+_CHECKOUT = Path(__file__).parents[3]
+#: How a stored configuration names the shipped reference, from a checkout and from an installation.
+_SHIPPED = "experiments/clip/glyphs/reference_model"
+#: That, and where earlier versions kept what a stored configuration may name.
+_MOVED = {_SHIPPED: SHIPPED_REFERENCE, "experiments/clip/reference": SHIPPED_REFERENCE}
 #: Options that are called otherwise than their fields.
 _OTHER_FLAGS = {"logs": "--log-to"}
 # What tyro says of words that are of none of an option's types.
@@ -220,7 +214,9 @@ def as_settings(options: Any) -> dict[str, Any]:
 
 def _as_setting(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value.relative_to(_ROOT) if value.is_relative_to(_ROOT) else value)
+        if value == SHIPPED_REFERENCE:
+            return _SHIPPED
+        return str(value.relative_to(_CHECKOUT) if value.is_relative_to(_CHECKOUT) else value)
     if isinstance(value, tuple):
         return [_as_setting(part) for part in value]
     return as_settings(value) if dataclasses.is_dataclass(value) else value
@@ -286,8 +282,8 @@ def _path(text: str) -> Path:
     """Return a stored path; one that `as_settings` has made relative to the checkout is found from anywhere."""
     if text in _MOVED:
         return _MOVED[text]
-    is_elsewhere = not Path(text).exists() and (_ROOT / text).exists()
-    return _ROOT / text if "/" in text and is_elsewhere else Path(text)
+    is_elsewhere = not Path(text).exists() and (_CHECKOUT / text).exists()
+    return _CHECKOUT / text if "/" in text and is_elsewhere else Path(text)
 
 
 def as_words(options: Train) -> list[str]:
