@@ -28,11 +28,14 @@ def as_numbers(values: ArrayLike, name: str) -> Tensor:
     Raises
     ------
     TypeError
-        For complex numbers, for a masked array that hides some of its entries, and for what is not numbers.
+        For complex numbers, for a sparse or nested tensor, for a masked array that hides some of its entries, for text
+        and times, and for what is not numbers.
     """
     if isinstance(values, Tensor):
         if values.is_complex():
             raise TypeError(f"{name} must be real, got {values.dtype}: pass .real, or a norm")
+        if values.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense, got {values.layout}: pass .to_dense(), or .to_padded_tensor(...)")
         return values
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise TypeError(
@@ -43,6 +46,8 @@ def as_numbers(values: ArrayLike, name: str) -> Tensor:
         array = np.asarray(values)
         if np.iscomplexobj(array):
             raise TypeError(f"{name} must be real, got {array.dtype}: pass .real, or a norm")
+        if array.dtype.kind in "USMm":  # NumPy would read numbers out of text and of times
+            raise TypeError(f"{name} must be numbers, got {array.dtype}: convert it first")
         return torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
     except (TypeError, ValueError, RuntimeError) as error:
         if str(error).startswith(name):
