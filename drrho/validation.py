@@ -77,6 +77,21 @@ def as_index(values: ArrayLike, name: str) -> Tensor:
     return values
 
 
+def entries(values: Tensor, index: ArrayLike, name: str) -> Tensor:
+    """Return the entries ``index`` ``[b]`` of ``values`` ``[n]``, which are called ``name``.
+
+    Raises
+    ------
+    ValueError
+        For an index that is no integers ``[b]``, or outside ``[0, n)``: a negative one does not count from the end.
+    """
+    rows = as_index(index, "index").to(torch.int64)
+    outside = (rows < 0) | (rows >= len(values))
+    if outside.any():
+        raise ValueError(f"index must lie in [0, {len(values)}), got {rows[outside][0]}: {name} is of other data")
+    return values[rows.to(values.device)]
+
+
 def as_losses(values: ArrayLike, name: str, *, finite: bool = True) -> Tensor:
     """Return ``values`` as a floating tensor ``[..., n]`` with ``n >= 1``; with ``finite``, check every entry.
 
@@ -192,6 +207,20 @@ class Checks:
             if has_failed:
                 raise ValueError(message.format(values[refused].flatten()[0].item()))
         return results
+
+
+def as_row(values: ArrayLike, name: str) -> Tensor:
+    """Return losses ``[n]`` as `as_losses` does.
+
+    Raises
+    ------
+    ValueError
+        If they are not one row of finite numbers.
+    """
+    row = as_losses(values, name)
+    if row.ndim != 1:
+        raise ValueError(f"{name} must have shape [n], one loss per sample, got {list(row.shape)}")
+    return row
 
 
 def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:
