@@ -1,4 +1,7 @@
-"""Builds the CPU kernels with the system's C compiler; without one, the library runs on torch operations alone."""
+"""Builds the CPU kernels with the system's C compiler; without one, the library runs on torch operations alone.
+
+An editable installation, which has no `drrho_clip` of its own, gets one that stands for `experiments/clip`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import platform
 import shlex
 import subprocess
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("drrho/solvers")
-FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-s"]
 LIBRARIES = ["-lm", "-pthread"]
 #: By what torch calls the processor's capability; "default" runs anywhere.
 LEVELS = {"default": []}
@@ -24,27 +29,28 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     }
 
 
+#: The trainer in a checkout, and its name in an installation.
+TRAINER, INSTALLED = Path("experiments/clip"), "drrho_clip"
+
+
 class KernelBuildHook(BuildHookInterface):
     """Compiles ``kernels*.c`` once for each instruction set into shared libraries beside them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and make the wheel one for this platform."""
+        if version == "editable":
+            self._name_trainer(build_data)
         root = Path(self.root)
         sources = sorted(str(source) for source in (root / FOLDER).glob("kernels*.c"))
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
-        for level, flags in LEVELS.items():
+        with ThreadPoolExecutor() as pool:  # each waits for a compiler
+            said = list(pool.map(lambda level: _compile(compiler, level, root, sources), LEVELS))
+        for level, message in zip(LEVELS, said, strict=True):
             library = root / FOLDER / f"_kernels_{level}.so"
-            partial = library.with_suffix(".partial")
-            command = [*compiler, *FLAGS, *flags, "-o", str(partial), *sources, *LIBRARIES]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                partial.replace(library)  # never a half-written library, nor one that is loaded now
-            except (OSError, subprocess.CalledProcessError) as error:
-                said = getattr(error, "stderr", "") or str(error)
-                library.unlink(missing_ok=True)  # of an older source
-                self.app.display_warning(f"{library.name} was not built: {said}")
-                continue
-            build_data["artifacts"].append(str(library.relative_to(root)))
+            if message is None:
+                build_data["artifacts"].append(str(library.relative_to(root)))
+            else:
+                self.app.display_warning(f"{library.name} was not built: {message}")
         if not build_data["artifacts"]:
             self.app.display_warning(
                 f"drrho is installed without its compiled kernels, because {compiler[0]} did not build them: risks on "
@@ -55,3 +61,31 @@ class KernelBuildHook(BuildHookInterface):
             build_data["pure_python"] = False
             tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["tag"] = f"py3-none-{tag}"
+
+    def _name_trainer(self, build_data: dict[str, Any]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        package = Path(self._folder.name, "__init__.py")
+        modules = [str(Path(self.root) / TRAINER)]
+        package.write_text(
+            f'"""The trainer of a checkout, under the name of an installation."""\n\n__path__ = {modules!r}\n'
+        )
+        build_data["force_include_editable"][str(package)] = f"{INSTALLED}/__init__.py"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what only the build needed."""
+        if version == "editable":
+            self._folder.cleanup()
+
+
+def _compile(compiler: list[str], level: str, root: Path, sources: list[str]) -> str | None:
+    """Return what the compiler said where it did not make the library of a level."""
+    library = root / FOLDER / f"_kernels_{level}.so"
+    partial = library.with_suffix(".partial")
+    command = [*compiler, *FLAGS, *LEVELS[level], "-o", str(partial), *sources, *LIBRARIES]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        partial.replace(library)  # never a half-written library, nor one that is loaded now
+    except (OSError, subprocess.CalledProcessError) as error:
+        library.unlink(missing_ok=True)  # of an older source
+        return getattr(error, "stderr", "") or str(error)
+    return None

@@ -4,6 +4,8 @@ from drrho.divergences import KL, CappedKL, ChiSquare, CressieRead, CVaR, Diverg
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, drrho_risk, hybrid_risk, penalized_risk
 
+__version__ = "0.2.0"
+
 __all__ = [
     "KL",
     "CVaR",

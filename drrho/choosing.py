@@ -22,7 +22,7 @@ from drrho.divergences import ChiSquare, Divergence
 from drrho.moments import as_pair
 from drrho.reference import excess_losses
 from drrho.risk import constrained_risk
-from drrho.statements import ModelClass, as_row, level
+from drrho.statements import ModelClass, as_bounded_row, level
 from drrho.validation import ArrayLike, as_losses
 from drrho.variance import Estimate, variance_reduction
 
@@ -89,7 +89,7 @@ def cross_fitted(
     """
     held_out = np.empty(operator.index(n))
     for train, test in _splits(folds, n, seed):
-        row, _ = as_row(losses_of(train, test), "losses_of")
+        row, _ = as_bounded_row(losses_of(train, test), "losses_of")
         if len(row) != len(test):
             raise ValueError(f"losses_of must return a loss for each of the {len(test)} held-out rows, got {len(row)}")
         held_out[test] = row.numpy()
@@ -186,7 +186,7 @@ def choose_rho(
         return lambda train, test: losses_of(rho, train, test)
 
     held_out = np.stack([cross_fitted(trained_with(rho), n, folds=folds, seed=seed) for rho in rhos])
-    counts = np.ones(n) if sample_weight is None else as_row(sample_weight, "sample_weight")[0].numpy()
+    counts = np.ones(n) if sample_weight is None else as_bounded_row(sample_weight, "sample_weight")[0].numpy()
     total = float(counts.sum())
     if counts.shape != (n,) or not (counts >= 0).all() or not total > 1:
         raise ValueError(f"sample_weight must hold {n} numbers >= 0 with a sum above 1, got a sum of {total}")
@@ -289,9 +289,9 @@ def calibrated_rho(
     >>> round(calibrated.normal, 3), calibrated.rho > calibrated.normal
     (1.353, True)
     """
-    row, _ = as_row(losses, "losses")
+    row, _ = as_bounded_row(losses, "losses")
     if reference_losses is not None:
-        row = excess_losses(row, as_row(reference_losses, "reference_losses")[0])
+        row = excess_losses(row, as_bounded_row(reference_losses, "reference_losses")[0])
     n, scale = len(row), row.max() - row.min()
     if n < 2 or scale == 0:
         raise ValueError(f"losses must be at least 2 that differ, got {n} with a range of {scale.item():.6g}")

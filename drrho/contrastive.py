@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -134,8 +135,11 @@ def contrastive_risk(
     Raises
     ------
     ValueError
-        For mismatched shapes, fewer than two pairs, non-finite features, or a parameter out of range. All values are
-        checked with one read of the device; with `drrho.validation.deferred_checks`, with none.
+        For mismatched shapes, fewer than two pairs, non-finite features, a coefficient without a reference, or a
+        parameter out of range. All values are checked with one read of the device; with
+        `drrho.validation.deferred_checks`, with none.
+    TypeError
+        For features that are no floating tensors, or a reference that is no pair of them.
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
@@ -331,7 +335,7 @@ def anchor_risks(
     Parameters and errors are those of `contrastive_risk`.
     """
     checks = Checks()
-    check_pairs(image, text, "image", "text", checks, alone=True)
+    reference = _checked_features(image, text, reference, coefficient, checks, alone=True)
     taus = checks.close(*_temperatures(temperature, image, checks))
     both = excess_pair_losses(image, text, reference, coefficient, include_positive)
     first, second = (penalized_risk(losses, divergence, tau) for losses, tau in zip(both, taus, strict=True))
@@ -372,19 +376,11 @@ def _prepared(
     checks: Checks,
 ) -> tuple[TensorPair, Pairs]:
     """Check the arguments and return temperatures and pairs."""
-    if isinstance(coefficient, Tensor):
-        checks.refuse(~(coefficient.abs() < math.inf), coefficient, "coefficient must be finite, got {}")
-    elif not abs(coefficient) < math.inf:
-        raise ValueError(f"coefficient must be finite, got {coefficient}")
-    check_pairs(image, text, "image", "text", checks, alone=group is None)
-    if reference is not None:
-        check_pairs(*reference, "reference[0]", "reference[1]", checks, alone=group is None)
-        if len(reference[0]) != len(image):
-            raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
-        reference = reference[0].detach(), reference[1].detach()
-        if isinstance(coefficient, Tensor):  # a factor of the features, as products of matrices take numbers alone
-            wide = torch.promote_types(reference[0].dtype, torch.float32)
-            reference = reference[0].to(wide) * coefficient, reference[1]
+    reference = _checked_features(image, text, reference, coefficient, checks, alone=group is None)
+    if reference is not None and isinstance(coefficient, Tensor):
+        wide = torch.promote_types(reference[0].dtype, torch.float32)
+        # A factor of the features, as products of matrices take numbers alone.
+        reference = reference[0].to(wide) * coefficient, reference[1]
     first, second = _temperatures(temperature, image, checks)
     is_one = first is second  # tiles know a rate that all anchors share by being one tensor
     first, second = checks.close(first, second)
@@ -460,11 +456,40 @@ def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Ten
     return tau
 
 
+def _checked_features(
+    image: Tensor,
+    text: Tensor,
+    reference: TensorPair | None,
+    coefficient: float | Tensor,
+    checks: Checks,
+    *,
+    alone: bool,
+) -> TensorPair | None:
+    """Check features and coefficient, and return the reference's features, detached."""
+    if isinstance(coefficient, Tensor):
+        checks.refuse(~(coefficient.abs() < math.inf), coefficient, "coefficient must be finite, got {}")
+    elif not isinstance(coefficient, Real):
+        raise TypeError(f"coefficient must be a number or a scalar tensor, got {coefficient!r}")
+    elif not abs(coefficient) < math.inf:
+        raise ValueError(f"coefficient must be finite, got {coefficient}")
+    check_pairs(image, text, "image", "text", checks, alone=alone)
+    if reference is not None:
+        return checked_reference(reference, len(image), checks, alone=alone)
+    if isinstance(coefficient, Tensor) or coefficient not in (0, 1):
+        raise ValueError(f"coefficient={coefficient} needs a reference, whose margins it multiplies, got None")
+    return None
+
+
 def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, checks: Checks, *, alone: bool) -> None:
-    """Raise a ``ValueError`` unless the features are pairs ``[b, d]``, and check with the others that they are finite.
+    """Raise an error unless the features are pairs ``[b, d]``, and check with the others that they are finite.
 
     ``alone``: there are no other ranks.
     """
+    for features, name in ((image, image_name), (text, text_name)):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a tensor [b, d], got {type(features).__name__}")
+        if not features.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {features.dtype}")
     least = 2 if alone else 0
     if image.ndim != 2 or image.shape != text.shape or len(image) < least:
         raise ValueError(
@@ -473,6 +498,17 @@ def check_pairs(image: Tensor, text: Tensor, image_name: str, text_name: str, ch
         )
     total = image.detach().sum() + text.detach().sum()
     checks.refuse(total * 0 != 0, total, f"{image_name} and {text_name} must be finite, but their sums are not")
+
+
+def checked_reference(reference: TensorPair, count: int, checks: Checks, *, alone: bool) -> TensorPair:
+    """Return the reference's features of ``count`` pairs, detached; `check_pairs` says what else they must be."""
+    if isinstance(reference, Tensor) or len(reference) != 2:
+        got = "one tensor" if isinstance(reference, Tensor) else f"{len(reference)} entries"
+        raise TypeError(f"reference must be a pair of image and text features, got {got}")
+    check_pairs(*reference, "reference[0]", "reference[1]", checks, alone=alone)
+    if len(reference[0]) != count:
+        raise ValueError(f"reference must hold {count} pairs like image and text, got {len(reference[0])}")
+    return reference[0].detach(), reference[1].detach()
 
 
 def _visited(log_u: TensorPair, image: Tensor, text: Tensor, checks: Checks) -> Tensor:

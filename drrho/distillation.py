@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drrho.contrastive import check_pairs, temperature_of
+from drrho.contrastive import check_pairs, checked_reference, temperature_of
 from drrho.ranks import Group, sum_to_owners
 from drrho.tiles import Pairs, SimilarityTiles, TensorPair, not_compiled
 from drrho.validation import Checks
@@ -61,16 +61,13 @@ def distillation_loss(
     """
     checks = Checks()
     check_pairs(image, text, "image", "text", checks, alone=group is None)
-    check_pairs(*reference, "reference[0]", "reference[1]", checks, alone=group is None)
-    if len(reference[0]) != len(image):
-        raise ValueError(f"reference must hold {len(image)} pairs like image and text, got {len(reference[0])}")
+    reference = checked_reference(reference, len(image), checks, alone=group is None)
     tau = temperature_of(temperature, image, checks)
     reference_tau = tau if reference_temperature is None else temperature_of(reference_temperature, image, checks)
     tau, reference_tau = checks.close(tau, reference_tau)
     reference_rate = 1 / reference_tau.detach()
     if tau.ndim or reference_tau.ndim:
         raise ValueError("temperature and reference_temperature must be single numbers, got one per anchor")
-    reference = reference[0].detach(), reference[1].detach()
     with torch.autocast(image.device.type, enabled=False):
         return _CrossEntropy.apply(image, text, 1 / tau, *reference, reference_rate, group, counts)  # pyright: ignore[reportReturnType]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drrho.reference import excess_losses
-from drrho.validation import ArrayLike, as_losses
+from drrho.validation import ArrayLike, as_row
 
 #: The length of an interval that holds every loss, or the interval itself, (low, high).
 ValueRange: TypeAlias = float | tuple[float, float] | list[float]
@@ -210,9 +210,9 @@ class Sample:
     @staticmethod
     def of(losses: ArrayLike, reference_losses: ArrayLike | None = None, *, fewest: int = 2) -> Sample:
         """Check one row of losses, or of excess losses if there is a reference, and compute its moments."""
-        row, rounding = as_row(losses, "losses")
+        row, rounding = as_bounded_row(losses, "losses")
         if reference_losses is not None:
-            reference, more = as_row(reference_losses, "reference_losses")
+            reference, more = as_bounded_row(reference_losses, "reference_losses")
             row, rounding = excess_losses(row, reference), rounding + more
         if row.numel() < fewest:
             raise ValueError(f"losses must have at least {fewest} entries, got {row.numel()}: one has no variance")
@@ -234,7 +234,7 @@ class Sample:
         )
 
 
-def as_row(losses: ArrayLike, name: str) -> tuple[Tensor, float]:
+def as_bounded_row(losses: ArrayLike, name: str) -> tuple[Tensor, float]:
     """Return losses ``[n]`` in float64, and a bound on the rounding errors of their original dtype.
 
     Raises
@@ -242,9 +242,7 @@ def as_row(losses: ArrayLike, name: str) -> tuple[Tensor, float]:
     ValueError
         If they are not one row of finite numbers.
     """
-    given = as_losses(losses, name)
-    if given.ndim != 1:
-        raise ValueError(f"{name} must have shape [n], one loss per sample, got {list(given.shape)}")
+    given = as_row(losses, name)
     row = given.detach().to("cpu", torch.float64)
     return row, 4 * torch.finfo(given.dtype).eps * row.abs().max().item()
 

@@ -28,11 +28,14 @@ def as_numbers(values: ArrayLike, name: str) -> Tensor:
     Raises
     ------
     TypeError
-        For complex numbers, for a masked array that hides some of its entries, and for what is not numbers.
+        For complex numbers, for a sparse or nested tensor, for a masked array that hides some of its entries, for text
+        and times, and for what is not numbers.
     """
     if isinstance(values, Tensor):
         if values.is_complex():
             raise TypeError(f"{name} must be real, got {values.dtype}: pass .real, or a norm")
+        if values.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense, got {values.layout}: pass .to_dense(), or .to_padded_tensor(...)")
         return values
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise TypeError(
@@ -43,6 +46,8 @@ def as_numbers(values: ArrayLike, name: str) -> Tensor:
         array = np.asarray(values)
         if np.iscomplexobj(array):
             raise TypeError(f"{name} must be real, got {array.dtype}: pass .real, or a norm")
+        if array.dtype.kind in "USMm":  # NumPy would read numbers out of text and of times
+            raise TypeError(f"{name} must be numbers, got {array.dtype}: convert it first")
         return torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
     except (TypeError, ValueError, RuntimeError) as error:
         if str(error).startswith(name):
@@ -70,6 +75,21 @@ def as_index(values: ArrayLike, name: str) -> Tensor:
             f"{name} must have shape [b] and an integer dtype, got {list(values.shape)} and {values.dtype}"
         )
     return values
+
+
+def entries(values: Tensor, index: ArrayLike, name: str) -> Tensor:
+    """Return the entries ``index`` ``[b]`` of ``values`` ``[n]``, which are called ``name``.
+
+    Raises
+    ------
+    ValueError
+        For an index that is no integers ``[b]``, or outside ``[0, n)``: a negative one does not count from the end.
+    """
+    rows = as_index(index, "index").to(torch.int64)
+    outside = (rows < 0) | (rows >= len(values))
+    if outside.any():
+        raise ValueError(f"index must lie in [0, {len(values)}), got {rows[outside][0]}: {name} is of other data")
+    return values[rows.to(values.device)]
 
 
 def as_losses(values: ArrayLike, name: str, *, finite: bool = True) -> Tensor:
@@ -187,6 +207,20 @@ class Checks:
             if has_failed:
                 raise ValueError(message.format(values[refused].flatten()[0].item()))
         return results
+
+
+def as_row(values: ArrayLike, name: str) -> Tensor:
+    """Return losses ``[n]`` as `as_losses` does.
+
+    Raises
+    ------
+    ValueError
+        If they are not one row of finite numbers.
+    """
+    row = as_losses(values, name)
+    if row.ndim != 1:
+        raise ValueError(f"{name} must have shape [n], one loss per sample, got {list(row.shape)}")
+    return row
 
 
 def as_parameter(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.clip.study.grid import CAPTIONS, SELECTING
-from experiments.intervals import interval
+from experiments.clip.study.intervals import interval
 from paper_figures.study_results import NAMES, OURS, UNSTEERED, NotMeasured, Results, values
 from paper_figures.style import BLUE, GRAY, GREEN, ORANGE, PAGE, SKY, VERMILION, panel, program
 

@@ -30,6 +30,7 @@ from experiments.clip.study.grid import (
     edges,
     tuning_of,
 )
+from experiments.clip.study.intervals import Interval, half_width
 from experiments.clip.study.results import Row
 from experiments.clip.study.settings import DIVERGENCE, TWIN
 from experiments.clip.study.statistics import (
@@ -42,7 +43,6 @@ from experiments.clip.study.statistics import (
     paired_ratio,
     power_law_fit,
 )
-from experiments.intervals import Interval, half_width
 from paper_figures.study_results import (
     ALL_FRACTIONS,
     COMMAND,

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.clip.study.grid import WITH_DISTILLATION
+from experiments.clip.study.intervals import interval
 from experiments.clip.study.settings import TWIN
 from experiments.clip.study.statistics import data_saved
-from experiments.intervals import interval
 from paper_figures.claims import shares
 from paper_figures.study_results import ALL_FRACTIONS, NAMES, NotMeasured, Results, values
 from paper_figures.style import BLUE, PAGE, SKY, VERMILION, not_measured, panel, program

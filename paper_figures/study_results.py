@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.clip.study.grid import FEWER_SEEDS, FRACTIONS, LEVELS, MAIN, Tuned
+from experiments.clip.study.intervals import half_width
 from experiments.clip.study.results import Row, read_curves, study_rows
 from experiments.clip.study.statistics import PowerLaw, Rule, power_law_fit
 from experiments.clip.study.tuned import read_tuned
-from experiments.intervals import half_width
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = Path(__file__).parents[1] / "experiments" / "clip" / "study" / "results" / "study.csv"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments.clip.study.grid import SELECTING
-from experiments.intervals import interval
+from experiments.clip.study.intervals import interval
 from paper_figures.study_results import NAMES, TOP1, NotMeasured, Results, Seeds, published, values
 from paper_figures.style import command
 

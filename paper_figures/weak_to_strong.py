@@ -9,8 +9,8 @@ from matplotlib.patches import Patch
 
 from experiments.clip.cli.options import Captions
 from experiments.clip.study.grid import LONGER, NEAR
+from experiments.clip.study.intervals import Interval, interval
 from experiments.clip.study.settings import TWIN
-from experiments.intervals import Interval, interval
 from paper_figures.study_results import NAMES, REFERENCES, TOP1, NotMeasured, Results, Seeds, published, values
 from paper_figures.style import BLUE, GRAY, PAGE, VERMILION, not_measured, panel, program
 

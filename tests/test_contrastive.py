@@ -203,6 +203,32 @@ def test_refusals_name_argument_and_value(change, message):
         contrastive_risk(arguments.pop("image"), arguments.pop("text"), **arguments)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [contrastive_risk, info_nce, anchor_values, anchor_risks],
+    ids=["contrastive_risk", "info_nce", "anchor_values", "anchor_risks"],
+)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": np.eye(3)}, r"image must be a tensor \[b, d\], got ndarray"),
+        ({"text": torch.eye(3).long()}, "text must have a floating dtype, got torch.int64"),
+        ({"reference": torch.eye(3)}, "reference must be a pair of image and text features, got one tensor"),
+        ({"reference": (torch.eye(3),)}, "reference must be a pair of image and text features, got 1 entries"),
+        ({"reference": (torch.eye(3), torch.eye(3).bool())}, r"reference\[1\] must have a floating dtype"),
+        ({"reference": (torch.eye(2), torch.eye(2))}, "reference must hold 3 pairs like image and text, got 2"),
+        ({"coefficient": "adaptive"}, "coefficient must be a number or a scalar tensor, got 'adaptive'"),
+        ({"coefficient": math.inf}, "coefficient must be finite, got inf"),
+        ({"coefficient": 0.5, "reference": None}, "coefficient=0.5 needs a reference"),
+        ({"coefficient": torch.tensor(0.5), "reference": None}, "needs a reference"),
+    ],
+)
+def test_every_entry_refuses_what_is_no_pair(call, change, message):
+    given = {"image": torch.eye(3), "text": torch.eye(3), "reference": (torch.eye(3), torch.eye(3))} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(given.pop("image"), given.pop("text"), 0.1, **given)
+
+
 # --- tiles against the plain form ---------------------------------------------------------------------------------
 
 

@@ -185,6 +185,29 @@ def test_masked_and_complex_arrays_are_refused(call):
         assert_refused(lambda convert=convert: call(convert), "complex", error=TypeError)
 
 
+REFUSED = {
+    "text": lambda a: a.astype(str),
+    "a list of text": lambda a: [str(value) for value in a],
+    "bytes": lambda a: a.astype(bytes),
+    "times": lambda a: (1000 * a).astype("m8[s]"),
+    "dates": lambda a: (1000 * a).astype("M8[s]"),
+    "sparse": lambda a: torch.tensor(a).to_sparse(),
+    "nested": lambda a: torch.nested.nested_tensor([torch.tensor(a)], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("call", TAKES_ARRAYS.values(), ids=TAKES_ARRAYS)
+def test_what_is_no_dense_numbers_is_refused(call, make):
+    with pytest.raises(TypeError, match=r" must be (dense|numbers), got "):
+        call(make)
+
+
+def test_a_number_in_text_is_refused():
+    assert_refused(lambda: constrained_risk(LOSSES, KL(), "0.1"), "radius must be numbers, got <u3", error=TypeError)
+    assert_refused(lambda: constrained_risk(["1", "2"], KL(), 0.1), "losses must be numbers", error=TypeError)
+
+
 def test_base_weights_that_require_a_gradient_are_refused():
     base = torch.tensor(Q, requires_grad=True)
     assert_refused(lambda: constrained_risk(Z, KL(), 0.1, base_weights=base), "base_weights", "detach")

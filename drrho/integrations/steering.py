@@ -16,7 +16,7 @@ from drrho.integrations.reference_losses import ReferenceLosses
 from drrho.ranks import Group
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, drrho_risk, hybrid_risk, penalized_risk
-from drrho.validation import ArrayLike
+from drrho.validation import ArrayLike, as_row, entries
 
 Part = TypeVar("Part")
 
@@ -47,7 +47,7 @@ class Steering:
     radius, strength, rho : float, optional
         ``radius`` bounds the divergence (`drrho.constrained_risk`), ``strength`` is its price (`drrho.penalized_risk`),
         both give `drrho.hybrid_risk`, and ``rho`` is n times the radius, n the samples of all ranks. CVaR needs none.
-    reference : ReferenceLosses or Tensor ``[N]``, optional
+    reference : ReferenceLosses, tensor, array or sequence ``[N]``, optional
         The reference's losses by sample index; else each call is given them.
     coefficient : float
         How much of the reference's losses to subtract.
@@ -72,7 +72,7 @@ class Steering:
         radius: float | None = None,
         strength: float | None = None,
         rho: float | None = None,
-        reference: ReferenceLosses | Tensor | None = None,
+        reference: ReferenceLosses | ArrayLike | None = None,
         coefficient: float = 1.0,
         group: Group | Literal["all"] = "all",
     ) -> None:
@@ -87,6 +87,8 @@ class Steering:
             raise ValueError(f"give radius, strength, both of these, or rho, got {' and '.join(given) or 'none'}")
         if not abs(coefficient) < math.inf:
             raise ValueError(f"coefficient must be finite, got {coefficient}")
+        if reference is not None and not isinstance(reference, ReferenceLosses):
+            reference = as_row(reference, "reference").detach()
         self.divergence, self.reference, self.coefficient = divergence, reference, coefficient
         self._radius, self._strength, self._rho, self._group = radius, strength, rho, group
 
@@ -115,7 +117,7 @@ class Steering:
         try:
             reference = self._reference_losses(reference_losses, index, losses.device)
             found: Tensor | Exception = excess_losses(losses, reference, self.coefficient)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # also of a file system: the other ranks are told
             found = error
         excess = _agreed(found, losses.device, group)
         risk = self._risk(excess, base_weights, group)
@@ -145,8 +147,7 @@ class Steering:
         """
 
         def outputs(part: Part) -> tuple[Tensor, ...]:
-            found = losses_of(part)
-            return (found,) if isinstance(found, Tensor) else found
+            return (found,) if isinstance(found := losses_of(part), Tensor) else found
 
         def step(losses: Tensor, live: ArrayLike | None = reference_losses) -> SteeringStep:
             return self(losses, live, index=index)
@@ -158,8 +159,8 @@ class Steering:
         """The ranks over which a batch is spread now."""
         if not isinstance(self._group, str):
             return self._group
-        ready = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return dist.group.WORLD if ready else None
+        is_one = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        return None if is_one else dist.group.WORLD
 
     def _reference_losses(self, given: ArrayLike | None, index: ArrayLike | None, device: torch.device) -> ArrayLike:
         if (given is None) == (index is None):
@@ -170,7 +171,7 @@ class Steering:
             raise ValueError("index needs Steering(reference=...): the reference's losses by sample index")
         if isinstance(self.reference, ReferenceLosses):
             return self.reference.lookup(index).to(device)
-        return self.reference[torch.as_tensor(index, device=self.reference.device)].to(device)
+        return entries(self.reference, index, "reference").to(device)
 
     def _risk(self, excess: Tensor, base_weights: ArrayLike | None, group: Group) -> RobustRisk:
         how: Any = {"base_weights": base_weights, "group": group}
@@ -178,15 +179,14 @@ class Steering:
             return drrho_risk(excess, torch.zeros_like(excess), self.divergence, rho=self._rho, **how)
         if self._strength is None:
             return constrained_risk(excess, self.divergence, self._radius or 0.0, **how)
-        if self._radius is None:
-            return penalized_risk(excess, self.divergence, self._strength, **how)
-        return hybrid_risk(excess, self.divergence, self._radius, self._strength, **how)
+        if self._radius is not None:
+            return hybrid_risk(excess, self.divergence, self._radius, self._strength, **how)
+        return penalized_risk(excess, self.divergence, self._strength, **how)
 
 
 def _agreed(found: Tensor | Exception, device: torch.device, group: Group) -> Tensor:
     """Return the excess losses; raise on all ranks what one of them has found, or that there are fewer than two."""
-    count = found.shape[-1] if isinstance(found, Tensor) else 0
-    faults = int(isinstance(found, Exception))
+    count, faults = (found.shape[-1], 0) if isinstance(found, Tensor) else (0, 1)
     if group is not None:
         both = torch.tensor([count, faults], device=device)
         dist.all_reduce(both, group=group)

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drrho.ranks import gathered
-from experiments.clip.errors import Interrupted, UserError
-from experiments.clip.pulse import Pulse
-from experiments.clip.ranges import flag
-from experiments.clip.signals import asked
+
+from .errors import Interrupted, UserError
+from .pulse import Pulse
+from .ranges import flag
+from .signals import asked
 
 _LAUNCHERS = (
     ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),

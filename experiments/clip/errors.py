@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+#: What messages call this program, and what starts it: the file of a checkout, or the command of an installation.
+PROGRAM, COMMAND = "run.py", "python experiments/clip/run.py"
+if __package__ == "drrho_clip":
+    PROGRAM = COMMAND = "drrho-clip"
+
 
 class UserError(Exception):
     """An error that the user can correct, exit status 2; the message names what is wrong, its value and the remedy."""

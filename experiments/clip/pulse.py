@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from experiments.clip.errors import UserError
-from experiments.clip.signals import asked
+from .errors import UserError
+from .signals import asked
 
 # torchrun keeps its store when it restarts the processes, so the number of restarts is part of the key.
 _KEY, _SECONDS = f"drrho/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/", 1.0

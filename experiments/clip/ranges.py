@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any, get_type_hints
 
-from experiments.clip.errors import UserError
+from .errors import UserError
 
 _INTEGERS = 2**63  # from here on, torch and NumPy take none
 

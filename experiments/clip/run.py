@@ -1,4 +1,8 @@
-"""Entry of the CLIP programs: ``python experiments/clip/run.py [COMMAND]``; without a command, the demo."""
+"""Entry of the CLIP programs; without a command, the demo.
+
+From a checkout ``python experiments/clip/run.py [COMMAND]``; installed ``drrho-clip [COMMAND]``, and on several ranks
+``torchrun -m drrho_clip.run COMMAND``.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,18 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until `handled` takes them
         signal.signal(number, lambda number, _: os._exit(130 if number == signal.SIGINT else os.EX_TEMPFAIL))
+if not __package__:
     # Run as a file: the checkout takes the place of this folder, whose names are not for `import`.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    __package__ = "experiments.clip"
 
-from experiments.clip.errors import Interrupted, UserError, nearest, printable
-from experiments.clip.signals import Stopped, asked, exit_in_time, handled, status_of, was_raised
+from .errors import COMMAND, PROGRAM, Interrupted, UserError, nearest, printable
+from .signals import Stopped, asked, exit_in_time, handled, status_of, was_raised
 
 
 class Command(NamedTuple):
@@ -101,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
 
     2 for what the user can mend, 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
-    again = printable(" ".join(["python experiments/clip/run.py", *arguments]))
+    again = printable(" ".join([COMMAND, *arguments]))
     with handled(again):
         return _run(arguments, again)
 
@@ -116,10 +122,10 @@ def _run(arguments: Sequence[str], again: str) -> int:
     except UserError as error:
         # What is wrong with the options is wrong on every rank: the first says so. What a rank meets later is its own.
         if options is not None or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"run.py: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
-        print(f"run.py: {printable(str(interruption))}; resume with: {again}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(str(interruption))}; resume with: {again}", file=sys.stderr)
         return status_of(interruption.signal)
     except Stopped as stopped:
         return _end_at_once(stopped.signal, again)
@@ -131,7 +137,7 @@ def _run(arguments: Sequence[str], again: str) -> int:
 
 
 def _end_at_once(number: int, again: str) -> int:
-    print(f"run.py: {Stopped(number)}; what was finished is kept; resume with: {again}", file=sys.stderr)
+    print(f"{PROGRAM}: {Stopped(number)}; what was finished is kept; resume with: {again}", file=sys.stderr)
     return status_of(number)
 
 
@@ -144,13 +150,13 @@ def parse(arguments: Sequence[str]) -> Any:
         One line that names what is wrong. ``--help`` prints and exits.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: run.py [COMMAND] [OPTIONS]; COMMAND --help lists its options\n")
+        print(f"usage: {PROGRAM} [COMMAND] [OPTIONS]; COMMAND --help lists its options\n")
         print("\n".join(f"  {name:<17}{command.summary}" for name, command in COMMANDS.items()))
         raise SystemExit(0)
     name, words = _name_and_words(arguments)
     if name not in COMMANDS:
         raise UserError(f"no command is called {name!r}{nearest(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
-    from experiments.clip.cli.parser import parse_options
+    from .cli.parser import parse_options
 
     return parse_options(_part(COMMANDS[name].options), words, name)
 
@@ -165,16 +171,21 @@ def _name_and_words(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
 def _part(place: str) -> Any:
     """Import a part of a command by its place in this folder."""
     module, _, name = place.partition(":")
-    return getattr(import_module(f"experiments.clip.{module}"), name)
+    return getattr(import_module(f"{__package__}.{module}"), name)
 
 
 def _check_launch(command: Command) -> None:
-    from experiments.clip.distributed import launched
+    from .distributed import launched
 
     count = launched(os.environ)[1]
     if count > 1 and not command.on_many_ranks:
         raise UserError(f"this command takes one process, here are {count}: start it without torchrun or srun")
 
 
-if __name__ == "__main__":
+def console() -> NoReturn:
+    """Run the command that this process was started with, and end it."""
     exit_in_time(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    console()

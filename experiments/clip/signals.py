@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from .errors import PROGRAM
+
 _SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 _STOPPING = (signal.SIGINT, *_SCHEDULERS)
 #: Seconds that a program has to end itself after a scheduler's signal: schedulers and torchrun kill it after 30.
@@ -123,8 +125,8 @@ class _Signals:
     def _end(self) -> None:
         """End this process, whatever hangs in it, and the processes that it has started."""
         line = (
-            f"run.py: {name_of(self.asked)} came, and something hangs: ended without another checkpoint; resume with: "
-            f"{self.again}\n"
+            f"{PROGRAM}: {name_of(self.asked)} came, and something hangs: ended without another checkpoint; "
+            f"resume with: {self.again}\n"
         )
         os.write(2, line.encode())  # not by sys.stderr, which the main thread may have locked
         with contextlib.suppress(Exception):

@@ -25,9 +25,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from experiments.clip.study.intervals import interval  # noqa: E402
 from experiments.embeddings.methods import METHODS, Setting, loss_options, settings_of  # noqa: E402
 from experiments.embeddings.wordnet import DEFAULT, Pairs, read_pairs  # noqa: E402
-from experiments.intervals import interval  # noqa: E402
 
 RESULTS = ROOT / "paper_figures" / "results" / "embeddings.csv"
 FIELDS: tuple[str, ...] = (

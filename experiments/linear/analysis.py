@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.intervals import Interval, crossing, interval
+from experiments.clip.study.intervals import Interval, crossing, interval
 
 Array = NDArray[Any]
 Measured = dict[str, dict[int, dict[str, dict[str, Array]]]]  # table, n, method, measure: one number a repetition

@@ -18,7 +18,7 @@ names = [".".join(path.relative_to(root).with_suffix("").parts).removesuffix("._
 for path in files:
     for node in ast.walk(ast.parse(path.read_text())):
         modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
         for module in modules:
             if module.split(".")[0] != "experiments":

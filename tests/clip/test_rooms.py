@@ -29,14 +29,16 @@ MOST_FILES, MOST_ARROWS, MOST_LINES = 12, 38, 80
 
 
 def imported(path):
-    """Return the modules of the house that a file imports, as parts of their names."""
+    """Return the modules of the house that a file imports, as parts of their names; it imports them relatively."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("experiments.clip"):
-            own = node.module.split(".")[2:]
-            found |= {tuple(own)} if own else {(alias.name,) for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {tuple(alias.name.split(".")[2:]) for alias in node.names if alias.name.startswith("experiments.")}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            rooms = path.relative_to(HOUSE).parts[:-1]
+            own = (*rooms[: len(rooms) + 1 - node.level], *(node.module.split(".") if node.module else ()))
+            found |= {own} if node.module else {(*own, alias.name) for alias in node.names}
+        names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not any(name.startswith("experiments") for name in names), f"{path}: an installation has another name"
     return found
 
 
@@ -70,11 +72,7 @@ def test_the_ground_floor_imports_no_room_and_the_entry_nothing_heavy():
     for name in GROUND:
         assert {target[0] for target in imported(HOUSE / f"{name}.py")} <= set(GROUND)
     entry = ast.parse((HOUSE / "run.py").read_text()).body
-    top = {node.module for node in entry if isinstance(node, ast.ImportFrom)}
-    assert {name for name in top if name and name.startswith("experiments")} == {
-        "experiments.clip.errors",
-        "experiments.clip.signals",
-    }
+    assert {node.module for node in entry if isinstance(node, ast.ImportFrom) and node.level} == {"errors", "signals"}
 
 
 def test_rooms_and_functions_are_small():

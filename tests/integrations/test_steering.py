@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from drrho import KL, ChiSquare, CVaR, constrained_risk, drrho_risk, excess_losses, hybrid_risk, penalized_risk
 from drrho.integrations import ReferenceLosses, Steering
 
-N = 24
+N, NAN = 24, float("nan")
 WAYS = {
     "radius": ({"radius": 0.2}, lambda z, divergence: constrained_risk(z, divergence, 0.2)),
     "strength": ({"strength": 0.5}, lambda z, divergence: penalized_risk(z, divergence, 0.5)),
@@ -68,6 +69,38 @@ def test_reference_losses_are_looked_up_by_index(tmp_path):
         assert step.value.equal(expected.value) and step.weights.equal(expected.weights)
 
 
+@pytest.mark.parametrize("kind", [list, np.asarray, np.float32, torch.Tensor.requires_grad_], ids=str)
+def test_the_references_losses_are_given_as_they_come(kind):
+    losses, _ = losses_and_reference((3,))
+    stored = torch.arange(10.0)
+    expected = Steering(CVaR(0.5))(losses, stored[[7, 0, 7]])
+    for index in ([7, 0, 7], np.array([7, 0, 7], np.uint8), torch.tensor([7, 0, 7], dtype=torch.int32)):
+        step = Steering(CVaR(0.5), reference=kind(stored.clone()))(losses, index=index)
+        assert torch.allclose(step.excess, expected.excess) and torch.allclose(step.weights, expected.weights)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ([0, 10], r"index must lie in \[0, 10\), got 10: reference is of other data"),
+        ([-1, 0], r"index must lie in \[0, 10\), got -1"),
+        ([0.0, 1.0], r"index must have shape \[b\] and an integer dtype"),
+        ([True, False], r"index must have shape \[b\] and an integer dtype"),
+        ([[0, 1]], r"index must have shape \[b\] and an integer dtype"),
+        ([0, 1, 2], r"reference_losses must have the shape of losses, \[2\], got \[3\]"),
+    ],
+)
+def test_an_index_of_other_samples_is_refused(index, message):
+    with pytest.raises(ValueError, match=message):
+        Steering(KL(), strength=1.0, reference=torch.zeros(10))(torch.zeros(2), index=index)
+
+
+@pytest.mark.parametrize("reference", [torch.zeros(3, 2), 1.0, [], [0.0, NAN], "losses"], ids=str)
+def test_what_is_no_row_of_losses_is_no_reference(reference):
+    with pytest.raises((ValueError, TypeError), match=r"^reference must "):
+        Steering(KL(), strength=1.0, reference=reference)
+
+
 def test_losses_of_sequences_are_looked_up_one_after_another(tmp_path):
     folder = ReferenceLosses.compute(tmp_path, lambda x: x, [([0, 1], torch.arange(5.0))], [2, 3], about={})
     losses, _ = losses_and_reference((5,))
@@ -76,8 +109,6 @@ def test_losses_of_sequences_are_looked_up_one_after_another(tmp_path):
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
-
-NAN = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -219,12 +250,16 @@ def test_autocast_changes_the_curve_only_by_its_rounding():
 
 
 def faults():
-    """What each rank raises when one of them has NaN, and when both together have one sample too few."""
+    """What each rank raises: nothing; when one of them has NaN; when one cannot look up the reference's losses."""
     rank, messages = dist.get_rank(), []
-    steering = Steering(KL(), strength=1.0)
-    for losses in (torch.ones(2) / (rank or 1), torch.tensor([1.0, NAN if rank == 1 else 2.0])):
+    steering = Steering(KL(), strength=1.0, reference=torch.zeros(2))
+    for losses, own in (
+        (torch.ones(2) / (rank or 1), {"reference_losses": torch.zeros(2)}),
+        (torch.tensor([1.0, NAN if rank == 1 else 2.0]), {"reference_losses": torch.zeros(2)}),
+        (torch.ones(2), {"index": [0, 2 if rank == 1 else 1]}),
+    ):
         try:
-            messages.append(steering(losses, torch.zeros(2)).value.item())
+            messages.append(steering(losses, **own).value.item())
         except ValueError as error:
             messages.append(str(error))
     return messages
@@ -251,7 +286,8 @@ def test_ranks_give_the_curve_of_one_process(tmp_path, world):
         for (name, _), curve in curves.items():
             assert torch.allclose(curve, plain(steering_of(name)), rtol=1e-6)
         assert isinstance(messages[0], float)
-        assert ("got nan at index [1]" if rank == 1 else "1 of the other ranks refused their losses") in messages[1]
+        for message, own in zip(messages[1:], ("got nan at index [1]", "index must lie in [0, 2), got 2"), strict=True):
+            assert (own if rank == 1 else "1 of the other ranks refused their losses") in message
         assert value == loss and torch.allclose(
             value, (torch.arange(2.0) + rank).logsumexp(0) - torch.tensor(2.0).log()
         )

@@ -2,7 +2,6 @@
 
 import contextlib
 import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -408,17 +407,6 @@ def test_kernels_of_other_sources_are_not_called(tmp_path, source, why):
     library, missing = native._load(tmp_path)
     assert library is None
     assert why in missing
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_kernels(tmp_path, pytestconfig):
-    """The built package is one for this platform, and brings its libraries."""
-    from hatchling.builders.wheel import WheelBuilder
-
-    (built,) = WheelBuilder(str(pytestconfig.rootpath)).build(directory=str(tmp_path), versions=["standard"])
-    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", built], capture_output=True, text=True).stdout
-    assert "_kernels_default.so" in names
-    assert "py3-none-any" not in built
 
 
 def test_a_maximum_that_no_ball_holds_is_no_answer():

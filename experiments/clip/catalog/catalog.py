@@ -1,10 +1,10 @@
 """A catalog of training data: a dense stable index for every sample, and where its image and captions are.
 
-`experiments.clip.catalog.scan` defines what a sample is. Samples are numbered in the order of sources, shards and
+`catalog.scan` defines what a sample is. Samples are numbered in the order of sources, shards and
 members, and named by their index, because keys may repeat within a shard and across shards. Those without an image or a
 caption are left out, and counted by reason.
 
-In the catalog's folder, ``catalog.json`` names the files that list the shards (`experiments.clip.catalog.shards`), and
+In the catalog's folder, ``catalog.json`` names the files that list the shards (`catalog.shards`), and
 ``index/`` holds an npy file for each of them, with the offsets and sizes of its samples' members. ``journal.jsonl``
 records each shard when its scan is finished, so that an interrupted scan resumes, and a scan of more shards, or of
 changed ones, reads only those.
@@ -25,10 +25,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.clip.catalog.index import map_index
-from experiments.clip.catalog.jobs import Journal, jobs_of
-from experiments.clip.catalog.layout import layout_hint
-from experiments.clip.catalog.scan import (
+from ..errors import PROGRAM, UserError
+from ..io.files import ensure_writable, write_json
+from ..io.storage import digest_once, file_version, is_remote, open_once, open_seekable, retry
+from ..io.workers import Workers
+from .index import map_index
+from .jobs import Journal, jobs_of
+from .layout import layout_hint
+from .scan import (
     FORMAT,
     ScanJob,
     Shard,
@@ -38,19 +42,15 @@ from experiments.clip.catalog.scan import (
     heads_digest,
     scan,
 )
-from experiments.clip.catalog.shards import Shards, open_shards, remove_other_shards, write_shards
-from experiments.clip.catalog.sources import (
+from .shards import Shards, open_shards, remove_other_shards, write_shards
+from .sources import (
     Source,
     Table,
     TarPattern,
     parse_sources,
     parse_weights,
 )
-from experiments.clip.catalog.subset import Subset
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import ensure_writable, write_json
-from experiments.clip.io.storage import digest_once, file_version, is_remote, open_once, open_seekable, retry
-from experiments.clip.io.workers import Workers
+from .subset import Subset
 
 #: What of the shards is compared with the catalog, beside sizes and headers.
 Check = Literal["time", "checksum"]
@@ -144,7 +144,7 @@ def make_catalog(
     Parameters
     ----------
     sources
-        See `experiments.clip.catalog.sources.parse_sources`.
+        See `catalog.sources.parse_sources`.
     folder : Path
         Where the catalog is written. Tables, and the output of ``pipe:`` commands, are copied into it.
     image_keys : sequence of str
@@ -340,7 +340,7 @@ def _problem(catalog: Catalog, shard: Shard, check: Check | None) -> str:
 def _changed(shard: Shard) -> str:
     """Return what is wrong with the contents of a tar file, empty if nothing is."""
     if not shard.sha256:
-        return f"it has no checksum of {shard.path}, which `run.py catalog --checksums` keeps"
+        return f"it has no checksum of {shard.path}, which `{PROGRAM} catalog --checksums` keeps"
 
     def digest() -> str:
         with open_once(shard.path, shard.bytes) as file:

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.clip.catalog.scan import CHUNK, ScanJob, Shard, canonical, digest_of
-from experiments.clip.catalog.sources import PIPE, Source, Synthetic, Table, expand, is_pattern, table_paths
-from experiments.clip.catalog.subset import Subset
-from experiments.clip.errors import UserError
-from experiments.clip.io.storage import file_version, is_remote
+from ..errors import UserError
+from ..io.storage import file_version, is_remote
+from .scan import CHUNK, ScanJob, Shard, canonical, digest_of
+from .sources import PIPE, Source, Synthetic, Table, expand, is_pattern, table_paths
+from .subset import Subset
 
 _JOURNAL = "journal.jsonl"
 _CONCURRENT = 16

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from experiments.clip.catalog.catalog import Catalog, open_index
-from experiments.clip.catalog.scan import Shard
-from experiments.clip.errors import UserError
+from ..errors import UserError
+from .catalog import Catalog, open_index
+from .scan import Shard
 
 _OPENED = 256  # indexes that are kept in order at a time
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from experiments.clip.errors import printable
-from experiments.clip.io.storage import open_seekable
-from experiments.clip.io.tar import Damaged, Member, tar_members
+from ..errors import printable
+from ..io.storage import open_seekable
+from ..io.tar import Damaged, Member, tar_members
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2", "ppm", "npy", "pyd", "pickle", "pkl")

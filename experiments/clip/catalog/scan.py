@@ -25,13 +25,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from experiments.clip.catalog.index import Row, index_bytes
-from experiments.clip.catalog.sources import Caption, Source, Table, table_rows
-from experiments.clip.catalog.subset import Subset, is_uid, map_uids, times_in, uid_in
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import write_atomically
-from experiments.clip.io.storage import digest_once, is_remote, open_once, retry
-from experiments.clip.io.tar import BLOCK, Damaged, Member, tar_members
+from ..errors import UserError
+from ..io.files import write_atomically
+from ..io.storage import digest_once, is_remote, open_once, retry
+from ..io.tar import BLOCK, Damaged, Member, tar_members
+from .index import Row, index_bytes
+from .sources import Caption, Source, Table, table_rows
+from .subset import Subset, is_uid, map_uids, times_in, uid_in
 
 FORMAT = 1
 # Largest number of samples in a shard of a table or of made-up pairs.

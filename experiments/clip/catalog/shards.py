@@ -16,10 +16,10 @@ from typing import overload
 
 import numpy as np
 
-from experiments.clip.catalog.scan import Shard, canonical, digest_of, file_digest
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import write_atomically
-from experiments.clip.io.storage import is_remote
+from ..errors import UserError
+from ..io.files import write_atomically
+from ..io.storage import is_remote
+from .scan import Shard, canonical, digest_of, file_digest
 
 _NAME = "shards-"
 _LINES, _COLUMNS = ".jsonl", ".columns"

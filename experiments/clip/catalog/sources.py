@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from braceexpand import braceexpand
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.storage import is_remote, matching
+from ..errors import UserError
+from ..io.storage import is_remote, matching
 
 PIPE = "pipe:"
 _TABLES = (".csv", ".tsv", ".parquet")

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import checksum
+from ..errors import UserError
+from ..io.checksums import checksum
 
 #: A uid: its upper and its lower 64 bits.
 UID = np.dtype("u8,u8")

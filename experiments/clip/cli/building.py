@@ -6,18 +6,18 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.clip.cli.options import Train
-from experiments.clip.cli.parser import as_settings
-from experiments.clip.cli.terminal import console
-from experiments.clip.data.batch import Reference
-from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.models.clip import Clip, load_model, lock_towers, new_model
-from experiments.clip.models.options import ModelInputs, augmentation, geometry
-from experiments.clip.models.sources import find_source
-from experiments.clip.training.methods import METHODS, Context, Distilled, Method
-from experiments.clip.training.options import Loss
-from experiments.clip.training.selection import Selector
+from ..data.batch import Reference
+from ..distributed import ONE_PROCESS, Ranks
+from ..errors import UserError
+from ..models.clip import Clip, load_model, lock_towers, new_model
+from ..models.options import ModelInputs, augmentation, geometry
+from ..models.sources import find_source
+from ..training.methods import METHODS, Context, Distilled, Method
+from ..training.options import Loss
+from ..training.selection import Selector
+from .options import Train
+from .parser import as_settings
+from .terminal import console
 
 SPREAD_SHARE = 0.3  # share of the spread of the reference's margins that the temperature "auto" stands for
 _DIGITS = 1000  # to the inverse of which "auto" is rounded

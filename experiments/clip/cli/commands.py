@@ -11,14 +11,29 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 
-from experiments.clip.catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
-from experiments.clip.catalog.sources import parse_sources, with_columns
-from experiments.clip.catalog.subset import open_subset
-from experiments.clip.cli.building import build_target, say_notes
-from experiments.clip.cli.options import CacheReference, Evaluate, Export, MakeCatalog
-from experiments.clip.cli.parser import as_settings, load_config
-from experiments.clip.cli.presets import EMBEDDED
-from experiments.clip.cli.sources import (
+from ..catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
+from ..catalog.sources import parse_sources, with_columns
+from ..catalog.subset import open_subset
+from ..distributed import Ranks, joined_ranks, launched, set_float32_products
+from ..errors import UserError
+from ..evaluation.datacomp import averages
+from ..evaluation.encoding import Encoder
+from ..evaluation.held_out import evaluate_pairs
+from ..evaluation.tasks import TaskScores, check_datacomp, evaluate_task
+from ..io.files import ensure_writable, write_json
+from ..io.workers import usual_workers
+from ..models.clip import Clip, load_model
+from ..models.config import CONFIG_FILE
+from ..models.export import export_model
+from ..models.sources import register_models
+from ..training.checkpoint import MODEL, Checkpoint, Damaged, check_sound, chosen_checkpoint
+from ..training.options import SHIPPED_REFERENCE
+from ..training.state import EMA
+from .building import build_target, say_notes
+from .options import CacheReference, Evaluate, Export, MakeCatalog
+from .parser import as_settings, load_config
+from .presets import EMBEDDED
+from .sources import (
     HELD_OUT,
     Validation,
     embedded_pairs,
@@ -26,22 +41,7 @@ from experiments.clip.cli.sources import (
     open_validation,
     reference_features,
 )
-from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.distributed import Ranks, joined_ranks, launched, set_float32_products
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.datacomp import averages
-from experiments.clip.evaluation.encoding import Encoder
-from experiments.clip.evaluation.held_out import evaluate_pairs
-from experiments.clip.evaluation.tasks import TaskScores, check_datacomp, evaluate_task
-from experiments.clip.io.files import ensure_writable, write_json
-from experiments.clip.io.workers import usual_workers
-from experiments.clip.models.clip import Clip, load_model
-from experiments.clip.models.config import CONFIG_FILE
-from experiments.clip.models.export import export_model
-from experiments.clip.models.sources import register_models
-from experiments.clip.training.checkpoint import MODEL, Checkpoint, Damaged, check_sound, chosen_checkpoint
-from experiments.clip.training.options import SHIPPED_REFERENCE
-from experiments.clip.training.state import EMA
+from .terminal import console, progress_bar
 
 
 def evaluate(options: Evaluate) -> None:

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.clip.models.clip import new_model
-from experiments.clip.training.options import TowerPrecision
-from experiments.clip.training.towers import repeated_blocks
+from ..models.clip import new_model
+from ..training.options import TowerPrecision
+from ..training.towers import repeated_blocks
 
 _FEW, _MORE = 2, 4  # pairs, of which the difference is per pair and the rest is not
 
@@ -78,7 +78,7 @@ def cost_of(
     device : "cuda" or "cpu"
         Where they run: autocast computes normalizations of a layer in float32 on a GPU. It need not be there.
     options
-        As for `experiments.clip.models.clip.new_model`.
+        As for `models.clip.new_model`.
     """
     with torch.device("meta"):
         model = new_model(name, 0, device="meta", **options).model

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.clip.cli.options import Train
-from experiments.clip.training.options import TowerPrecision
+from ..training.options import TowerPrecision
+from .options import Train
 
 #: AdamW's settings by the architecture that images go through, as OpenAI and open_clip_train have them.
 ADAMW_OF_TRANSFORMERS: dict[str, Any] = {"betas": (0.9, 0.98), "adam_eps": 1e-6}

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.clip.errors import UserError
-from experiments.clip.models.options import ModelInputs
-from experiments.clip.ranges import (
+from ..errors import UserError
+from ..models.options import ModelInputs
+from ..ranges import (
     AtLeast,
     BelowOne,
     NotNegative,
@@ -23,7 +23,7 @@ from experiments.clip.ranges import (
     ShareOrZero,
     refuse_if_given,
 )
-from experiments.clip.training.options import (
+from ..training.options import (
     SHIPPED_REFERENCE,
     STEERED,
     CheckpointPolicy,
@@ -35,9 +35,10 @@ from experiments.clip.training.options import (
     TowerPrecision,
 )
 
+_TRAINER = __name__.rpartition(".cli.")[0]
 #: The module of each source of pairs by `Train.source`; its function ``open_data`` is a `cli.sources.DataSource`.
 #: Embedded data sets stand above this room, so their modules are imported when they are asked for.
-SOURCES = {"catalog": "experiments.clip.cli.sources", "glyphs": "experiments.clip.glyphs.source"}
+SOURCES = {"catalog": f"{_TRAINER}.cli.sources", "glyphs": f"{_TRAINER}.glyphs.source"}
 
 Captions = Literal["clean", "vague", "swapped"]
 FeaturePrecision = Literal["float16", "bfloat16"]
@@ -69,7 +70,7 @@ class Shards:
     """Pairs of a catalog, instead of the embedded ones."""
 
     catalog: Path | None = None
-    """Folder made by `run.py catalog`."""
+    """Folder made by the command `catalog`."""
     workers: Annotated[int | None, NotNegative, _OF_A_CATALOG] = None
     """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number. By
     default a rank's share of the cores but one, up to 16."""
@@ -95,7 +96,7 @@ class Shards:
     skip_limit: Annotated[float, ShareOrZero, _OF_A_CATALOG] = 0.1
     """Share of samples that may turn out to be unusable before the run stops."""
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
-    """Folder made by `run.py cache-reference --catalog`; without it, the reference runs beside the target."""
+    """Folder made by the command `cache-reference --catalog`; without it, the reference runs beside the target."""
     tasks: Annotated[tuple[Path, ...], _OF_A_CATALOG] = ()
     """Folders of zero-shot tasks to validate on: in CLIP_benchmark's layout, or a folder of images for each class."""
     val_data: Annotated[Path | None, _OF_A_CATALOG] = None
@@ -248,7 +249,7 @@ class CacheReference:
 
     data: Data = field(default_factory=Data)
     catalog: Path | None = None
-    """Folder made by `run.py catalog`, instead of the embedded pairs."""
+    """Folder made by the command `catalog`, instead of the embedded pairs."""
     reference: Path | None = None
     """The reference model: a folder in open_clip's local-dir layout, hf-hub:OWNER/NAME, or, with --reference-weights, a
     registered one. The embedded pairs have one that ships with them."""
@@ -295,7 +296,7 @@ class Evaluate:
     datacomp: Annotated[bool, _WITH_TASKS] = False
     """The tasks are all of DataComp's: add its averages."""
     val_data: Path | None = None
-    """Folder of a catalog of held-out pairs, made by `run.py catalog`."""
+    """Folder of a catalog of held-out pairs, made by the command `catalog`."""
     skip_limit: Annotated[float, ShareOrZero, _WITH_VAL_DATA] = 0.1
     """Share of the held-out pairs that may turn out to be unusable."""
     batch_size: Annotated[int, AtLeast(1), _WITH_DATA] = 64

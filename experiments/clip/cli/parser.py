@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
-from experiments.clip.cli.options import Plan, Shards, Train
-from experiments.clip.cli.presets import EMBEDDED, PRESETS, STARTS
-from experiments.clip.errors import UserError, nearest
-from experiments.clip.io.files import write_json
-from experiments.clip.ranges import annotations_of, check_options, default_of, flag, refuse_if_given
-from experiments.clip.training.options import SHIPPED_REFERENCE, Loss
+from ..errors import PROGRAM, UserError, nearest
+from ..io.files import write_json
+from ..ranges import annotations_of, check_options, default_of, flag, refuse_if_given
+from ..training.options import SHIPPED_REFERENCE, Loss
+from .options import Plan, Shards, Train
+from .presets import EMBEDDED, PRESETS, STARTS
 
 _CHECKOUT = Path(__file__).parents[3]
-#: Where earlier versions kept what a stored configuration may name.
-_MOVED = {"experiments/clip/reference": SHIPPED_REFERENCE}
+#: How a stored configuration names the shipped reference, from a checkout and from an installation.
+_SHIPPED = "experiments/clip/glyphs/reference_model"
+#: That, and where earlier versions kept what a stored configuration may name.
+_MOVED = {_SHIPPED: SHIPPED_REFERENCE, "experiments/clip/reference": SHIPPED_REFERENCE}
 #: Options that are called otherwise than their fields.
 _OTHER_FLAGS = {"logs": "--log-to"}
 # What tyro says of words that are of none of an option's types.
@@ -72,7 +74,7 @@ def _check_start(preset: str | None, path: str | None, start: Train, train: Trai
     if preset is not None:
         given, is_embedded = f"--preset {preset}", preset.startswith(EMBEDDED)
         if not is_embedded and train.source != "catalog":
-            raise UserError(f"{given} is for your own data: add --catalog FOLDER, which `run.py catalog` makes")
+            raise UserError(f"{given} is for your own data: add --catalog FOLDER, which `{PROGRAM} catalog` makes")
     else:
         given, is_embedded = f"--config {path}", path is not None and start.source == "glyphs"
     if is_embedded and train.source == "catalog":
@@ -83,11 +85,11 @@ def _parsed(kind: type, arguments: Sequence[str], name: str, default: Any = None
     """Parse a command's words; what the parser refuses becomes an error of one line."""
 
     def refuse(event: object) -> None:
-        raise UserError(f"{_refusal(event, kind)}: see `run.py {name} --help`")
+        raise UserError(f"{_refusal(event, kind)}: see `{PROGRAM} {name} --help`")
 
     with on_parse_error(refuse):
         return tyro.cli(
-            kind, args=arguments, default=default, prog=f"run.py {name}", config=(tyro.conf.OmitArgPrefixes,)
+            kind, args=arguments, default=default, prog=f"{PROGRAM} {name}", config=(tyro.conf.OmitArgPrefixes,)
         )
 
 
@@ -130,7 +132,7 @@ def _flag(name: str) -> str:
 
 def check_method(loss: Loss) -> None:
     """Refuse options that the method does not take, by what the methods' classes say."""
-    from experiments.clip.training.methods import METHODS  # loads torch
+    from ..training.methods import METHODS  # loads torch
 
     for option in sorted(set().union(*(method.takes for method in METHODS.values()))):
         takers = [name for name, method in METHODS.items() if option in method.takes]
@@ -142,7 +144,7 @@ def check_method(loss: Loss) -> None:
 
 def _check_optimizer(name: str) -> None:
     """Refuse an optimizer that does not exist."""
-    from experiments.clip.training.optimization import check_optimizer  # loads torch
+    from ..training.optimization import check_optimizer  # loads torch
 
     check_optimizer(name)
 
@@ -218,6 +220,8 @@ def as_settings(options: Any) -> dict[str, Any]:
 
 def _as_setting(value: Any) -> Any:
     if isinstance(value, Path):
+        if value == SHIPPED_REFERENCE:
+            return _SHIPPED
         return str(value.relative_to(_CHECKOUT) if value.is_relative_to(_CHECKOUT) else value)
     if isinstance(value, tuple):
         return [_as_setting(part) for part in value]

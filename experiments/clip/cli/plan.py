@@ -1,6 +1,6 @@
 """What a run will take, before it is started: parameters, operations, memory of a rank by part, disk, network, time.
 
-Nothing is trained and no weights are made: `experiments.clip.cli.cost` counts one pair, and the rest is arithmetic.
+Nothing is trained and no weights are made: `cli.cost` counts one pair, and the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
-from experiments.clip.cli.building import input_options
-from experiments.clip.cli.cost import Cost, cost_of
-from experiments.clip.cli.options import Plan, Train
-from experiments.clip.cli.terminal import console
-from experiments.clip.cli.traffic import Exchange, Reading, Saving, exchanges, reading, saving
-from experiments.clip.io.workers import AHEAD, usual_workers
-from experiments.clip.training.options import Execution, TowerPrecision
+
+from ..io.workers import AHEAD, usual_workers
+from ..training.options import Execution, TowerPrecision
+from .building import input_options
+from .cost import Cost, cost_of
+from .options import Plan, Train
+from .terminal import console
+from .traffic import Exchange, Reading, Saving, exchanges, reading, saving
 
 _FLOAT = 4  # bytes
 _PAIRS_OF_A_SHARD = 10_000  # img2dataset's

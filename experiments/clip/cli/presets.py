@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.clip.cli.defaults import ADAMW_OF_OTHERS, ADAMW_OF_TRANSFORMERS
-from experiments.clip.cli.options import Data, Shards, Train
-from experiments.clip.training.options import CheckpointPolicy, Execution, Loss, Optimization
+from ..training.options import CheckpointPolicy, Execution, Loss, Optimization
+from .defaults import ADAMW_OF_OTHERS, ADAMW_OF_TRANSFORMERS
+from .options import Data, Shards, Train
 
 #: What the names of presets for the embedded pairs begin with.
 EMBEDDED = "glyph-"

@@ -11,25 +11,25 @@ from urllib.parse import urlsplit
 
 from rich.table import Table
 
-from experiments.clip.catalog.catalog import Catalog, check_shards, open_catalog
-from experiments.clip.catalog.sources import parse_weights
-from experiments.clip.cli.options import SOURCES, Check, Data, Reading, Shards, Train
-from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.data.batch import Reference, Stream
-from experiments.clip.data.loader import Loader
-from experiments.clip.data.reader import first_pairs
-from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.encoding import Encoder
-from experiments.clip.evaluation.held_out import evaluate_pairs, pair_metrics
-from experiments.clip.evaluation.task_files import Task
-from experiments.clip.evaluation.tasks import evaluate_task, metric_names, open_tasks
-from experiments.clip.io.storage import refuse_without_ranges
-from experiments.clip.io.workers import usual_workers
-from experiments.clip.models.clip import Clip
-from experiments.clip.ranges import refuse_if_given
-from experiments.clip.reference.cache import CachedReference, cache_features, open_features
-from experiments.clip.reference.live import LiveReference
+from ..catalog.catalog import Catalog, check_shards, open_catalog
+from ..catalog.sources import parse_weights
+from ..data.batch import Reference, Stream
+from ..data.loader import Loader
+from ..data.reader import first_pairs
+from ..distributed import ONE_PROCESS, Ranks
+from ..errors import PROGRAM, UserError
+from ..evaluation.encoding import Encoder
+from ..evaluation.held_out import evaluate_pairs, pair_metrics
+from ..evaluation.task_files import Task
+from ..evaluation.tasks import evaluate_task, metric_names, open_tasks
+from ..io.storage import refuse_without_ranges
+from ..io.workers import usual_workers
+from ..models.clip import Clip
+from ..ranges import refuse_if_given
+from ..reference.cache import CachedReference, cache_features, open_features
+from ..reference.live import LiveReference
+from .options import SOURCES, Check, Data, Reading, Shards, Train
+from .terminal import console, progress_bar
 
 _EMBEDDED = "glyphs"
 #: What stands before the names of the scores of held-out pairs.
@@ -216,7 +216,7 @@ def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> 
     if options.execution.compile:
         reference.compile()
     parts = options.optimization.accumulation * options.selection.scored_per_pair
-    console.print("features   computed while training: `run.py cache-reference` computes them once")
+    console.print(f"features   computed while training: `{PROGRAM} cache-reference` computes them once")
     return LiveReference(reference, parts, partial(first_pairs, catalog)), "live"
 
 

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments.clip.errors import printable
+from ..errors import printable
 
 
 class PlainConsole(Console):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from experiments.clip.data.lanes import BLOCK_BYTES
+from ..data.lanes import BLOCK_BYTES
 
 _FLOAT, _INDEX, _DOUBLE = 4, 8, 8  # bytes
 #: Numbers of a column of the matrix of similarities: its terms to the rank that has its text, and its totals to all.

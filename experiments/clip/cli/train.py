@@ -12,21 +12,15 @@ import torch
 from open_clip import get_model_preprocess_cfg
 from torch import Tensor
 
-from experiments.clip.cli.building import Models, build_method, build_models, build_selector
-from experiments.clip.cli.defaults import out_of_proportion, with_defaults
-from experiments.clip.cli.options import Train
-from experiments.clip.cli.parser import as_settings, save_config
-from experiments.clip.cli.sources import DataSource, TrainingData, open_training_data
-from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.data.prefetch import Prefetched
-from experiments.clip.distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import claimed, ensure_writable, write_json
-from experiments.clip.io.mirror import mirrored
-from experiments.clip.models.clip import Clip
-from experiments.clip.models.export import export_checkpoint, export_model
-from experiments.clip.signals import asked
-from experiments.clip.training.checkpoint import (
+from ..data.prefetch import Prefetched
+from ..distributed import ONE_PROCESS, Ranks, joined_ranks, set_float32_products
+from ..errors import UserError
+from ..io.files import claimed, ensure_writable, write_json
+from ..io.mirror import mirrored
+from ..models.clip import Clip
+from ..models.export import export_checkpoint, export_model
+from ..signals import asked
+from ..training.checkpoint import (
     MODEL,
     Checkpoint,
     check_continued,
@@ -37,10 +31,16 @@ from experiments.clip.training.checkpoint import (
     step_folder,
     step_number,
 )
-from experiments.clip.training.logs import Logs, Record
-from experiments.clip.training.state import best_record, check_resumable
-from experiments.clip.training.towers import full_tensor, precision_of, repeated_blocks
-from experiments.clip.training.trainer import Trainer
+from ..training.logs import Logs, Record
+from ..training.state import best_record, check_resumable
+from ..training.towers import full_tensor, precision_of, repeated_blocks
+from ..training.trainer import Trainer
+from .building import Models, build_method, build_models, build_selector
+from .defaults import out_of_proportion, with_defaults
+from .options import Train
+from .parser import as_settings, save_config
+from .sources import DataSource, TrainingData, open_training_data
+from .terminal import console, progress_bar
 
 # Options that are newer than some checkpoints, which do not have them where they are off.
 _NEWER = ("momentum", "cooldown_power")

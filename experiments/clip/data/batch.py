@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.clip.data.draws import Draws
+from .draws import Draws
 
 #: A tensor about images and one about texts, in this order.
 Tensors = tuple[Tensor, Tensor]

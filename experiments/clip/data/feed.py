@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from torch.utils.data import get_worker_info
 
-from experiments.clip.data.lanes import Block, Lanes
-from experiments.clip.data.order import RankPart
-from experiments.clip.data.reader import Reader, Rows
-from experiments.clip.io.copies import Copy, LocalCopies
-from experiments.clip.io.storage import is_remote, merged
-from experiments.clip.io.workers import AHEAD
+from ..io.copies import Copy, LocalCopies
+from ..io.storage import is_remote, merged
+from ..io.workers import AHEAD
+from .lanes import Block, Lanes
+from .order import RankPart
+from .reader import Reader, Rows
 
 # Bytes between members that are read along with them. Sending another request takes longer.
 _GAP = 2**20

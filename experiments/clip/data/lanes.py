@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.clip.data.order import Visits, bounds, checked_weights, epoch_length
-from experiments.clip.errors import UserError
+from ..errors import UserError
+from .order import Visits, bounds, checked_weights, epoch_length
 
 BLOCK_BYTES = 8 * 2**20
 #: Visits of a batch that each lane gives, where shards are read in blocks, and where they are read whole.
@@ -80,7 +80,7 @@ class Lanes:
     batch_size : int
         Size of the global batch, from which the number of lanes follows.
     weights, resampled, epoch_samples
-        As for `experiments.clip.data.order.Order`; with resampling whole blocks are drawn, each with a probability
+        As for `data.order.Order`; with resampling whole blocks are drawn, each with a probability
         proportional to the weight of its shard, and visited once for every draw.
     block_bytes : int, optional
         About how many bytes of a shard are read at a time; None for shards as a whole.

@@ -1,6 +1,6 @@
 """Batches of training pairs from a catalog, the same for any number of workers and ranks and after interruptions.
 
-The stream is a pure function of (seed, epoch, position). An epoch's order (`experiments.clip.data.order`) is divided
+The stream is a pure function of (seed, epoch, position). An epoch's order (`data.order`) is divided
 into global batches whose sizes differ by at most one, and each of these into contiguous parts, one per rank. The random
 numbers of a visit (augmentation, choice among captions) are a function of (seed, epoch, index, occurrence).
 """
@@ -17,22 +17,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from experiments.clip.catalog.catalog import Catalog
-from experiments.clip.data.batch import Batch, Reference
-from experiments.clip.data.draws import Draws, random_state_restored, visit_draws
-from experiments.clip.data.feed import BlockFeed
-from experiments.clip.data.lanes import BLOCK_BYTES, GROUP_BLOCKS, LANE_VISITS, Lanes
-from experiments.clip.data.order import Order, RankPart, Reading
-from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
-from experiments.clip.errors import UserError
-from experiments.clip.io.copies import LocalCopies
-from experiments.clip.io.workers import Workers
+from ..catalog.catalog import Catalog
+from ..errors import UserError
+from ..io.copies import LocalCopies
+from ..io.workers import Workers
+from .batch import Batch, Reference
+from .draws import Draws, random_state_restored, visit_draws
+from .feed import BlockFeed
+from .lanes import BLOCK_BYTES, GROUP_BLOCKS, LANE_VISITS, Lanes
+from .order import Order, RankPart, Reading
+from .reader import SKIPS_ALLOWED, Reader, Skip, decode
 
 _SEEN = "seen"
 
 
 class Loader:
-    """Loads the batches of a catalog's samples: a `experiments.clip.data.batch.Stream`.
+    """Loads the batches of a catalog's samples: a `data.batch.Stream`.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Loader:
     block_shards : int
         Number of shards whose samples are shuffled together, where they are read at random.
     reading : str
-        How shards are read, and therefore in which order: see `experiments.clip.data.order.Reading`.
+        How shards are read, and therefore in which order: see `data.order.Reading`.
     copies : Path, optional
         Where a folder for blocks of remote shards is made, by default among the system's temporary files.
     skip_limit : float
@@ -62,7 +62,7 @@ class Loader:
     reference : Reference, optional
         The reference, whose inputs are collated into each batch.
     caption_weights : sequence of float
-        Weights of the sources of captions, see `experiments.clip.data.reader.decode`.
+        Weights of the sources of captions, see `data.reader.decode`.
 
     Attributes
     ----------

@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from experiments.clip.errors import UserError
+from ..errors import UserError
 
 Key = TypeVar("Key")
 T = TypeVar("T")
 
 #: How the samples of an epoch are ordered, which is what decides how they are read.
 #: ``random``: by offset, each on its own (`Order`). ``blocks``, ``shards``: every part of a shard, or every shard, once
-#: and in one piece (`experiments.clip.data.lanes.Lanes`).
+#: and in one piece (`data.lanes.Lanes`).
 Reading = Literal["random", "blocks", "shards"]
 
 _SHARDS, _BLOCK = 0, 1

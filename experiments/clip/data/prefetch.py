@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from experiments.clip.data.batch import Batch, Stream
+from .batch import Batch, Stream
 
 
 class Copyable(Protocol):
@@ -83,7 +83,7 @@ def copied_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
 
 
 class Prefetched:
-    """A stream whose batches are on a device: a `experiments.clip.data.batch.Stream`.
+    """A stream whose batches are on a device: a `data.batch.Stream`.
 
     When a batch is given, the copy of the next one has begun. An error of the batch ahead is raised when that batch is
     due, and the counts are those of the batches given, so that a caller does not notice that one is read ahead.

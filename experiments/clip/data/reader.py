@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from experiments.clip.catalog.catalog import Catalog, data_path, open_index
-from experiments.clip.catalog.scan import ABSENT, Shard, json_field, stored_captions
-from experiments.clip.io.storage import MAX_GAP, Range, Ranges
+from ..catalog.catalog import Catalog, data_path, open_index
+from ..catalog.scan import ABSENT, Shard, json_field, stored_captions
+from ..io.storage import MAX_GAP, Range, Ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 64 * 2**20

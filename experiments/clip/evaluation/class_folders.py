@@ -8,9 +8,9 @@ from pathlib import Path
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from timm.data.imagenet_info import ImageNetInfo
 
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.shards import ClassFolder
-from experiments.clip.evaluation.task_files import (
+from ..errors import UserError
+from .shards import ClassFolder
+from .task_files import (
     CLASSES_FILE,
     IMAGES,
     TEMPLATES_FILE,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.clip.errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

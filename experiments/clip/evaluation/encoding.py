@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.metrics import unit_features
-from experiments.clip.io.workers import Workers
-from experiments.clip.models.clip import Clip
+from ..distributed import ONE_PROCESS, Ranks
+from ..errors import UserError
+from ..io.workers import Workers
+from ..models.clip import Clip
+from .metrics import unit_features
 
 Precision = Literal["float32", "bfloat16", "float16"]
 #: Called with how many of the samples are done, and how many there are.

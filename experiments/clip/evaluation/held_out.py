@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.clip.catalog.catalog import Catalog
-from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Reason, Skip, decode
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.encoding import Encoder, Progress
-from experiments.clip.evaluation.metrics import RECALL_AT, ranks_of_first_right
+from ..catalog.catalog import Catalog
+from ..data.reader import SKIPS_ALLOWED, Reader, Reason, Skip, decode
+from ..errors import UserError
+from .encoding import Encoder, Progress
+from .metrics import RECALL_AT, ranks_of_first_right
 
 LOSS = "loss"
 _SIDES = ("image_to_text", "text_to_image")

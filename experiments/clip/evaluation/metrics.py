@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.clip.distributed import Ranks
+from ..distributed import Ranks
 
 RECALL_AT = (1, 5, 10)
 

@@ -10,8 +10,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.clip.data.reader import MAX_IMAGE_BYTES
-from experiments.clip.io.tar import Damaged, tar_members
+from ..data.reader import MAX_IMAGE_BYTES
+from ..io.tar import Damaged, tar_members
 
 
 class RawSample(NamedTuple):

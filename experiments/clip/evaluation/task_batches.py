@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.clip.data.reader import MAX_CAPTION_CHARACTERS, decode_image
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.shards import RawSample, Shard
-from experiments.clip.evaluation.task_files import AGAIN, CLASSES_FILE, Task
+from ..data.reader import MAX_CAPTION_CHARACTERS, decode_image
+from ..errors import UserError
+from .shards import RawSample, Shard
+from .task_files import AGAIN, CLASSES_FILE, Task
 
 _MAX_CAPTIONS = 1000  # of one image
 

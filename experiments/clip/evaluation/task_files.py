@@ -28,11 +28,11 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from experiments.clip.data.reader import MAX_IMAGE_BYTES
-from experiments.clip.errors import UserError, printable
-from experiments.clip.evaluation.datacomp import Entry, entry_of
-from experiments.clip.evaluation.shards import Shard, TarShard
-from experiments.clip.io.tar import Damaged, tar_members
+from ..data.reader import MAX_IMAGE_BYTES
+from ..errors import UserError, printable
+from ..io.tar import Damaged, tar_members
+from .datacomp import Entry, entry_of
+from .shards import Shard, TarShard
 
 Kind = Literal["classification", "multilabel", "retrieval", "association", "objectives"]
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.class_folders import holds_class_folders, open_class_folders
-from experiments.clip.evaluation.datacomp import (
+from ..errors import UserError
+from .class_folders import holds_class_folders, open_class_folders
+from .datacomp import (
     FACE_METRICS,
     entry_of,
     face_scores,
@@ -29,11 +29,11 @@ from experiments.clip.evaluation.datacomp import (
     missing_and_repeated,
     split_objectives,
 )
-from experiments.clip.evaluation.encoding import Encoder, Progress, Rows
-from experiments.clip.evaluation.metrics import RECALL_AT, TILE, mean_average_precision, recalls, wrong_items_ahead
-from experiments.clip.evaluation.shards import TarShard
-from experiments.clip.evaluation.task_batches import DecodedBatch, TaskBatches
-from experiments.clip.evaluation.task_files import CLASSES_FILE, MARKER, TEMPLATES_FILE, Task, open_task
+from .encoding import Encoder, Progress, Rows
+from .metrics import RECALL_AT, TILE, mean_average_precision, recalls, wrong_items_ahead
+from .shards import TarShard
+from .task_batches import DecodedBatch, TaskBatches
+from .task_files import CLASSES_FILE, MARKER, TEMPLATES_FILE, Task, open_task
 
 Scores = dict[str, float]
 

@@ -22,9 +22,9 @@ from webdataset.pipeline import DataPipeline
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
-from experiments.clip.data.reader import MAX_PIXELS
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import sync
+from ..data.reader import MAX_PIXELS
+from ..errors import UserError
+from ..io.files import sync
 
 Progress = Callable[[int], None]
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from experiments.clip.cli.options import Data, Train
-from experiments.clip.cli.parser import as_settings
-from experiments.clip.cli.presets import PRESETS
-from experiments.clip.cli.terminal import console
-from experiments.clip.cli.train import run_training
-from experiments.clip.distributed import joined_ranks
-from experiments.clip.glyphs.evaluation import evaluate_model
-from experiments.clip.glyphs.options import Demo
-from experiments.clip.glyphs.source import load_pairs, prepare
-from experiments.clip.io.files import write_json
-from experiments.clip.models.clip import load_model
+from ..cli.options import Data, Train
+from ..cli.parser import as_settings
+from ..cli.presets import PRESETS
+from ..cli.terminal import console
+from ..cli.train import run_training
+from ..distributed import joined_ranks
+from ..io.files import write_json
+from ..models.clip import load_model
+from .evaluation import evaluate_model
+from .options import Demo
+from .source import load_pairs, prepare
 
 QUICK_EPOCHS = 2
 
 
 def run(options: Demo) -> None:
     """Train both models, score them and the reference on the test pairs, and write ``results.json`` and a report."""
-    from experiments.clip.glyphs import report  # matplotlib, which only this command draws with
+    from . import report  # matplotlib, which only this command draws with
 
     started = time.monotonic()
     data = Data(options.captions, "small" if options.quick else "full", options.cache)

@@ -16,10 +16,10 @@ import matplotlib
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from experiments.clip.cli.options import Captions
-from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import GlyphPair
-from experiments.clip.io.workers import spread
+from ..cli.options import Captions
+from ..errors import UserError
+from ..io.workers import spread
+from .dataset import GlyphPair
 
 SPLITS = ("train", "reference", "validation", "test")
 VAGUE_KEEP = 0.5

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.evaluation.encoding import encode_images, encode_texts, zero_shot_classifier
-from experiments.clip.evaluation.metrics import Naming, Retrieval, ZeroShot, naming, retrieval, zero_shot
-from experiments.clip.glyphs.dataset import Manifest
-from experiments.clip.glyphs.stream import PreparedPairs
-from experiments.clip.models.clip import Clip
+from ..distributed import ONE_PROCESS, Ranks
+from ..evaluation.encoding import encode_images, encode_texts, zero_shot_classifier
+from ..evaluation.metrics import Naming, Retrieval, ZeroShot, naming, retrieval, zero_shot
+from ..models.clip import Clip
+from .dataset import Manifest
+from .stream import PreparedPairs
 
 SCRIPT_TEMPLATES = ("{} small letter", "{} capital letter", "{} letter")
 BASE_LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from experiments.clip.cli.options import SHIPPED_REFERENCE, Captions, Data
+from ..cli.options import SHIPPED_REFERENCE, Captions, Data
 
 
 @dataclass(frozen=True)

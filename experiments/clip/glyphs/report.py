@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from experiments.clip.evaluation.encoding import encode_images, encode_texts
-from experiments.clip.evaluation.metrics import predictions
-from experiments.clip.glyphs.stream import PreparedPairs
-from experiments.clip.io.files import write_atomically
-from experiments.clip.models.clip import Clip
+from ..evaluation.encoding import encode_images, encode_texts
+from ..evaluation.metrics import predictions
+from ..io.files import write_atomically
+from ..models.clip import Clip
+from .stream import PreparedPairs
 
 # Okabe & Ito's colors, told apart with any color vision.
 COLORS = {"reference": "#999999", "unsteered": "#D55E00", "steered": "#0072B2"}

@@ -11,20 +11,20 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.clip.catalog.catalog import make_catalog
-from experiments.clip.cli.options import Data, Train
-from experiments.clip.cli.sources import TrainingData, reference_features
-from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError, printable
-from experiments.clip.glyphs.dataset import Manifest, open_dataset, write_dataset
-from experiments.clip.glyphs.drawing import faces, glyph_splits
-from experiments.clip.glyphs.evaluation import evaluate_model
-from experiments.clip.glyphs.stream import MemoryStream, PreparedPairs
-from experiments.clip.io.files import locked
-from experiments.clip.io.workers import spare_cores
-from experiments.clip.models.clip import Clip
-from experiments.clip.reference.cache import CachedReference
+from ..catalog.catalog import make_catalog
+from ..cli.options import Data, Train
+from ..cli.sources import TrainingData, reference_features
+from ..cli.terminal import console, progress_bar
+from ..distributed import Ranks
+from ..errors import UserError, printable
+from ..io.files import locked
+from ..io.workers import spare_cores
+from ..models.clip import Clip
+from ..reference.cache import CachedReference
+from .dataset import Manifest, open_dataset, write_dataset
+from .drawing import faces, glyph_splits
+from .evaluation import evaluate_model
+from .stream import MemoryStream, PreparedPairs
 
 PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
@@ -93,7 +93,7 @@ def cache_features(data: Data, reference: Clip) -> CachedReference:
 
 def scores(data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:
     """Return the scores of a model on a held-out split, in JSON's types and as a table."""
-    from experiments.clip.glyphs import report  # loads matplotlib
+    from . import report  # loads matplotlib
 
     manifest = prepare(data)
     found = evaluate_model(clip, load_pairs(manifest, split, clip), manifest).as_dict()
@@ -103,7 +103,7 @@ def scores(data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:
 def open_data(
     options: Train, clip: Clip, reference: Clip | None, ranks: Ranks, load: LoadPairs = load_pairs
 ) -> TrainingData:
-    """Open the embedded pairs; this is a `experiments.clip.cli.sources.DataSource`.
+    """Open the embedded pairs; this is a `cli.sources.DataSource`.
 
     ``load`` decodes a split into memory.
     """

@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.clip.cli.terminal import console
-from experiments.clip.data.batch import Batch
-from experiments.clip.errors import UserError
-from experiments.clip.glyphs.dataset import GlyphShard, Manifest, read_samples, read_shard
-from experiments.clip.io.files import write_atomically
-from experiments.clip.io.workers import spread
-from experiments.clip.models.clip import Clip
-from experiments.clip.models.pixels import Transform, cut
-from experiments.clip.reference.cache import CachedReference
+from ..cli.terminal import console
+from ..data.batch import Batch
+from ..errors import UserError
+from ..io.files import write_atomically
+from ..io.workers import spread
+from ..models.clip import Clip
+from ..models.pixels import Transform, cut
+from ..reference.cache import CachedReference
+from .dataset import GlyphShard, Manifest, read_samples, read_shard
 
 _PREPARED_FORMAT = 1
 _RESIZING = ("size", "resize_mode", "interpolation")

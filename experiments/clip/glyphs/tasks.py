@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from experiments.clip.cli.terminal import console
-from experiments.clip.errors import UserError
-from experiments.clip.evaluation.task_files import CLASSES_FILE, LABELS, TEMPLATES_FILE, TYPE_FILE, Kind
-from experiments.clip.glyphs.dataset import Manifest, read_samples
-from experiments.clip.glyphs.evaluation import glyph_attributes
-from experiments.clip.glyphs.options import GlyphTasks
-from experiments.clip.glyphs.source import prepare
-from experiments.clip.io.files import sync, write_atomically
+from ..cli.terminal import console
+from ..errors import UserError
+from ..evaluation.task_files import CLASSES_FILE, LABELS, TEMPLATES_FILE, TYPE_FILE, Kind
+from ..io.files import sync, write_atomically
+from .dataset import Manifest, read_samples
+from .evaluation import glyph_attributes
+from .options import GlyphTasks
+from .source import prepare
 
 _MARKER = "tasks.json"
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.clip.cli.options import Data
-from experiments.clip.ranges import AtLeast, OnlyWith
+from ..cli.options import Data
+from ..ranges import AtLeast, OnlyWith
 
 _OF_ICONS = OnlyWith("--data icons", lambda options: options.kind == "icons")
 

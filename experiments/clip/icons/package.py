@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.clip.errors import UserError, printable
-from experiments.clip.io.files import sync
+from ..errors import UserError, printable
+from ..io.files import sync
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 #: SPDX names of the licences whose icons may be drawn, changed and passed on under any terms, where their authors are

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import write_atomically
-from experiments.clip.io.workers import spread
+from ..errors import UserError
+from ..io.files import write_atomically
+from ..io.workers import spread
 
 #: Part of what determines the pictures and captions: raised with each change of a rule in this folder.
 RULE = 1

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.clip.cli.options import Data
-from experiments.clip.cli.terminal import console, progress_bar
-from experiments.clip.glyphs import source as glyphs
-from experiments.clip.glyphs.dataset import GlyphPair, Manifest, open_dataset, write_dataset
-from experiments.clip.icons.captions import caption, style_of
-from experiments.clip.icons.options import Prepare
-from experiments.clip.icons.package import LICENSES, IconSet, fetch, read_package
-from experiments.clip.icons.rendering import RULE, Renders, fault
-from experiments.clip.icons.splits import SHARES, drawing_splits, family_of, kind_of, split_of
+from ..cli.options import Data
+from ..cli.terminal import console, progress_bar
+from ..glyphs import source as glyphs
+from ..glyphs.dataset import GlyphPair, Manifest, open_dataset, write_dataset
+from .captions import caption, style_of
+from .options import Prepare
+from .package import LICENSES, IconSet, fetch, read_package
+from .rendering import RULE, Renders, fault
+from .splits import SHARES, drawing_splits, family_of, kind_of, split_of
 
 #: Of the icons that `--size small` keeps, about 30,000 are left after the splits.
 _SMALL_SHARE = 0.145

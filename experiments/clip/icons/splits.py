@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from experiments.clip.icons.package import IconSet
+from .package import IconSet
 
 #: Share of the icons that each split asks for, in the order of those who get a drawing that two could have.
 SHARES = {"test": 0.08, "validation": 0.04, "reference": 0.44, "train": 0.44}

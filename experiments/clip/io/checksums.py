@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from experiments.clip.io.files import write_atomically
+from .files import write_atomically
 
 MANIFEST = "manifest.json"
 #: The checksum's name in a manifest, and the ending of the file that holds one.

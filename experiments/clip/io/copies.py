@@ -21,9 +21,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import claimed, writing
-from experiments.clip.io.storage import Range, Ranges, download, in_requests, remote_range
+from ..errors import UserError
+from .files import claimed, writing
+from .storage import Range, Ranges, download, in_requests, remote_range
 
 #: Requests of a process at a time.
 THREADS = 4

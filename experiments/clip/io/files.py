@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments.clip.errors import UserError
+from ..errors import UserError
 
 T = TypeVar("T")
 

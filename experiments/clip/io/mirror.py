@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import MANIFEST
-from experiments.clip.io.files import writing
-from experiments.clip.io.storage import filesystem, retry
+from ..errors import UserError
+from .checksums import MANIFEST
+from .files import writing
+from .storage import filesystem, retry
 
 _CHECKPOINTS, _STEP = "checkpoints", "step-"
 # What a run writes once, and can be had from its checkpoints.

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.asyn import sync
 
-from experiments.clip.errors import UserError
-from experiments.clip.io import files
-from experiments.clip.io.files import is_final, retry_with_backoff
+from ..errors import UserError
+from . import files
+from .files import is_final, retry_with_backoff
 
 T = TypeVar("T")
 #: A range of bytes of a file: its path or URL, offset and size.

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.clip.errors import UserError
+from ..errors import UserError
 
 #: Results that each worker computes before they are requested: so many times the workers are in shared memory at most.
 AHEAD = 2

@@ -23,13 +23,13 @@ from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from experiments.clip.errors import UserError
-from experiments.clip.models.config import CONFIG_FILE, Config, checked_preprocess, write_config
-from experiments.clip.models.pixels import Normalization, Transform, cut
-from experiments.clip.models.published import OPENAI, preprocess_of_file, quick_gelu_note
-from experiments.clip.models.sources import WEIGHTS_FILE, Source, check_model_folder, find_source, is_quick
-from experiments.clip.models.tokenizers import folder_tokenizer, registered_tokenizer, text_tower_config
-from experiments.clip.models.weights import Weights, fill_from_big_vision, fill_model, is_big_vision, read_weights
+from ..errors import UserError
+from .config import CONFIG_FILE, Config, checked_preprocess, write_config
+from .pixels import Normalization, Transform, cut
+from .published import OPENAI, preprocess_of_file, quick_gelu_note
+from .sources import WEIGHTS_FILE, Source, check_model_folder, find_source, is_quick
+from .tokenizers import folder_tokenizer, registered_tokenizer, text_tower_config
+from .weights import Weights, fill_from_big_vision, fill_model, is_big_vision, read_weights
 
 _SIGMOID_BIAS = -10.0
 # How many numbers more than its weights take bytes a model may have: buffers, and biases that are added.

@@ -19,7 +19,7 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
-from experiments.clip.errors import UserError
+from ..errors import UserError
 
 CONFIG_FILE = "open_clip_config.json"
 

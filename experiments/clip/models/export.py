@@ -8,7 +8,7 @@ a checkpoint, a file   ``create_model_and_transforms(NAME, pretrained=PATH)``, w
 =====================  ==============================================================================
 
 A checkpoint does not determine the preprocessing: open_clip uses the default of the name. The glyph models are
-registered only in this program, once it has made a model or called `experiments.clip.models.sources.register_models`;
+registered only in this program, once it has made a model or called `models.sources.register_models`;
 so CLIP_benchmark's command needs a bundle of them.
 """
 
@@ -26,14 +26,14 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import MANIFEST
-from experiments.clip.io.files import write_atomically
-from experiments.clip.models.clip import Clip
-from experiments.clip.models.config import CONFIG_FILE
-from experiments.clip.models.sources import WEIGHTS_FILE, check_registered, write_model_manifest
-from experiments.clip.models.tokenizers import TEXT_CONFIG
-from experiments.clip.models.weights import plain_name
+from ..errors import UserError
+from ..io.checksums import MANIFEST
+from ..io.files import write_atomically
+from .clip import Clip
+from .config import CONFIG_FILE
+from .sources import WEIGHTS_FILE, check_registered, write_model_manifest
+from .tokenizers import TEXT_CONFIG
+from .weights import plain_name
 
 
 def plain_state(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

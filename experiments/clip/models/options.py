@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from experiments.clip.errors import UserError
-from experiments.clip.ranges import AtLeast, Range
+from ..errors import UserError
+from ..ranges import AtLeast, Range
 
 
 def _is_number(value: Any) -> bool:

@@ -10,9 +10,9 @@ import open_clip
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
-from experiments.clip.errors import UserError
-from experiments.clip.models.config import CONFIG_FILE
-from experiments.clip.models.tokenizers import TEXT_CONFIG, TOKENIZER_CONFIG, VOCABULARIES
+from ..errors import UserError
+from .config import CONFIG_FILE
+from .tokenizers import TEXT_CONFIG, TOKENIZER_CONFIG, VOCABULARIES
 
 #: How a model on the hub is named.
 HUB = "hf-hub:"

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import open_clip
 
-from experiments.clip.errors import UserError, nearest
-from experiments.clip.io.checksums import MANIFEST, checksum, fault_of, write_manifest
-from experiments.clip.models.config import CONFIG_FILE, Config, read_config, registered_config
-from experiments.clip.models.published import (
+from ..errors import UserError, nearest
+from ..io.checksums import MANIFEST, checksum, fault_of, write_manifest
+from .config import CONFIG_FILE, Config, read_config, registered_config
+from .published import (
     HUB,
     WEIGHTS_FILES,
     hub_folder,
@@ -28,7 +28,7 @@ from experiments.clip.models.published import (
     tagged_weights,
     weights_in,
 )
-from experiments.clip.models.tokenizers import TEXT_CONFIG, vocabulary_files
+from .tokenizers import TEXT_CONFIG, vocabulary_files
 
 WEIGHTS_FILE = WEIGHTS_FILES[0]
 _CONFIGS = Path(__file__).parent / "configs"

@@ -19,8 +19,8 @@ import open_clip
 from open_clip.hf_configs import arch_dict
 from open_clip.tokenizer import HFTokenizer
 
-from experiments.clip.errors import UserError
-from experiments.clip.models.config import read_json
+from ..errors import UserError
+from .config import read_json
 
 #: Files that hold a vocabulary, by the names that transformers looks for.
 VOCABULARIES = (

@@ -31,31 +31,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.clip.catalog.catalog import Catalog, shard_digest
-from experiments.clip.catalog.scan import Shard
-from experiments.clip.data.batch import Tensors
-from experiments.clip.data.draws import Draws, random_state_restored, view_draws
-from experiments.clip.data.prefetch import copied_ahead
-from experiments.clip.data.reader import SKIPS_ALLOWED, Reader, Skip, decode
-from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import ensure_writable, write_atomically
-from experiments.clip.io.workers import Workers
-from experiments.clip.models.clip import Clip
-from experiments.clip.reference.margins import SPREAD_PAIRS, margin_spread
+from ..catalog.catalog import Catalog, shard_digest
+from ..catalog.scan import Shard
+from ..data.batch import Tensors
+from ..data.draws import Draws, random_state_restored, view_draws
+from ..data.prefetch import copied_ahead
+from ..data.reader import SKIPS_ALLOWED, Reader, Skip, decode
+from ..distributed import ONE_PROCESS, Ranks
+from ..errors import PROGRAM, UserError
+from ..io.files import ensure_writable, write_atomically
+from ..io.workers import Workers
+from ..models.clip import Clip
+from .margins import SPREAD_PAIRS, margin_spread
 
 Precision = Literal["float16", "bfloat16"]
 TowerPrecision = Literal["float32", "bfloat16"]
 
 _TOWERS: TowerPrecision = "float32"  # of files that do not say it
-_AGAIN = "run `run.py cache-reference` on this data again"
+_AGAIN = f"run `{PROGRAM} cache-reference` on this data again"
 _CONCURRENT_CHECKS = 16
 _MAPPED = 256  # files that are mapped into memory at a time
 T = TypeVar("T")
 
 
 class CachedReference:
-    """Looks up the reference's unit features of a catalog's samples: a `experiments.clip.data.batch.Reference`.
+    """Looks up the reference's unit features of a catalog's samples: a `data.batch.Reference`.
 
     A batch carries the features. The files are mapped into memory; a copy in another process maps them anew.
 

@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from experiments.clip.data.batch import Tensors
-from experiments.clip.data.draws import Draws
-from experiments.clip.models.clip import Clip
-from experiments.clip.reference.margins import SPREAD_PAIRS, margin_spread
+from ..data.batch import Tensors
+from ..data.draws import Draws
+from ..models.clip import Clip
+from .margins import SPREAD_PAIRS, margin_spread
 
 _SPREAD_PART = 64  # pairs that go through the reference at a time
 
 
 class LiveReference:
-    """Computes the reference's features: a `experiments.clip.data.batch.Reference`.
+    """Computes the reference's features: a `data.batch.Reference`.
 
     A batch carries the reference's inputs: the target's crop and caption in the reference's own preprocessing.
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from experiments.clip.cli.options import Captions, Data, Train
-from experiments.clip.cli.presets import PRESETS, of_embedded_pairs
-from experiments.clip.study.settings import (
+from ..cli.options import Captions, Data, Train
+from ..cli.presets import PRESETS, of_embedded_pairs
+from ..training.options import CheckpointPolicy
+from .settings import (
     DIVERGENCE,
     LONGER_SETTINGS,
     PAST_EDGES,
@@ -29,7 +30,6 @@ from experiments.clip.study.settings import (
     Setting,
     settings_of,
 )
-from experiments.clip.training.options import CheckpointPolicy
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from experiments.clip.errors import UserError
-from experiments.clip.ranges import OnlyWith, PositiveOrInfinite
+from ..errors import UserError
+from ..ranges import OnlyWith, PositiveOrInfinite
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-from experiments.clip.cli.cost import cost_of
-from experiments.clip.cli.defaults import with_defaults
-from experiments.clip.cli.options import Train
-from experiments.clip.cli.parser import as_settings
-from experiments.clip.glyphs.source import dataset_settings
-from experiments.clip.models.clip import fingerprint_of
-from experiments.clip.models.config import registered_config
-from experiments.clip.models.sources import register_models
-from experiments.clip.study.grid import STUDIES, Cell, Tuned, reference_cell
-from experiments.clip.training.options import SHIPPED_REFERENCE
+from ..cli.cost import cost_of
+from ..cli.defaults import with_defaults
+from ..cli.options import Train
+from ..cli.parser import as_settings
+from ..glyphs.source import dataset_settings
+from ..models.clip import fingerprint_of
+from ..models.config import registered_config
+from ..models.sources import register_models
+from ..training.options import SHIPPED_REFERENCE
+from .grid import STUDIES, Cell, Tuned, reference_cell
 
 _FORMAT = 1
 # What the trained model does not depend on.

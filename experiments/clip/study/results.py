@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from experiments.clip.cli.train import Trained
-from experiments.clip.errors import UserError
-from experiments.clip.glyphs.evaluation import Evaluation
-from experiments.clip.io.files import append_durably, locked
-from experiments.clip.study.grid import STUDIES, Tuned
-from experiments.clip.study.planning import PlannedTraining, cell_hash, gigaflops, reference_label
-from experiments.clip.training.trainer import Record
+from ..cli.train import Trained
+from ..errors import UserError
+from ..glyphs.evaluation import Evaluation
+from ..io.files import append_durably, locked
+from ..training.trainer import Record
+from .grid import STUDIES, Tuned
+from .planning import PlannedTraining, cell_hash, gigaflops, reference_label
 
 VARIANCES = tuple(
     f"{name}{side}"

@@ -29,25 +29,26 @@ import torch
 from rich.table import Table
 from scipy import stats
 
-from experiments.clip.cli.building import build_models
-from experiments.clip.cli.options import Captions, Data, Train
-from experiments.clip.cli.parser import as_words
-from experiments.clip.cli.terminal import console
-from experiments.clip.cli.train import Trained, train_model
-from experiments.clip.distributed import joined_ranks
-from experiments.clip.errors import Interrupted, UserError
-from experiments.clip.glyphs.dataset import Manifest
-from experiments.clip.glyphs.evaluation import Evaluation, evaluate_model
-from experiments.clip.glyphs.source import load_pairs, open_data, prepare, share
-from experiments.clip.glyphs.stream import PreparedPairs
-from experiments.clip.io.files import claimed, ensure_writable, locked
-from experiments.clip.models.clip import Clip
-from experiments.clip.models.config import CONFIG_FILE
-from experiments.clip.models.export import export_model
-from experiments.clip.signals import asked, noted
-from experiments.clip.study.grid import STUDIES, TUNING_STUDIES, Cell, Tuned, reference_cell
-from experiments.clip.study.options import Study
-from experiments.clip.study.planning import (
+from ..cli.building import build_models
+from ..cli.options import Captions, Data, Train
+from ..cli.parser import as_words
+from ..cli.terminal import console
+from ..cli.train import Trained, train_model
+from ..distributed import joined_ranks
+from ..errors import PROGRAM, Interrupted, UserError
+from ..glyphs.dataset import Manifest
+from ..glyphs.evaluation import Evaluation, evaluate_model
+from ..glyphs.source import load_pairs, open_data, prepare, share
+from ..glyphs.stream import PreparedPairs
+from ..io.files import claimed, ensure_writable, locked
+from ..models.clip import Clip
+from ..models.config import CONFIG_FILE
+from ..models.export import export_model
+from ..signals import asked, noted
+from ..training.checkpoint import latest_checkpoint
+from .grid import STUDIES, TUNING_STUDIES, Cell, Tuned, reference_cell
+from .options import Study
+from .planning import (
     PlannedTraining,
     cell_hash,
     differ_in_seed_alone,
@@ -55,9 +56,8 @@ from experiments.clip.study.planning import (
     planned_training,
     planned_trainings,
 )
-from experiments.clip.study.results import Row, curve_of, read_rows, row_of, write_training
-from experiments.clip.study.tuned import tuned_by_now, update_tuned
-from experiments.clip.training.checkpoint import latest_checkpoint
+from .results import Row, curve_of, read_rows, row_of, write_training
+from .tuned import tuned_by_now, update_tuned
 
 _REFERENCES = "references"  # the study whose models are kept
 _TIME_OVER = signal.SIGALRM
@@ -93,7 +93,7 @@ class _StudyRunner:
         if not self._trainings:
             raise UserError(
                 f"--only {' '.join(self._names)} uses tuned settings, of which {self._results} has none yet: run "
-                f"`run.py study --only {' '.join(TUNING_STUDIES)}` first"
+                f"`{PROGRAM} study --only {' '.join(TUNING_STUDIES)}` first"
             )
         self._load = PairsInMemory()
         self._manifests = cache(self._prepared)
@@ -155,7 +155,7 @@ class _StudyRunner:
         rows = read_rows(self._results)
         done = [each for each in self._trainings if each.hash in rows]
         if not done:
-            raise UserError(f"{self._results} has no finished training to check: run `run.py study` first")
+            raise UserError(f"{self._results} has no finished training to check: run `{PROGRAM} study` first")
         each = random.Random(seed).choice(done)
         console.print(f"check      {each}, chosen by --seed {seed}")
         ensure_writable(self._out)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from experiments.clip.cli.options import Captions
-from experiments.clip.training.options import Loss, Selection
+from ..cli.options import Captions
+from ..training.options import Loss, Selection
 
 Value = float | str  # of an option; bool and int are numbers too
 

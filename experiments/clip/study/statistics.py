@@ -2,7 +2,7 @@
 
 Trainings of one seed start from equal weights and see equal orders of the pairs, so methods are compared seed by seed.
 A bootstrap draws seeds, the same for both sides of a comparison and for all configurations. All functions take plain
-arrays: `experiments.clip.study.results.study_rows` reads the rows that they come from.
+arrays: `study.results.study_rows` reads the rows that they come from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from experiments.intervals import Interval, crossing, interval
+from .intervals import Interval, crossing, interval
 
 REPLICATES = 2000
 BINS = 5

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.clip.errors import UserError
-from experiments.clip.io.files import write_atomically
-from experiments.clip.study.grid import STUDIES, TUNING_STUDIES, Cell, TunedKey
-from experiments.clip.study.planning import cell_hash
-from experiments.clip.study.results import Row, read_rows, table_lock
-from experiments.clip.study.settings import Setting, find, settings_of
+from ..errors import UserError
+from ..io.files import write_atomically
+from .grid import STUDIES, TUNING_STUDIES, Cell, TunedKey
+from .planning import cell_hash
+from .results import Row, read_rows, table_lock
+from .settings import Setting, find, settings_of
 
 
 class Winner(NamedTuple):

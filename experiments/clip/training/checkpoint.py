@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import fault_of, has_manifest
-from experiments.clip.io.files import retry_with_backoff, writing
+from ..distributed import Ranks
+from ..errors import UserError
+from ..io.checksums import fault_of, has_manifest
+from ..io.files import retry_with_backoff, writing
 
 #: What a checkpoint holds and under which names; another number where that changes.
 FORMAT = "3"

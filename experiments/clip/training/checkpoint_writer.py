@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.io.checksums import CHECKSUM, checksum, write_manifest
-from experiments.clip.io.files import retry_with_backoff, share_permissions, sync, write_atomically, writing
-from experiments.clip.training.checkpoint import (
+from ..distributed import Ranks
+from ..errors import UserError
+from ..io.checksums import CHECKSUM, checksum, write_manifest
+from ..io.files import retry_with_backoff, share_permissions, sync, write_atomically, writing
+from .checkpoint import (
     FORMAT,
     OWN,
     SHARED,

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from drrho.coefficient import covariances_within_anchors
 from drrho.routes import BatchIndex
-from experiments.clip.data.batch import Batch
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError, printable
-from experiments.clip.io.files import append_line, write_atomically, writing
-from experiments.clip.training.methods import Features, Number, RankSum
-from experiments.clip.training.options import LogName
+
+from ..data.batch import Batch
+from ..distributed import Ranks
+from ..errors import UserError, printable
+from ..io.files import append_line, write_atomically, writing
+from .methods import Features, Number, RankSum
+from .options import LogName
 
 # What a page could take for markup, and a terminal for a command, in the name of a number.
 _MARKUP = re.compile(r"[^\w ./:@+-]")

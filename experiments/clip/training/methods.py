@@ -1,7 +1,7 @@
 """Training methods: one class each, from a batch's features to a loss.
 
 A new method is a class here, with the options that it takes, and a line in `METHODS`; its name and its options are
-fields of `experiments.clip.training.options.Loss`.
+fields of `training.options.Loss`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from drrho.ranks import gathered_with_gradient
 from drrho.routes import BatchIndex
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
-from experiments.clip.distributed import ONE_PROCESS, Ranks
-from experiments.clip.training.options import Loss, TemperatureSchedule
+
+from ..distributed import ONE_PROCESS, Ranks
+from .options import Loss, TemperatureSchedule
 
 Features = tuple[Tensor, Tensor]  # of images and texts, unit vectors ``[b, d]``
 Group = dist.ProcessGroup | None

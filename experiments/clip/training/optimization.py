@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.clip.errors import UserError
-from experiments.clip.training.options import Optimization
+from ..errors import UserError
+from .options import Optimization
 
 
 def build_optimizer(model: torch.nn.Module, options: Optimization) -> torch.optim.Optimizer:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from experiments.clip.errors import UserError
-from experiments.clip.ranges import (
+from ..errors import UserError
+from ..ranges import (
     AtLeast,
     BelowOne,
     NotNegative,

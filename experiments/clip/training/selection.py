@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from drrho.selection import PairFeatures, joint_selection_from_features, pair_losses, top_k
-from experiments.clip.data.batch import Batch
-from experiments.clip.distributed import Ranks
-from experiments.clip.models.clip import Clip
-from experiments.clip.training.methods import Features
-from experiments.clip.training.options import Selection
+
+from ..data.batch import Batch
+from ..distributed import Ranks
+from ..models.clip import Clip
+from .methods import Features
+from .options import Selection
 
 _DRAWS = 1
 

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.clip.data.batch import Stream
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.training.checkpoint import (
+from ..data.batch import Stream
+from ..distributed import Ranks
+from ..errors import UserError
+from .checkpoint import (
     Checkpoint,
     check_settings,
     restore_training,
     step_folder,
     training_state,
 )
-from experiments.clip.training.logs import Record
-from experiments.clip.training.methods import Method
-from experiments.clip.training.optimization import LossScale, MovingAverage
+from .logs import Record
+from .methods import Method
+from .optimization import LossScale, MovingAverage
 
 # Names of a checkpoint's tensors beside weights and optimizer.
 EMA, _SCALER = "ema.", "scaler."

@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from drrho.accumulation import accumulate
 from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
-from experiments.clip.data.batch import Batch
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import UserError
-from experiments.clip.models.clip import Clip
-from experiments.clip.training.methods import Features, Head, Method, MethodLoss
-from experiments.clip.training.options import Execution, TowerPrecision
+
+from ..data.batch import Batch
+from ..distributed import Ranks
+from ..errors import UserError
+from ..models.clip import Clip
+from .methods import Features, Head, Method, MethodLoss
+from .options import Execution, TowerPrecision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -17,20 +17,21 @@ from torch import Tensor
 
 from drrho.routes import BatchIndex
 from drrho.validation import deferred_checks
-from experiments.clip.data.batch import Batch, Reference, Stream
-from experiments.clip.distributed import Ranks
-from experiments.clip.errors import Interrupted, UserError
-from experiments.clip.io.files import append_line
-from experiments.clip.models.clip import Clip
-from experiments.clip.signals import Stopped, interruptible, noted
-from experiments.clip.training.checkpoint import (
+
+from ..data.batch import Batch, Reference, Stream
+from ..distributed import Ranks
+from ..errors import Interrupted, UserError
+from ..io.files import append_line
+from ..models.clip import Clip
+from ..signals import Stopped, interruptible, noted
+from .checkpoint import (
     Checkpoint,
     check_continued,
     latest_checkpoint,
     step_number,
 )
-from experiments.clip.training.checkpoint_writer import CheckpointWriter
-from experiments.clip.training.logs import (
+from .checkpoint_writer import CheckpointWriter
+from .logs import (
     LateNumbers,
     Logs,
     Record,
@@ -42,12 +43,12 @@ from experiments.clip.training.logs import (
     parts_of_ranks,
     steering_measures,
 )
-from experiments.clip.training.methods import Features, Method, MethodLoss, Number, Outcome
-from experiments.clip.training.optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
-from experiments.clip.training.options import CheckpointPolicy, Execution, Optimization
-from experiments.clip.training.selection import Chosen, Selector
-from experiments.clip.training.state import TrainState, best_record, check_resumable
-from experiments.clip.training.towers import (
+from .methods import Features, Method, MethodLoss, Number, Outcome
+from .optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
+from .options import CheckpointPolicy, Execution, Optimization
+from .selection import Chosen, Selector
+from .state import TrainState, best_record, check_resumable
+from .towers import (
     Towers,
     are_not_finite,
     choose_head,
