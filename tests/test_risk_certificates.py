@@ -283,3 +283,14 @@ def test_a_chi_square_ball_around_a_maximum_of_hardly_any_base_weight(name):
     losses, base, radius = RARE[name]
     problem = certificates.Problem(np.array(losses), np.array(base) / np.sum(base), True, radius)
     judged(problem, ChiSquare(), certificates.power(2))
+
+
+@pytest.mark.parametrize("kind", [float, np.float32], ids=["float64", "float32"])
+def test_a_gap_is_not_negative_where_large_terms_of_d_cancel(kind):
+    """The kernel's D of a loss of little weight is a difference of numbers ten thousand times as large."""
+    losses = np.array([0.00956938, 0.08408765, 0.00480066, 0.01447484, 0.0053358], kind)
+    base = np.array([6.32066489e-08, 9.56025449e-06, 6.60577059e-03, 9.84708151e-01, 8.67645538e-03])
+    for order in (3.7845292144409726, 4.5, 6.0):
+        for strength in (1e-4, 2.607513984310683e-4, 1e-3):
+            risk = penalized_risk(torch.tensor(losses), CressieRead(order), strength, base_weights=base / base.sum())
+            assert risk.gap >= -4 * torch.finfo(risk.gap.dtype).eps * (losses.max() + np.ptp(losses))

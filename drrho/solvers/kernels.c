@@ -42,6 +42,9 @@ static int solve(int kind, Row *row, double order, double alpha, const double *r
     double gap = isinf(answer.strength) ? 0 : answer.dual - answer.gain;
     double allowed = (row->single ? 1e-7 : 1e-9) * fabs(answer.gain) + 64 * DBL_EPSILON * row->range;
     if (!(fabs(gap) <= allowed)) return DECLINED;
+    /* Weak duality forbids a negative gap: it is rounding, of D where large terms cancel, and may be had smaller. */
+    double size = row->range + scale * fabs(row->top);
+    if (gap < -4 * (row->single ? FLT_EPSILON : DBL_EPSILON) * size) return DECLINED;
     double paid = strength && on_ball ? price * answer.distance : 0;
     int highest = row->range == 0 || (answer.highest && (on_ball || price == 0 || kind == TAIL));
     field[VALUE] = highest ? row->top - paid / scale : row->top + (row->mean + (answer.gain - paid)) / scale;
