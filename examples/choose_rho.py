@@ -30,5 +30,5 @@ print(f"least at rho {choice.best:.1f}; chosen, within a standard error of it: {
 train, test = np.arange(300), np.arange(300, len(x))
 calibrated = calibrated_rho(losses_of(choice.rho, train, test))
 print(
-    f"rho that covers the expected loss in 95 % of samples: {calibrated.rho:.2f}; normal losses: {calibrated.normal:.2f}"
+    f"rho to cover the expected loss in 95 % of samples: {calibrated.rho:.2f}; of normal ones: {calibrated.normal:.2f}"
 )

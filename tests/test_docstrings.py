@@ -7,6 +7,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ HOSTS = {"guide_embeddings": "sentence_transformers", "open_clip": "open_clip", 
 HOSTS |= {"sentence_transformers": "sentence_transformers", "guides": "sentence_transformers"}
 
 
+@cache
 def tree_of(name):
     path = Path(drrho.__path__[0], *name.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
