@@ -29,12 +29,13 @@ test: lint types
 	$(PYTEST) --portable $(PORTABLE)
 
 # With the lowest versions that pyproject.toml allows, in an environment of their own. What old packages say of newer ones
-# beside them is not ours: warnings of deprecations are no errors here.
+# beside them is not ours: warnings of deprecations are no errors here. Triton 3.2, which torch 2.6 brings, interprets
+# none of the kernels of rows on the CPU (its interpreter has no booleans of one bit), so they are left out.
 LOWEST := .venv-lowest
 
 test-lowest: $(LOWEST)/.ready
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 PYTHONPATH=. $(LOWEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
-	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests $(TRAINER:%=--ignore %) --ignore tests/test_package.py
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests $(TRAINER:%=--ignore %) --ignore tests/test_package.py --ignore tests/solvers/device
 
 $(LOWEST)/.ready: pyproject.toml tests/constraints-lowest.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
 	$(PYTHON) -m venv $(LOWEST)
@@ -46,7 +47,8 @@ $(LOWEST)/.ready: pyproject.toml tests/constraints-lowest.txt hatch_build.py $(w
 HOSTS := .venv-integrations
 
 test-integrations: $(HOSTS)/.ready
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations tests/test_docstrings.py \
+	  "tests/test_examples.py::test_example[steer_a_trainer]" \
 	  "tests/test_notebooks.py::test_notebook_runs_and_draws[05_steer_your_trainer]"
 
 $(HOSTS)/.ready: $(READY)

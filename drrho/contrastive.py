@@ -543,7 +543,7 @@ def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> Te
 def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Tensor:
     """Return a temperature as a tensor, a scalar or ``[b]``, in float32 or wider; it is checked with the others."""
     dtype = torch.promote_types(image.dtype, torch.float32)
-    if isinstance(values, float | int):  # checked here; filled on the device, as a copy to it would wait
+    if isinstance(values, (float, int)):  # checked here; filled on the device, as a copy to it would wait
         if not 0 < values < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {values}")
         return torch.full((), values, dtype=dtype, device=image.device)

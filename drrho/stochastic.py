@@ -375,5 +375,5 @@ def _blocks(batch: Tensor, size: int) -> Tensor:
 
 def _per_row(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:
     """Return a number of either sign per row of losses ``[..., b]``, as ``[..., 1]`` in their dtype."""
-    number = torch.tensor(value, dtype=torch.float64) if isinstance(value, float | int) else value
+    number = torch.tensor(value, dtype=torch.float64) if isinstance(value, (float, int)) else value
     return as_parameter(number, name, meaning, losses).to(losses)[..., None]

@@ -10,11 +10,11 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -79,7 +79,8 @@ def environment(wheel, tmp_path_factory):
     python = folder / "bin" / "python"
     checked(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
     own = checked(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    Path(own, "others.pth").write_text(sysconfig.get_path("purelib"))  # whose own .pth files are not read
+    packages = Path(np.__file__).parents[1]  # whose own .pth files are not read
+    Path(own, "others.pth").write_text(f"{packages}\n")
     return folder / "bin"
 
 
