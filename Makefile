@@ -1,5 +1,7 @@
 # `make demo` and `make test` set everything up from nothing; both need only Python 3.11 with pip, and make.
 PYTHON ?= python3
+# The versions that were tested, of Python 3.11; empty takes the newest.
+CONSTRAINTS ?= --constraint tests/constraints.txt
 BIN := .venv/bin
 READY := .venv/.ready
 # A process for each core, with one thread; the tests of a file stay together, because they share data. Compiled test
@@ -11,7 +13,7 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo check test test-integrations lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
+.PHONY: demo check test test-integrations test-lowest lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -26,11 +28,27 @@ test: lint types
 	$(PYTEST)
 	$(PYTEST) --portable $(PORTABLE)
 
+# With the lowest versions that pyproject.toml allows, in an environment of their own. What old packages say of newer ones
+# beside them is not ours: warnings of deprecations are no errors here. Triton 3.2, which torch 2.6 brings, interprets
+# none of the kernels of rows on the CPU (its interpreter has no booleans of one bit), so they are left out.
+LOWEST := .venv-lowest
+
+test-lowest: $(LOWEST)/.ready
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 PYTHONPATH=. $(LOWEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests $(TRAINER:%=--ignore %) --ignore tests/test_package.py --ignore tests/solvers/device
+
+$(LOWEST)/.ready: pyproject.toml tests/constraints-lowest.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/constraints-lowest.txt --editable ".[convex,linear,clip,notebooks]" \
+	  hatchling pytest pytest-xdist hypothesis mpmath pyarrow
+	touch $(LOWEST)/.ready
+
 # The hosts of drrho.integrations are in an environment of their own, which sees the packages of .venv.
 HOSTS := .venv-integrations
 
 test-integrations: $(HOSTS)/.ready
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations tests/test_docstrings.py \
+	  "tests/test_examples.py::test_example[steer_a_trainer]" \
 	  "tests/test_notebooks.py::test_notebook_runs_and_draws[05_steer_your_trainer]"
 
 $(HOSTS)/.ready: $(READY)
@@ -97,8 +115,8 @@ chaos: $(READY)
 # Made last, so that an interrupted installation is started over; old when a requirement changes.
 $(READY): pyproject.toml tests/constraints.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[all]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[all]"
 	touch $(READY)
 
 clean:
-	rm -rf .venv .venv-integrations outputs cache
+	rm -rf .venv .venv-integrations .venv-lowest outputs cache

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from drrho.validation import checks_are_deferred
 
+__all__ = ["accumulate"]
+
 
 class Valued(Protocol):
     """A loss that returns more than its value, such as a `drrho.contrastive.ContrastiveStep`."""

@@ -27,6 +27,8 @@ from scipy import special
 from drrho.statements import Sample, Status, ValueRange, as_interval, as_probability, page_end
 from drrho.validation import ArrayLike
 
+__all__ = ["ConfidenceSequence", "Interval", "confidence_sequence", "mean_interval"]
+
 Array = NDArray[np.float64]
 
 _CUT = 0.95  # of the bet at which one loss can take all
@@ -39,7 +41,15 @@ _SMALLEST = 1e-300
 
 
 class Interval(NamedTuple):
-    """An interval that holds the mean, in units of the losses."""
+    """An interval that holds the mean, in units of the losses.
+
+    Examples
+    --------
+    >>> from drrho.betting import mean_interval
+    >>> interval = mean_interval([0.0, 1.0] * 100, value_range=(0, 1))
+    >>> interval.low < 0.5 < interval.high, round(interval.high - interval.low, 2)
+    (True, 0.16)
+    """
 
     low: float
     high: float
@@ -89,6 +99,15 @@ class ConfidenceSequence:
 
     ``low[j]`` and ``high[j]`` are from the first ``times[j]`` losses; they may be looked at as often as wished, and
     sampling may stop when they say what is wanted.
+
+    Examples
+    --------
+    >>> from drrho.betting import confidence_sequence
+    >>> sequence = confidence_sequence([0.0, 1.0] * 200, value_range=(0, 1), times=[100, 400])
+    >>> sequence.times, [round(end, 2) for end in sequence.low], [round(end, 2) for end in sequence.high]
+    ((100, 400), [0.33, 0.41], [0.66, 0.59])
+    >>> sequence.status.value
+    'guarantee'
     """
 
     times: tuple[int, ...]
@@ -133,6 +152,13 @@ def confidence_sequence(
     ------
     ValueError
         As for `mean_interval`, or for times that are not increasing numbers in [1, n].
+
+    Examples
+    --------
+    >>> from drrho.betting import confidence_sequence
+    >>> sequence = confidence_sequence([0.0] * 50, value_range=(0, 1))  # stop whenever the upper end is low enough
+    >>> next(time for time, high in zip(sequence.times, sequence.high) if high < 0.2)
+    32
     """
     sample = Sample.of(losses)
     low, high = as_interval(value_range, sample)

@@ -40,6 +40,19 @@ from drrho.statements import (
 )
 from drrho.validation import ArrayLike
 
+__all__ = [
+    "Improvement",
+    "RhoScales",
+    "Sandwich",
+    "better_than_reference",
+    "drrho_certificate",
+    "empirical_bernstein",
+    "lipschitz_cover_log",
+    "mean_coverage",
+    "rho_scales",
+    "variance_sandwich",
+]
+
 
 def variance_sandwich(
     losses: ArrayLike, *, rho: float | None = None, radius: float | None = None, value_range: ValueRange | None = None
@@ -70,6 +83,13 @@ def variance_sandwich(
     ------
     ValueError
         For losses that are not one row, not exactly one of rho and radius, or losses outside value_range.
+
+    Examples
+    --------
+    >>> from drrho.bounds import variance_sandwich
+    >>> sandwich = variance_sandwich([0.0, 1.0, 2.0, 5.0], rho=2.0)
+    >>> [round(value, 4) for value in (sandwich.lower, sandwich.premium, sandwich.upper)]
+    [1.75, 1.8685, 1.8708]
     """
     sample = Sample.of(losses, fewest=1)
     if rho is not None and radius is None:
@@ -110,6 +130,13 @@ class Sandwich:
 
     ``chord`` is the sharpest lower bound. ``exact`` says whether ``rho <= rho_pos``: all worst-case weights are then
     positive, and the premium equals ``sqrt(2 rho / n) s``; otherwise it is strictly smaller.
+
+    Examples
+    --------
+    >>> from drrho.bounds import variance_sandwich
+    >>> sandwich = variance_sandwich([0.0, 1.0, 2.0, 5.0], rho=2.0)
+    >>> sandwich.lower < sandwich.premium < sandwich.upper, sandwich.exact
+    (True, False)
     """
 
     mean: float
@@ -164,6 +191,13 @@ def rho_scales(
     ------
     ValueError
         For n < 2 or an argument outside its interval.
+
+    Examples
+    --------
+    >>> from drrho.bounds import rho_scales
+    >>> scales = rho_scales([0.0, 1.0, 1.0, 2.0] * 25, confidence=0.95, models=10)
+    >>> [round(value, 3) for value in (scales.rho_t, scales.rho_0, scales.rho_pos, scales.rho_max)]
+    [1.353, 6.052, 25.0, 150.0]
     """
     sample = Sample.of(losses)
     n = sample.n
@@ -196,6 +230,13 @@ class RhoScales:
         ``n s^2 / (2 d^2)``: up to this rho F_rho is exactly ``mean + s sqrt(2 rho / n)``; infinite for constant losses.
     rho_max : float
         ``n (n / ties - 1) / 2``: for rho at least this, F_rho is the maximum.
+
+    Examples
+    --------
+    >>> from drrho.bounds import rho_scales
+    >>> scales = rho_scales([0.0, 1.0, 1.0, 2.0] * 25)
+    >>> round(scales.rho_t, 3), scales.n, scales.confidence  # the quantile of the normal law, halved and squared
+    (1.353, 100, 0.95)
     """
 
     rho_t: float
@@ -252,6 +293,12 @@ def mean_coverage(rho: float, *, n: int | None = None) -> Bound:
     ------
     ValueError
         For rho < 0 or n < 2.
+
+    Examples
+    --------
+    >>> from drrho.bounds import mean_coverage
+    >>> round(mean_coverage(1.353).value, 3)
+    0.95
     """
     rho = as_number(rho, "rho", "is n times the radius of the ball", inclusive=True)
     if n is None:
@@ -316,6 +363,14 @@ def empirical_bernstein(
     ------
     ValueError
         For n < 2, losses outside value_range, or an argument outside its interval.
+
+    Examples
+    --------
+    >>> from drrho.bounds import empirical_bernstein
+    >>> round(empirical_bernstein([0.0, 1.0] * 500, value_range=(0, 1)).value, 4)
+    0.548
+    >>> round(empirical_bernstein([0.0, 1.0] * 500, value_range=(0, 1), models=1000).value, 4)  # for all of 1000 models
+    0.5877
     """
     sample = Sample.of(losses)
     union = ModelClass.of(models, log_models, resolution)
@@ -471,6 +526,14 @@ def better_than_reference(
     worse.
 
     To decide while samples come in, use `drrho.betting.confidence_sequence` of the excess losses.
+
+    Examples
+    --------
+    >>> from drrho.bounds import better_than_reference
+    >>> errors, reference_errors = [0.0, 0.0, 0.0, 1.0] * 250, [0.0, 1.0] * 500
+    >>> verdict = better_than_reference(errors, reference_errors, value_range=(-1, 1), reference_independent=True)
+    >>> verdict.certified, round(verdict.bound.value, 3)
+    (True, -0.222)
     """
     if reference_losses is None:
         raise ValueError("reference_losses must be given, got None: there is nothing to be better than")
@@ -481,7 +544,16 @@ def better_than_reference(
 
 @dataclass(frozen=True)
 class Improvement:
-    """Whether a model is certified better than its reference, and the `Bound` on ``R(theta) - R(theta_ref)``."""
+    """Whether a model is certified better than its reference, and the `Bound` on ``R(theta) - R(theta_ref)``.
+
+    Examples
+    --------
+    >>> from drrho.bounds import better_than_reference
+    >>> losses, reference = [0.0, 1.0], [0.1, 1.0]  # better, but two samples prove nothing
+    >>> improvement = better_than_reference(losses, reference, value_range=(-1, 1), reference_independent=True)
+    >>> improvement.certified, improvement.bound.value > 0
+    (False, True)
+    """
 
     certified: bool
     bound: Bound
@@ -506,6 +578,16 @@ def lipschitz_cover_log(dimension: int, radius: float, lipschitz: float, resolut
     ------
     ValueError
         For a dimension < 1, or another argument that is not positive.
+
+    Examples
+    --------
+    >>> from drrho.bounds import empirical_bernstein, lipschitz_cover_log
+    >>> log_models = lipschitz_cover_log(dimension=10, radius=1.0, lipschitz=1.0, resolution=0.01)
+    >>> round(log_models, 2)
+    53.03
+    >>> losses = [0.0, 1.0] * 50_000
+    >>> round(empirical_bernstein(losses, value_range=(0, 1), log_models=log_models, resolution=0.01).value, 3)
+    0.538
     """
     if operator.index(dimension) < 1:
         raise ValueError(f"dimension must be >= 1, got {dimension}: it counts parameters")

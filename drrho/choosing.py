@@ -26,6 +26,17 @@ from drrho.statements import ModelClass, as_bounded_row, level
 from drrho.validation import ArrayLike, as_losses
 from drrho.variance import Estimate, variance_reduction
 
+__all__ = [
+    "CalibratedRho",
+    "CoefficientChoice",
+    "RhoChoice",
+    "calibrated_rho",
+    "choose_coefficient",
+    "choose_rho",
+    "cross_fitted",
+    "folds_of",
+]
+
 Rows = NDArray[np.intp]
 
 
@@ -36,6 +47,12 @@ def folds_of(n: int, folds: int = 5, seed: int = 0) -> list[tuple[Rows, Rows]]:
     ------
     ValueError
         If folds is not in [2, n].
+
+    Examples
+    --------
+    >>> from drrho.choosing import folds_of
+    >>> [held_out.tolist() for train, held_out in folds_of(6, folds=3)]
+    [[2, 3], [4, 5], [0, 1]]
     """
     n, folds = operator.index(n), operator.index(folds)
     if not 2 <= folds <= n:
@@ -107,6 +124,15 @@ class RhoChoice:
     candidates, means, differences, errors : tuple of float
         Candidates in ascending order; means of their held-out losses; means of these minus those of the best, sample
         by sample; standard errors of these differences.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drrho.choosing import choose_rho
+    >>> y = np.random.default_rng(0).exponential(size=60)
+    >>> choice = choose_rho([0.0, 10.0], lambda rho, train, held_out: (y[held_out] - y[train].mean() - rho) ** 2, 60)
+    >>> choice.rho, choice.best, [round(mean, 2) for mean in choice.means]
+    (0.0, 0.0, [1.24, 101.24])
     """
 
     rho: float
@@ -221,6 +247,14 @@ class CalibratedRho:
     guaranteed : float
         ``n log(2 N / delta) / (n - 1)``, at which `drrho.bounds.drrho_certificate` holds with this confidence for the
         chi-square ball and for every sample size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drrho.choosing import calibrated_rho
+    >>> calibrated = calibrated_rho(np.random.default_rng(0).normal(size=200), replicates=199)
+    >>> round(calibrated.normal, 2), round(calibrated.guaranteed, 2), calibrated.n
+    (1.35, 3.71, 200)
     """
 
     rho: float
@@ -343,6 +377,15 @@ class CoefficientChoice:
         Held-out V(l - r) / V(l), and held-out V(l - c r) / V(l) for the c* of the other folds, cut to [0, 1].
     reason : str
         Why this coefficient was chosen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drrho.choosing import choose_coefficient
+    >>> losses = np.random.default_rng(0).exponential(size=100)
+    >>> choice = choose_coefficient(losses, losses - 0.1)  # it explains all variance
+    >>> choice.coefficient, choice.n
+    (1.0, 100)
     """
 
     coefficient: float

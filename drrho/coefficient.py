@@ -12,6 +12,8 @@ from torch import Tensor
 from drrho.ranks import Group
 from drrho.validation import checks_are_deferred
 
+__all__ = ["AdaptiveCoefficient"]
+
 Features = tuple[Tensor, Tensor]  # of images and texts, ``[b, d]``
 
 

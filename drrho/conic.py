@@ -19,7 +19,20 @@ from drrho.divergences import KL, CappedKL, ChiSquare, CressieRead, CVaR, Diverg
 
 
 class Formulation(NamedTuple):
-    """An expression of cvxpy, and the constraints under which it has the stated value."""
+    """An expression of cvxpy, and the constraints under which it has the stated value.
+
+    Examples
+    --------
+    >>> import cvxpy as cp
+    >>> import numpy as np
+    >>> from drrho import KL
+    >>> from drrho.convex import divergence_expression
+    >>> p, q = cp.Variable(3), np.full(3, 1 / 3)
+    >>> expression, constraints = divergence_expression(KL(), p, q)
+    >>> problem = cp.Problem(cp.Maximize(p[0]), [cp.sum(p) == 1, expression <= 0.1, *constraints])
+    >>> round(float(problem.solve()), 3)
+    0.552
+    """
 
     expression: cp.Expression
     constraints: list[cp.Constraint]

@@ -27,6 +27,16 @@ from drrho.running import adaptive_log_rates, moving_average
 from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled
 from drrho.validation import ArrayLike, Checks, as_numbers, checks_are_deferred
 
+__all__ = [
+    "ContrastiveStep",
+    "anchor_risks",
+    "anchor_values",
+    "contrastive_risk",
+    "info_nce",
+    "project_temperature",
+    "two_level_risk",
+]
+
 _KL = KL()
 
 #: One temperature for all anchors, or one for each image and each text anchor.
@@ -51,6 +61,19 @@ class ContrastiveStep(NamedTuple):
     distances : (Tensor, Tensor)
         D of the anchors' weights from uniform, detached; for KL, ``exp(-D)`` times the number of negatives is the
         effective number of negatives.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.contrastive import contrastive_risk
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> step = contrastive_risk(image, text, temperature=0.1)
+    >>> round(step.value.item(), 4), step.log_u[0].shape, step.threshold is None
+    (0.1679, torch.Size([8]), True)
+    >>> torch.allclose(step.value, (step.risks[0].mean() + step.risks[1].mean()) / 2)
+    True
     """
 
     value: Tensor
@@ -140,6 +163,19 @@ def contrastive_risk(
         `drrho.validation.deferred_checks`, with none.
     TypeError
         For features that are no floating tensors, or a reference that is no pair of them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.contrastive import contrastive_risk
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> image = image.requires_grad_()
+    >>> step = contrastive_risk(image, text, 0.1, reference=(ref_image, ref_text))
+    >>> step.value.backward()  # and keep step.log_u for the next epoch: `drrho.running.RunningEstimates`
+    >>> round(step.value.item(), 4), image.grad.shape
+    (0.3128, torch.Size([8, 16]))
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
@@ -210,6 +246,19 @@ def info_nce(
     ------
     ValueError
         As for `contrastive_risk`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.contrastive import info_nce
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> loss = info_nce(image, text, 0.1)
+    >>> logits, labels = image @ text.T / 0.1, torch.arange(8)
+    >>> cross_entropy = torch.nn.functional.cross_entropy
+    >>> torch.allclose(loss, (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2)
+    True
     """
     counts = row_counts(len(image), group, image.device) if counts is None else counts
     step = contrastive_risk(
@@ -242,6 +291,18 @@ def anchor_values(
 
     They are differentiable once with respect to the features, for example to be weighted; `contrastive_risk` is their
     mean. Parameters and errors are those of `contrastive_risk`; the temperature is a constant here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.contrastive import anchor_values
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> of_images, of_texts = anchor_values(image, text, 0.1)
+    >>> hardest = of_images.argmax()  # the image whose own text is hardest to tell from the others
+    >>> round(of_images[hardest].item(), 3), of_texts.shape
+    (0.758, torch.Size([8]))
     """
     taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, Checks())
     with torch.autocast(image.device.type, enabled=False):
@@ -293,6 +354,18 @@ def two_level_risk(
     ------
     ValueError
         As for `contrastive_risk`, or if neither radius nor strength is given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho import CVaR
+    >>> from drrho.contrastive import two_level_risk
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> risk = two_level_risk(image, text, 0.1, CVaR(0.25), reference=(ref_image, ref_text))
+    >>> round(risk.value.item(), 4), int((risk.weights > 0).sum())  # a quarter of the eight pairs
+    (0.3506, 2)
     """
     if radius is None and strength is None and outer.has_radius:
         raise ValueError("give radius, strength or both: without either the weights are not bounded")
@@ -333,6 +406,19 @@ def anchor_risks(
     derivatives of any order computed. The value of `contrastive_risk` is the mean of both directions' values.
 
     Parameters and errors are those of `contrastive_risk`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.contrastive import anchor_risks, anchor_values
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> of_images, of_texts = anchor_risks(image, text, 0.1)
+    >>> torch.allclose(of_images.value, anchor_values(image, text, 0.1)[0])
+    True
+    >>> of_images.weights.shape  # over the seven negatives of each image
+    torch.Size([8, 7])
     """
     checks = Checks()
     reference = _checked_features(image, text, reference, coefficient, checks, alone=True)
@@ -351,6 +437,16 @@ def project_temperature(temperature: Tensor, low: float, high: float) -> int | T
     ------
     ValueError
         Unless ``0 < low <= high``, or if an entry is NaN.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.contrastive import project_temperature
+    >>> temperature = torch.tensor([0.001, 0.05, 2.0])
+    >>> int(project_temperature(temperature, 0.01, 1.0))
+    2
+    >>> [round(value, 2) for value in temperature.tolist()]
+    [0.01, 0.05, 1.0]
     """
     if not 0 < low <= high:
         raise ValueError(f"low and high must satisfy 0 < low <= high, got {low} and {high}")
@@ -443,7 +539,7 @@ def _temperatures(temperature: Temperature, image: Tensor, checks: Checks) -> Te
 def temperature_of(values: float | Tensor, image: Tensor, checks: Checks) -> Tensor:
     """Return a temperature as a tensor, a scalar or ``[b]``, in float32 or wider; it is checked with the others."""
     dtype = torch.promote_types(image.dtype, torch.float32)
-    if isinstance(values, float | int):  # checked here; filled on the device, as a copy to it would wait
+    if isinstance(values, (float, int)):  # checked here; filled on the device, as a copy to it would wait
         if not 0 < values < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {values}")
         return torch.full((), values, dtype=dtype, device=image.device)

@@ -81,6 +81,14 @@ class RiskSolution(NamedTuple):
     status : str
         ``"optimal"``, or ``"optimal_inaccurate"`` if the solver only reached reduced tolerances (for CLARABEL a gap of
         5e-5 and a feasibility of 1e-4, in units of the range of the losses). Further digits are then unknown.
+
+    Examples
+    --------
+    >>> from drrho import KL
+    >>> from drrho.convex import robust_risk
+    >>> solution = robust_risk([0.0, 1.0, 3.0], KL(), radius=0.1)
+    >>> solution.status, round(solution.value, 4)
+    ('optimal', 1.8991)
     """
 
     value: float
@@ -106,6 +114,14 @@ class LinearSolution(NamedTuple):
         where the worst case is not unique (CVaR, total variation) and `constrained_risk` returns another one.
     status : str
         ``"optimal"`` or ``"optimal_inaccurate"``, see `RiskSolution`.
+
+    Examples
+    --------
+    >>> from drrho import CVaR
+    >>> from drrho.convex import minimize_linear
+    >>> solution = minimize_linear([[0.0], [1.0], [2.0]], [0.0, 1.0, 3.0], CVaR(0.5), l2=0.1)
+    >>> solution.status, solution.losses.shape, round(float(solution.weights.sum()), 6)
+    ('optimal', (3,), 1.0)
     """
 
     coefficients: np.ndarray

@@ -14,6 +14,8 @@ from drrho.ranks import Group, sum_to_owners
 from drrho.tiles import Pairs, SimilarityTiles, TensorPair, not_compiled
 from drrho.validation import Checks
 
+__all__ = ["distillation_loss"]
+
 
 @not_compiled
 def distillation_loss(
@@ -58,6 +60,18 @@ def distillation_loss(
     Notes
     -----
     Sources: CLIP-KD (Yang et al., 2024), contrastive relational distillation; MobileCLIP (Vasu et al., 2024).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.distillation import distillation_loss
+    >>> features = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> image, text, ref_image, ref_text = normalize(features, dim=-1)
+    >>> loss = distillation_loss(image, text, 0.1, reference=(ref_image, ref_text))
+    >>> least = distillation_loss(ref_image, ref_text, 0.1, reference=(ref_image, ref_text))
+    >>> round(loss.item(), 3), round(least.item(), 3)  # at least the entropy of the reference
+    (3.606, 1.128)
     """
     checks = Checks()
     check_pairs(image, text, "image", "text", checks, alone=group is None)

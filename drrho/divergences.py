@@ -32,6 +32,8 @@ from torch import Tensor
 
 from drrho.validation import refuse, values_are_readable
 
+__all__ = ["KL", "CVaR", "CappedKL", "ChiSquare", "CressieRead", "Divergence", "TotalVariation"]
+
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
 # Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
@@ -47,6 +49,21 @@ class Divergence(ABC):
     (`CVaR` and `TotalVariation`, which are not, have algorithms of their own). What is declared beside the functions
     holds for any phi unless a class says otherwise; which algorithm solves its risks is declared in
     ``solvers/algorithms.py``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho import Divergence, constrained_risk
+    >>> class Hellinger(Divergence):  # phi and its conjugate; the generic solver does the rest
+    ...     def phi(self, t):
+    ...         return 2 * (t.sqrt() - 1) ** 2
+    ...     def conjugate(self, s):
+    ...         return torch.where(s < 2, 2 * s / (2 - s), torch.inf)
+    ...     def conjugate_gradient(self, s):
+    ...         return torch.where(s < 2, 4 / (2 - s) ** 2, torch.inf)
+    >>> risk = constrained_risk([0.0, 1.0, 3.0], Hellinger(), 0.1)
+    >>> round(risk.value.item(), 6), abs(risk.gap.item()) < 1e-9
+    (1.901433, True)
     """
 
     #: Whether a finite positive radius means something; False where D takes only the values 0 and infinity.
@@ -173,6 +190,15 @@ class CressieRead(Divergence):
     -----
     With ``base = 1 + (k - 1) s``: ``t = base^(1 / (k - 1))``, ``phi*'' = t / base`` and ``k phi = s t - (t - 1)``.
     Source: Cressie & Read (1984); Duchi & Namkoong, arXiv 1810.08750.
+
+    Examples
+    --------
+    >>> from drrho import ChiSquare, CressieRead, constrained_risk
+    >>> losses = [0.0, 1.0, 3.0]
+    >>> round(constrained_risk(losses, CressieRead(0.5), 0.1).value.item(), 6)  # Hellinger
+    1.901433
+    >>> constrained_risk(losses, CressieRead(2.0), 0.1).value == constrained_risk(losses, ChiSquare(), 0.1).value
+    tensor(True)
     """
 
     order: float
@@ -252,7 +278,15 @@ class CressieRead(Divergence):
 
 @dataclass(frozen=True)
 class KL(Divergence):
-    """Kullback-Leibler: ``phi(t) = t log t - t + 1``, so ``D(p || q) = sum_i p_i log(p_i / q_i)``."""
+    """Kullback-Leibler: ``phi(t) = t log t - t + 1``, so ``D(p || q) = sum_i p_i log(p_i / q_i)``.
+
+    Examples
+    --------
+    >>> from drrho import KL, penalized_risk
+    >>> risk = penalized_risk([0.0, 1.0, 3.0], KL(), strength=1.0)  # log mean exp, and softmax weights
+    >>> round(risk.value.item(), 6), [round(weight, 3) for weight in risk.weights.tolist()]
+    (2.071234, [0.042, 0.114, 0.844])
+    """
 
     has_exponential_weights = True
 
@@ -298,7 +332,15 @@ class KL(Divergence):
 
 @dataclass(frozen=True)
 class ChiSquare(Divergence):
-    """Chi-square: ``phi(t) = (t - 1)^2 / 2``; half of Pearson's statistic divided by n."""
+    """Chi-square: ``phi(t) = (t - 1)^2 / 2``; half of Pearson's statistic divided by n.
+
+    Examples
+    --------
+    >>> from drrho import ChiSquare, constrained_risk
+    >>> risk = constrained_risk([0.0, 1.0, 3.0], ChiSquare(), radius=0.1)
+    >>> round(risk.value.item(), 6), [round(weight, 3) for weight in risk.weights.tolist()]
+    (1.891107, [0.174, 0.293, 0.533])
+    """
 
     @property
     def cressie_read_order(self) -> float:
@@ -349,6 +391,13 @@ class TotalVariation(Divergence):
 
     The ball of radius r moves the mass of the r smallest losses to the largest:
     ``r max + (1 - r) CVaR_{1 - r}``; the penalty replaces every loss by ``max(loss, max - strength)``.
+
+    Examples
+    --------
+    >>> from drrho import TotalVariation, constrained_risk
+    >>> risk = constrained_risk([0.0, 1.0, 3.0], TotalVariation(), radius=0.1)  # a tenth of the mass moves
+    >>> [round(weight, 3) for weight in risk.weights.tolist()]
+    [0.233, 0.333, 0.433]
     """
 
     @property
@@ -416,6 +465,12 @@ class CVaR(_Capped):
         The tail fraction in (0, 1]: the risk is the mean of the worst ``alpha * n`` losses, the boundary
         loss counted by its fraction (Rockafellar & Uryasev 2000). ``alpha = k / n`` is the mean of the top k.
         D is 0 or infinite, so a radius has no effect. The value is differentiable in a tensor ``alpha``.
+
+    Examples
+    --------
+    >>> from drrho import CVaR, constrained_risk
+    >>> constrained_risk([0.0, 1.0, 3.0, 8.0], CVaR(alpha=0.5)).value.item()  # the mean of the worst half
+    5.5
     """
 
     has_radius = False
@@ -454,6 +509,13 @@ class CappedKL(_Capped):
     ----------
     alpha : float or tensor broadcasting to the leading dimensions of the losses
         The tail fraction in (0, 1]. The value is differentiable in a tensor ``alpha``.
+
+    Examples
+    --------
+    >>> from drrho import CappedKL, penalized_risk
+    >>> risk = penalized_risk([0.0, 1.0, 3.0, 8.0], CappedKL(alpha=0.5), strength=1.0)  # no weight above 2 / n
+    >>> [round(weight, 3) for weight in risk.weights.tolist()]
+    [0.021, 0.057, 0.422, 0.5]
     """
 
     def phi(self, t: Tensor) -> Tensor:

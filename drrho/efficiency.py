@@ -29,6 +29,18 @@ from drrho.statements import (
     right_side,
 )
 
+__all__ = [
+    "SampleSize",
+    "crossover_samples",
+    "duchi_namkoong_oracle",
+    "exactness_probability",
+    "excess_over_best",
+    "excess_over_reference",
+    "oracle_inequality",
+    "samples_to_match_reference",
+    "samples_under_bernstein_condition",
+]
+
 _MINIMIZER = (
     "independent samples of one law",
     "theta~ minimizes F_rho over the whole class; an optimization error is to be added",
@@ -102,6 +114,13 @@ def oracle_inequality(
     ------
     ValueError
         For an argument outside its interval, or a rho too small for any confidence.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import oracle_inequality
+    >>> bound = oracle_inequality(n=10_000, value_range=1.0, standard_deviation=0.1, risk=0.2, models=100)
+    >>> round(bound.value, 4)  # the best model's risk is 0.2
+    0.2105
     """
     union = _model_class(models, log_models, resolution, reference_independent)
     if union.shift > 0 and union.pairs:
@@ -204,6 +223,13 @@ def duchi_namkoong_oracle(
     ------
     ValueError
         For an argument outside its interval, or n or rho below the theorem's minimum.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import duchi_namkoong_oracle, oracle_inequality
+    >>> known = {"n": 10_000, "value_range": 1.0, "standard_deviation": 0.1, "risk": 0.2, "models": 100}
+    >>> duchi_namkoong_oracle(**known).value > oracle_inequality(**known).value
+    True
     """
     union = _model_class(models, log_models, resolution)
     sigma = as_number(standard_deviation, "standard_deviation", "is that of the (excess) loss of theta", inclusive=True)
@@ -256,6 +282,15 @@ def excess_over_best(
         Whether there is a reference, independent of the sample.
     n, rho, delta, models, log_models, estimated
         As for `oracle_inequality`.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import excess_over_best
+    >>> known = {"n": 10_000, "loss_range": 1.0, "models": 100}
+    >>> round(excess_over_best(standard_deviation=0.5, reference=False, **known).value, 4)
+    0.0393
+    >>> round(excess_over_best(standard_deviation=0.1, reference=True, **known).value, 4)  # of the excess loss
+    0.0138
     """
     length = as_number(loss_range, "loss_range", "is the length of an interval that holds all losses")
     bound = oracle_inequality(
@@ -308,6 +343,12 @@ def excess_over_reference(
     ------
     ValueError
         As for `oracle_inequality`.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import excess_over_reference
+    >>> round(excess_over_reference(n=10_000, value_range=(-1, 1), models=100).value, 4)
+    0.0047
     """
     union = _model_class(models, log_models, resolution, reference_independent)
     length = range_length(value_range)
@@ -344,6 +385,12 @@ def exactness_probability(*, rho: float, n: int, value_range: ValueRange, standa
     ------
     ValueError
         If rho is larger than that.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import exactness_probability
+    >>> round(exactness_probability(rho=1.0, n=10_000, value_range=1.0, standard_deviation=0.3).value, 4)
+    1.0
     """
     rho = as_number(rho, "rho", "is n times the radius of the ball", inclusive=True)
     sigma = as_number(standard_deviation, "standard_deviation", "is that of the law")
@@ -378,6 +425,13 @@ class SampleSize:
         As for `drrho.bounds.Bound`.
     inputs : mapping of str to float
         The numbers from which ``samples`` is computed.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import samples_to_match_reference
+    >>> size = samples_to_match_reference(1_000_000, loss_range=1.0, models=100)
+    >>> size.samples < 1_000_000, size.status.value
+    (True, 'theory')
     """
 
     samples: float
@@ -425,6 +479,13 @@ def crossover_samples(
         Those of ``loss(theta*)`` and of ``loss(theta*) - loss(theta_ref)``.
     delta, models, log_models, estimated
         As for `oracle_inequality`.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import crossover_samples
+    >>> size = crossover_samples(loss_range=1.0, standard_deviation=0.5, excess_standard_deviation=0.1, models=100)
+    >>> size.samples
+    135
     """
     union = _model_class(models, log_models)
     length = as_number(loss_range, "loss_range", "is the length of an interval that holds all losses")
@@ -561,6 +622,13 @@ def samples_under_bernstein_condition(
         Target f in (0, 1]: the minimizer's excess risk as a fraction of the reference's.
     delta, models, log_models
         As for `oracle_inequality`.
+
+    Examples
+    --------
+    >>> from drrho.efficiency import samples_under_bernstein_condition
+    >>> size = samples_under_bernstein_condition(0.01, bernstein_constant=1.0, loss_range=1.0, models=100)
+    >>> round(size.samples)
+    28761
     """
     excess = as_number(reference_excess, "reference_excess", "is R(theta_ref) - R*")
     b0 = as_number(bernstein_constant, "bernstein_constant", "bounds variance over excess risk")

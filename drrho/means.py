@@ -19,6 +19,8 @@ from drrho.statements import (
 )
 from drrho.validation import ArrayLike
 
+__all__ = ["mean_bound"]
+
 METHODS = ("auto", "betting", "smaller", "bernstein", "hoeffding")
 
 _SOURCES = {

@@ -106,6 +106,13 @@ class Moments(_CentralSums):
     """Moments of one row of losses: mean, central sums, extremes and how often they are attained.
 
     :func:`moments` computes them, and :func:`merge` combines two of them.
+
+    Examples
+    --------
+    >>> from drrho.moments import moments
+    >>> found = moments([0.0, 0.0, 3.0])
+    >>> found.mean, round(found.variance, 6), round(found.skewness, 6), found.ties_at_minimum
+    (1.0, 3.0, 0.707107, 2)
     """
 
     pairs = ((0, 0),)
@@ -186,6 +193,13 @@ class PairedMoments(_CentralSums):
 
     The excess has its own channel, because V(l) + V(r) - 2 Cov(l, r) cancels where the reference is close.
     :func:`paired_moments` computes them, :func:`merge` combines two of them, and :func:`gather` those of all ranks.
+
+    Examples
+    --------
+    >>> from drrho.moments import paired_moments
+    >>> found = paired_moments([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])
+    >>> abs(found.losses.mean - found.reference.mean - found.excess.mean) < 1e-12
+    True
     """
 
     pairs = ((0, 0), (1, 1), (2, 2), (0, 1))
@@ -232,6 +246,13 @@ def moments(losses: ArrayLike) -> Moments:
         If there is no entry, or one is NaN, infinite or above 2^1021.
     TypeError
         For integer tensors.
+
+    Examples
+    --------
+    >>> from drrho.moments import moments
+    >>> found = moments([1.0, 2.0, 4.0, 5.0])
+    >>> found.count, found.mean, found.variance, found.maximum
+    (4, 3.0, 3.3333333333333335, 5.0)
     """
     row = _row(losses, "losses")
     return reduce(merge, (Moments.of(_block(part)[None]) for part in row.split(CHUNK)))
@@ -251,6 +272,13 @@ def paired_moments(losses: ArrayLike, reference_losses: ArrayLike) -> PairedMome
         If the shapes differ, there is no entry, or one is NaN, infinite or above 2^1021.
     TypeError
         For integer tensors.
+
+    Examples
+    --------
+    >>> from drrho.moments import paired_moments
+    >>> found = paired_moments([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])
+    >>> round(found.losses.variance, 4), round(found.excess.variance, 4)
+    (2.3333, 0.3333)
     """
     target, reference = as_pair(losses, reference_losses)
     parts = zip(target.split(CHUNK), reference.split(CHUNK), strict=True)
@@ -268,6 +296,13 @@ def merge(a: _State, b: _State) -> _State:
     ------
     TypeError
         If one is paired and the other is not.
+
+    Examples
+    --------
+    >>> from drrho.moments import merge, moments
+    >>> first, second = moments([1.0, 2.0]), moments([4.0, 5.0])  # of two batches
+    >>> merge(first, second).variance == moments([1.0, 2.0, 4.0, 5.0]).variance
+    True
     """
     if type(a) is not type(b):
         raise TypeError(f"moments of one kind can be merged, got {type(a).__name__} and {type(b).__name__}")
@@ -289,6 +324,15 @@ def gather(state: _State, group: Group = None) -> _State:
 
     Every rank of the group calls this function with its own state, which may be ``empty()``, and all get the same bits.
     The ranks exchange vectors of float64, in which counts and exponents are exact.
+
+    Examples
+    --------
+    >>> import torch.distributed as dist
+    >>> from drrho.moments import gather, moments
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more ranks
+    >>> gather(moments([1.0, 2.0])).count
+    2
+    >>> dist.destroy_process_group()
     """
     sent = torch.from_numpy(state.packed())
     if dist.get_backend(group) == "nccl":

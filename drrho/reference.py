@@ -6,6 +6,8 @@ from torch import Tensor
 
 from drrho.validation import ArrayLike, as_losses
 
+__all__ = ["excess_losses"]
+
 
 def excess_losses(losses: ArrayLike, reference_losses: ArrayLike, coefficient: float = 1.0) -> Tensor:
     """Return ``losses - coefficient * reference_losses``, the RHO losses of Wei et al. (ICML 2025).
@@ -26,6 +28,12 @@ def excess_losses(losses: ArrayLike, reference_losses: ArrayLike, coefficient: f
         infinite, or the coefficient is not finite.
     TypeError
         For integer tensors.
+
+    Examples
+    --------
+    >>> from drrho import excess_losses
+    >>> excess_losses([2.0, 2.0, 2.0], [0.5, 1.0, 4.0]).tolist()  # the third sample is hard for the reference, too
+    [1.5, 1.0, -2.0]
     """
     target = as_losses(losses, "losses")
     reference = as_losses(reference_losses, "reference_losses").detach()

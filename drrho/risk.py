@@ -28,6 +28,8 @@ from drrho.validation import (
     refuse_not_finite,
 )
 
+__all__ = ["RobustRisk", "constrained_risk", "drrho_risk", "hybrid_risk", "penalized_risk"]
+
 
 class RobustRisk(NamedTuple):
     """A robust risk and what certifies it; every field but ``weights`` has the leading shape of the losses.
@@ -51,6 +53,15 @@ class RobustRisk(NamedTuple):
     gap : Tensor
         Dual value at (threshold, strength) minus primal value at ``weights``: an upper bound on the error, of the
         order of rounding. Detached.
+
+    Examples
+    --------
+    >>> from drrho import ChiSquare, constrained_risk
+    >>> risk = constrained_risk([0.0, 1.0, 3.0], ChiSquare(), radius=0.1)
+    >>> [round(getattr(risk, name).item(), 4) for name in ("value", "premium", "threshold", "strength")]
+    [1.8911, 0.5578, 1.3333, 2.7889]
+    >>> abs(risk.gap.item()) < 1e-12  # what the value can be wrong by
+    True
     """
 
     value: Tensor
@@ -144,6 +155,13 @@ def penalized_risk(
     ------
     ValueError, TypeError, RuntimeError
         As for `constrained_risk`.
+
+    Examples
+    --------
+    >>> from drrho import KL, penalized_risk
+    >>> risk = penalized_risk([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]], KL(), strength=0.5)  # two rows of losses
+    >>> [round(value, 4) for value in risk.value.tolist()]
+    [2.461, 2.0]
     """
     rows = as_losses(losses, "losses", finite=False)
     price = as_parameter(strength, "strength", "is the price of D_phi(p || q)", rows)
@@ -181,6 +199,15 @@ def hybrid_risk(
     -----
     KL with both is the constrained problem of Qi et al. (2023) and of Yang, opt4ml.org, section 6.5 (whose dual
     has ``tau * radius`` and so differs by the constant ``strength * radius``).
+
+    Examples
+    --------
+    >>> from drrho import KL, hybrid_risk
+    >>> losses = [0.0, 1.0, 3.0]
+    >>> round(hybrid_risk(losses, KL(), radius=0.1, strength=0.5).value.item(), 4)  # the ball holds the weights
+    1.8491
+    >>> round(hybrid_risk(losses, KL(), radius=9.0, strength=0.5).value.item(), 4)  # the penalty alone does
+    2.461
     """
     rows = as_losses(losses, "losses", finite=False)
     bound = as_parameter(radius, "radius", "bounds D_phi(p || q)", rows)
@@ -218,6 +245,14 @@ def drrho_risk(
     ------
     ValueError, TypeError
         As for `constrained_risk` and `excess_losses`, or if not exactly one of rho and radius is given.
+
+    Examples
+    --------
+    >>> from drrho import ChiSquare, drrho_risk
+    >>> losses, reference_losses = [2.0, 2.0, 2.0], [0.5, 1.0, 4.0]
+    >>> risk = drrho_risk(losses, reference_losses, ChiSquare(), rho=0.3)
+    >>> round(risk.value.item(), 4), [round(weight, 3) for weight in risk.weights.tolist()]
+    (0.8579, [0.462, 0.414, 0.124])
     """
     if (rho is None) == (radius is None) and (rho is not None or divergence.has_radius):
         raise ValueError(f"give exactly one of rho (radius * n) and radius, got rho={rho} and radius={radius}")

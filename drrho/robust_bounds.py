@@ -18,6 +18,8 @@ from drrho.risk import constrained_risk, penalized_risk
 from drrho.statements import Bound, Sample, ValueRange, as_interval, compared, guarantee, level, range_length
 from drrho.validation import ArrayLike
 
+__all__ = ["robust_risk_bound"]
+
 _SHARE = 4  # of the order statistics, one in this many, from the top: where binomial tails are sharper than DKW
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from drrho.ranks import Group, row_counts
 from drrho.validation import ArrayLike, as_index
 
+__all__ = ["BatchIndex"]
+
 
 class BatchIndex:
     """The samples of a batch, those of every rank, as the host of each rank knows them.

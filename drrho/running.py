@@ -19,6 +19,15 @@ from drrho.routes import BatchIndex, Route
 from drrho.sharded import ShardedRows, mean_over_repeats
 from drrho.validation import ArrayLike
 
+__all__ = [
+    "RunningEstimates",
+    "RunningThresholds",
+    "adaptive_log_rates",
+    "cosine_gamma",
+    "moving_average",
+    "published_final_gamma",
+]
+
 
 class RunningEstimates:
     """``log u`` for n samples and the two directions (image to text, text to image).
@@ -154,6 +163,15 @@ class RunningThresholds:
     ----------
     samples, device, group
         As for `RunningEstimates`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.running import RunningThresholds
+    >>> thresholds = RunningThresholds(4)
+    >>> thresholds.update([2, 0], (torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.0])))
+    >>> thresholds.lookup([0, 2])[0].tolist()
+    [-1.0, 0.5]
     """
 
     def __init__(self, samples: int, device: torch.device | str = "cpu", group: Group = None) -> None:
@@ -200,6 +218,16 @@ def moving_average(log_u: Tensor, log_g: Tensor, log_rate: Tensor | float, log_k
 
     Rate and ``1 - rate`` are both passed as logarithms, since neither can be computed from the other without loss of
     precision when it is close to zero.
+
+    Examples
+    --------
+    >>> import math
+    >>> import torch
+    >>> from drrho.running import moving_average
+    >>> log_u = torch.tensor([0.0, -torch.inf])  # the second was never visited
+    >>> log_g = torch.tensor([3.0, 2.0]).log()
+    >>> [round(u, 6) for u in moving_average(log_u, log_g, math.log(0.5), math.log(0.5)).exp().tolist()]
+    [2.0, 2.0]
     """
     return torch.where(log_u == -torch.inf, log_g, torch.logaddexp(log_keep + log_u, log_rate + log_g))
 
@@ -213,6 +241,14 @@ def adaptive_log_rates(log_u: Tensor, log_step: Tensor | float) -> tuple[Tensor,
     rate is one, and the logarithms are 0 and ``-inf``.
 
     Source: Wei et al. (2026), arXiv 2602.02877.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.running import adaptive_log_rates
+    >>> log_rate, log_keep = adaptive_log_rates(torch.tensor([0.0, 2.0]), 0.0)
+    >>> [round(rate, 3) for rate in log_rate.exp().tolist()]  # a larger estimate moves faster
+    [0.5, 0.881]
     """
     never = log_u == -torch.inf
     log_rate = logsigmoid(log_u + log_step).masked_fill(never, 0.0)
@@ -220,7 +256,14 @@ def adaptive_log_rates(log_u: Tensor, log_step: Tensor | float) -> tuple[Tensor,
 
 
 def cosine_gamma(epoch: int, epochs: int, final: float) -> float:
-    """Return the rate of an epoch: a cosine decay from 1 in the first epoch to ``final`` in the last."""
+    """Return the rate of an epoch: a cosine decay from 1 in the first epoch to ``final`` in the last.
+
+    Examples
+    --------
+    >>> from drrho.running import cosine_gamma
+    >>> [round(cosine_gamma(epoch, 5, 0.2), 2) for epoch in range(5)]
+    [1.0, 0.88, 0.6, 0.32, 0.2]
+    """
     if not 0 < final <= 1:
         raise ValueError(f"final gamma must lie in (0, 1], got {final}")
     if not 0 <= epoch < epochs:
@@ -233,6 +276,12 @@ def published_final_gamma(epochs: int) -> float:
     """Return the published final rate for training over that many epochs, ``min(1, 4.177 epochs^-0.7265)``.
 
     Source: the DRRho-CLIP release (Wei et al., ICML 2025).
+
+    Examples
+    --------
+    >>> from drrho.running import published_final_gamma
+    >>> round(published_final_gamma(30), 3)
+    0.353
     """
     if epochs < 1:
         raise ValueError(f"epochs must be >= 1, got {epochs}")

@@ -31,6 +31,8 @@ from drrho.ranks import Group, first_row, gathered, row_counts
 from drrho.tiles import ROWS, TILE
 from drrho.validation import ArrayLike, as_losses, checks_are_deferred, refuse_not_finite
 
+__all__ = ["PairFeatures", "joint_selection", "joint_selection_from_features", "pair_losses", "sample", "top_k"]
+
 
 def top_k(scores: ArrayLike, k: int, *, group: Group = None) -> Tensor:
     """Return the indices of the k largest scores, int64 ``[..., k]``, largest first; ties in the order of indices.
@@ -144,6 +146,16 @@ class PairFeatures(NamedTuple):
 
     The logits are ``<image_i, text_j> / temperature + bias``, in float32 or wider. The softmax loss does not depend on
     the bias.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.selection import PairFeatures, pair_losses
+    >>> features = normalize(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    >>> pairs = PairFeatures(features[0], features[1], temperature=0.1)
+    >>> pair_losses(pairs).shape
+    torch.Size([6])
     """
 
     image: Tensor
@@ -296,6 +308,17 @@ def joint_selection_from_features(
     ------
     ValueError, TypeError
         As for `joint_selection`, and for features whose shapes differ or which give NaN or infinite scores.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.selection import PairFeatures, joint_selection_from_features
+    >>> features = normalize(torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    >>> target, reference = PairFeatures(*features[:2], 0.1), PairFeatures(*features[2:], 0.1)
+    >>> chosen = joint_selection_from_features(target, reference, 4, chunks=2, seed=0)
+    >>> len(set(chosen.tolist()))  # four different pairs of the eight
+    4
     """
     noise = _noise(seed, temperature)
     pair_loss = _loss(loss)

@@ -15,12 +15,23 @@ from torch import Tensor
 from drrho.reference import excess_losses
 from drrho.validation import ArrayLike, as_row
 
+__all__ = ["Bound", "Status"]
+
 #: The length of an interval that holds every loss, or the interval itself, (low, high).
 ValueRange: TypeAlias = float | tuple[float, float] | list[float]
 
 
 class Status(str, Enum):
-    """How far a number can be trusted."""
+    """How far a number can be trusted.
+
+    Examples
+    --------
+    >>> from drrho.bounds import empirical_bernstein, mean_coverage
+    >>> empirical_bernstein([0.0, 1.0] * 50, value_range=(0, 1)).status.value
+    'guarantee'
+    >>> mean_coverage(1.353).status.value
+    'asymptotic'
+    """
 
     GUARANTEE = "guarantee"  # proven for every n under the printed assumptions, computed from data alone
     PLUG_IN = "plug-in"  # a proven formula with an estimate in place of a population quantity: no guarantee
@@ -50,6 +61,13 @@ class Bound:
         Reference for the proof.
     method : str
         Which of several methods gave the bound; empty where there is one.
+
+    Examples
+    --------
+    >>> from drrho.bounds import empirical_bernstein
+    >>> bound = empirical_bernstein([0.0, 1.0] * 50, value_range=(0, 1))
+    >>> round(bound.value, 4), bound.confidence, round(sum(bound.terms.values()), 4)
+    (0.6906, 0.95, 0.6906)
     """
 
     value: float

@@ -46,6 +46,8 @@ from drrho.risk import penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
 from drrho.validation import ArrayLike, as_losses, as_parameter, refuse
 
+__all__ = ["CompositionalStep", "Multilevel", "compositional_risk", "dual_losses"]
+
 
 def dual_losses(
     losses: ArrayLike,
@@ -261,6 +263,14 @@ class CompositionalStep(NamedTuple):
         derivative with respect to a loss is ``exp(loss / strength - log u) / b``. These sum to ``g / u``, not to one.
     log_u : Tensor ``[...]``
         The state after the step, detached: pass it to the next one, save it as a plain tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.stochastic import compositional_risk
+    >>> step = compositional_risk([1.0, 2.0], torch.tensor(-torch.inf), strength=1.0, gamma=0.9)  # the first batch
+    >>> round(step.value.item(), 4), round(step.log_u.item(), 4)
+    (1.6201, 1.6201)
     """
 
     value: Tensor
@@ -365,5 +375,5 @@ def _blocks(batch: Tensor, size: int) -> Tensor:
 
 def _per_row(value: ArrayLike, name: str, meaning: str, losses: Tensor) -> Tensor:
     """Return a number of either sign per row of losses ``[..., b]``, as ``[..., 1]`` in their dtype."""
-    number = torch.tensor(value, dtype=torch.float64) if isinstance(value, float | int) else value
+    number = torch.tensor(value, dtype=torch.float64) if isinstance(value, (float, int)) else value
     return as_parameter(number, name, meaning, losses).to(losses)[..., None]

@@ -24,6 +24,8 @@ from drrho.routes import BatchIndex
 from drrho.sharded import ShardedRows, fault_of_values, mean_over_repeats
 from drrho.validation import ArrayLike, checks_are_deferred
 
+__all__ = ["GlobalTemperature", "IndividualTemperatures"]
+
 _LARGEST = torch.finfo(torch.float32).max
 
 

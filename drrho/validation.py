@@ -13,6 +13,8 @@ from torch import Tensor
 
 from drrho.ranks import Group
 
+__all__ = ["deferred_checks"]
+
 #: What is accepted as losses: a tensor, an array, or numbers in nested sequences.
 ArrayLike: TypeAlias = "Tensor | np.ndarray | float | Sequence[ArrayLike]"
 

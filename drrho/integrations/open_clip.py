@@ -18,9 +18,24 @@ from drrho.contrastive import contrastive_risk, info_nce
 from drrho.integrations.sample_numbers import numbered
 from drrho.tiles import TensorPair
 
+__all__ = ["Features", "SteeredClipLoss", "steer"]
+
 
 class Features(Protocol):
-    """A reference's features of a data set, such as the ones that `run.py cache-reference` computes once."""
+    """A reference's features of a data set, such as the ones that `run.py cache-reference` computes once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Stored:
+    ...     def __init__(self, image, text):
+    ...         self.image, self.text = image, text
+    ...     def rows(self, index):
+    ...         return self.image[index], self.text[index]
+    >>> reference: Features = Stored(torch.eye(4), torch.eye(4))
+    >>> reference.rows(torch.tensor([2, 0]))[0].tolist()
+    [[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    """
 
     def rows(self, index: Tensor) -> TensorPair:
         """Return image and text features ``[b, d]``, of unit length, of samples ``index`` ``[b]``."""
@@ -44,6 +59,17 @@ class SteeredClipLoss(nn.Module):
         Factor c of the reference's margins.
     world_size : int
         Number of ranks; above 1, those of the default process group.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn.functional import normalize
+    >>> from drrho.integrations.open_clip import SteeredClipLoss
+    >>> image, text = normalize(torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    >>> loss = SteeredClipLoss()
+    >>> loss.tell((image, image))  # a reference that takes every image for its text's
+    >>> round(loss(image, text, 10.0).item(), 3)
+    14.943
     """
 
     def __init__(self, *, divergence: Divergence | None = None, coefficient: float = 1.0, world_size: int = 1) -> None:
@@ -150,6 +176,19 @@ def steer(
     ValueError, TypeError
         For a loss that cannot be steered, no reference, features of another number of samples, or a loader that does
         not tell its samples apart.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> import torch
+    >>> from open_clip.loss import ClipLoss
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from drrho.integrations.open_clip import steer
+    >>> data = SimpleNamespace(dataloader=DataLoader(TensorDataset(torch.eye(4), torch.eye(4)), batch_size=2))
+    >>> reference = SimpleNamespace(rows=lambda index: (torch.eye(4)[index], torch.eye(4)[index]))
+    >>> loss = steer(ClipLoss(), data, reference)
+    >>> [round(loss(image, text, 10.0).item(), 3) for image, text in data.dataloader]
+    [0.693, 0.693]
     """
     kind = type(loss).__name__
     if kind not in ("ClipLoss", "DistillClipLoss"):

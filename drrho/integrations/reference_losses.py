@@ -23,6 +23,8 @@ from drrho.integrations.pages import AGAIN, Pages, checksums_of
 from drrho.integrations.reference_writing import HEADER, Batch, compute, refuse_other
 from drrho.validation import ArrayLike, as_index
 
+__all__ = ["ReferenceLosses"]
+
 
 class ReferenceLosses:
     """Reads the losses of a folder that `compute` has written; a copy in another process opens it anew.
@@ -45,6 +47,18 @@ class ReferenceLosses:
     ------
     ValueError
         If the folder is incomplete or damaged, or is about something else, naming the key and both values.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> from drrho.integrations import ReferenceLosses
+    >>> samples = torch.arange(6.0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     batches = ((samples[rows].int(), samples[rows]) for rows in torch.arange(6).split(4))
+    ...     losses = ReferenceLosses.compute(folder, torch.square, batches, 6, about={"model": "square"})
+    ...     print(losses.lookup([5, 0]).tolist(), len(losses))
+    [25.0, 0.0] 6
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:

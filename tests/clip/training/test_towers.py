@@ -17,7 +17,13 @@ from experiments.clip.errors import Interrupted, UserError
 from experiments.clip.models.clip import new_model
 from experiments.clip.training.methods import OpenCLIP
 from experiments.clip.training.options import Execution, Optimization
-from experiments.clip.training.towers import Towers, precision_of, repeated_blocks, synchronize_batch_norm
+from experiments.clip.training.towers import (
+    Towers,
+    precision_of,
+    refuse_without_events,
+    repeated_blocks,
+    synchronize_batch_norm,
+)
 
 
 @pytest.mark.slow
@@ -176,6 +182,16 @@ def test_blocks_are_what_a_model_repeats(name, blocks):
     place = {block: number for number, block in enumerate(found)}
     assert all(place[inner] <= place[outer] for outer in found for inner in outer.modules() if inner in place)
     assert repeated_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))) == []
+
+
+def test_sharding_on_the_cpu_is_refused_by_a_torch_that_cannot(monkeypatch):
+    refuse_without_events(torch.device("cpu"))
+    monkeypatch.delattr(torch.cpu.Stream, "record_event")
+    refuse_without_events(torch.device("cuda"))
+    with pytest.raises(
+        UserError, match="--parallel fsdp needs a newer torch on the CPU than .*, or give --parallel ddp"
+    ):
+        refuse_without_events(torch.device("cpu"))
 
 
 def reduced_types(rank, folder):
