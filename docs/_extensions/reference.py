@@ -1,0 +1,64 @@
+"""Pages of the API from docstrings: a page names modules, and shows all their public names.
+
+    ```{modules} drrho.risk drrho.reference
+    ```
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[2]
+REQUEST = re.compile(r"^```\{modules\} ([\w. ]+)\n```$", re.MULTILINE)
+
+
+def public_names(module: str) -> list[str]:
+    """Return the functions and classes that a module defines for others, in its order, without importing it."""
+    path = ROOT / module.replace(".", "/")
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [node.name for node in ast.parse(source.read_text()).body if isinstance(node, kinds) and node.name[0] != "_"]
+
+
+def listing(module: str) -> str:
+    """Return a section of a page: the module's docstring, a table of its names, and each with its docstring."""
+    names = public_names(module)
+    lines = [f".. automodule:: {module}", ""]
+    if names:
+        lines += [f".. currentmodule:: {module}", "", ".. autosummary::", "   :nosignatures:", ""]
+        lines += [f"   {name}" for name in names] + [""]
+        for name in names:
+            kind = "class" if name[0].isupper() else "function"
+            lines += [f".. auto{kind}:: {name}", "   :members:" if kind == "class" else "", ""]
+    return f"## {module}\n\n```{{eval-rst}}\n" + "\n".join(lines) + "\n```\n"
+
+
+def show(app: Sphinx, name: str, source: list[str]) -> None:
+    source[0] = REQUEST.sub(lambda match: "\n".join(map(listing, match[1].split())), source[0])
+
+
+def not_ours(app: Sphinx, what: str, name: str, member: object, *_: object) -> bool | None:
+    """Leave out what is made for a class: methods with which scikit-learn routes metadata, fields of named tuples."""
+    made = re.fullmatch(r"set_\w+_request", name) or type(member).__name__ == "_tuplegetter"
+    return True if made else None
+
+
+def as_text(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: object) -> None:
+    """Write the parameters of a signature, which Sphinx makes a list of definitions without terms, as text."""
+
+    def lines(match: re.Match[str]) -> str:
+        inner = match[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+        return f'<span class="sig-lines">{inner}</span>'
+
+    if "body" in context:
+        context["body"] = re.sub(r"(?<=\(</span>)<dl>(.*?)</dl>", lines, context["body"], flags=re.DOTALL)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("html-page-context", as_text)
+    app.connect("autodoc-skip-member", not_ours)
+    app.connect("source-read", show)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
