@@ -1,7 +1,7 @@
 """Pages of the API from docstrings: a page names modules, and shows all their public names.
 
-    ```{modules} drrho.risk drrho.reference
-    ```
+```{modules} drrho.risk drrho.reference
+```
 """
 
 import ast
@@ -37,6 +37,7 @@ def listing(module: str) -> str:
 
 
 def show(app: Sphinx, name: str, source: list[str]) -> None:
+    """Put the modules that a page asks for in their places."""
     source[0] = REQUEST.sub(lambda match: "\n".join(map(listing, match[1].split())), source[0])
 
 
@@ -58,6 +59,7 @@ def as_text(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: 
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect the pages of modules to Sphinx."""
     app.connect("html-page-context", as_text)
     app.connect("autodoc-skip-member", not_ours)
     app.connect("source-read", show)

@@ -6,8 +6,9 @@ A page asks for a Markdown file of the repository, or for one section of it, nam
     ```
 
 After the name, ``body`` leaves out the section's own heading, and ``alone`` its subsections; ``FILE#`` is what stands
-before the first section, and ``FILE below`` the whole as a section. A section's heading becomes one of the second level. Links are rewritten: to the page that
-shows what they lead to, to the picture, or to a copy of the file that can be downloaded.
+before the first section, and ``FILE below`` the whole as a section. A section's heading becomes one of the second level.
+Links are rewritten: to the page that shows what they lead to, to the picture, or to a copy of the file that can be
+downloaded.
 """
 
 import re
@@ -21,7 +22,9 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
-REQUEST = re.compile(r"^```\{repository\} (?P<path>[^\s#]+)(?P<anchor>#\S*)?(?P<words>( body| alone| below)*)\n```$", re.MULTILINE)
+REQUEST = re.compile(
+    r"^```\{repository\} (?P<path>[^\s#]+)(?P<anchor>#\S*)?(?P<words>( body| alone| below)*)\n```$", re.MULTILINE
+)
 HEADING = re.compile(r"(#+) (.*)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
@@ -63,9 +66,11 @@ class Request:
     body: bool
 
     def anchors(self) -> list[str]:
+        """Return the anchors of the headings that are shown, or whose text is."""
         return [slug(part.title) for part in self.parts if part.level]
 
     def text(self) -> str:
+        """Return the parts as Markdown, without their links rewritten."""
         lines: list[str] = []
         for place, part in enumerate(self.parts):
             if part.level and not (self.body and place == 0):
@@ -95,6 +100,7 @@ def request(path: str, anchor: str | None, words: list[str]) -> Request:
 
 
 def requests(text: str) -> list[Request]:
+    """Return all that a page asks for, in order."""
     return [request(m["path"], m["anchor"], m["words"].split()) for m in REQUEST.finditer(text)]
 
 
@@ -161,10 +167,12 @@ def show(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def collect(app: Sphinx) -> None:
+    """Look through all pages once, before the first is read."""
     app.repository_pages = Pages(Path(app.srcdir))  # type: ignore[attr-defined]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect the texts of the repository to Sphinx."""
     app.connect("builder-inited", collect)
     app.connect("source-read", show)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
