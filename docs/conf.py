@@ -18,7 +18,7 @@ extensions = [
 exclude_patterns = ["README.md", "_extensions"]
 myst_enable_extensions = ["dollarmath", "deflist", "attrs_block"]
 myst_heading_anchors = 4
-smartquotes = False
+smartquotes_action = "D"  # dashes alone
 highlight_language = "text"
 default_role = "py:obj"
 

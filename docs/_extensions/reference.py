@@ -9,7 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).parents[2]
 REQUEST = re.compile(r"^```\{modules\} ([\w. ]+)\n```$", re.MULTILINE)
@@ -58,8 +62,26 @@ def as_text(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: 
         context["body"] = re.sub(r"(?<=\(</span>)<dl>(.*?)</dl>", lines, context["body"], flags=re.DOTALL)
 
 
+def by_name(app: Sphinx, what: str, name: str, item: object, options: object, signature: str, returns: str) -> Any:
+    """Write type aliases by their names, where Sphinx has a placeholder of its own."""
+    return tuple(each and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", each) for each in (signature, returns))
+
+
+def of_the_package(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement) -> Any:
+    """Resolve ``drrho.NAME``, which the package takes from one of its modules."""
+    name = re.fullmatch(r"drrho\.(\w+)", node.get("reftarget", ""))
+    objects = env.get_domain("py").objects
+    found = [each for each in objects if name and re.fullmatch(rf"drrho\.\w+\.{name[1]}", each)]
+    if len(found) != 1:
+        return None
+    entry = objects[found[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the pages of modules to Sphinx."""
+    app.connect("autodoc-process-signature", by_name)
+    app.connect("missing-reference", of_the_package)
     app.connect("html-page-context", as_text)
     app.connect("autodoc-skip-member", not_ours)
     app.connect("source-read", show)

@@ -6,7 +6,7 @@ A page asks for a Markdown file of the repository, or for one section of it, nam
     ```
 
 After the name, ``body`` leaves out the section's own heading, and ``alone`` its subsections; ``FILE#`` is what stands
-before the first section, and ``FILE below`` the whole as a section. A section's heading becomes one of the second level.
+before the first section, and ``FILE below`` the whole as a section. Its heading becomes one of the second level.
 Links are rewritten: to the page that shows what they lead to, to the picture, or to a copy of the file that can be
 downloaded.
 """
