@@ -59,7 +59,7 @@ def as_text(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: 
         return f'<span class="sig-lines">{inner}</span>'
 
     if "body" in context:
-        context["body"] = re.sub(r"(?<=\(</span>)<dl>(.*?)</dl>", lines, context["body"], flags=re.DOTALL)
+        context["body"] = re.sub(r"(?<=\(</span>)\s*<dl>(.*?)</dl>", lines, context["body"], flags=re.DOTALL)
 
 
 def by_name(app: Sphinx, what: str, name: str, item: object, options: object, signature: str, returns: str) -> Any:
