@@ -194,6 +194,7 @@ def test_spelling():
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_code_on_the_pages_runs_and_says_what_is_true(capsys):
     names = {}
     for page in ("start.md", "concepts/duals.md"):
