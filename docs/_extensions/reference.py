@@ -22,9 +22,11 @@ REQUEST = re.compile(r"^```\{modules\} ([\w. ]+)\n```$", re.MULTILINE)
 def public_names(module: str) -> list[str]:
     """Return the functions and classes that a module defines for others, in its order, without importing it."""
     path = ROOT / module.replace(".", "/")
-    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    body = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()).body
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return [node.name for node in ast.parse(source.read_text()).body if isinstance(node, kinds) and node.name[0] != "_"]
+    names = [node.name for node in body if isinstance(node, kinds) and node.name[0] != "_"]
+    lists = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    return [name for name in names if not lists or name in ast.literal_eval(lists[0])]
 
 
 def listing(module: str) -> str:

@@ -6,9 +6,9 @@ A page asks for a Markdown file of the repository, or for one section of it, nam
     ```
 
 After the name, ``body`` leaves out the section's own heading, and ``alone`` its subsections; ``FILE#`` is what stands
-before the first section, and ``FILE below`` the whole as a section. Its heading becomes one of the second level.
-Links are rewritten: to the page that shows what they lead to, to the picture, or to a copy of the file that can be
-downloaded.
+before the first section, ``FILE below`` the whole as a section, and ``FILE rest`` all sections that no page asks for. A
+section's heading becomes one of the second level. Links are rewritten: to the page that shows what they lead to, to the
+picture, or to a copy of the file that can be downloaded.
 """
 
 import re
@@ -23,7 +23,7 @@ from sphinx.util import logging
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 REQUEST = re.compile(
-    r"^```\{repository\} (?P<path>[^\s#]+)(?P<anchor>#\S*)?(?P<words>( body| alone| below)*)\n```$", re.MULTILINE
+    r"^```\{repository\} (?P<path>[^\s#]+)(?P<anchor>#\S*)?(?P<words>( body| alone| below| rest)*)\n```$", re.MULTILINE
 )
 HEADING = re.compile(r"(#+) (.*)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -79,13 +79,26 @@ class Request:
         return "\n".join(lines).strip() + "\n"
 
 
-def request(path: str, anchor: str | None, words: list[str]) -> Request:
-    """Look up what is asked for, and refuse by name what does not exist."""
+def asked_for(folder: Path, path: str) -> set[str]:
+    """Return the anchors of the sections of a file that pages ask for by name."""
+    named = (found for page in folder.rglob("*.md") for found in REQUEST.finditer(page.read_text()))
+    return {found["anchor"][1:] for found in named if found["path"] == path and found["anchor"]}
+
+
+def request(found: re.Match[str], folder: Path) -> Request:
+    """Look up what a page asks for, and refuse by name what does not exist."""
+    path, anchor, words = found["path"], found["anchor"], found["words"].split()
     source = ROOT / path
     if not source.is_file():
         raise ExtensionError(f"{path} is not a file of the repository")
     parts = [part for part in sections(source.read_text()) if part.level or any(part.lines)]
     body = "body" in words
+    if "rest" in words:
+        elsewhere, kept, keep = asked_for(folder, path), [], False
+        for part in parts:
+            keep = part.level > 1 and (keep if part.level > 2 else slug(part.title) not in elsewhere)
+            kept += [part] if keep else []
+        return Request(path, kept, 0, False)
     if anchor is None:
         return Request(path, parts, -1 if "below" in words else 0, body)
     if anchor == "#":
@@ -99,9 +112,9 @@ def request(path: str, anchor: str | None, words: list[str]) -> Request:
     return Request(path, parts[first:last], parts[first].level - (1 if body else 2), body)
 
 
-def requests(text: str) -> list[Request]:
-    """Return all that a page asks for, in order."""
-    return [request(m["path"], m["anchor"], m["words"].split()) for m in REQUEST.finditer(text)]
+def requests(text: str, folder: Path) -> list[Request]:
+    """Return all that a page of a folder asks for, in order."""
+    return [request(found, folder) for found in REQUEST.finditer(text)]
 
 
 class Pages:
@@ -112,7 +125,7 @@ class Pages:
         self.anchors: dict[tuple[str, str], str] = {}
         for page in sorted(folder.rglob("*.md")):
             name = page.relative_to(folder).as_posix()
-            for asked in requests(page.read_text()):
+            for asked in requests(page.read_text(), folder):
                 self.files.setdefault(asked.path, name)
                 for anchor in asked.anchors():
                     self.anchors.setdefault((asked.path, anchor), name)
@@ -160,7 +173,7 @@ def show(app: Sphinx, name: str, source: list[str]) -> None:
     pages: Pages = app.repository_pages  # type: ignore[attr-defined]
 
     def text(match: re.Match[str]) -> str:
-        asked = request(match["path"], match["anchor"], match["words"].split())
+        asked = request(match, Path(app.srcdir))
         return pages.rewritten(asked.text(), asked.path, f"{name}.md")
 
     source[0] = REQUEST.sub(text, source[0])
