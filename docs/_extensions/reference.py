@@ -53,15 +53,16 @@ def not_ours(app: Sphinx, what: str, name: str, member: object, *_: object) -> b
     return True if made else None
 
 
-def as_text(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: object) -> None:
-    """Write the parameters of a signature, which Sphinx makes a list of definitions without terms, as text."""
+def as_read(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: object) -> None:
+    """Mend what a screen reader cannot make sense of: signatures that are lists without terms, headers without words."""
 
     def lines(match: re.Match[str]) -> str:
         inner = match[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
         return f'<span class="sig-lines">{inner}</span>'
 
     if "body" in context:
-        context["body"] = re.sub(r"(?<=\(</span>)\s*<dl>(.*?)</dl>", lines, context["body"], flags=re.DOTALL)
+        body = re.sub(r"(?<=\(</span>)\s*<dl>(.*?)</dl>", lines, context["body"], flags=re.DOTALL)
+        context["body"] = re.sub(r"<th[^>]*>\s*(<p>\s*</p>)?\s*</th>", "<td></td>", body)
 
 
 def by_name(app: Sphinx, what: str, name: str, item: object, options: object, signature: str, returns: str) -> Any:
@@ -84,7 +85,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the pages of modules to Sphinx."""
     app.connect("autodoc-process-signature", by_name)
     app.connect("missing-reference", of_the_package)
-    app.connect("html-page-context", as_text)
+    app.connect("html-page-context", as_read)
     app.connect("autodoc-skip-member", not_ours)
     app.connect("source-read", show)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
