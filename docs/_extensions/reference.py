@@ -54,7 +54,7 @@ def not_ours(app: Sphinx, what: str, name: str, member: object, *_: object) -> b
 
 
 def as_read(app: Sphinx, name: str, template: str, context: dict[str, Any], *_: object) -> None:
-    """Mend what a screen reader cannot make sense of: signatures that are lists without terms, headers without words."""
+    """Mend what a screen reader cannot read: signatures that are lists without terms, and headers without words."""
 
     def lines(match: re.Match[str]) -> str:
         inner = match[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
