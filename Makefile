@@ -13,7 +13,7 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo check test test-integrations test-lowest lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
+.PHONY: demo check test test-integrations test-lowest lint types fast-library fast-trainer figures linear docs bench-core bench-contrastive bench-clip gpu chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -77,6 +77,11 @@ fast-trainer: $(READY)
 # A script ends with 3 where nothing of its figure is measured yet, and says what would measure it.
 figures: $(READY)
 	@for figure in $(FIGURES); do $(BIN)/python paper_figures/$$figure.py || [ $$? -eq 3 ] || exit 1; done
+
+# Without network; a warning is an error. docs/README.md says why it is Sphinx, and how to check pages in a browser.
+docs: $(READY)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs outputs/docs
+	@echo "outputs/docs/index.html"
 
 linear: $(READY)
 	$(BIN)/python experiments/linear/run.py

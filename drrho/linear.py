@@ -95,7 +95,7 @@ _PARAMETERS = """
         Upper bound on the difference of risk plus penalty from its minimum, by Fenchel duality. Where ``l2 = 0`` and
         there is no minimum (the logistic loss of separable classes), from the infimum.
     n_iter_ : int
-        Number of Newton steps.
+        Number of Newton steps.{attributes}
 
     Notes
     -----
@@ -317,7 +317,7 @@ class DRRhoRegressor(RegressorMixin, _LinearModel):  # noqa: D101 (put together 
 
     Parameters
     ----------"""
-        + _PARAMETERS.format(methods="``predict``")
+        + _PARAMETERS.format(methods="``predict``", attributes="")
         + """
     Examples
     --------
@@ -421,11 +421,10 @@ class DRRhoClassifier(ClassifierMixin, _LinearModel):  # noqa: D101 (put togethe
         Of two classes with labels -1 and 1: ``log(1 + exp(-y f))``, ``max(0, 1 - y f)``, ``(y - f)^2``. Of more: the
         cross-entropy of softmax, or the sum of the binary losses over one-against-rest labels."""
         + _PARAMETERS.format(
-            methods="``predict_log_proba`` (logistic loss) or\n        ``decision_function`` and the same classes"
+            methods="``predict_log_proba`` (logistic loss) or\n        ``decision_function`` and the same classes",
+            attributes="\n    classes_ : ndarray\n        The labels, sorted.",
         )
         + """
-    classes_ : ndarray
-
     Examples
     --------
     >>> from sklearn.datasets import load_breast_cancer
