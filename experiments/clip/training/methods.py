@@ -238,19 +238,8 @@ def sigmoid_loss(image: Tensor, text: Tensor, head: Head, counts: Sequence[int],
     return torch.stack([again(texts, own=number == rank) for number, texts in enumerate(rows)]).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-class GIST(_Stateless):
+class GIST(OpenCLIP):
     """InfoNCE at the model's temperature without the negatives that the reference finds closer than the pair itself."""
-
-    takes: ClassVar[frozenset[str]] = frozenset()
-    learns_scale = True
-
-    def __init__(self, group: Group = None) -> None:
-        self._group = group
-
-    @classmethod
-    def from_options(cls, options: Loss, context: Context) -> GIST:
-        """Build the method."""
-        return cls(context.ranks.group)
 
     def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the loss of the batch of all ranks; each rank compares its anchors with all candidates."""
@@ -263,10 +252,6 @@ class GIST(_Stateless):
         share = RankSum(found.left_out, lambda count: count / max(1, 2 * pairs * (pairs - 1)))
         log: dict[str, Number] = {"temperature": tau, "negatives_left_out": share}
         return MethodLoss(found.part + (total - found.part.detach()), log)
-
-    def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
-        """Return the model's temperature."""
-        return 1 / head.scale.detach(), 0.0
 
 
 class ConstantTemperature:
