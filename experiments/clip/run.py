@@ -94,6 +94,16 @@ COMMANDS = {
         "glyphs.options:GlyphTasks",
         "glyphs.tasks:run_glyph_tasks",
     ),
+    "icon-tasks": Command(
+        "Write the held-out icons, emoji and stamps as zero-shot tasks in CLIP_benchmark's layout.",
+        "icons.options:IconTasks",
+        "icons.tasks:run_icon_tasks",
+    ),
+    "search": Command(
+        "Show the icons, or pictures of a catalog, that a model finds for a description or a picture.",
+        "icons.options:Search",
+        "icons.search:run_search",
+    ),
     "study": Command(
         "Run grids of trainings, one line of results for each; more processes, started alike, share the work.",
         "study.options:Study",

@@ -149,6 +149,7 @@ def test_a_model_with_a_logit_bias_trains_on_ranks_by_any_method(method, glyph_c
         ("--method", "openclip"),
         ("--divergence", "chi-square"),
         ("--method", "two-level"),
+        ("--method", "gist"),
     ],
 )
 def test_a_rank_of_which_no_pair_is_chosen_takes_part(words, tmp_path):
@@ -161,7 +162,7 @@ def test_a_rank_of_which_no_pair_is_chosen_takes_part(words, tmp_path):
     options = ("--catalog", tmp_path / "catalog", "--epochs", "1", "--batch-size", "2", "--log-every", "1", *words)
     options = (*options, "--validations", "1", "--lr", "1e-4", "--select", "rho-top-k", "--candidates", "2")
     options = (*options, "--model", "glyph-small", "--reference", SHIPPED_REFERENCE, "--warmup", "50", "--workers", "0")
-    options = options if "openclip" in words else (*options, "--temperature", "0.1")
+    options = options if {"openclip", "gist"} & set(words) else (*options, "--temperature", "0.1")
     for ranks in (1, 2):
         statuses, errors = start(ranks, *options, "--out", tmp_path / f"out{ranks}", "--accumulation", ranks)
         assert statuses == [0] * ranks, errors

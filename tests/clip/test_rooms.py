@@ -21,7 +21,7 @@ ALLOWED = {
     "training": {"io", "data", "models"},
     "cli": {"io", "catalog", "data", "models", "reference", "evaluation", "training"},
     "glyphs": {"io", "catalog", "data", "models", "reference", "evaluation", "cli"},
-    "icons": {"io", "cli", "glyphs"},
+    "icons": {"io", "models", "cli", "glyphs"},
     "study": {"io", "models", "training", "cli", "glyphs"},
 }
 GROUND = ("errors", "ranges", "signals", "distributed", "pulse")

@@ -117,6 +117,7 @@ SETTINGS = {
         *("--method", "openclip", "--distill", "1", "--distill-own-temperature"),
     ),
     "two levels": ("--method", "two-level"),
+    "gist": ("--method", "gist"),
     "openclip on jest": (
         "--method",
         "openclip",

@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         *("--candidates", "2", "--select-chunks", "4", *_REFERENCE),
     ),
     "two levels": ("--method", "two-level", "--temperature", "0.1", *_REFERENCE),
+    "gist": ("--method", "gist", *_REFERENCE),
 }
 STEPS = 4
 # Adam's steps do not depend on the size of a gradient, but where this constant is larger: rounding stays rounding.

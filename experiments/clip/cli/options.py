@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..errors import UserError
+from ..errors import PROGRAM, UserError
 from ..models.options import ModelInputs
 from ..ranges import (
     AtLeast,
@@ -45,7 +45,7 @@ FeaturePrecision = Literal["float16", "bfloat16"]
 Reading = Literal["random", "blocks", "shards"]
 Check = Literal["time", "checksum"]
 
-_WITH_REFERENCE = "--method drrho or two-level, or with --distill or --select"
+_WITH_REFERENCE = "--method drrho, two-level or gist, or with --distill or --select"
 _WITH_DATA = OnlyWith("--tasks or --val-data", lambda options: options.tasks or options.val_data is not None)
 _WITH_TASKS = OnlyWith("--tasks", lambda options: options.tasks)
 _WITH_VAL_DATA = OnlyWith("--val-data", lambda options: options.val_data is not None)
@@ -74,6 +74,9 @@ class Shards:
     workers: Annotated[int | None, NotNegative, _OF_A_CATALOG] = None
     """Processes of a rank that read and decode, and as many for --tasks; the batches are the same for any number. By
     default a rank's share of the cores but one, up to 16."""
+    in_memory: Annotated[bool, _OF_A_CATALOG] = False
+    """Keep each pair in memory as it was at its first visit, with its first caption and without augmentation: for small
+    pictures, which take longer to decode than to train on."""
     source_weights: Annotated[str | None, _OF_A_CATALOG] = None
     """How often each source is visited in an epoch, joined by ::, like 1::2; fractions need --resampled."""
     caption_weights: Annotated[str | None, _OF_A_CATALOG] = None
@@ -227,6 +230,22 @@ class Train:
             )
         if self.source == "catalog":
             self._check_models()
+        if self.shards.in_memory:
+            self._check_in_memory()
+
+    def _check_in_memory(self) -> None:
+        """Refuse what would have a part where pairs are prepared at every visit."""
+        shards, where = self.shards, "runs without --in-memory"
+        if shards.workers:
+            raise UserError(f"--in-memory takes --workers 0, got {shards.workers}: each would keep a copy")
+        if shards.reading not in (None, "random"):
+            raise UserError(f"--in-memory takes --reading random, got {shards.reading}: leave one of them out")
+        refuse_if_given(shards, "caption_weights", where)
+        refuse_if_given(self.inputs, "aug_cfg", where)
+        if self.needs_reference and shards.reference_features is None:
+            raise UserError(
+                f"--in-memory needs --reference-features beside --reference: run `{PROGRAM} cache-reference`"
+            )
 
     def _check_models(self) -> None:
         """Refuse to train on a user's data without knowing which model, and which reference."""

@@ -50,6 +50,17 @@ PRESETS: dict[str, Train] = {
     ),
 }
 
+# Of pictures of 64 x 64 that stay in memory: both pools of the icons, and never the held-out ones.
+PRESETS["icon-reference"] = Train(
+    model="icon-base",
+    shards=Shards(in_memory=True),
+    loss=Loss(method="openclip"),
+    optimization=Optimization(epochs=3, batch_size=256, lr=2e-3, warmup=100, schedule="cooldown", cooldown_steps=440),
+    execution=Execution(precision="float32"),
+    out=Path("outputs/icon-reference"),
+    weights="float16",
+)
+
 _VIT, _RESNET = ADAMW_OF_TRANSFORMERS, ADAMW_OF_OTHERS
 _MIXED = Execution(precision="bfloat16")
 _SELDOM = CheckpointPolicy(checkpoint_minutes=15.0)

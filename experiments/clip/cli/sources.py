@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+from PIL import Image
 from rich.table import Table
 
 from ..catalog.catalog import Catalog, check_shards, open_catalog
 from ..catalog.sources import parse_weights
 from ..data.batch import Reference, Stream
 from ..data.loader import Loader
-from ..data.reader import first_pairs
+from ..data.reader import MAX_IMAGE_BYTES, Reader, Skip, decode, decode_image, first_pairs
 from ..distributed import ONE_PROCESS, Ranks
 from ..errors import PROGRAM, UserError
 from ..evaluation.encoding import Encoder
@@ -168,9 +170,12 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     if reference is not None:
         beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
     workers = usual_workers() if shards.workers is None else shards.workers
+    if shards.in_memory:
+        workers, identity["in_memory"] = 0, True
+        _check_in_memory(order, beside)
     loader = Loader(
         catalog,
-        clip.in_bytes(clip.augment),
+        clip.in_bytes(clip.preprocess if shards.in_memory else clip.augment),
         clip.tokenize,
         batch_size=options.pairs_per_step,
         seed=options.seed,
@@ -183,6 +188,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         pin_memory=ranks.device.type == "cuda",
         reference=beside,
         caption_weights=caption_weights,
+        in_memory=shards.in_memory,
         **order,
     )
     how = f", read in {order['reading']}" if "reading" in order else ""
@@ -198,6 +204,14 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)
     return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)
+
+
+def _check_in_memory(order: Mapping[str, Any], beside: Reference | None) -> None:
+    """Refuse remote shards, and features of several views, for pairs that are kept as they are at their first visit."""
+    if "reading" in order:
+        raise UserError("--in-memory reads local shards, here are remote ones: copy them, or leave it out")
+    if isinstance(beside, CachedReference) and beside.views > 1:
+        raise UserError(f"--in-memory shows one view of a pair, the features have {beside.views}: cache one view")
 
 
 def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:
@@ -230,3 +244,46 @@ def reference_features(
         )
     console.print(f"features   {f'computed {computed} rows into' if computed else 'reusing'} {folder}")
     return open_features(reference, catalog, folder, ranks)
+
+
+class Shown(NamedTuple):
+    """A sample to be shown: ``details`` is what its member ``json`` holds, where the catalog reads a field of it."""
+
+    image: Image.Image
+    caption: str
+    details: dict[str, Any]
+
+
+def shown_samples(catalog: Catalog, indices: Sequence[int]) -> list[Shown]:
+    """Return the pictures of some samples, with their first caption.
+
+    Raises
+    ------
+    UserError
+        If one of them can no longer be decoded.
+    """
+    found = []
+    for raw in Reader(catalog).read_many(indices):
+        pair = raw if isinstance(raw, Skip) else decode(raw)
+        if isinstance(raw, Skip) or isinstance(pair, Skip):
+            raise UserError(f"the sample {raw.index} of {catalog.folder} cannot be shown: make the catalog again")
+        members = [json.loads(data) for data, field in raw.captions if field is not None]
+        found.append(Shown(pair.image, pair.caption, dict(members[0]) if members else {}))
+    return found
+
+
+def read_image(path: Path) -> Image.Image:
+    """Return the picture in a file, as RGB.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or is no JPEG, PNG or WebP.
+    """
+    try:
+        with path.open("rb") as file:
+            return decode_image(file.read(MAX_IMAGE_BYTES))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a picture") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no picture in JPEG, PNG or WebP ({error}): name another") from error

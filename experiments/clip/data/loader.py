@@ -25,6 +25,7 @@ from .batch import Batch, Reference
 from .draws import Draws, random_state_restored, visit_draws
 from .feed import BlockFeed
 from .lanes import BLOCK_BYTES, GROUP_BLOCKS, LANE_VISITS, Lanes
+from .memory import KeptBatches
 from .order import Order, RankPart, Reading
 from .reader import SKIPS_ALLOWED, Reader, Skip, decode
 
@@ -63,6 +64,9 @@ class Loader:
         The reference, whose inputs are collated into each batch.
     caption_weights : sequence of float
         Weights of the sources of captions, see `data.reader.decode`.
+    in_memory : bool
+        Whether each sample stays in memory as it was at its first visit, with its first caption: for small pictures,
+        read at random, without worker processes, and a ``transform`` that draws nothing.
 
     Attributes
     ----------
@@ -95,7 +99,10 @@ class Loader:
         pin_memory: bool = False,
         reference: Reference | None = None,
         caption_weights: Sequence[float] = (),
+        in_memory: bool = False,
     ) -> None:
+        if in_memory and (workers or reading != "random"):
+            raise ValueError(f"in_memory needs workers 0 and reading random, got {workers} and {reading}")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
         if batch_size < ranks:
@@ -117,7 +124,8 @@ class Loader:
         # At any time, workers read from at most two neighboring blocks.
         reader = Reader(catalog, 2 * block_shards + 2, caption_weights, self._copies)
         feed = BlockFeed(part, reader, self._copies, reading == "shards") if self._copies is not None else None
-        task = _BatchMaker(part, reader, feed, transform, tokenize, seed, reference)
+        maker = _BatchMaker(part, reader, feed, transform, tokenize, seed, reference)
+        task = KeptBatches(part, reader, transform, tokenize, len(catalog), reference) if in_memory else maker
         self._workers: Workers[tuple[int, int], Batch] = Workers(task, workers, pin_memory=pin_memory)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..catalog.catalog import make_catalog
+from ..catalog.catalog import CAPTION_KEYS, Catalog, make_catalog
 from ..cli.options import Data, Train
 from ..cli.sources import TrainingData, reference_features
 from ..cli.terminal import console, progress_bar
@@ -80,8 +80,20 @@ def load_pairs(manifest: Manifest, split: str, clip: Clip) -> PreparedPairs:
 
 def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedReference:
     """Return the reference's features of the training pairs, after computing those that are missing."""
-    shards = [str(manifest.folder / shard.name) for shard in manifest.splits["train"].shards]
-    catalog = make_catalog(shards, cache / f"catalog-{manifest.fingerprint[:12]}")
+    catalog = catalog_of(manifest, ("train",), cache / f"catalog-{manifest.fingerprint[:12]}")
+    return features_of(reference, catalog, cache)
+
+
+def catalog_of(
+    manifest: Manifest, splits: Sequence[str], folder: Path, caption_key: Sequence[str] = CAPTION_KEYS
+) -> Catalog:
+    """Return the catalog of some splits, after writing it into ``folder`` if it is not there."""
+    shards = [str(manifest.folder / shard.name) for split in splits for shard in manifest.splits[split].shards]
+    return make_catalog(shards, folder, caption_key=caption_key)
+
+
+def features_of(reference: Clip, catalog: Catalog, cache: Path) -> CachedReference:
+    """Return a model's features of a catalog of small pictures, kept within ``cache``, computing what is missing."""
     folder = cache / f"features-{catalog.fingerprint[:12]}-{reference.fingerprint[:12]}"
     return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH, workers=spare_cores())
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,23 @@ from .options import GlyphTasks
 from .source import prepare
 
 _MARKER = "tasks.json"
+
+
+class Row(NamedTuple):
+    """A sample to be written: a PNG, and the number of its class, or its captions, one a line."""
+
+    image: bytes
+    label: str
+
+
+class TaskText(NamedTuple):
+    """A task to be written; ``templates`` mark the class by ``{c}``, and retrieval has neither classes nor them."""
+
+    name: str
+    kind: Kind
+    classes: Sequence[str]
+    templates: Sequence[str]
+    rows: Sequence[Row]
 
 
 def run_glyph_tasks(options: GlyphTasks) -> None:
@@ -48,16 +65,35 @@ def write_glyph_tasks(manifest: Manifest, folder: Path, *, shard_size: int = 100
     shard_size
         Samples per shard.
     """
-    folder = Path(folder).resolve()
     marker = {"format": 1, "data": manifest.fingerprint, "shard_size": shard_size}
-    if folder.exists() and (tasks := _written(folder, marker)):
-        return tasks
+    return write_tasks(folder, marker, lambda: _glyph_tasks(manifest), shard_size=shard_size)
+
+
+def write_tasks(
+    folder: Path, marker: dict[str, Any], tasks: Callable[[], Iterable[TaskText]], *, shard_size: int = 1000
+) -> list[Path]:
+    """Write tasks into a folder, all of them or none, and return their folders.
+
+    Parameters
+    ----------
+    folder
+        Where the tasks go. Those of an equal ``marker`` that are there already are kept; others are refused.
+    marker
+        What the tasks were made from, in JSON's types.
+    tasks
+        Makes them, where they are not there.
+    shard_size
+        Samples per shard.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (written := _written(folder, marker)):
+        return written
     scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
-        for name, kind, classes, templates, rows in _glyph_tasks(manifest):
-            _write_task(scratch / name, kind, classes, templates, rows, shard_size)
+        for task in tasks():
+            _write_task(scratch / task.name, task, shard_size)
         write_atomically(scratch / _MARKER, json.dumps(marker, indent=2).encode() + b"\n")
         for path in (*(path for path in scratch.rglob("*") if path.is_dir()), scratch):
             sync(path)
@@ -83,54 +119,45 @@ def _written(folder: Path, marker: dict[str, Any]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-class _Row(NamedTuple):
-    """A sample to be written: a PNG, and its class or captions."""
-
-    image: bytes
-    label: str
-
-
-_TaskText = tuple[str, Kind, Sequence[str], Sequence[str], Sequence[_Row]]
-
-
-def _glyph_tasks(manifest: Manifest) -> Iterator[_TaskText]:
+def _glyph_tasks(manifest: Manifest) -> Iterator[TaskText]:
     samples = list(read_samples(manifest, "test"))
-    images = [_png(sample.image) for sample in samples]
+    images = [png_of(sample.image) for sample in samples]
     names = [sample.meta["name"] for sample in samples]
     position = {name: number for number, name in enumerate(manifest.vocabulary)}
-    rows = [_Row(image, str(position[name])) for image, name in zip(images, names, strict=True)]
-    yield "glyph-names", "classification", manifest.vocabulary, ("{c}",), rows
+    rows = [Row(image, str(position[name])) for image, name in zip(images, names, strict=True)]
+    yield TaskText("glyph-names", "classification", manifest.vocabulary, ("{c}",), rows)
     for task in glyph_attributes(names):
         templates = [template.replace("{}", "{c}") for template in task.templates]
-        rows = [_Row(images[i], str(label)) for i, label in zip(task.members, task.labels, strict=True)]
-        yield f"glyph-{task.name.replace(' ', '-')}", "classification", task.classes, templates, rows
+        rows = [Row(images[i], str(label)) for i, label in zip(task.members, task.labels, strict=True)]
+        name = f"glyph-{task.name.replace(' ', '-')}"
+        yield TaskText(name, "classification", task.classes, templates, rows)
     seen: set[bytes | str] = set()
     rows = []
     for sample, image, name in zip(samples, images, names, strict=True):
         if not {image, name} & seen:
             seen |= {image, name}
-            rows.append(_Row(image, f"{name}\n{name} in {sample.meta['face']}"))
-    yield "glyph-retrieval", "retrieval", (), (), rows
+            rows.append(Row(image, f"{name}\n{name} in {sample.meta['face']}"))
+    yield TaskText("glyph-retrieval", "retrieval", (), (), rows)
 
 
-def _png(image: Image.Image) -> bytes:
+def png_of(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG."""
     data = io.BytesIO()
     image.save(data, "PNG")
     return data.getvalue()
 
 
-def _write_task(
-    folder: Path, kind: Kind, classes: Sequence[str], templates: Sequence[str], rows: Sequence[_Row], shard_size: int
-) -> None:
+def _write_task(folder: Path, task: TaskText, shard_size: int) -> None:
+    rows = task.rows
     starts = range(0, len(rows), shard_size)
-    texts = {TYPE_FILE: [kind], "test/nshards.txt": [str(len(starts))]}
-    if classes:
-        texts |= {CLASSES_FILE: classes, TEMPLATES_FILE: templates}
+    texts = {TYPE_FILE: [task.kind], "test/nshards.txt": [str(len(starts))]}
+    if task.classes:
+        texts |= {CLASSES_FILE: task.classes, TEMPLATES_FILE: task.templates}
     for name, lines in texts.items():
         write_atomically(folder / name, "".join(f"{line}\n" for line in lines).encode())
     for number, start in enumerate(starts):
         data = io.BytesIO()
         with TarWriter(data, mtime=0, encoder=False) as writer:
             for index, (image, label) in enumerate(rows[start : start + shard_size], start):
-                writer.write({"__key__": f"s{index:07d}", "png": image, LABELS[kind]: label.encode()})
+                writer.write({"__key__": f"s{index:07d}", "png": image, LABELS[task.kind]: label.encode()})
         write_atomically(folder / "test" / f"{number}.tar", data.getvalue())

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ..cli.options import Data
-from ..ranges import AtLeast, OnlyWith
+from ..errors import UserError
+from ..ranges import AtLeast, OnlyWith, refuse_if_given
 
 _OF_ICONS = OnlyWith("--data icons", lambda options: options.kind == "icons")
 
@@ -25,3 +26,57 @@ class Prepare:
     """Width and height of the icons' pictures."""
     source: Annotated[Path | None, _OF_ICONS] = None
     """The archive that `npm pack @iconify/json` writes; by default npm fetches it."""
+
+
+@dataclass(frozen=True)
+class IconTasks:
+    """Write the held-out icons as zero-shot tasks in CLIP_benchmark's layout, with emoji and stamps where they are."""
+
+    data: Data = field(default_factory=Data)
+    pixels: Annotated[int, AtLeast(8)] = 64
+    """Width and height of the icons' pictures."""
+    split: Literal["validation", "test"] = "test"
+    """Which of the held-out icons."""
+    emoji: Path | None = None
+    """The archive that `npm pack emojibase-data` writes: CLDR's names of emoji in 28 languages."""
+    stamps: Path | None = None
+    """Folder of Tux Paint's stamps; by default where Debian's tuxpaint-stamps-default puts them, if it is installed."""
+    languages: tuple[str, ...] = ("en",)
+    """Languages of the names of emoji and stamps, a task for each."""
+    out: Path = Path("icon-tasks")
+    """Folder of the tasks."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Show the pictures that a model finds for a description, or for a picture: a sheet with names and scores."""
+
+    query: Annotated[str, tyro.conf.Positional] = ""
+    """What to look for, in words."""
+    image: Path | None = None
+    """A picture to look for others like it, instead of words."""
+    kind: Annotated[Literal["icons"], tyro.conf.arg(name="data")] = "icons"
+    """Where to look: the icons that `run.py prepare --data icons` drew."""
+    data: Data = field(default_factory=Data)
+    pixels: Annotated[int, AtLeast(8)] = 64
+    """Width and height of the icons' pictures."""
+    catalog: Path | None = None
+    """Folder made by `run.py catalog`: look there instead. The features are kept in --cache."""
+    model: Path = Path("icons")
+    """Folder of the model, in open_clip's local-dir layout, or, with --weights, a registered one; icons is the one that
+    ships with them."""
+    weights: Path | None = None
+    """File of the model's weights."""
+    top: Annotated[int, AtLeast(1)] = 24
+    """How many pictures."""
+    out: Path = Path("outputs/search.png")
+    """File of the sheet."""
+
+    def check_together(self) -> None:
+        """Refuse no question, and two."""
+        if self.image is None and not self.query.strip():
+            raise UserError('the query is empty: say what to look for, like "cloud with rain", or give --image FILE')
+        if self.image is not None and self.query:
+            raise UserError("--image takes the place of the query: give one of them")
+        if self.catalog is not None:
+            refuse_if_given(self, "pixels", "--data icons, without --catalog")

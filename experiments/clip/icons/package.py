@@ -86,8 +86,8 @@ def read_package(path: Path) -> tuple[str, list[IconSet], dict[str, int]]:
         If the file is not the archive of such a package.
     """
     refused: dict[str, int] = {}
+    members = read_members(path, r"package/(?:package|collections|json/[\w-]+)\.json", PACKAGE)
     try:
-        members = dict(_members(path))
         version = str(members["package/package.json"]["version"])
         sets = []
         for prefix, about in sorted(members["package/collections.json"].items()):
@@ -96,19 +96,35 @@ def read_package(path: Path) -> tuple[str, list[IconSet], dict[str, int]]:
                 sets.append(_icon_set(prefix, license, about, members[f"package/json/{prefix}.json"]))
             else:
                 refused[license] = refused.get(license, 0) + int(about["total"])
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): fetch it again") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{path} is not the archive of {PACKAGE} ({printable(repr(error))}): fetch it again") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _another(path, PACKAGE, error) from error
     return version, sets, refused
 
 
-def _members(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the JSON files of the archive; nothing is unpacked."""
+def read_members(path: Path, wanted: str, package: str) -> dict[str, Any]:
+    """Return the JSON files of an npm archive whose names match the pattern ``wanted``; nothing is unpacked.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or is not the archive of ``package``.
+    """
+    try:
+        return dict(_members(path, wanted))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): fetch it again") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EOFError, tarfile.TarError) as error:
+        raise _another(path, package, error) from error
+
+
+def _another(path: Path, package: str, error: Exception) -> UserError:
+    return UserError(f"{path} is not the archive of {package} ({printable(repr(error))}): fetch it again")
+
+
+def _members(path: Path, wanted: str) -> Iterator[tuple[str, Any]]:
     with tarfile.open(path, "r:gz") as archive:
         for member in archive:
-            is_wanted = member.name in ("package/package.json", "package/collections.json")
-            if member.isfile() and (is_wanted or re.fullmatch(r"package/json/[\w-]+\.json", member.name)):
+            if member.isfile() and re.fullmatch(wanted, member.name):
                 if member.size > _MOST_BYTES:
                     raise ValueError(f"{member.name} has {member.size} bytes")
                 file = archive.extractfile(member)

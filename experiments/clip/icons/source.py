@@ -42,12 +42,17 @@ def run_prepare(options: Prepare) -> None:
         prepare(options.data, options.pixels, options.source)
 
 
+def dataset_folder(data: Data, pixels: int) -> Path:
+    """Return where the icons are, or will be."""
+    return data.cache / f"icons-{pixels}-{data.size}"
+
+
 def prepare(data: Data, pixels: int, archive: Path | None = None) -> Manifest:
     """Return the manifest of the icons, after drawing and writing them if they are not there.
 
     Their captions are always the icons' names. An interrupted drawing goes on where it was.
     """
-    folder = data.cache / f"icons-{pixels}-{data.size}"
+    folder = dataset_folder(data, pixels)
     if archive is None and (manifest := open_dataset(folder)) is not None:
         console.print(f"data       reusing {folder}")
         return manifest

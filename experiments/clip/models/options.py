@@ -6,10 +6,14 @@ import ast
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..errors import UserError
 from ..ranges import AtLeast, Range
+
+#: The models that ship with the checkout, in open_clip's local-dir layout, by the names that options take for them.
+SHIPPED = {name: Path(__file__).parents[1] / name / "reference_model" for name in ("glyphs", "icons")}
 
 
 def _is_number(value: Any) -> bool:

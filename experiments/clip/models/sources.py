@@ -1,6 +1,7 @@
 """Which model a name means: registered, a folder, a file, or a repository of the hub; and which weights.
 
-A model is named by a name that open_clip has registered, a folder in open_clip's ``local-dir:`` layout,
+A model is named by a name that open_clip has registered, a folder in open_clip's ``local-dir:`` layout, ``glyphs`` or
+``icons`` for the models that ship with this program,
 ``hf-hub:OWNER/NAME``, or a JSON file with an architecture; its weights by a file, a folder, ``hf-hub:OWNER/NAME``, or a
 tag such as ``openai``. What is there under a name goes before what open_clip knows by it.
 """
@@ -17,6 +18,7 @@ import open_clip
 from ..errors import UserError, nearest
 from ..io.checksums import MANIFEST, checksum, fault_of, write_manifest
 from .config import CONFIG_FILE, Config, read_config, registered_config
+from .options import SHIPPED
 from .published import (
     HUB,
     WEIGHTS_FILES,
@@ -87,6 +89,8 @@ def _find_model(name: str) -> Source:
         raise UserError(f"{name!r} cannot be the name of a model")
     # `Path.is_dir` raises an error for names that are too long.
     path, is_folder = Path(name), os.path.isdir(name)
+    if name in SHIPPED and not (path / CONFIG_FILE).is_file():
+        return _find_in_folder(str(SHIPPED[name]))
     if name.startswith(HUB) or (is_folder and (path / CONFIG_FILE).is_file()):
         return _find_in_folder(name)
     if path.suffix == ".json" and os.path.isfile(path):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -136,10 +136,22 @@ class CachedReference:
 
     def first(self, count: int) -> Tensors:
         """Return the features of the first ``count`` samples of the first file that have features, in float32."""
-        rows = np.flatnonzero(self._file(self._first).present)[:count]
-        found = self._checked(self._first, rows, np.zeros(len(rows), np.int64))
+        _, image, text = self._of_file(self._first, count)
+        return image, text
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield, file by file, the indices ``[m]`` of all samples that have features, and these, in float32.
+
+        Of several views it is the first.
+        """
+        for shard in np.flatnonzero(self._catalog.shards.samples).tolist():
+            yield self._of_file(shard, None)
+
+    def _of_file(self, shard: int, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        rows = np.flatnonzero(self._file(shard).present)[:count]
+        found = self._checked(shard, rows, np.zeros(len(rows), np.int64))
         both = torch.from_numpy(found).view(self._dtype).float()
-        return both[:, 0], both[:, 1]
+        return torch.from_numpy(rows + int(self._firsts[shard])), both[:, 0], both[:, 1]
 
     def _checked(self, shard: int, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return rows ``[b, 2, width]`` of a file, as 16-bit integers, whose checksums are those that were stored."""

@@ -26,6 +26,7 @@ from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 
 from ..distributed import ONE_PROCESS, Ranks
+from .gist import guided_info_nce
 from .options import Loss, TemperatureSchedule
 
 Features = tuple[Tensor, Tensor]  # of images and texts, unit vectors ``[b, d]``
@@ -235,6 +236,22 @@ def sigmoid_loss(image: Tensor, text: Tensor, head: Head, counts: Sequence[int],
     # The logits of one rank's texts are in memory at a time, and computed again in the backward pass.
     again = partial(checkpoint, against, use_reentrant=False, preserve_rng_state=False)
     return torch.stack([again(texts, own=number == rank) for number, texts in enumerate(rows)]).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+class GIST(OpenCLIP):
+    """InfoNCE at the model's temperature without the negatives that the reference finds closer than the pair itself."""
+
+    def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
+        """Return the loss of the batch of all ranks; each rank compares its anchors with all candidates."""
+        assert reference is not None  # options without one are refused
+        tau, pairs = 1 / head.scale, sum(batch.counts)
+        found = guided_info_nce(own, reference, tau, counts=batch.counts, group=self._group)
+        total = found.part.detach().clone()
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        share = RankSum(found.left_out, lambda count: count / max(1, 2 * pairs * (pairs - 1)))
+        log: dict[str, Number] = {"temperature": tau, "negatives_left_out": share}
+        return MethodLoss(found.part + (total - found.part.detach()), log)
 
 
 class ConstantTemperature:
@@ -503,6 +520,7 @@ METHODS: dict[str, MethodClass] = {
     "fastclip": FastCLIP,
     "drrho": DRRhoCLIP,
     "two-level": TwoLevel,
+    "gist": GIST,
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import UserError
+from ..models.options import SHIPPED
 from ..ranges import (
     AtLeast,
     BelowOne,
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from drrho import Divergence
 
 #: The reference model that ships with the embedded pairs, in open_clip's local-dir layout.
-SHIPPED_REFERENCE = Path(__file__).parents[1] / "glyphs" / "reference_model"
+SHIPPED_REFERENCE = SHIPPED["glyphs"]
 
 #: The methods whose loss has a reference.
-STEERED = ("drrho", "two-level")
+STEERED = ("drrho", "two-level", "gist")
 
-MethodName = Literal["openclip", "siglip", "fastclip", "drrho", "two-level"]
+MethodName = Literal["openclip", "siglip", "fastclip", "drrho", "two-level", "gist"]
 DivergenceName = Literal["kl", "chi-square", "cvar"]
 TemperatureSchedule = Literal["constant", "model", "threshold"]
 TowerPrecision = Literal["float32", "bfloat16", "float16"]
@@ -55,7 +56,8 @@ class Loss:
 
     method: MethodName = "drrho"
     """InfoNCE with learnable temperature; the pairwise sigmoid loss; the global contrastive risk; the same steered by a
-    reference; the DRRho risk over samples, from each sample's contrastive risk in excess of the reference's."""
+    reference; the DRRho risk over samples, from each sample's contrastive risk in excess of the reference's; InfoNCE
+    without the negatives that the reference finds closer than the pair itself."""
     temperature: Annotated[float | Literal["auto"], PositiveOrAuto] = "auto"
     """The temperature tau of fastclip, drrho and two-level, in units of similarity, or where learning it starts; auto
     (with a reference): 0.3 of the spread of the reference's margins."""

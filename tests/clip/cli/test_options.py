@@ -6,6 +6,8 @@ from experiments.clip.errors import UserError
 from experiments.clip.run import parse
 from experiments.clip.training.options import CheckpointPolicy
 
+_IN_MEMORY = ["train", "--catalog", "c", "--model", "glyph-tiny", "--in-memory", "--method", "openclip"]
+
 
 @pytest.mark.parametrize(
     "words, message",
@@ -46,6 +48,15 @@ from experiments.clip.training.options import CheckpointPolicy
         (["cache-reference", "--views", "0"], "--views must be at least 1, got 0"),
         (["cache-reference", "--views", "2"], "--views 2 has no part in this run: it is for --catalog"),
         (["cache-reference", "--catalog", "c", "--captions", "vague"], "--catalog takes the place of --captions"),
+        (["train", "--in-memory"], "--in-memory True has no part in this run: it is for --catalog"),
+        ([*_IN_MEMORY, "--workers", "2"], "--in-memory takes --workers 0, got 2: each would keep a copy"),
+        ([*_IN_MEMORY, "--reading", "blocks"], "--in-memory takes --reading random, got blocks"),
+        ([*_IN_MEMORY, "--caption-weights", "1::2"], "--caption-weights 1::2 has no part.*without --in-memory"),
+        ([*_IN_MEMORY, "--aug-cfg", "scale=(0.4,1.0)"], "--aug-cfg .* has no part.*without --in-memory"),
+        (
+            [*_IN_MEMORY[:-2], "--method", "drrho", "--reference", "there"],
+            "--in-memory needs --reference-features beside --reference",
+        ),
     ],
 )
 def test_options_that_contradict_are_refused(words, message):

@@ -13,7 +13,14 @@ from task_folders import DATACOMP, classification, write_catalog
 
 from experiments.clip.catalog.catalog import check_shards, make_catalog
 from experiments.clip.cli.options import SOURCES
-from experiments.clip.cli.sources import embedded_pairs, open_shared_catalog, open_training_data, open_validation
+from experiments.clip.cli.sources import (
+    embedded_pairs,
+    open_shared_catalog,
+    open_training_data,
+    open_validation,
+    read_image,
+    shown_samples,
+)
 from experiments.clip.data.loader import Loader
 from experiments.clip.distributed import ONE_PROCESS, Ranks
 from experiments.clip.errors import UserError
@@ -21,6 +28,7 @@ from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.glyphs import source as glyph_source
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.models.clip import new_model
+from experiments.clip.reference.cache import cache_features
 from experiments.clip.run import parse
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
@@ -55,6 +63,52 @@ def test_a_reference_beside_a_catalog_runs_or_is_cached(clip, reference, tmp_pat
         open_training_data(
             parse([*words, "--reference-features", str(tmp_path / "none")]), clip, reference, ONE_PROCESS
         )
+
+
+def test_small_pictures_stay_in_memory_where_they_are_local_and_have_one_view(clip, reference, tmp_path):
+    write_shards(tmp_path / "shards", [9, 11])
+    made = make_catalog(str(tmp_path / "shards" / "*.tar"), tmp_path / "catalog")
+    words = ["train", "--catalog", str(tmp_path / "catalog"), "--batch-size", "5", "--in-memory", *MODEL[:2]]
+    data = open_training_data(parse([*words, "--method", "openclip"]), clip, None, ONE_PROCESS)
+    assert data.identity["in_memory"] is True
+    assert sorted(int(k) for batch in data.stream.batches(0, 0) for k in batch.index) == list(range(20))
+    cache_features(reference, made, tmp_path / "features", views=2)
+    words += ["--reference", str(SHIPPED_REFERENCE), "--reference-features", str(tmp_path / "features")]
+    with pytest.raises(UserError, match="--in-memory shows one view of a pair, the features have 2"):
+        open_training_data(parse(words), clip, reference, ONE_PROCESS)
+
+
+def test_remote_shards_do_not_stay_in_memory(clip, tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", image_bytes()), ("a.txt", b"a")])
+    with fsspec.open("memory://kept/0.tar", "wb") as file:
+        file.write((tmp_path / "0.tar").read_bytes())
+    make_catalog("memory://kept/0.tar", tmp_path / "catalog")
+    words = ["train", "--catalog", str(tmp_path / "catalog"), "--in-memory", "--method", "openclip", *MODEL[:2]]
+    with pytest.raises(UserError, match="--in-memory reads local shards"):
+        open_training_data(parse(words), clip, None, ONE_PROCESS)
+
+
+def test_samples_are_shown_with_what_their_json_says(tmp_path):
+    members = [("a.png", image_bytes(5)), ("a.txt", b"a cat"), ("a.json", b'{"license": "MIT", "set": "x"}')]
+    write_tar(
+        tmp_path / "0.tar", [*members, ("b.png", b"no image"), ("b.txt", b"b"), ("b.json", b'{"license": "MIT"}')]
+    )
+    made = make_catalog(str(tmp_path / "0.tar"), tmp_path / "catalog", caption_key=("txt", "json:license"))
+    [shown] = shown_samples(made, [0])
+    assert (shown.image.getpixel((0, 0)), shown.caption) == ((5, 0, 7), "a cat")
+    assert shown.details == {"license": "MIT", "set": "x"}
+    with pytest.raises(UserError, match=r"the sample 1 of .* cannot be shown"):
+        shown_samples(made, [1])
+    plain = make_catalog(str(tmp_path / "0.tar"), tmp_path / "plain")
+    assert shown_samples(plain, [0])[0].details == {}
+
+
+def test_a_picture_is_read_or_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes(3))
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (3, 0, 7)
+    for path, reason in ((tmp_path, "cannot be read"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(UserError, match=reason):
+            read_image(path)
 
 
 def test_captions_are_weighted_by_their_sources(clip, reference, tmp_path):

@@ -19,6 +19,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.models.clip import fingerprint_of, load_model, new_model
 from experiments.clip.models.config import CONFIG_FILE
 from experiments.clip.models.export import export_model
+from experiments.clip.models.options import SHIPPED
 from experiments.clip.models.published import OPENAI, preprocess_of, preprocess_of_file, tag_config
 from experiments.clip.models.sources import WEIGHTS_FILE
 
@@ -149,6 +150,16 @@ def test_what_a_user_states_goes_before_what_was_published(tagged, weights):
     assert shown(clip) == expected(**OTHER | {"mean": (0.5, 0.5, 0.5)})
     with pytest.raises(UserError, match="std must be positive"):
         load_model(NAME, "some", {"std": (0.0, 0.5, 0.5)})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_models_that_ship_go_by_short_names_and_a_folder_of_that_name_before_them(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # other things
+    shipped = load_model(name)
+    assert shipped.fingerprint == load_model(SHIPPED[name]).fingerprint
+    export_model(new_model("glyph-micro", 0), tmp_path / name)
+    assert load_model(name).fingerprint not in (shipped.fingerprint, "")
 
 
 def test_an_architecture_of_ones_own(tmp_path):

@@ -219,6 +219,11 @@ def test_a_sample_that_cannot_be_read_has_no_row_and_asking_for_it_is_an_error(r
     features = open_features(reference, catalog, tmp_path / "features")
     assert features.rows(torch.tensor([1, 2, 4, 5]))[0].float().norm(dim=1) == pytest.approx(1, abs=1e-2)
     assert len(features.first(1024)[0]) == 4
+    [(indices, image, text)] = features.parts()
+    assert indices.tolist() == [1, 2, 4, 5] and image.dtype == text.dtype == torch.float32
+    assert torch.equal(image, features.rows(indices)[0].float()) and torch.equal(
+        text, features.rows(indices)[1].float()
+    )
     for index in (0, 3, 6, -1):
         with pytest.raises(UserError, match=f"sample {index} are missing"):
             features.rows(torch.tensor([1, index]))

@@ -122,5 +122,5 @@ def test_only_what_the_loss_depends_on_learns(name):
     method = METHODS[name].from_options(Loss(method=name, temperature=0.1), Context(10, 1, 0.1))
     model = new_model("glyph-micro", 0, sigmoid=True).model
     choose_head(model, method)
-    assert model.logit_scale.requires_grad == (name in ("openclip", "siglip"))
+    assert model.logit_scale.requires_grad == (name in ("openclip", "siglip", "gist"))
     assert model.logit_bias.requires_grad == (name == "siglip")

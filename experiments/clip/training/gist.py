@@ -1,0 +1,67 @@
+"""InfoNCE without the negatives that a guide finds closer than the pair itself (GISTEmbed: Solatorio, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drrho.ranks import Group, first_row, gathered_together, gathered_with_gradient
+
+
+class Guided(NamedTuple):
+    """A rank's parts of the loss and of the number of negatives that are left out: over ranks they add up to both."""
+
+    part: Tensor
+    left_out: Tensor
+
+
+def guided_info_nce(
+    own: tuple[Tensor, Tensor],  # [b, d], [b, d]
+    reference: tuple[Tensor, Tensor],  # [b, e], [b, e]
+    temperature: Tensor | float,
+    *,
+    counts: Sequence[int],
+    group: Group = None,
+) -> Guided:
+    """Return ``-log exp(s_ii / tau) / sum_{j: r_ij <= r_ii} exp(s_ij / tau)``, the mean over anchors and directions.
+
+    A negative j takes part for anchor i if the guide finds it at most as similar as the anchor's own positive. That is
+    the steered risk of KL's divergence whose coefficient of ``max(0, r_ij - r_ii)`` is infinite. Memory is that of this
+    rank's anchors times all pairs.
+
+    Parameters
+    ----------
+    own, reference
+        Unit features of images and texts, of the target and of the guide.
+    counts
+        The rows of each rank.
+
+    Notes
+    -----
+    Source: arXiv:2402.16829, equations 2 to 5, of which the similarities between anchor and candidate; those between
+    two anchors, or two candidates, are left out, as CLIP's loss has none.
+    """
+    guides = gathered_together(reference, counts, group)
+    parts = []
+    for anchor, other in ((0, 1), (1, 0)):
+        candidates = gathered_with_gradient(own[other], counts, group)
+        parts.append(
+            _one_way(
+                own[anchor] @ candidates.T / temperature, reference[anchor] @ guides[other].T, first_row(counts, group)
+            )
+        )
+    loss, left_out = (torch.stack(each).sum() for each in zip(*parts, strict=True))
+    return Guided(loss / (2 * sum(counts)), left_out)
+
+
+def _one_way(logits: Tensor, similar: Tensor, first: int) -> tuple[Tensor, Tensor]:  # [b, n], [b, n]
+    """Return the sum over anchors, of which number i has its positive in column ``first + i``."""
+    own = first + torch.arange(len(logits), device=logits.device)
+    closer = similar > similar.gather(1, own[:, None])
+    return F.cross_entropy(logits.masked_fill(closer, -torch.inf), own, reduction="sum"), closer.sum(
+        dtype=torch.float64
+    )

@@ -1,0 +1,80 @@
+"""InfoNCE without the negatives that a guide finds closer: against a loop, at its limits, and over ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import start_ranks
+from safetensors.torch import load_file, save_file
+
+from drrho.contrastive import info_nce
+from drrho.routes import BatchIndex
+from experiments.clip.training.gist import guided_info_nce
+from experiments.clip.training.methods import GIST, Head
+
+
+def unit(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def by_loop(own, guide, tau):
+    total, left_out, n = 0.0, 0, len(own[0])
+    for (a, b), (c, d) in ((own, guide), (own[::-1], guide[::-1])):
+        for i in range(n):
+            kept = [j for j in range(n) if c[i] @ d[j] <= c[i] @ d[i]]
+            total -= ((a[i] @ b[i]) / tau - torch.logsumexp(torch.stack([a[i] @ b[j] / tau for j in kept]), 0)).item()
+            left_out += n - len(kept)
+    return total / (2 * n), left_out
+
+
+def test_negatives_take_part_that_the_guide_finds_no_closer():
+    own, guide = tuple(unit(2, 9, 5)), tuple(unit(2, 9, 4, seed=1))
+    found = guided_info_nce(own, guide, 0.2, counts=[9])
+    loss, left_out = by_loop(own, guide, 0.2)
+    assert 0 < left_out < 2 * 9 * 8
+    assert found.part.item() == pytest.approx(loss, rel=1e-12)
+    assert found.left_out.item() == left_out
+
+
+def test_a_guide_that_finds_every_pair_closest_leaves_infonce():
+    own, guide = tuple(unit(2, 7, 8)), (torch.eye(7, dtype=torch.float64),) * 2
+    found = guided_info_nce(own, guide, 0.1, counts=[7])
+    assert found.part.item() == pytest.approx(info_nce(*own, 0.1).item(), rel=1e-12)
+    assert found.left_out.item() == 0
+
+
+def test_the_method_learns_the_models_temperature_and_logs_the_share_that_is_left_out():
+    own, guide = tuple(unit(2, 6, 4)), tuple(unit(2, 6, 4, seed=1))
+    head = Head(torch.tensor(5.0, dtype=torch.float64, requires_grad=True))
+    loss = GIST().loss(own, BatchIndex.gathered(torch.arange(6)), head, 0, guide)
+    value, left_out = by_loop(own, guide, 0.2)
+    assert loss.value.item() == pytest.approx(value, rel=1e-12)
+    share = loss.log["negatives_left_out"]
+    assert share.finish(share.part.item()) == pytest.approx(left_out / 60)
+    loss.value.backward()
+    assert head.scale.grad is not None and head.scale.grad.item() != 0
+
+
+def on_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    counts, rows = [3, 5], slice(0, 3) if rank == 0 else slice(3, 8)
+    own = [part[rows].clone().requires_grad_() for part in unit(2, 8, 5)]
+    guide = tuple(part[rows] for part in unit(2, 8, 4, seed=1))
+    found = guided_info_nce(tuple(own), guide, 0.2, counts=counts, group=dist.group.WORLD)
+    found.part.backward()
+    answer = {"part": found.part.detach(), "left_out": found.left_out}
+    save_file(answer | {"image": own[0].grad, "text": own[1].grad}, folder / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_have_parts_of_one_loss_and_its_gradient(tmp_path):
+    start_ranks(on_rank, (tmp_path,), 2)
+    answers = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    own, guide = [part.clone().requires_grad_() for part in unit(2, 8, 5)], tuple(unit(2, 8, 4, seed=1))
+    whole = guided_info_nce(tuple(own), guide, 0.2, counts=[8])
+    whole.part.backward()
+    assert sum(answer["part"].item() for answer in answers) == pytest.approx(whole.part.item(), rel=1e-12)
+    assert sum(answer["left_out"].item() for answer in answers) == whole.left_out.item()
+    for name, part in zip(("image", "text"), own, strict=True):
+        assert torch.allclose(torch.cat([answer[name] for answer in answers]), part.grad, rtol=1e-9, atol=1e-12)
