@@ -11,10 +11,14 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
 
-.PHONY: demo check test test-integrations lint types fast-library fast-trainer figures linear bench-core bench-contrastive bench-clip gpu chaos clean
+.PHONY: demo quick check test test-integrations lint types fast-library fast-trainer figures notebooks linear bench-core bench-contrastive bench-clip gpu chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
+
+# The demo on a few faces, with a smaller model.
+quick: $(READY)
+	$(BIN)/python experiments/clip/run.py --quick --out outputs/quick
 
 # For every save: what takes long is marked slow, and left to `make test`. The library's tests and the trainer's have a
 # process each, which need not load the other's.
@@ -31,7 +35,7 @@ HOSTS := .venv-integrations
 
 test-integrations: $(HOSTS)/.ready
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest tests/integrations \
-	  "tests/test_notebooks.py::test_notebook_runs_and_draws[05_steer_your_trainer]"
+	  "tests/test_notebooks.py::test_notebook_runs_to_what_it_shows[05_steer_your_trainer]"
 
 $(HOSTS)/.ready: $(READY)
 	$(PYTHON) -m venv $(HOSTS)
@@ -59,6 +63,14 @@ fast-trainer: $(READY)
 # A script ends with 3 where nothing of its figure is measured yet, and says what would measure it.
 figures: $(READY)
 	@for figure in $(FIGURES); do $(BIN)/python paper_figures/$$figure.py || [ $$? -eq 3 ] || exit 1; done
+
+# Notebooks are committed with what they put out.
+EXECUTE := -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
+STEERED := notebooks/05_steer_your_trainer.ipynb
+
+notebooks: $(READY) $(HOSTS)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python $(EXECUTE) $(filter-out $(STEERED),$(wildcard notebooks/*.ipynb))
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python $(EXECUTE) $(STEERED)
 
 linear: $(READY)
 	$(BIN)/python experiments/linear/run.py
