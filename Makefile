@@ -64,13 +64,12 @@ fast-trainer: $(READY)
 figures: $(READY)
 	@for figure in $(FIGURES); do $(BIN)/python paper_figures/$$figure.py || [ $$? -eq 3 ] || exit 1; done
 
-# Notebooks are committed with what they put out.
-EXECUTE := -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False
+# Notebooks are committed with what they put out. One steers hosts, and needs these.
 STEERED := notebooks/05_steer_your_trainer.ipynb
 
 notebooks: $(READY) $(HOSTS)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python $(EXECUTE) $(filter-out $(STEERED),$(wildcard notebooks/*.ipynb))
-	OMP_NUM_THREADS=1 $(HOSTS)/bin/python $(EXECUTE) $(STEERED)
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py $(filter-out $(STEERED),$(wildcard notebooks/*.ipynb))
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python notebooks/execute.py $(STEERED)
 
 linear: $(READY)
 	$(BIN)/python experiments/linear/run.py
