@@ -1,10 +1,15 @@
 """Every notebook is committed executed, asks a question, ends with a picture, and runs again to what it shows."""
 
+import base64
+import io
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from notebooks.execute import with_palette
 
 #: Notebooks that need more than the extras of `all`.
 NEEDS = {"05_steer_your_trainer": "transformers"}
@@ -77,6 +82,18 @@ def test_notebook_runs_to_what_it_shows(path):
     assert [pictures for _, pictures in now] == [pictures for _, pictures in before]
     for (text, _), (stored, _) in zip(now, before, strict=True):
         check_same(text, stored, ROUNDING.get(path.stem, 1e-3))
+
+
+def test_pictures_keep_rare_colors():
+    picture = Image.new("RGB", (200, 100), "white")
+    picture.paste(Image.linear_gradient("L").resize((200, 50)), (0, 50))
+    picture.putpixel((3, 3), (213, 94, 0))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    stored = Image.open(io.BytesIO(base64.b64decode(with_palette(base64.b64encode(stream.getvalue()).decode()))))
+    assert stored.mode == "P" and stored.size == picture.size
+    red, green, blue = stored.convert("RGB").getpixel((3, 3))
+    assert abs(red - 213) < 8 and abs(green - 94) < 8 and blue < 8
 
 
 @pytest.mark.parametrize(
