@@ -1,6 +1,6 @@
 """What was claimed, what is measured here, and whether it reproduces: every verdict is computed from the results.
 
-``python paper_figures/claims.py`` rewrites the table of ``README.md`` here and the summary of the main one.
+``python paper_figures/claims.py`` rewrites the table of ``README.md`` here and the headlines of the main one.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ from paper_figures.study_results import (
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 BEGIN, END = "<!-- claims: written by paper_figures/claims.py -->", "<!-- end of claims -->"
+
+#: Topics whose first row is on the main page.
+HEADLINES = ("weak to strong", "above the baselines", "scaling law")
 
 TOLERANCE = -0.5  # points that half of the data may cost
 TWICE, SURELY_ABOVE = 2.0, 1.5
@@ -519,33 +522,39 @@ def _not_better(tuned: Callable[[], Row], others: Iterable[Callable[[], Row]]) -
 
 
 def table(rows: Iterable[Claim]) -> str:
-    """Return the table of the figures' page."""
+    """Return the table of the figures' page: all rows, and of each topic how many of them hold."""
     lines = ["| claim | published | ours, with 95 % intervals | reproduced | command |", "|---|---|---|---|---|"]
-    topic = ""
-    for row in rows:
-        if row.topic != topic:
-            topic = row.topic
-            lines.append(f"| **{topic}** | | | | |")
-        lines.append(f"| {' | '.join((row.claim, row.published or '-', row.ours, row.verdict, row.command))} |")
+    for topic, own in by_topic(rows).items():
+        lines.append(f"| **{topic}** | | | {how_many_hold(own)} | |")
+        for row in own:
+            lines.append(f"| {' | '.join((row.claim, row.published or '-', row.ours, row.verdict, row.command))} |")
     return "\n".join(lines)
 
 
-def summary(rows: Iterable[Claim]) -> str:
-    """Return the table of the main page: one row of each topic, the first, and how many of all its rows hold."""
+def by_topic(rows: Iterable[Claim]) -> dict[str, list[Claim]]:
+    """Return the rows of each topic, in the order in which topics come first."""
     topics: dict[str, list[Claim]] = {}
     for row in rows:
         topics.setdefault(row.topic, []).append(row)
-    lines = ["| claim | published | ours | reproduced | of all such rows |", "|---|---|---|---|---|"]
-    for topic, own in topics.items():
-        measured = [row for row in own if row.verdict != "not measured yet"]
-        held = f"{sum(row.verdict == 'yes' for row in measured)} of {len(measured)}" if measured else "none measured"
-        if left := len(own) - len(measured):
-            held += f", {left} not measured yet" if measured else ""
-        first = own[0]
-        lines.append(
-            f"| **{topic}**: {first.claim} | {first.published or '-'} | {first.ours} | {first.verdict} | {held} |"
-        )
-    return "\n".join(lines)
+    return topics
+
+
+def how_many_hold(rows: Sequence[Claim]) -> str:
+    """Say how many rows hold, of those that are measured."""
+    measured = [row for row in rows if row.verdict != "not measured yet"]
+    held = f"{sum(row.verdict == 'yes' for row in measured)} of {len(measured)}" if measured else "none measured"
+    left = len(rows) - len(measured)
+    return f"{held}, {left} not measured yet" if measured and left else held
+
+
+def headlines(rows: Sequence[Claim]) -> str:
+    """Return the table of the main page: the first row of each topic in `HEADLINES`, and how many of all rows hold."""
+    topics = by_topic(rows)
+    lines = ["| claim | published | ours, with 95 % intervals | reproduced |", "|---|---|---|---|"]
+    for topic in HEADLINES:
+        first = topics[topic][0]
+        lines.append(f"| {first.claim} | {first.published or '-'} | {first.ours} | {first.verdict} |")
+    return "\n".join([*lines, "", f"Rows that hold, of all on that page: {how_many_hold(rows)}."])
 
 
 def with_table(page: str, text: str) -> str:
@@ -560,7 +569,7 @@ def with_table(page: str, text: str) -> str:
 def pages(results: Results) -> dict[Path, str]:
     """Return both pages with tables of these results."""
     rows = claims(results)
-    texts = (table(rows), summary(rows))
+    texts = (table(rows), headlines(rows))
     return {path: with_table(path.read_text(), text) for path, text in zip(PAGES, texts, strict=True)}
 
 

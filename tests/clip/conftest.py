@@ -32,11 +32,12 @@ def manifest(few_glyphs, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def glyph_cache(few_glyphs, tmp_path_factory):
-    """Return a --cache whose --captions swapped --size small are the few glyphs."""
-    data = Data("swapped", "small", tmp_path_factory.mktemp("cache"))
+    """Return a --cache whose --captions swapped are the few glyphs, of either --size."""
+    cache = tmp_path_factory.mktemp("cache")
     splits, vocabulary = few_glyphs
-    write_dataset(dataset_folder(data), splits, dataset_settings(data), vocabulary=vocabulary, shard_size=64)
-    return data.cache
+    for data in (Data("swapped", "small", cache), Data("swapped", "full", cache)):
+        write_dataset(dataset_folder(data), splits, dataset_settings(data), vocabulary=vocabulary, shard_size=64)
+    return cache
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,35 @@ def scores_table(scores: Mapping[str, Mapping[str, Any]], title: str | None = No
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Return the demo's table."""
-    return scores_table(result.scores, f"Trained on {result.options['captions']} captions")
+    """Return the demo's table: the scores, then the settings in which the two trainings differ."""
+    small = f", a small run: {_size(result)}" if result.options["quick"] else ""
+    table = scores_table(result.scores, f"Trained on {result.options['captions']} captions{small}")
+    table.add_section()
+    for option, values in differing_settings(result.runs).items():
+        table.add_row(option, *(values.get(name, "") for name in result.scores), "")
+    return table
+
+
+def differing_settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return what the trainings were given differently: for every such setting, the value of each training.
+
+    A setting that a training does not have is a dash; ``reference`` is told by whether there is one, not by its hash.
+    """
+    settings = {name: run["settings"] for name, run in runs.items()}
+    options = dict.fromkeys(option for own in settings.values() for option in own)
+    differing = {}
+    for option in options:
+        values = {name: str(own.get(option, "-")) for name, own in settings.items()}
+        if len(set(values.values())) > 1:
+            if option == "reference":
+                values = {name: "yes" if value else "none" for name, value in values.items()}
+            differing[option] = values
+    return differing
+
+
+def _size(result: DemoResult) -> str:
+    epochs = next(iter(result.runs.values()))["settings"]["epochs"]
+    return f"{result.pairs} pairs, {epochs} epochs"
 
 
 def write_demo(
@@ -162,9 +189,14 @@ def page(result: DemoResult) -> str:
     """Return the report as Markdown."""
     shown = {name: rows(score) for name, score in result.scores.items()}
     chance = chances(result.scores["reference"])
+    small = [
+        f"A small run, {_size(result)}: its scores are those of short trainings, `run.py demo` has longer ones.",
+        "",
+    ]
     lines = [
         "# A steered model beside its twin",
         "",
+        *(small if result.options["quick"] else ()),
         f"Training captions: {result.options['captions']}; {result.pairs} training pairs; "
         f"this command took {result.seconds / 60:.1f} minutes. All numbers are measured on held-out test pairs with "
         "clean captions.",
@@ -182,10 +214,14 @@ def page(result: DemoResult) -> str:
         "",
         "![predictions](predictions.png)",
         "",
-        "Settings:",
+        "The settings in which the two trainings differ. Temperature and learning rate are those that were best for",
+        "each method in the demo's full length (`experiments/clip/README.md`, what was tried). "
+        f"All settings: {', '.join(f'`{name}/config.json`' for name in result.runs)}.",
         "",
+        "| setting | " + " | ".join(result.runs) + " |",
+        "|---" * (1 + len(result.runs)) + "|",
     ]
-    for name, run in result.runs.items():
-        settings = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
-        lines.append(f"- {name}: {settings}")
+    lines += [
+        f"| `{option}` | {' | '.join(values.values())} |" for option, values in differing_settings(result.runs).items()
+    ]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,8 @@
 """The demo: the options of its two trainings, and all of it on a few glyphs."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -22,9 +24,12 @@ def test_both_trainings_are_their_presets_with_the_demos_data_and_seed(tmp_path)
     assert (unsteered.data, unsteered.seed, unsteered.out) == (data, 7, tmp_path / "out" / "unsteered")
 
 
-def test_the_quick_demo_trains_for_few_epochs(tmp_path):
-    quick = demo.training_options(Demo(quick=True, out=tmp_path), Data(), "steered")
-    assert (quick.optimization.epochs, quick.validations) == (demo.QUICK_EPOCHS, 2)
+def test_the_quick_demo_trains_a_smaller_model_for_fewer_epochs_and_is_else_the_demo(tmp_path):
+    quick, whole = (demo.training_options(Demo(each, out=tmp_path), Data(), "steered") for each in (True, False))
+    assert (quick.model, quick.optimization.epochs, quick.validations) == (demo.QUICK_MODEL, demo.QUICK_EPOCHS, 2)
+    assert quick.optimization.batch_size == demo.QUICK_BATCH
+    longer = dataclasses.replace(quick.optimization, epochs=whole.optimization.epochs, batch_size=512)
+    assert dataclasses.replace(quick, model=whole.model, optimization=longer, validations=whole.validations) == whole
 
 
 @pytest.mark.slow
@@ -34,7 +39,9 @@ def test_the_demo_trains_scores_and_reports(glyph_cache, tmp_path, capsys):
     assert results["options"]["captions"] == "swapped" and results["pairs"] == 150
     assert list(results["scores"]) == ["reference", "unsteered", "steered"]
     assert set(results["runs"]) == {"unsteered", "steered"}
-    assert "naming top-1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Trained on swapped captions, a small run: 150 pairs, 3 epochs" in shown and "naming top-1" in shown
+    assert re.search(r"method\W+fastclip\W+drrho", shown) and re.search(r"reference\W+none\W+yes", shown)
     for name in ("curves.png", "predictions.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 400
