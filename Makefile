@@ -18,7 +18,7 @@ FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficienc
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
 
-# The demo on a few faces, with a smaller model.
+# The demo with a smaller model, for fewer epochs.
 quick: $(READY)
 	$(BIN)/python experiments/clip/run.py --quick --out outputs/quick
 

@@ -204,8 +204,8 @@ def refuse_without_events(device: torch.device) -> None:
     """Raise a `UserError` where torch shards nothing on the CPU: torch 2.6 lacks what FSDP2 waits by."""
     if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise UserError(
-            f"--parallel fsdp needs a newer torch on the CPU than {torch.__version__}, whose CPU streams have no events: "
-            "upgrade torch, or give --parallel ddp"
+            f"--parallel fsdp needs a newer torch on the CPU than {torch.__version__}, whose CPU streams have no "
+            "events: upgrade torch, or give --parallel ddp"
         )
 
 

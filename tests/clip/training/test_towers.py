@@ -189,7 +189,7 @@ def test_sharding_on_the_cpu_is_refused_by_a_torch_that_cannot(monkeypatch):
     monkeypatch.delattr(torch.cpu.Stream, "record_event")
     refuse_without_events(torch.device("cuda"))
     with pytest.raises(
-        UserError, match="--parallel fsdp needs a newer torch on the CPU than .*, or give --parallel ddp"
+        UserError, match=r"--parallel fsdp needs a newer torch on the CPU than .*, or give --parallel ddp"
     ):
         refuse_without_events(torch.device("cpu"))
 
