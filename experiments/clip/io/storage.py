@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.asyn import sync
+from fsspec.config import conf
 
 from ..errors import UserError
 from . import files
@@ -77,7 +78,7 @@ def _patience(url: str) -> dict[str, Any]:
     found = {}
     for part in url.split(_CHAIN):
         protocol = part.partition("://")[0]
-        if protocol in ("http", "https") and "client_kwargs" not in fsspec.config.conf.get(protocol, {}):
+        if protocol in ("http", "https") and "client_kwargs" not in conf.get(protocol, {}):
             import aiohttp  # half as long to import as all else here, and for these alone
 
             limit = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
