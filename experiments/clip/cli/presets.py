@@ -55,7 +55,7 @@ PRESETS["icon-reference"] = Train(
     model="icon-base",
     shards=Shards(in_memory=True),
     loss=Loss(method="openclip"),
-    optimization=Optimization(epochs=3, batch_size=256, lr=2e-3, warmup=100, schedule="cooldown", cooldown_steps=440),
+    optimization=Optimization(epochs=6, batch_size=256, lr=2e-3, warmup=100, schedule="cooldown", cooldown_steps=1100),
     execution=Execution(precision="float32"),
     out=Path("outputs/icon-reference"),
     weights="float16",
