@@ -75,7 +75,12 @@ def check(exact, found, size, tau):
 def test_kernels_are_the_plain_form(pairs, individual, include_positive, steered, tau):
     image, text, reference, factor = problem(pairs, steered, individual)
     taus = tuple(tau * part for part in factor) if individual else tau
-    options = {"reference": reference, "tau": taus, "include_positive": include_positive, "coefficient": 0.7}
+    options = {
+        "reference": reference,
+        "tau": taus,
+        "include_positive": include_positive,
+        "coefficient": 0.7 if steered else 1.0,
+    }
     exact, found = (answers(image, text, dtype=dtype, **options) for dtype in (torch.float64, torch.float32))
     check(exact, found, 2.0, tau)
 
@@ -147,8 +152,9 @@ def test_features_in_bfloat16_are_multiplied_as_they_are(guide, tau, monkeypatch
     image, text = (part.to(DEVICE, torch.bfloat16).requires_grad_() for part in (image, text))
     wide = [part.detach().float().requires_grad_() for part in (image, text)]
     reference = None if guide is None else tuple(part.to(DEVICE, guide) for part in reference)
-    step = contrastive_risk(image, text, tau, reference=reference, coefficient=0.7)
-    exact = contrastive_risk(*wide, tau, reference=reference, coefficient=0.7)
+    steer = {"reference": reference, "coefficient": 1.0 if guide is None else 0.7}
+    step = contrastive_risk(image, text, tau, **steer)
+    exact = contrastive_risk(*wide, tau, **steer)
     assert abs(step.value - exact.value) <= 1e-6
     to_narrow, to_wide = torch.autograd.grad(step.value, (image, text)), torch.autograd.grad(exact.value, wide)
     for ours, theirs in zip(to_narrow, to_wide, strict=True):
@@ -156,7 +162,7 @@ def test_features_in_bfloat16_are_multiplied_as_they_are(guide, tau, monkeypatch
         assert ((ours - theirs).abs() <= 2**-8 * theirs.abs() + 2**-14 * theirs.abs().max()).all()
     monkeypatch.setattr(fused_tiles, "KERNEL_TILE", 2**12)
     monkeypatch.setattr(fused_tiles, "SIDE", 64)
-    tiled = contrastive_risk(image, text, tau, reference=reference, coefficient=0.7)
+    tiled = contrastive_risk(image, text, tau, **steer)
     assert abs(tiled.value - exact.value) <= 1e-6
 
 

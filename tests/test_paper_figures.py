@@ -300,7 +300,9 @@ def test_unfinished_studies_are_said_to_be(tmp_path):
     assert all("--only" in row.command for row in rows)
     assert "not measured yet" in claims.table(rows)
     assert "| **scaling law** | | | none measured | |" in claims.table(rows)
-    assert claims.headlines(rows).count("not measured yet |") == 4  # two headlines, in the columns of ours and verdict
+    assert (
+        claims.headlines(rows).count("not measured yet |") == 6
+    )  # three headlines, in the columns of ours and verdict
     for name in ("captions", "weak_to_strong", "variance"):
         drawn = style.styled(lambda name=name: DRAWN[name].draw(results))
         texts = [text.get_text() for axes in drawn.axes for text in axes.texts]

@@ -21,19 +21,18 @@ from drrho.contrastive import (
     pairs=st.integers(2, 40),
     temperature=st.floats(-3, 1).map(lambda power: 10**power),
     tile=st.sampled_from([1, 7, 64, 2**21]),
-    steered=st.booleans(),
-    coefficient=st.sampled_from([1.0, 0.3, 0.0]),
+    steered=st.sampled_from([None, 1.0, 0.3, 0.0]),
     include_positive=st.booleans(),
     individual=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, coefficient, include_positive, individual, dtype):
+def test_tiles_are_the_plain_form(pairs, temperature, tile, steered, include_positive, individual, dtype):
     image, text = (part.requires_grad_() for part in features(pairs, 7, pairs, dtype))
     tau = torch.tensor(temperature, dtype=dtype)
     taus = (tau * torch.linspace(0.5, 2, pairs, dtype=dtype), tau * torch.linspace(3, 1, pairs, dtype=dtype))
     options = {
-        "reference": features(pairs, 5, pairs + 1, dtype) if steered else None,
-        "coefficient": coefficient,
+        "reference": None if steered is None else features(pairs, 5, pairs + 1, dtype),
+        "coefficient": 1.0 if steered is None else steered,
         "include_positive": include_positive,
     }
     held, (tiles.TILE, tiles.ROWS) = (tiles.TILE, tiles.ROWS), (tile, 1)

@@ -15,7 +15,17 @@ from experiments.clip.run import parse
 from experiments.clip.training.options import Optimization
 
 #: Transformers that open_clip_train does not take for one, because "vit" is not in their names.
-UNNAMED = ("glyph-", "EVA0", "PE-Core-", "nllb-clip-", "MobileCLIP-B", "MobileCLIP2-B", "MobileCLIP2-L-14", "coca_base")
+UNNAMED = (
+    "glyph-",
+    "icon-",
+    "EVA0",
+    "PE-Core-",
+    "nllb-clip-",
+    "MobileCLIP-B",
+    "MobileCLIP2-B",
+    "MobileCLIP2-L-14",
+    "coca_base",
+)
 
 
 def test_adamw_has_the_settings_that_open_clip_gives_an_architecture():
