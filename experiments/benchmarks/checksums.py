@@ -2,7 +2,8 @@
 
 ``python experiments/benchmarks/checksums.py`` writes a checkpoint of 1 GB, as a training does, with its checksum and
 without, by turns, so that what else the machine does meets both; then it verifies it and reads its tensors. Medians of
-all rounds go to results/checksums.md.
+all rounds go to results/checksums.md; what checksums add is the difference of the quickest rounds, as a disk that is
+busy with the checkpoints before doubles others.
 """
 
 from __future__ import annotations
@@ -99,12 +100,12 @@ def rounds_of(folder: Path, state: dict[str, Tensor], rounds: int) -> dict[str, 
 def rows(found: dict[str, list[float]], gigabytes: float) -> list[Row]:
     """Return the figures."""
     shares = [100 * (a - b) / b for a, b in zip(found["with"], found["without"], strict=True)]
-    median = 100 * (statistics.median(found["with"]) / statistics.median(found["without"]) - 1)
+    least = 100 * (min(found["with"]) / min(found["without"]) - 1)
     size = f"{gigabytes:g} GB"
     return [
         _row(f"a checkpoint of {size} written without checksums", found["without"], "s"),
         _row(f"a checkpoint of {size} written with checksums", found["with"], "s"),
-        Row("what checksums add to it", median, _listed(shares), "%", 100 * REACH_SHARE, within(median, 3.0)),
+        Row("what checksums add to the quickest", least, _listed(shares), "%", 100 * REACH_SHARE, within(least, 3.0)),
         _row("the checksum alone, beside which the disk is written", found["alone"], "s"),
         _row("processor time of that, over all threads", found["processor"], "s"),
         _row(f"{size} read without verification", found["loaded"], "s"),
@@ -124,7 +125,7 @@ def _listed(values: Sequence[float]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="10^9 bytes of a checkpoint")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; a temporary folder by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "checksums.md")

@@ -17,12 +17,12 @@ def test_it_times_both_and_leaves_the_checksums_on(tmp_path):
     assert re.search(r"[1-9a-f]", (last / "manifest.json").read_text().partition(":")[2])
 
 
-def test_figures_are_of_medians():
+def test_figures_are_of_medians_and_of_the_quickest():
     found = {name: [1.0, 9.0, 2.0] for name in ("without", "alone", "processor", "loaded")}
     found |= {"with": [1.02, 9.0, 2.02], "verified": [0.4, 0.4, 3.0]}
     by_name = {row.measured: row for row in rows(found, 1.0)}
-    added = by_name["what checksums add to it"]
-    assert (round(added.median, 6), added.met) == (1.0, "yes")
+    added = by_name["what checksums add to the quickest"]
+    assert (round(added.median, 6), added.met) == (2.0, "yes")
     assert (by_name["1 GB verified before it is read"].median, by_name["1 GB verified before it is read"].met) == (
         0.4,
         "yes",
