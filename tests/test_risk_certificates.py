@@ -9,6 +9,7 @@ from families import JensenShannon, LeCam, UserHellinger
 from problems import scale_of, tensor
 
 from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk, penalized_risk
+from drrho.solvers import native
 from drrho.solvers.rows import Rows
 from experiments.benchmarks import certificates, users
 
@@ -249,6 +250,19 @@ def test_a_ball_whose_smaller_weights_underflow(size):
     risk = judged(problem, users.Jeffreys(), certificates.JEFFREYS)
     assert abs(risk.value.item() - max(losses)) <= 4 * EPS * scale_of(losses)
     assert (risk.weights > 0).all() and abs(risk.weights.sum().item() - 1) <= 4 * EPS
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_a_ball_whose_other_weights_are_of_1e_290(with_kernels, monkeypatch):
+    """At small orders they still make out a part of D: the maximum alone is not in the ball."""
+    if not with_kernels:
+        monkeypatch.setattr(native, "library", None)
+    base = np.array([4.83061907e-06, 2.05830729e-03, 9.97936862e-01])
+    losses, order = np.array([7966.80891326, -2957.00436458, -8058.52247045]), 0.018132658966225623
+    problem = certificates.Problem(losses, base / base.sum(), True, 56.16713682689649)
+    risk = judged(problem, CressieRead(order), certificates.power(order))
+    assert abs(risk.value.item() - losses[0]) <= 4 * EPS * scale_of(losses)
+    assert (risk.weights > 0).all() and risk.weights[1:].sum() < 1e-280
 
 
 def test_a_maximum_of_hardly_any_base_weight_next_to_a_pole():

@@ -124,6 +124,8 @@ def _solve(
             x = _iterate(part, np.log(start(part)), around, residual, rough, _STARTING_ITERATIONS, None)[0].x
         failure = f"the multipliers of {divergence} did not converge in {_ITERATIONS} iterations"
         (x, saturated), path = _iterate(sums, x, bracket, residual, tolerance, _ITERATIONS, failure)
+        if unit is None and k < 1:  # weights of 1e-290 beside the maximum's may be in the ball
+            saturated = saturated & ~(residual(path)[0] <= 0)
         missed = (
             (np.abs(residual(path)[0]) > tolerance) & (bracket.low > -np.inf) & (bracket.high < np.inf) & ~saturated
         )

@@ -266,6 +266,11 @@ int powers(Row *row, double k, double radius, double price, Answer *answer) {
     for (int to_the_end = k > 2;; to_the_end = 1) { /* above order 2 no slope tells of losses that come in */
         if (!find_pole(row, k, radius, unit, tolerance, 400, &x, &foretold, curvature, to_the_end, &search))
             return DECLINED;
+        if (search.saturated && price < 0 && k < 1) { /* weights of 1e-290 beside the maximum's may be in the ball */
+            if (!(fabs(foretold) < 600)) foretold = 0;
+            path = path_at(row, k, exp(x), exp(-foretold) / row->all);
+            if (path.distance <= radius) break;
+        }
         if (search.saturated) { /* where the maximum is not in the ball, or has a price, rounding has no say */
             if (price >= 0 || !(radius >= largest * (1 - 1e-8))) return DECLINED;
             return *answer = at_maximum(row, largest), OK;
