@@ -79,7 +79,7 @@ def _patience(url: str) -> dict[str, Any]:
     for part in url.split(_CHAIN):
         protocol = part.partition("://")[0]
         if protocol in ("http", "https") and "client_kwargs" not in conf.get(protocol, {}):
-            import aiohttp  # half as long to import as all else here, and for these alone
+            import aiohttp  # for these URLs alone
 
             limit = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
             found[protocol] = {"client_kwargs": {"timeout": limit}}
