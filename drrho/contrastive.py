@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from drrho.divergences import KL, Divergence
-from drrho.negatives import excess_pair_losses, robust_anchors
+from drrho.negatives import WorstCase, excess_pair_losses, robust_anchors
 from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import RobustRisk, constrained_risk, hybrid_risk, penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
-from drrho.tiles import Pairs, TensorPair, kl_anchors, not_compiled
+from drrho.tiles import Anchors, Pairs, TensorPair, kl_anchors, not_compiled
 from drrho.validation import ArrayLike, Checks, as_numbers, checks_are_deferred
 
 __all__ = [
@@ -89,7 +89,7 @@ def contrastive_risk(
     text: Tensor,
     temperature: Temperature,
     *,
-    reference: TensorPair | None = None,
+    reference: TensorPair | list[TensorPair] | None = None,
     log_u: TensorPair | None = None,
     gamma: float = 1.0,
     log_step: float | None = None,
@@ -120,8 +120,10 @@ def contrastive_risk(
         tau > 0, in units of similarity: one for all, or one for each image and each text anchor. The gradient with
         respect to it is that of ``F_i + rho tau``, which is ``rho - D_i`` without running estimates, and is taken at
         running estimates held fixed.
-    reference : (Tensor, Tensor), optional
-        Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached.
+    reference : (Tensor, Tensor), or list of such pairs, optional
+        Unit-norm features ``[b, d_ref]`` of the reference for the same pairs; detached. Of a list, one for each of
+        several references, the largest excess counts: ``l_ij = (s_ij - s_ii) - min_k c (r^k_ij - r^k_ii)``, the worst
+        case (for their mean, or a mixture: `drrho.mixture.mixed_references`).
     log_u : (Tensor, Tensor), optional
         Running estimates of these anchors before the step, ``-inf`` for those never visited. KL only.
     gamma : float
@@ -193,17 +195,20 @@ def contrastive_risk(
         raise ValueError("threshold is the state of divergences other than KL; pass log_u for KL")
     checks = Checks()
     before = None if log_u is None else _visited(log_u, image, text, checks)
-    taus, pairs = _prepared(image, text, temperature, reference, coefficient, include_positive, group, counts, checks)
+    first, guides = _guides(reference, len(image), group, checks)
+    taus, pairs = _prepared(image, text, temperature, first, coefficient, include_positive, group, counts, checks)
+    worst = WorstCase(guides, coefficient) if guides else None
+    pairs = pairs if worst is None else pairs._replace(reference=None, coefficient=1.0)
     with torch.autocast(image.device.type, enabled=False):
         if is_kl:
-            anchors, tau = kl_anchors(pairs), _stacked(taus)
+            anchors, tau = kl_anchors(pairs) if worst is None else _worst_anchors(pairs, taus, worst), _stacked(taus)
             slopes = 2 if published_temperature_gradient else 1
             terms, after = _running_terms(*anchors, tau, before, gamma, log_step, eps, slopes, per_temperature)
             log_g = anchors.log_g.detach()
             risks, distances = tau.detach() * log_g, anchors.mean_exponent - log_g
             state = {"log_u": (after[0], after[1]), "threshold": None}
         else:
-            both, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma)
+            both, after, distances = robust_anchors(pairs, taus, divergence, threshold, gamma, worst)
             terms = torch.stack(both)
             risks = terms.detach()
             state = {"log_u": None, "threshold": after}
@@ -395,7 +400,7 @@ def anchor_risks(
     text: Tensor,
     temperature: Temperature,
     *,
-    reference: TensorPair | None = None,
+    reference: TensorPair | list[TensorPair] | None = None,
     divergence: Divergence = _KL,
     coefficient: float = 1.0,
     include_positive: bool = False,
@@ -421,9 +426,11 @@ def anchor_risks(
     torch.Size([8, 7])
     """
     checks = Checks()
-    reference = _checked_features(image, text, reference, coefficient, checks, alone=True)
+    first, guides = _guides(reference, len(image), None, checks)
+    first = _checked_features(image, text, first, coefficient, checks, alone=True)
     taus = checks.close(*_temperatures(temperature, image, checks))
-    both = excess_pair_losses(image, text, reference, coefficient, include_positive)
+    references = guides or ([] if first is None else [first])
+    both = excess_pair_losses(image, text, references, coefficient, include_positive)
     first, second = (penalized_risk(losses, divergence, tau) for losses, tau in zip(both, taus, strict=True))
     return first, second
 
@@ -485,6 +492,26 @@ def _prepared(
     rates = rate, rate if is_one else second.detach().reciprocal()
     factor = 1.0 if isinstance(coefficient, Tensor) else coefficient
     return (first, second), Pairs(image, text, rates, reference, factor, include_positive, group, counts)
+
+
+def _guides(
+    reference: TensorPair | list[TensorPair] | None, count: int, group: Group, checks: Checks
+) -> tuple[TensorPair | None, list[TensorPair]]:
+    """Return the reference, or the first of a list and all of them, which are checked with the other arguments."""
+    if not isinstance(reference, list):
+        return reference, []
+    if not reference:
+        raise ValueError("reference must hold at least one pair of features, got an empty list: leave it out")
+    found = [checked_reference(each, count, checks, alone=group is None) for each in reference]
+    return found[0], found
+
+
+def _worst_anchors(pairs: Pairs, taus: TensorPair, worst: WorstCase) -> Anchors:
+    """Return the KL anchors in excess of the worst of several references."""
+    fixed = taus[0].detach(), taus[1].detach()
+    risks, _, distances = robust_anchors(pairs, fixed, _KL, None, 1.0, worst)
+    log_g = torch.stack([risk / tau for risk, tau in zip(risks, fixed, strict=True)])
+    return Anchors(log_g, torch.stack(distances) + log_g.detach())
 
 
 def _running_terms(

@@ -7,7 +7,7 @@ anchors against all ranks' negatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,14 +15,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrho.divergences import Divergence
-from drrho.ranks import first_row, gathered, gathered_with_gradient, row_counts
+from drrho.ranks import first_row, gathered, gathered_together, gathered_with_gradient, row_counts
 from drrho.reference import excess_losses
 from drrho.risk import penalized_risk
 from drrho.tiles import ALIGNED, Pairs, TensorPair, tile_rows, wide_dtype
 
 
+class WorstCase(NamedTuple):
+    """References' features of the pairs, ``[b, d_k]`` each; of a negative the largest of the excess losses counts."""
+
+    references: Sequence[TensorPair]
+    coefficient: float | Tensor
+
+
 def robust_anchors(
-    pairs: Pairs, taus: TensorPair, divergence: Divergence, thresholds: TensorPair | None, gamma: float
+    pairs: Pairs,
+    taus: TensorPair,
+    divergence: Divergence,
+    thresholds: TensorPair | None,
+    gamma: float,
+    worst: WorstCase | None = None,
 ) -> tuple[TensorPair, TensorPair, TensorPair]:
     """Return risks, thresholds after the step and distances D of this rank's anchors, ``[b]`` each, for any divergence.
 
@@ -30,7 +42,7 @@ def robust_anchors(
     batch)``, or start anew from that of the batch where phi* is infinite at one of its losses. The anchor's risk is
     then its dual objective there, ``threshold + tau mean phi*((l - threshold) / tau)``. At the threshold held fixed its
     gradient is given by the ratios ``t = phi*'((l - threshold) / tau)``: the weights ``t / count`` for the losses, and
-    ``-mean phi(t)`` for ``taus``, scalars or ``[b]``.
+    ``-mean phi(t)`` for ``taus``, scalars or ``[b]``. References of a worst case take the place of that of the pairs.
     """
     counts = pairs.counts
     if counts is None:
@@ -47,9 +59,14 @@ def robust_anchors(
             guide, guides = (pairs.reference[place].to(dtype) for place in (side, 1 - side))
             guides = gathered(guides, counts, pairs.group)
             joined = torch.cat((joined[0], -pairs.coefficient * guide), 1), torch.cat((joined[1], guides), 1)
+        several: list[TensorPair] = []
+        if worst is not None:
+            own, others = ([each[k].to(dtype) for each in worst.references] for k in (side, 1 - side))
+            several = list(zip(own, gathered_together(others, counts, pairs.group), strict=True))
         rate = pairs.rates[side].to(dtype).expand(len(anchor))
         before = None if thresholds is None or gamma == 1 else thresholds[side]
-        rows = _Rows(divergence, *joined, rate, pairs.include_positive, before, gamma, first)
+        factor = 1.0 if worst is None else worst.coefficient
+        rows = _Rows(divergence, *joined, rate, pairs.include_positive, before, gamma, first, several, factor)
         risk, threshold, distance, cost = _Solved.apply(anchor, other, rows)  # pyright: ignore[reportGeneralTypeIssues]
         if tau.requires_grad:
             risk = risk - (tau - tau.detach()) * cost
@@ -62,7 +79,7 @@ class _Rows(NamedTuple):
     """The anchors of one direction and how they are solved; ``start`` is the place of the first among all ranks'.
 
     Products of ``anchor`` and ``other`` are excess similarities: the features of the reference are joined to those of
-    the target.
+    the target. Of several references, ``guides``, the smallest multiple of the margins by ``factor`` is subtracted.
     """
 
     divergence: Divergence
@@ -73,6 +90,8 @@ class _Rows(NamedTuple):
     before: Tensor | None
     gamma: float
     start: int
+    guides: Sequence[TensorPair] = ()
+    factor: float | Tensor = 1.0
 
     def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the rows of a tile, its losses, and a matrix of its shape that may be written to."""
@@ -82,11 +101,23 @@ class _Rows(NamedTuple):
             rows = slice(first, min(first + height, len(self.anchor)))
             excess = held[: rows.stop - first]
             torch.mm(self.anchor[rows], self.other.T, out=excess)
+            if self.guides:
+                excess -= self.least_margins(rows)
             own = self.positives(excess, rows)
             at_positive = own.clone()
             if not self.include_positive:
                 own.copy_(excess[:, -1].clone())  # the last column takes the place of the positives
             yield rows, self.negatives(excess) - at_positive[:, None], excess
+
+    def least_margins(self, rows: slice) -> Tensor:
+        """Return the smallest of the references' margins times ``factor`` of a tile's pairs; it is 0 at positives."""
+        least: Tensor | None = None
+        for own, others in self.guides:
+            margins = own[rows] @ others.T
+            margins = self.factor * (margins - self.positives(margins, rows).clone()[:, None])
+            least = margins if least is None else torch.minimum(least, margins)
+        assert least is not None
+        return least
 
     def matrix(self, height: int) -> Tensor:
         """Return a new matrix of that many rows, for a tile."""
@@ -183,19 +214,20 @@ class _Solved(torch.autograd.Function):
 
 
 def excess_pair_losses(
-    image: Tensor, text: Tensor, reference: TensorPair | None, coefficient: float, include_positive: bool
+    image: Tensor, text: Tensor, references: Sequence[TensorPair], coefficient: float, include_positive: bool
 ) -> TensorPair:
-    """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image."""
+    """Return the anchors' losses over their negatives, ``[b, b - 1]``: image to text, text to image.
+
+    They are the largest of those in excess of each reference.
+    """
     similarity = _similarity(image, text, torch.float32)
-    reference_similarity = None
-    if reference is not None:
-        reference_similarity = _similarity(*reference, similarity.dtype).detach().to(similarity.dtype)
+    others = [_similarity(*each, similarity.dtype).detach().to(similarity.dtype) for each in references]
     directions = []
     for transposed in (False, True):
         losses = _margins(similarity.T if transposed else similarity, include_positive)
-        if reference_similarity is not None:
-            margins = _margins(reference_similarity.T if transposed else reference_similarity, include_positive)
-            losses = excess_losses(losses, margins, coefficient)
+        margins = [_margins(other.T if transposed else other, include_positive) for other in others]
+        if margins:
+            losses = torch.stack([excess_losses(losses, margin, coefficient) for margin in margins]).amax(0)
         directions.append(losses)
     return directions[0], directions[1]
 
