@@ -91,6 +91,22 @@ def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, glyph_
     assert settings["history"][-1]["naming_top1"] == pytest.approx(records["history"][-1]["naming_top1"], abs=0.02)
 
 
+def test_ranks_steer_by_the_average_of_their_own_model(glyph_cache, tmp_path):
+    words = (*OPTIONS, "--epochs", "1", "--self-reference", "0.9", "--temperature", "0.1", "--cache", glyph_cache)
+    for count, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        folder = tmp_path / f"{count} {parallel}"
+        statuses, errors = start(count, *words, "--out", folder, "--parallel", parallel)
+        assert statuses == [0] * count, errors
+        own = Checkpoint(latest_checkpoint(folder / "checkpoints")).full_tensors("self_reference.")
+        if count == 1:
+            expected, averages = losses(folder), own
+        assert len(averages) > 10 and averages.keys() == own.keys()
+        assert losses(folder) == pytest.approx(expected, abs=1e-5)
+        for key, value in averages.items():
+            difference = value.double().reshape(-1) - own[key].double().reshape(-1)
+            assert difference.norm() <= 0.02 * value.double().norm(), (key, parallel)
+
+
 @pytest.mark.parametrize(
     "ranks, parallel, words",
     [

@@ -8,6 +8,8 @@ from experiments.clip.cli.building import build_method, build_selector
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.models.clip import new_model
+from experiments.clip.reference.cache import CachedReference
+from experiments.clip.reference.several import SeveralReferences
 from experiments.clip.run import parse
 from experiments.clip.training.logs import Logs
 from experiments.clip.training.methods import ConstantTemperature, GlobalContrastive, Head, SigLIP
@@ -51,6 +53,7 @@ def trainer_of(
     ranks=ONE_PROCESS,
     lag=None,
     logs=("jsonl",),
+    self_reference=None,
     **options,
 ):
     sigmoid = isinstance(method, SigLIP)
@@ -70,6 +73,7 @@ def trainer_of(
         ),
         optimization,
         reference=features,
+        self_reference=self_reference,
         selector=selector,
         ranks=ranks,
         execution=Execution(**options),
@@ -90,6 +94,9 @@ def trainer_of(
     return trainer
 
 
+ITSELF = ("--self-reference", "0.9")
+NETWORK = ("--normalizer", "network", "--normalizer-prototypes", "20")
+TWO = ("--more-references", "another")
 FASTCLIP = ("--method", "fastclip", "--temperature", "0.1")
 CHOSEN = ("--candidates", "2", "--select")
 
@@ -136,17 +143,47 @@ SETTINGS = {
     ),
     "drrho on rho top-k": (*CHOSEN, "rho-top-k"),
     "two levels on rho top-k": ("--method", "two-level", *CHOSEN, "rho-top-k"),
+    "fastclip with a network": (*FASTCLIP, *NETWORK),
+    "drrho with a network": (*NETWORK, "--coefficient", "adaptive"),
+    "drrho by the mean of two": (*TWO, "--combine", "mean"),
+    "drrho by the worst of two": (*TWO, "--combine", "worst"),
+    "drrho with chi-square by the worst of two": (*TWO, "--combine", "worst", "--divergence", "chi-square"),
+    "drrho by a mixture of two": (*TWO, "--combine", "learned"),
+    "gist by a mixture of two, and distillation": (*TWO, "--combine", "learned", "--method", "gist", "--distill", "1"),
+    "drrho beside itself": (*ITSELF, "--temperature", "0.1"),
+    "gist beside itself": (*ITSELF, "--method", "gist"),
+    "openclip on jest, and distillation": (
+        *("--method", "openclip", "--distill", "1", *CHOSEN, "jest", "--select-chunks", "4"),
+    ),
+    "siglip on jest beside itself, and distillation": (
+        *(*ITSELF, "--method", "siglip", "--distill", "1", "--distill-temperature", "0.1"),
+        *(*CHOSEN, "jest", "--select-chunks", "4"),
+    ),
 }
+
+
+class Misled(CachedReference):
+    """A reference that takes each picture's text for that of the next sample."""
+
+    def __init__(self, features):
+        self.__dict__ = features.__dict__
+
+    def rows(self, index, view=0):
+        image, _ = super().rows(index, view)
+        return image, super().rows((index + 1) % len(self), view)[1]
 
 
 def built(name, pairs, features, reference, optimization=SHORT, ranks=ONE_PROCESS):
     """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
     options = parse(["train", *SETTINGS[name]])
+    if options.loss.more_references:
+        features = SeveralReferences([features, Misled(features)], [reference] * 2, options.loss.combine)
     guide = (reference, features) if options.needs_reference else (None, None)
     scored = options.selection.scored_per_pair
     return {
         "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, ranks)[0],
         "features": features if options.needs_reference else None,
+        "self_reference": options.loss.self_reference,
         "selector": build_selector(options, guide[0], ranks),
         "optimization": dataclasses.replace(optimization, batch_size=optimization.batch_size // scored),
     }

@@ -12,8 +12,10 @@ from ..errors import UserError
 from ..models.clip import Clip, load_model, lock_towers, new_model
 from ..models.options import ModelInputs, augmentation, geometry
 from ..models.sources import find_source
+from ..reference.several import SeveralReferences
 from ..training.methods import METHODS, Context, Distilled, Method
 from ..training.options import Loss
+from ..training.references import Mixed
 from ..training.selection import Selector
 from .options import Train
 from .parser import as_settings
@@ -21,6 +23,8 @@ from .terminal import console
 
 SPREAD_SHARE = 0.3  # share of the spread of the reference's margins that the temperature "auto" stands for
 _DIGITS = 1000  # to the inverse of which "auto" is rounded
+# Options that name models, whose fingerprints stand for them.
+_REFERENCES = ("reference", "reference_weights", "more_references")
 
 
 class Models(NamedTuple):
@@ -37,6 +41,8 @@ def build_models(options: Train, ranks: Ranks = ONE_PROCESS) -> Models:
         find_source(options.model, _text(options.pretrained))
         if options.needs_reference:
             find_source(str(options.reference), _text(loss.reference_weights))
+            for path in loss.more_references:
+                find_source(str(path), None)
     clip = build_target(options, ranks)
     if options.needs_reference:
         # Beside the target, it sees the target's crops.
@@ -93,7 +99,7 @@ def check_ranks(options: Train, ranks: Ranks) -> None:
 
 def build_selector(options: Train, reference: Clip | None, ranks: Ranks) -> Selector | None:
     """Return what chooses the pairs to train on, if any are left out."""
-    if reference is None or not options.selection.is_on:
+    if not options.selection.is_on:
         return None
     loss = "sigmoid" if options.loss.method == "siglip" else "softmax"
     return Selector(options.selection, loss, reference, options.seed, ranks)
@@ -106,18 +112,19 @@ def build_method(
 
     ``reference`` is the model, ``features`` what gives its features.
     """
-    chosen: dict[str, Any] = {
-        key: value for key, value in as_settings(loss).items() if key not in ("reference", "reference_weights")
-    }
+    chosen: dict[str, Any] = {key: value for key, value in as_settings(loss).items() if key not in _REFERENCES}
     if features is not None and loss.temperature == "auto" and loss.takes_temperature:
         chosen["temperature"] = _automatic_temperature(loss, features.margin_spread(samples), ranks)
-    context = Context(samples, epochs, chosen["temperature"], ranks)
+    several = features if isinstance(features, SeveralReferences) else None
+    context = Context(samples, epochs, chosen["temperature"], ranks, several.widths if several else ())
     method = METHODS[loss.method].from_options(loss, context)
-    if reference is not None and loss.distill > 0:
-        if loss.distill_temperature == "auto":
+    if loss.distill > 0:
+        if reference is not None and loss.distill_temperature == "auto":
             chosen["distill_temperature"] = round(1 / reference.model.logit_scale.exp().item(), 6)
         tau, own = chosen["distill_temperature"], loss.distill_own_temperature
         method = Distilled(method, loss.distill, tau, own=own, group=ranks.group)
+    if several is not None and loss.combine == "learned":
+        method = Mixed(method, several.widths, several.scales, ranks.group)
     return method, chosen
 
 

@@ -100,6 +100,8 @@ class Shards:
     """Share of samples that may turn out to be unusable before the run stops."""
     reference_features: Annotated[Path | None, _OF_A_CATALOG] = None
     """Folder made by the command `cache-reference --catalog`; without it, the reference runs beside the target."""
+    more_reference_features: Annotated[tuple[Path, ...], _OF_A_CATALOG] = ()
+    """The same for each of --more-references."""
     tasks: Annotated[tuple[Path, ...], _OF_A_CATALOG] = ()
     """Folders of zero-shot tasks to validate on: in CLIP_benchmark's layout, or a folder of images for each class."""
     val_data: Annotated[Path | None, _OF_A_CATALOG] = None
@@ -185,8 +187,8 @@ class Train:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss or the selection needs the reference's features."""
-        return self.loss.needs_reference or self.selection.is_on
+        """Whether the loss or the selection needs another model's features."""
+        return self.loss.needs_reference or (self.selection.is_on and self.loss.self_reference is None)
 
     @property
     def reference(self) -> Path:
@@ -203,10 +205,14 @@ class Train:
         if {"image", "text"} <= set(self.lock) and not (self.unlocked_groups or self.unlocked_text_groups):
             raise UserError("--lock image text leaves nothing to train: lock one tower, or give --unlocked-groups")
         loss, selection, batch = self.loss, self.selection, self.optimization.batch_size
-        if not self.needs_reference:
+        if loss.self_reference is not None:
+            self._check_self_reference()
+        elif not self.needs_reference:
             refuse_if_given(loss, "reference", _WITH_REFERENCE)
             refuse_if_given(loss, "reference_weights", _WITH_REFERENCE)
             refuse_if_given(self.shards, "reference_features", _WITH_REFERENCE)
+            refuse_if_given(loss, "more_references", _WITH_REFERENCE)
+        self._check_several_references()
         if loss.is_running and loss.temperature == "auto" and not self.needs_reference:
             raise UserError(
                 f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1"
@@ -232,6 +238,53 @@ class Train:
             self._check_models()
         if self.shards.in_memory:
             self._check_in_memory()
+
+    def _check_self_reference(self) -> None:
+        """Refuse the average of the target beside another reference, and what only such a one has."""
+        loss, where = self.loss, "runs without --self-reference"
+        if not (loss.uses_reference or self.selection.is_on):
+            refuse_if_given(loss, "self_reference", _WITH_REFERENCE)
+        refuse_if_given(loss, "reference", where)
+        refuse_if_given(loss, "reference_weights", where)
+        refuse_if_given(loss, "more_references", where)
+        refuse_if_given(self.shards, "reference_features", where)
+        for option, is_auto in (
+            ("temperature", loss.takes_temperature and loss.temperature == "auto"),
+            ("distill_temperature", loss.distill > 0 and loss.distill_temperature == "auto"),
+        ):
+            if is_auto:
+                raise UserError(
+                    f"--{option.replace('_', '-')} auto is that of another model, which --self-reference "
+                    f"{loss.self_reference} has not: give a number like 0.1"
+                )
+
+    def _check_several_references(self) -> None:
+        """Refuse features that are not one folder for each reference, and a combination that is not of the method."""
+        loss, shards = self.loss, self.shards
+        cached, others = len(shards.more_reference_features), len(loss.more_references)
+        if cached != (others if shards.reference_features is not None else 0):
+            raise UserError(
+                "--reference-features and --more-reference-features are of all references or of none: got "
+                f"{int(shards.reference_features is not None)} and {cached} folders for --more-references "
+                f"{' '.join(map(str, loss.more_references))}"
+            )
+        if loss.combine == "worst":
+            refused = (
+                f"--method {loss.method}"
+                if loss.method != "drrho"
+                else f"--coefficient {loss.coefficient}"
+                if isinstance(loss.coefficient, str)
+                else f"--distill {loss.distill}"
+                if loss.distill
+                else ""
+            )
+            if refused:
+                raise UserError(f"--combine worst is of margins, which {refused} does not take: give mean or learned")
+        if loss.combine in ("worst", "learned") and self.selection.is_on:
+            raise UserError(
+                f"--select {self.selection.select} compares with the mean of several references, not with --combine "
+                f"{loss.combine}: give mean"
+            )
 
     def _check_in_memory(self) -> None:
         """Refuse what would have a part where pairs are prepared at every visit."""

@@ -50,7 +50,10 @@ def planned(options: Plan) -> Planned:
         device="cpu" if execution.device == "cpu" else "cuda",
         **input_options(train.inputs),
     )
-    state = {"individual_temperatures": loss.temperature_scheme == "individual", "running": loss.is_running}
+    state = {
+        "individual_temperatures": loss.temperature_scheme == "individual",
+        "running": loss.is_running and loss.normalizer is None,
+    }
     reference_width = options.reference_width if train.needs_reference else 0
     estimate = estimated(
         cost,

@@ -26,10 +26,12 @@ from ..evaluation.task_files import Task
 from ..evaluation.tasks import evaluate_task, metric_names, open_tasks
 from ..io.storage import refuse_without_ranges
 from ..io.workers import usual_workers
-from ..models.clip import Clip
+from ..models.clip import Clip, load_model
+from ..models.options import geometry
 from ..ranges import refuse_if_given
 from ..reference.cache import CachedReference, cache_features, open_features
 from ..reference.live import LiveReference
+from ..reference.several import SeveralReferences
 from .options import SOURCES, Check, Data, Reading, Shards, Train
 from .terminal import console, progress_bar
 
@@ -168,7 +170,12 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         caption_weights = identity["caption_weights"] = catalog.caption_weights(shards.caption_weights)
     beside: Reference | None = None
     if reference is not None:
-        beside, identity["reference_views"] = _beside(options, catalog, reference, ranks)
+        cached, others = shards.reference_features, iter(shards.more_reference_features)
+        first, identity["reference_views"] = _beside(options, catalog, reference, cached, ranks)
+        beside = with_others(
+            options, first, reference, ranks, lambda clip: _beside(options, catalog, clip, next(others, None), ranks)[0]
+        )
+        identity |= identity_of_others(beside)
     workers = usual_workers() if shards.workers is None else shards.workers
     if shards.in_memory:
         workers, identity["in_memory"] = 0, True
@@ -210,13 +217,41 @@ def _check_in_memory(order: Mapping[str, Any], beside: Reference | None) -> None
     """Refuse remote shards, and features of several views, for pairs that are kept as they are at their first visit."""
     if "reading" in order:
         raise UserError("--in-memory reads local shards, here are remote ones: copy them, or leave it out")
-    if isinstance(beside, CachedReference) and beside.views > 1:
+    if isinstance(beside, CachedReference | SeveralReferences) and beside.views > 1:
         raise UserError(f"--in-memory shows one view of a pair, the features have {beside.views}: cache one view")
 
 
-def _beside(options: Train, catalog: Catalog, reference: Clip, ranks: Ranks) -> tuple[Reference, int | str]:
+Opened = CachedReference | LiveReference
+
+
+def with_others(
+    options: Train, first: Opened, reference: Clip, ranks: Ranks, beside: Callable[[Clip], Opened]
+) -> Opened | SeveralReferences:
+    """Return a run's reference, or all of them where it has several; ``beside`` opens the features of one.
+
+    Models are loaded as `building.build_models` loads the first.
+    """
+    loss = options.loss
+    if not loss.more_references:
+        return first
+    crops = {"aug_cfg": geometry(options.inputs.aug_cfg) or None}
+    clips = [load_model(path, None, crops) for path in loss.more_references]
+    for clip in clips:
+        clip.model.to(ranks.device)
+    parts = [first, *map(beside, clips)]
+    return SeveralReferences(parts, [reference, *clips], loss.combine or "mean")
+
+
+def identity_of_others(reference: Reference | None) -> dict[str, Any]:
+    """Return what the weights depend on of further references."""
+    several = isinstance(reference, SeveralReferences)
+    return {"more_references": reference.fingerprints[1:]} if several else {}
+
+
+def _beside(
+    options: Train, catalog: Catalog, reference: Clip, folder: Path | None, ranks: Ranks
+) -> tuple[Opened, int | str]:
     """Return the reference's cached features, or the reference itself to run; and how many views are cached."""
-    folder = options.shards.reference_features
     if folder is not None:
         cached = open_features(reference, catalog, folder, ranks)
         console.print(f"features   {folder}, views of a sample: {cached.views}")

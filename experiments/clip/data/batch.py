@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     skipped : mapping
         Number of samples of this part that could not be used, by reason.
     reference_inputs : tuple of Tensor, optional
-        The input of `Reference.features`.
+        The input of `Reference.features`: a tensor about images and one about texts for each reference.
     size : int
         Largest b of the stream, of which this part lacks skipped samples or one of an uneven cut; 0 where there is
         none. Towers are given so many rows, because other shapes would be compiled, tuned and allocated anew.
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     text: Tensor
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] (a field, not tuple.index)
     skipped: Mapping[str, int] = MappingProxyType({})
-    reference_inputs: Tensors | None = None
+    reference_inputs: tuple[Tensor, ...] | None = None
     size: int = 0
 
     def rows(self, rows: Tensor) -> Batch:
@@ -55,8 +55,7 @@ class Batch(NamedTuple):
         """Return the batch with each tensor changed that is an input of a model; the indices stay on the host."""
         inputs = None
         if self.reference_inputs is not None:
-            image, text = self.reference_inputs
-            inputs = change(image), change(text)
+            inputs = tuple(map(change, self.reference_inputs))
         return self._replace(image=change(self.image), text=change(self.text), reference_inputs=inputs)
 
 
@@ -90,21 +89,21 @@ class Reference(Protocol):
         """Return the draws to use for the target, so that both models see the same crop and caption."""
         ...
 
-    def image(self, image: Image.Image, draws: Draws) -> Tensor | None:
+    def image(self, image: Image.Image, draws: Draws) -> Any:
         """Return the image as the reference's preprocessing gives it, or None if the reference needs no image."""
         ...
 
     def collate(
-        self, index: Tensor, draws: Sequence[Draws], images: Sequence[Tensor | None], captions: Sequence[str]
-    ) -> Tensors:
-        """Return the ``reference_inputs`` of a batch."""
+        self, index: Tensor, draws: Sequence[Draws], images: Sequence[Any], captions: Sequence[str]
+    ) -> tuple[Tensor, ...]:
+        """Return the ``reference_inputs`` of a batch; ``images`` are what `image` returned."""
         ...
 
-    def empty_inputs(self) -> Tensors:
+    def empty_inputs(self) -> tuple[Tensor, ...]:
         """Return the ``reference_inputs`` of a batch without samples."""
         ...
 
-    def features(self, inputs: Tensors, device: torch.device) -> Tensors:
+    def features(self, inputs: Any, device: torch.device) -> Tensors:
         """Return the reference's unit features ``[b, d]``, image and text, in float32."""
         ...
 

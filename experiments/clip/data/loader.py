@@ -215,7 +215,7 @@ class _BatchMaker:
         captions: list[str] = []
         indices: list[int] = []
         drawn: list[Draws] = []
-        own_images: list[Tensor | None] = []
+        own_images: list[Any] = []
         skipped: Counter[str] = Counter()
         visits = self._part.visits(epoch, step)
         held = self._feed.ready(epoch, step) if self._feed is not None else ()

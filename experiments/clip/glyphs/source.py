@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..catalog.catalog import CAPTION_KEYS, Catalog, make_catalog
 from ..cli.options import Data, Train
-from ..cli.sources import TrainingData, reference_features
+from ..cli.sources import TrainingData, identity_of_others, reference_features, with_others
 from ..cli.terminal import console, progress_bar
 from ..distributed import Ranks
 from ..errors import UserError, printable
@@ -21,6 +21,7 @@ from ..io.files import locked
 from ..io.workers import spare_cores
 from ..models.clip import Clip
 from ..reference.cache import CachedReference
+from ..reference.live import LiveReference
 from .dataset import Manifest, open_dataset, write_dataset
 from .drawing import faces, glyph_splits
 from .evaluation import evaluate_model
@@ -124,12 +125,18 @@ def open_data(
         manifest = prepare(options.data)
         if reference is not None:
             reference.model.to(ranks.device)
-        features = None if reference is None else glyph_features(reference, manifest, options.data.cache)
+        features = None
+        if reference is not None:
+            first = glyph_features(reference, manifest, options.data.cache)
+            cached = partial(glyph_features, manifest=manifest, cache=options.data.cache)
+            features = with_others(options, first, reference, ranks, cached)
     samples = share(options, manifest)
     pairs = load(manifest, options.split, clip).first(samples)
     held_out = load(manifest, "validation", clip)
+    assert not isinstance(features, LiveReference)  # glyphs are small: their features are always cached
     stream = MemoryStream(pairs, options.pairs_per_step, options.seed, ranks.rank, ranks.count, features)
     identity = {"data": manifest.fingerprint, "split": options.split, "fraction": options.fraction}
+    identity |= identity_of_others(features)
     return TrainingData(
         stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), METRICS, features
     )

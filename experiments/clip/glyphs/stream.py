@@ -27,6 +27,7 @@ from ..io.workers import spread
 from ..models.clip import Clip
 from ..models.pixels import Transform, cut
 from ..reference.cache import CachedReference
+from ..reference.several import SeveralReferences
 from .dataset import GlyphShard, Manifest, read_samples, read_shard
 
 _PREPARED_FORMAT = 1
@@ -179,8 +180,8 @@ class MemoryStream:
         Pairs per step over all ranks, at most.
     rank, ranks : int
         This rank, and how many there are; a batch is cut into contiguous parts whose sizes differ by one at most.
-    features : CachedReference, optional
-        The reference's features of these pairs.
+    features : CachedReference or SeveralReferences, optional
+        The reference's features of these pairs, in one view.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class MemoryStream:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
-        features: CachedReference | None = None,
+        features: CachedReference | SeveralReferences | None = None,
     ) -> None:
         self._pairs, self._batch_size, self._seed, self._features = pairs, batch_size, seed, features
         self._rank, self._ranks = rank, ranks

@@ -72,14 +72,18 @@ class LiveReference:
         text = torch.cat([self._clip.encode_tokens(part) for part in inputs[1].tensor_split(parts)])
         return image.float(), text.float()
 
-    @torch.no_grad()
     def margin_spread(self, pairs: int) -> float:
         """Return `margin_spread` over the first ``pairs`` pairs, at most `SPREAD_PAIRS`, without augmentation."""
-        images, captions = zip(*self._first_pairs(min(pairs, SPREAD_PAIRS)), strict=True)
+        return margin_spread(*self.first(min(pairs, SPREAD_PAIRS)))
+
+    @torch.no_grad()
+    def first(self, count: int) -> Tensors:
+        """Return the features of the first ``count`` pairs, without augmentation."""
+        images, captions = zip(*self._first_pairs(count), strict=True)
         parts = range(0, len(images), _SPREAD_PART)
         prepare = self._clip.preprocess
         prepared = (torch.stack([prepare(image) for image in images[k : k + _SPREAD_PART]]) for k in parts)
         with torch.compiler.set_stance("force_eager"):  # towers are compiled for the batches of training
             image = torch.cat([self._clip.encode_image(part) for part in prepared])
             text = torch.cat([self._clip.encode_text(captions[k : k + _SPREAD_PART]) for k in parts])
-        return margin_spread(image, text)
+        return image, text

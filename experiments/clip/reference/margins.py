@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,15 @@ def margin_spread(image: Tensor, text: Tensor) -> float:
     reference's margin, and weights ``exp(-margin / temperature)`` at a much smaller temperature concentrate on the
     reference's easiest negatives.
     """
-    similarity = image.float() @ text.float().T
-    margins = similarity - similarity.diagonal()[:, None]
-    return margins[~torch.eye(len(margins), dtype=torch.bool, device=margins.device)].std().item()
+    return spread_of_margins([(image, text)], worst=False)
+
+
+def spread_of_margins(models: Sequence[tuple[Tensor, Tensor]], *, worst: bool) -> float:
+    """Return the same of several models' margins: of their mean, or of the smallest for each pair."""
+    margins = []
+    for image, text in models:
+        similarity = image.float() @ text.float().T
+        margins.append(similarity - similarity.diagonal()[:, None])
+    joint = torch.stack(margins)
+    found = joint.amin(0) if worst else joint.mean(0)
+    return found[~torch.eye(len(found), dtype=torch.bool, device=found.device)].std().item()

@@ -20,6 +20,8 @@ from drrho import KL, Divergence
 from drrho.coefficient import AdaptiveCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
+from drrho.mixture import separate_references
+from drrho.normalizer import NormalizerNetwork, Prediction
 from drrho.ranks import gathered_with_gradient
 from drrho.routes import BatchIndex
 from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
@@ -53,13 +55,14 @@ class Pending(NamedTuple):
     """What a method changes once its loss is known to be finite: see `Method.step`.
 
     ``temperatures`` are those that are learned, ``estimates`` the running ones after the step, ``moments`` those of the
-    adaptive coefficient before it.
+    adaptive coefficient before it. With a ``prediction`` of the normalizers, ``estimates`` are those of the batch.
     """
 
     batch: BatchIndex
     temperatures: Temperatures | None
     estimates: tuple[Tensor, Tensor]
     moments: Tensor | None
+    prediction: Prediction | None = None
 
 
 class MethodLoss(NamedTuple):
@@ -89,12 +92,16 @@ class Head(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a method is built for, beside its options: sizes of the run, the resolved temperature, the ranks."""
+    """What a method is built for, beside its options: sizes of the run, the resolved temperature, the ranks.
+
+    ``widths`` are those of several references' features.
+    """
 
     samples: int
     epochs: int
     temperature: float
     ranks: Ranks = ONE_PROCESS
+    widths: tuple[int, ...] = ()
 
 
 class Method(Protocol):
@@ -292,6 +299,10 @@ class GlobalContrastive:
         How much of the reference's margins to subtract.
     final_gamma, log_step, eps, divergence, rho, per_temperature, published_temperature_gradient, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
+    normalizer : NormalizerNetwork, optional
+        Predicts the normalizers, instead of running estimates; of KL, at its own, constant temperature.
+    worst_of : sequence of int
+        Widths of several references' features, of whose margins the smallest is subtracted; otherwise their mean is.
     is_steered : bool
         Whether a reference that is given takes part: FastCLIP has none, though distillation or a selection may use one.
     temperature_schedule : "constant", "model" or "threshold"
@@ -310,6 +321,8 @@ class GlobalContrastive:
         temperature: ConstantTemperature | LearnedTemperature,
         *,
         is_steered: bool = True,
+        normalizer: NormalizerNetwork | None = None,
+        worst_of: Sequence[int] = (),
         coefficient: float | AdaptiveCoefficient = 1.0,
         final_gamma: float = 1.0,
         log_step: float | None = None,
@@ -323,12 +336,13 @@ class GlobalContrastive:
         device: torch.device | str = "cpu",
     ) -> None:
         self._temperature, self._coefficient = temperature, coefficient
-        self._schedule, self._is_steered = temperature_schedule, is_steered
+        self._schedule, self._is_steered, self._worst_of = temperature_schedule, is_steered, worst_of
         self._gamma_epochs, self._final_gamma = gamma_epochs, final_gamma
         divergence = KL() if divergence is None else divergence
         # KL's dual variable has a closed form, a log-normalizer, which has options of its own.
         self._is_kl = divergence.has_exponential_weights
-        self._running = (RunningEstimates if self._is_kl else RunningThresholds)(samples, device, group)
+        running = RunningEstimates if self._is_kl else RunningThresholds
+        self._running = running(samples, device, group) if normalizer is None else normalizer
         for_kl: dict[str, Any] = {
             "log_step": log_step,
             "eps": eps,
@@ -349,21 +363,33 @@ class GlobalContrastive:
         options: dict[str, Any] = {**self._options, "gamma": gamma, "counts": batch.counts}
         moments = None
         if self._is_steered and reference is not None:
-            options |= {"reference": reference, "coefficient": self._coefficient}
+            guides = separate_references(reference, self._worst_of) if self._worst_of else reference
+            options |= {"reference": guides, "coefficient": self._coefficient}
             if isinstance(self._coefficient, AdaptiveCoefficient):
                 moments = self._coefficient.moments
                 options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
                 log["coefficient"] = options["coefficient"]
         temperature = self._temperature.lookup(batch)
-        options["log_u" if self._is_kl else "threshold"] = self._running.lookup(batch)
+        prediction = None
+        if isinstance(self._running, NormalizerNetwork):
+            given = {key: options[key] for key in ("reference", "coefficient", "counts") if key in options}
+            prediction = self._running.predict(*own, **given)
+            options["log_u"] = prediction.log_u
+        else:
+            options["log_u" if self._is_kl else "threshold"] = self._running.lookup(batch)
         step = contrastive_risk(*own, temperature, **options)
         estimates = step.log_u if self._is_kl else step.threshold
         assert estimates is not None
         pairs = sum(batch.counts)
+        if prediction is not None:
+            assert isinstance(temperature, float)
+            estimates = step.risks[0] / temperature, step.risks[1] / temperature
+            errors = torch.cat(estimates) - torch.cat(prediction.log_u)
+            log["normalizer_error"] = RankSum(errors.abs().sum(dtype=torch.float64), lambda total: total / (2 * pairs))
         shares = torch.exp(-torch.cat(step.distances)).sum(dtype=torch.float64)
         log["effective_negatives"] = RankSum(shares, lambda total: (pairs - 1) * total / (2 * pairs))
         learned = temperature if isinstance(temperature, Tensor | tuple) else None
-        return MethodLoss(step.value, log, Pending(batch, learned, estimates, moments))
+        return MethodLoss(step.value, log, Pending(batch, learned, estimates, moments, prediction))
 
     def _gamma(self, epoch: int) -> tuple[float, dict[str, Number]]:
         """Return the rate of the running estimates, and what to log of it."""
@@ -382,9 +408,13 @@ class GlobalContrastive:
     def step(self, loss: MethodLoss, scale: float | Tensor, rate: float, outcome: Outcome) -> dict[str, Number]:
         """Update running state and learned temperatures; log their mean over the batch, and how many met a bound."""
         assert loss.pending is not None
-        (batch, taus, (image, text), moments), (finite, has_gradient) = loss.pending, outcome
-        # An estimate or a gradient that is NaN changes nothing.
-        self._running.update(batch, (torch.where(finite, image, torch.nan), torch.where(finite, text, torch.nan)))
+        (batch, taus, (image, text), moments, prediction), (finite, has_gradient) = loss.pending, outcome
+        if isinstance(self._running, NormalizerNetwork):
+            assert prediction is not None
+            self._running.update(prediction, (image, text), finite, batch.counts)
+        else:
+            # An estimate or a gradient that is NaN changes nothing.
+            self._running.update(batch, (torch.where(finite, image, torch.nan), torch.where(finite, text, torch.nan)))
         if moments is not None and isinstance(self._coefficient, AdaptiveCoefficient):
             after = self._coefficient.moments
             self._coefficient.moments = torch.where(finite, after, moments.to(after.device))
@@ -422,7 +452,8 @@ class GlobalContrastive:
             part.load_state_dict(own if isinstance(part, _BY_SAMPLE) else own[0])
 
     def _parts(self) -> dict[str, Any]:
-        parts = {"running": self._running, "temperature": self._temperature}
+        first = "normalizer" if isinstance(self._running, NormalizerNetwork) else "running"
+        parts = {first: self._running, "temperature": self._temperature}
         if isinstance(self._coefficient, AdaptiveCoefficient):
             parts["coefficient"] = self._coefficient
         return parts
@@ -433,7 +464,8 @@ class FastCLIP(GlobalContrastive):
 
     takes: ClassVar[frozenset[str]] = frozenset(
         "temperature temperature_scheme rho temperature_lr temperature_lr_schedule published_temperature_gradient "
-        "temperature_bounds divergence level final_gamma gamma_epochs log_step eps".split()
+        "temperature_bounds divergence level final_gamma gamma_epochs log_step eps "
+        "normalizer normalizer_prototypes normalizer_lr normalizer_steps".split()
     )
     #: Whether the reference's margins are subtracted.
     steered = False
@@ -447,6 +479,8 @@ class FastCLIP(GlobalContrastive):
             context.epochs - 1 if options.gamma_epochs is None else options.gamma_epochs,
             _temperature(options, context),
             is_steered=cls.steered,
+            normalizer=_normalizer(options, context),
+            worst_of=context.widths if options.combine == "worst" else (),
             coefficient=AdaptiveCoefficient() if options.coefficient == "adaptive" else options.coefficient,
             final_gamma=options.final_gamma,
             log_step=options.log_step,
@@ -465,6 +499,18 @@ class DRRhoCLIP(FastCLIP):
 
     takes: ClassVar[frozenset[str]] = FastCLIP.takes | {"coefficient"}
     steered = True
+
+
+def _normalizer(options: Loss, context: Context) -> NormalizerNetwork | None:
+    if options.normalizer is None:
+        return None
+    given: dict[str, Any] = {
+        "prototypes": options.normalizer_prototypes,
+        "learning_rate": options.normalizer_lr,
+        "steps": options.normalizer_steps,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    return NormalizerNetwork(context.temperature, group=context.ranks.group, **given)
 
 
 def _temperature(options: Loss, context: Context) -> ConstantTemperature | LearnedTemperature:

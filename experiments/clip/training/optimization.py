@@ -121,11 +121,18 @@ class MovingAverage:
     """``average <- decay average + (1 - decay) weights``, in float32, starting from the weights.
 
     The decay of step t is at most ``(1 + t) / (10 + t)``, so that the untrained weights are soon forgotten.
+
+    Parameters
+    ----------
+    in_place : bool
+        The weights given are those of a model of the average's own, which are moved; otherwise they are copied.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float, *, in_place: bool = False) -> None:
         self._decay = decay
-        self.average = {key: _wide(value.detach().clone()) for key, value in weights.items()}
+        self.average = {
+            key: value.detach() if in_place else _wide(value.detach().clone()) for key, value in weights.items()
+        }
         self._averaged = [key for key, value in self.average.items() if value.is_floating_point()]
         self._steps = torch.tensor(0, device=next(iter(self.average.values())).device)
 

@@ -47,6 +47,7 @@ USUAL_WARMUP, WARMUP_SHARE = 10_000, 0.05
 _PARAMETERS_A_MINUTE, _MOST_MINUTES = 30e6, 30.0
 _WITHOUT_LOG_STEP = OnlyWith("--method fastclip or drrho, without --log-step", lambda loss: loss.log_step is None)
 _LEARNED = OnlyWith("a learned --temperature-scheme", lambda loss: loss.learns_temperature)
+_WITH_NETWORK = OnlyWith("--normalizer network", lambda loss: loss.normalizer == "network")
 _WITH_KL = OnlyWith("--divergence kl", lambda loss: loss.divergence == "kl")
 
 
@@ -113,6 +114,21 @@ class Loss:
     """Instead of gamma, the logarithm of SCENT's step: each estimate has a rate of its own."""
     eps: Annotated[float, NotNegative, _WITH_KL] = 1e-8
     """Added to the running estimate where the gradient divides by it."""
+    normalizer: Annotated[
+        Literal["network"] | None,
+        OnlyWith(
+            "--method fastclip or drrho, --divergence kl, --temperature-scheme constant, without --log-step",
+            lambda loss: loss.may_predict_normalizers,
+        ),
+    ] = None
+    """network: instead of a running estimate for each sample, a small network of the features predicts each anchor's
+    normalizer, trained beside the model (NeuCLIP); the batch's own has the weight gamma beside it."""
+    normalizer_prototypes: Annotated[int | None, AtLeast(1), _WITH_NETWORK] = None
+    """Prototypes of that network for each direction; 256 by default."""
+    normalizer_lr: Annotated[float | None, Positive, _WITH_NETWORK] = None
+    """Adam's learning rate of that network, in units of features; 1e-3 by default."""
+    normalizer_steps: Annotated[int | None, AtLeast(1), _WITH_NETWORK] = None
+    """Its steps for each of the model's; 1 by default."""
     distill: Annotated[float, NotNegative] = 0.0
     """Weight of the reference's distillation (cross-entropy of its softmax similarities), added to any method."""
     distill_temperature: Annotated[
@@ -133,15 +149,39 @@ class Loss:
     reference_weights: Path | None = None
     """The reference's weights: a file, a folder, hf-hub:OWNER/NAME, or a tag like openai."""
 
+    more_references: tuple[Path, ...] = ()
+    """References beside --reference, each a folder or hf-hub:OWNER/NAME, whose margins are combined with its own."""
+    combine: Annotated[
+        Literal["mean", "worst", "learned"] | None,
+        OnlyWith("--more-references", lambda loss: loss.more_references),
+    ] = None
+    """How the margins of several references are combined. mean: their mean, the default; worst: of each negative the
+    smallest, by which the target's excess is largest (drrho); learned: a mixture whose weights make the pairs of the
+    batches most likely, learned beside the target."""
+    self_reference: Annotated[float | None, BelowOne] = None
+    """Take the target's own moving average for the reference, instead of another model: its decay per step, such as
+    0.999. Each step has one more forward pass."""
+
     @property
     def is_running(self) -> bool:
         """Whether the method keeps running estimates of every sample."""
         return self.method in ("fastclip", "drrho")
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the reference's features are needed."""
+    def may_predict_normalizers(self) -> bool:
+        """Whether there are normalizers that a network could predict."""
+        is_plain = self.divergence == "kl" and self.temperature_scheme == "constant" and self.log_step is None
+        return self.is_running and is_plain
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss has a reference, be it the target's own average."""
         return self.method in STEERED or self.distill > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether another model's features are needed."""
+        return self.uses_reference and self.self_reference is None
 
     @property
     def takes_temperature(self) -> bool:
@@ -168,6 +208,8 @@ class Loss:
             )
         if self.temperature_scheme == "per-temperature" and self.divergence != "kl":
             raise UserError(f"--temperature-scheme per-temperature needs --divergence kl, got {self.divergence}")
+        if self.normalizer is not None and self.combine == "worst":
+            raise UserError("--normalizer network predicts from features, which --combine worst is none of: give mean")
         low, high = self.temperature_bounds
         if self.learns_temperature and self.temperature != "auto" and not low <= self.temperature <= high:
             raise UserError(f"--temperature {self.temperature} must lie within --temperature-bounds {low} {high}")

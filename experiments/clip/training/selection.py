@@ -45,19 +45,27 @@ class Selector:
     ----------
     loss : "softmax" or "sigmoid"
         Whose excess over the reference's is the score, see `drrho.selection.pair_losses`.
-    reference : Clip
-        Its logit scale and bias are the reference's in the scores; one without a bias has 0.
+    reference : Clip, optional
+        Its logit scale and bias are the reference's in the scores; one without a bias has 0. Where the reference is the
+        target's own average, they are the target's.
     seed : int
         Draws are a function of seed and step.
     """
 
     def __init__(
-        self, selection: Selection, loss: Literal["softmax", "sigmoid"], reference: Clip, seed: int, ranks: Ranks
+        self,
+        selection: Selection,
+        loss: Literal["softmax", "sigmoid"],
+        reference: Clip | None,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
         self._selection, self._loss, self._seed, self._ranks = selection, loss, seed, ranks
-        head = reference.model
-        bias = getattr(head, "logit_bias", None)
-        self._temperature, self._bias = 1 / head.logit_scale.exp().item(), 0.0 if bias is None else bias.item()
+        self._head: tuple[float, float] | None = None
+        if reference is not None:
+            bias = getattr(reference.model, "logit_bias", None)
+            scale = reference.model.logit_scale.exp().item()
+            self._head = 1 / scale, 0.0 if bias is None else bias.item()
         #: Pairs scored for each that is trained on.
         self.candidates = selection.candidates
 
@@ -77,7 +85,7 @@ class Selector:
             raise ValueError(
                 "reference must hold the reference's features of the candidates: give the trainer a reference"
             )
-        of_reference = PairFeatures(*reference, self._temperature, self._bias)
+        of_reference = PairFeatures(*reference, *(self._head or (target.temperature, target.bias)))
         rows = self._rows(step, self.size(total), target, of_reference)
         is_wrong, on_host = torch.cat([wrong.reshape(1).to(rows.dtype), rows]).cpu().tensor_split([1])
         if is_wrong.numpy()[0]:

@@ -26,7 +26,7 @@ from .methods import Method
 from .optimization import LossScale, MovingAverage
 
 # Names of a checkpoint's tensors beside weights and optimizer.
-EMA, _SCALER = "ema.", "scaler."
+EMA, _SCALER, _SELF = "ema.", "scaler.", "self_reference."
 
 
 class Snapshot(NamedTuple):
@@ -56,6 +56,8 @@ class TrainState:
         The stream's counts of the finished steps: it may have given the next batch already.
     unscored : dict, optional
         The record of a validation that is due after this step, without its scores: the run was stopped before it.
+    self_reference : MovingAverage, optional
+        The weights of the target's own average, where that is the reference.
     """
 
     model: torch.nn.Module
@@ -70,12 +72,17 @@ class TrainState:
     history: list[Record] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     unscored: Record | None = None
+    self_reference: MovingAverage | None = None
+
+    def _averages(self) -> dict[str, MovingAverage]:
+        averages = {EMA: self.average, _SELF: self.self_reference}
+        return {prefix: average for prefix, average in averages.items() if average is not None}
 
     def state_dict(self) -> Snapshot:
         """Return the state: tensors are the ones that training changes, not copies."""
         shared = training_state(self.model, self.optimizer)
-        if self.average is not None:
-            shared |= {f"{EMA}{key}": value for key, value in self.average.state_dict().items()}
+        for prefix, average in self._averages().items():
+            shared |= {f"{prefix}{key}": value for key, value in average.state_dict().items()}
         shared |= {f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()}
         progress = {
             "step": self.step,
@@ -100,8 +107,8 @@ class TrainState:
         for group, count in zip(self.optimizer.param_groups, progress["optimizer_steps"], strict=True):
             if count is not None:
                 group["step"] = torch.full_like(own, count) if isinstance(own := group["step"], Tensor) else count
-        if self.average is not None:
-            checkpoint.fill({f"{EMA}{key}": value for key, value in self.average.state_dict().items()})
+        for prefix, average in self._averages().items():
+            checkpoint.fill({f"{prefix}{key}": value for key, value in average.state_dict().items()})
         checkpoint.fill({f"{_SCALER}{key}": value for key, value in self.scaler.state_dict().items()})
         self.method.load_state_dict(checkpoint.own)
         # Counts of ranks that no longer exist go to those that do.

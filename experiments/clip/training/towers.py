@@ -45,17 +45,20 @@ class _Part(NamedTuple):
 
 
 class Towers:
-    """The model as it runs; every rank has one."""
+    """The model as it runs; every rank has one.
 
-    def __init__(self, clip: Clip, execution: Execution, ranks: Ranks) -> None:
+    ``learns`` is whether it is trained; a model that is not runs in evaluation mode.
+    """
+
+    def __init__(self, clip: Clip, execution: Execution, ranks: Ranks, *, learns: bool = True) -> None:
         model = clip.model.to(ranks.device)
-        if execution.use_bn_sync:
+        if execution.use_bn_sync and learns:
             synchronize_batch_norm(model, ranks)
-        model.train()
+        model.train(learns)
         self._clip, self._ranks, self._dtype = clip, ranks, _DTYPES[precision_of(execution, ranks.device)]
         # Statistics over a batch must not count rows that only fill it up.
         self._may_pad = not any(isinstance(module, _BatchNorm) for module in model.modules())
-        if execution.activation_checkpointing:
+        if execution.activation_checkpointing and learns:
             model.set_grad_checkpointing()
         self._compiled, self._in_graphs = bool(execution.compile), execution.compile == "reduce-overhead"
         if execution.compile:
@@ -73,7 +76,7 @@ class Towers:
             fully_shard(model, mp_policy=policy)
             for method in ("encode_image", "encode_text"):  # which evaluation calls instead of forward
                 register_fsdp_forward_method(model, method)
-        elif ranks.group is not None:
+        elif ranks.group is not None and learns:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             # Buffers that no checkpoint holds are constants, which would be broadcast in every forward pass.
             constants = [name for name, _ in model.named_buffers() if name not in model.state_dict()]
@@ -111,15 +114,19 @@ class Towers:
         return found, (kept[0], kept[1])
 
     @torch.no_grad()
+    def features(self, batch: Batch, samples: BatchIndex, parts: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the batch's features without a graph, of images and of texts, and the numbers of the model's head."""
+        with self.autocast():
+            encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
+        images, texts, *heads = zip(*encoded, strict=True)
+        return torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
+
     def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> tuple[PairFeatures, Tensor]:
         """Return the batch's features without a graph, as in training, and how the method compares them.
 
         Second comes how many ranks have features that are not finite, a scalar on the device.
         """
-        with self.autocast():
-            encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
-        images, texts, *heads = zip(*encoded, strict=True)
-        image, text, head = torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
+        image, text, head = self.features(batch, samples, parts)
         wrong = self._ranks.sum(are_not_finite(image, text, *head))
         return PairFeatures(image, text, *method.logits_at(Head(*head))), wrong
 

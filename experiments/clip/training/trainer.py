@@ -46,6 +46,7 @@ from .logs import (
 from .methods import Features, Method, MethodLoss, Number, Outcome
 from .optimization import LossScale, MovingAverage, build_optimizer, learning_rate, step_if
 from .options import CheckpointPolicy, Execution, Optimization
+from .references import SelfReference
 from .selection import Chosen, Selector
 from .state import TrainState, best_record, check_resumable
 from .towers import (
@@ -79,6 +80,8 @@ class Trainer:
     ----------
     reference : Reference, optional
         Gives the reference's features of a batch.
+    self_reference : float, optional
+        Instead of one, the reference is the target's own moving average with this decay per step.
     selector : Selector, optional
         Chooses the pairs to train on among those of a step, by both models' features; it needs a reference. Without it
         a step trains on all.
@@ -123,6 +126,7 @@ class Trainer:
         optimization: Optimization,
         *,
         reference: Reference | None = None,
+        self_reference: float | None = None,
         selector: Selector | None = None,
         ranks: Ranks,
         execution: Execution,
@@ -142,6 +146,8 @@ class Trainer:
         export: Callable[[str, dict[str, Tensor]], None] = lambda name, average: None,
     ) -> None:
         choose_head(clip.model, method)
+        # A copy of the target, made before that is compiled or sharded.
+        own = None if self_reference is None else SelfReference(clip, self_reference, execution, ranks)
         self._towers = Towers(clip, execution, ranks)
         self.state = TrainState(
             clip.model,
@@ -150,8 +156,10 @@ class Trainer:
             None if optimization.ema is None else MovingAverage(clip.model.state_dict(), optimization.ema),
             method,
             stream,
+            self_reference=None if own is None else own.average,
         )
         self._optimization, self._reference, self._selector = optimization, reference, selector
+        self._self_reference = own
         self._ranks, self._seed, self._nonfinite_limit = ranks, seed, nonfinite_limit
         self._policy, self._settings, self._folder = policy, settings, folder
         self._validate, self._logs, self._log_every = validate, logs, log_every
@@ -309,7 +317,9 @@ class Trainer:
             return None
         return BatchIndex([each[3 : 3 + each[0]] for each in messages], ranks.group)
 
-    def _reference_features(self, batch: Batch) -> Features | None:
+    def _reference_features(self, batch: Batch, samples: BatchIndex, parts: int) -> Features | None:
+        if self._self_reference is not None:
+            return self._self_reference.features(batch, samples, parts)
         if self._reference is None or batch.reference_inputs is None:
             return None
         with self._towers.autocast():
@@ -323,10 +333,11 @@ class Trainer:
 
     def _chosen(self, candidates: Batch, scored: BatchIndex) -> Chosen | None:
         """Return the pairs to train on; None if that depends on features that are not finite."""
-        reference, selector = self._reference_features(candidates), self._selector
+        selector, parts = self._selector, self._optimization.accumulation
+        parts = parts if selector is None else parts * selector.candidates
+        reference = self._reference_features(candidates, scored, parts)
         if selector is None:
             return Chosen(candidates, reference, dict)
-        parts = self._optimization.accumulation * selector.candidates
         target, wrong = self._towers.pairs(self.state.method, candidates, scored, parts)
         return selector.choose(self.state.step, candidates, sum(scored.counts), target, wrong, reference)
 
@@ -343,8 +354,9 @@ class Trainer:
         step_if(state.optimizer, outcome.has_gradient)
         hold_scale(state.model, state.method, outcome.has_gradient)
         state.scaler.update(*outcome)
-        if state.average is not None:
-            state.average.update(state.model.state_dict(), outcome.is_finite)
+        for average in (state.average, state.self_reference):
+            if average is not None:
+                average.update(state.model.state_dict(), outcome.is_finite)
         return log
 
     def _report(self, underway: Underway, sums: int, numbers: list[float]) -> None:

@@ -48,6 +48,71 @@ _IN_MEMORY = ["train", "--catalog", "c", "--model", "glyph-tiny", "--in-memory",
         (["cache-reference", "--views", "0"], "--views must be at least 1, got 0"),
         (["cache-reference", "--views", "2"], "--views 2 has no part in this run: it is for --catalog"),
         (["cache-reference", "--catalog", "c", "--captions", "vague"], "--catalog takes the place of --captions"),
+        (
+            ["train", "--normalizer", "network", "--divergence", "chi-square"],
+            "--normalizer network has no part in this run: it is for --method fastclip or drrho, --divergence kl",
+        ),
+        (
+            ["train", "--normalizer", "network", "--temperature-scheme", "global"],
+            "--normalizer network has no part in this run.*--temperature-scheme constant",
+        ),
+        (
+            ["train", "--normalizer-lr", "0.1"],
+            "--normalizer-lr 0.1 has no part in this run: it is for --normalizer net",
+        ),
+        (
+            ["train", "--normalizer", "network", "--more-references", "b", "--combine", "worst"],
+            "--normalizer network predicts from features, which --combine worst is none of",
+        ),
+        (["train", "--combine", "mean"], "--combine mean has no part in this run: it is for --more-references"),
+        (
+            ["train", "--method", "openclip", "--more-references", "b"],
+            "--more-references .* has no part in this run: it is for --method drrho",
+        ),
+        (
+            ["train", "--more-references", "b", "--combine", "worst", "--method", "gist"],
+            "--combine worst is of margins, which --method gist does not take",
+        ),
+        (
+            ["train", "--more-references", "b", "--combine", "worst", "--coefficient", "adaptive"],
+            "--combine worst is of margins, which --coefficient adaptive does not take",
+        ),
+        (
+            ["train", "--more-references", "b", "--combine", "learned", "--select", "jest"],
+            "--select jest compares with the mean of several references, not with --combine learned",
+        ),
+        (
+            [*_IN_MEMORY[:-2], "--reference", "a", "--reference-features", "f", "--more-references", "b"],
+            "are of all references or of none: got 1 and 0 folders for --more-references b",
+        ),
+        (["train", "--self-reference", "1"], r"--self-reference must be in \[0, 1\), got 1"),
+        (
+            ["train", "--method", "openclip", "--self-reference", "0.9"],
+            "--self-reference 0.9 has no part in this run: it is for --method drrho",
+        ),
+        (["train", "--self-reference", "0.9"], "--temperature auto is that of another model.*give a number"),
+        (
+            ["train", "--method", "openclip", "--self-reference", "0.9", "--distill", "1"],
+            "--distill-temperature auto is that of another model.*give a number",
+        ),
+        (
+            ["train", "--self-reference", "0.9", "--reference", "there"],
+            "--reference there has no part in this run: it is for runs without --self-reference",
+        ),
+        (
+            [
+                "train",
+                "--catalog",
+                "c",
+                "--model",
+                "glyph-tiny",
+                "--self-reference",
+                "0.9",
+                "--reference-features",
+                "f",
+            ],
+            "--reference-features f has no part in this run: it is for runs without --self-reference",
+        ),
         (["train", "--in-memory"], "--in-memory True has no part in this run: it is for --catalog"),
         ([*_IN_MEMORY, "--workers", "2"], "--in-memory takes --workers 0, got 2: each would keep a copy"),
         ([*_IN_MEMORY, "--reading", "blocks"], "--in-memory takes --reading random, got blocks"),
@@ -70,6 +135,12 @@ def test_a_selection_needs_a_reference_whatever_the_method():
         assert options.needs_reference and not options.loss.needs_reference
         assert options.pairs_per_step == 5 * options.optimization.batch_size
     assert not parse(["train", "--method", "openclip"]).needs_reference
+
+
+def test_a_target_that_is_its_own_reference_needs_no_other():
+    for words in (["--temperature", "0.1"], ["--method", "gist"], ["--method", "openclip", "--select", "jest"]):
+        options = parse(["train", "--catalog", "c", "--model", "glyph-tiny", "--self-reference", "0.9", *words])
+        assert not options.needs_reference and not options.loss.needs_reference
 
 
 def test_a_share_of_the_pairs_is_refused_where_it_has_no_part():

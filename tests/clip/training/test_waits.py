@@ -76,6 +76,10 @@ EXCHANGES = {
     "drrho": (1, 9),
     "drrho, adaptive": (1, 11),
     "drrho and distillation": (1, 16),
+    "drrho beside itself": (1, 9),
+    "drrho by the worst of two": (1, 9),
+    "drrho by a mixture of two": (1, 9),
+    "fastclip with a network": (1, 9),
 }
 
 
