@@ -54,7 +54,8 @@ def planned(options: Plan) -> Planned:
         "individual_temperatures": loss.temperature_scheme == "individual",
         "running": loss.is_running and loss.normalizer is None,
     }
-    reference_width = options.reference_width if train.needs_reference else 0
+    references = 1 + len(loss.more_references) if train.needs_reference else 0
+    reference_width = references * options.reference_width
     estimate = estimated(
         cost,
         samples=options.samples,
@@ -68,6 +69,7 @@ def planned(options: Plan) -> Planned:
         utilization=options.utilization,
         reference_width=reference_width,
         ema=train.optimization.ema is not None,
+        self_reference=loss.self_reference is not None,
         workers=train.shards.workers or 0,
         **state,
     )
@@ -151,13 +153,15 @@ def estimated(
     individual_temperatures: bool,
     running: bool,
     ema: bool,
+    self_reference: bool,
     workers: int,
 ) -> Estimate:
     """Add up what the run takes.
 
     ``teraflops`` is the peak rate of a rank's device in 10^12 operations per second, ``utilization`` the share of it
-    that training reaches; ``reference_width`` is 0 without a reference. Of ``scored_per_pair`` pairs, all of which
-    count as seen, one is trained on; if there are several, each goes through the towers once more to be scored.
+    that training reaches; ``reference_width`` is 0 without a reference, and of several the sum. Of ``scored_per_pair``
+    pairs, all of which count as seen, one is trained on; if there are several, each goes through the towers once more
+    to be scored.
     """
     shards = ranks if execution.parallel == "fsdp" else 1
     weights = _FLOAT * cost.parameters
@@ -169,12 +173,14 @@ def estimated(
     rows = -(-samples // ranks)
     state = rows * (8 * running + 28 * individual_temperatures)
     tile = max(2 * max(TILE, ROWS * batch_size), min(own * batch_size, KERNEL_TILE))  # CPU, GPU
-    columns = batch_size * (cost.width * 2 + reference_width) + own * (cost.width * 4 + 2 * reference_width)
+    guide = cost.width if self_reference else reference_width
+    columns = batch_size * (cost.width * 2 + guide) + own * (cost.width * 4 + 2 * guide)
+    averages = ema + self_reference
     loss = _FLOAT * (tile + columns)
     # With the reference's features as they are cached, of 16 bits.
     batch = -(-batch_size * scored_per_pair // ranks) * (cost.pair_bytes + 4 * reference_width)
     parts = {
-        "weights": weights // shards * (1 + ema),
+        "weights": weights // shards * (1 + averages),
         "gradients": weights // shards + gathered * _FLOAT,
         "optimizer": 2 * weights // shards,
         "casts": gathered * size if shards > 1 else cost.cast_bytes,
@@ -185,6 +191,7 @@ def estimated(
     }
     trained = 3 * cost.flops + (cost.flops if accumulation > 1 or execution.activation_checkpointing else 0)
     operations = trained if scored_per_pair == 1 else cost.flops + trained / scored_per_pair
+    operations += self_reference * cost.flops
     rate = ranks * teraflops * 1e12 * utilization / operations
     hours = samples_seen / rate / 3600
     return Estimate(
@@ -195,7 +202,7 @@ def estimated(
         shared=workers * AHEAD * batch,
         reference_cache=samples * reference_width * 2 * 2,
         exported_model=weights,
-        checkpoint=3 * weights + ema * weights + samples * (8 * running + 28 * individual_temperatures),
+        checkpoint=(3 + averages) * weights + samples * (8 * running + 28 * individual_temperatures),
         steps=-(-samples_seen // (batch_size * scored_per_pair)),
         pairs_per_second=rate,
         hours=hours,

@@ -31,6 +31,7 @@ SMALL = {
     "individual_temperatures": False,
     "running": True,
     "ema": False,
+    "self_reference": False,
     "workers": 0,
 }
 
@@ -86,6 +87,9 @@ def test_more_ranks_share_and_accumulation_divides():
     chosen = estimated(cost, **SMALL | {"scored_per_pair": 5})
     assert chosen.steps == -(-one.steps // 5)
     assert chosen.hours == pytest.approx(one.hours * (1 + 3 / 5) / 3)
+    beside_itself = estimated(cost, **SMALL | {"self_reference": True})
+    assert beside_itself.hours == pytest.approx(one.hours * 4 / 3)  # a forward pass of the average
+    assert beside_itself.weights == 2 * one.weights and beside_itself.checkpoint == one.checkpoint + one.weights
     assert one.memory == sum(
         getattr(one, name)
         for name in ("weights", "gradients", "optimizer", "casts", "activations", "inputs", "loss", "running_state")
