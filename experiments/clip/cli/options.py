@@ -269,17 +269,16 @@ class Train:
                 f"{' '.join(map(str, loss.more_references))}"
             )
         if loss.combine == "worst":
-            refused = (
-                f"--method {loss.method}"
-                if loss.method != "drrho"
-                else f"--coefficient {loss.coefficient}"
-                if isinstance(loss.coefficient, str)
-                else f"--distill {loss.distill}"
-                if loss.distill
-                else ""
-            )
-            if refused:
-                raise UserError(f"--combine worst is of margins, which {refused} does not take: give mean or learned")
+            refused = {
+                f"--method {loss.method}": loss.method != "drrho",
+                f"--coefficient {loss.coefficient}": isinstance(loss.coefficient, str),
+                f"--distill {loss.distill}": loss.distill > 0,
+            }
+            for option, takes_similarities in refused.items():
+                if takes_similarities:
+                    raise UserError(
+                        f"--combine worst is of margins, which {option} does not take: give mean or learned"
+                    )
         if loss.combine in ("worst", "learned") and self.selection.is_on:
             raise UserError(
                 f"--select {self.selection.select} compares with the mean of several references, not with --combine "

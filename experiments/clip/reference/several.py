@@ -75,11 +75,6 @@ class SeveralReferences:
         empty = [part.features(part.empty_inputs(), clip.device) for part, clip in zip(parts, clips, strict=True)]
         self.widths = tuple(image.shape[1] for image, _ in empty)
 
-    @property
-    def is_cached(self) -> bool:
-        """Whether no reference has to run."""
-        return all(isinstance(part, CachedReference) for part in self._parts)
-
     def draws(self, index: int, draws: Draws) -> Draws:
         """Return the draws of the first reference with cached features, which the target and the others follow."""
         return self._leads.draws(index, draws)

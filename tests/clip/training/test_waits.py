@@ -78,8 +78,8 @@ EXCHANGES = {
     "drrho and distillation": (1, 16),
     "drrho beside itself": (1, 9),
     "drrho by the worst of two": (1, 9),
-    "drrho by a mixture of two": (1, 9),
-    "fastclip with a network": (1, 9),
+    "drrho by a mixture of two": (1, 15),
+    "fastclip with a network": (1, 8),
 }
 
 
