@@ -88,7 +88,7 @@ class NormalizerNetwork:
     >>> from torch.nn.functional import normalize
     >>> from drrho.contrastive import contrastive_risk
     >>> image, text = normalize(torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    >>> network = NormalizerNetwork(0.1, prototypes=32, learning_rate=0.01)
+    >>> network = NormalizerNetwork(0.1, prototypes=32)
     >>> errors = []
     >>> for _ in range(50):
     ...     prediction = network.predict(image, text)
@@ -105,7 +105,7 @@ class NormalizerNetwork:
         temperature: float,
         *,
         prototypes: int = 256,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 1e-2,
         steps: int = 1,
         group: Group = None,
     ) -> None:

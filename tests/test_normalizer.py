@@ -54,7 +54,7 @@ def test_an_expressive_network_reaches_the_exact_normalizers_of_a_batch(steered)
 def test_the_updates_descend_the_conjugate_objective_whose_minimum_is_the_log_normalizer():
     own, _ = batch()
     exact = log_normalizers(own, None, 1.0)
-    network, goal = NormalizerNetwork(TAU, prototypes=7), torch.cat(exact)
+    network, goal = NormalizerNetwork(TAU, prototypes=7, learning_rate=1e-3), torch.cat(exact)
     prediction, objectives = network.predict(*own), []
     for _ in range(20):
         network.update(prediction, exact, torch.tensor(True))

@@ -126,7 +126,7 @@ class Loss:
     normalizer_prototypes: Annotated[int | None, AtLeast(1), _WITH_NETWORK] = None
     """Prototypes of that network for each direction; 256 by default."""
     normalizer_lr: Annotated[float | None, Positive, _WITH_NETWORK] = None
-    """Adam's learning rate of that network, in units of features; 1e-3 by default."""
+    """Adam's learning rate of that network, in units of features; 0.01 by default."""
     normalizer_steps: Annotated[int | None, AtLeast(1), _WITH_NETWORK] = None
     """Its steps for each of the model's; 1 by default."""
     distill: Annotated[float, NotNegative] = 0.0
