@@ -77,7 +77,7 @@ EXCHANGES = {
     "drrho, adaptive": (1, 11),
     "drrho and distillation": (1, 16),
     "drrho beside itself": (1, 9),
-    "drrho by the worst of two": (1, 9),
+    "drrho by the worst of two": (1, 11),
     "drrho by a mixture of two": (1, 15),
     "fastclip with a network": (1, 8),
 }
