@@ -12,14 +12,13 @@ that use these.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
 
 from ..cli.options import Captions, Data, Train
 from ..cli.presets import PRESETS, of_embedded_pairs
 from ..training.options import CheckpointPolicy
+from .cells import Cell, Tuned, TunedKey, reference_cell
 from .settings import (
     DIVERGENCE,
     LONGER_SETTINGS,
@@ -30,41 +29,6 @@ from .settings import (
     Setting,
     settings_of,
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training, with all its options, and the labels of its row.
-
-    Attributes
-    ----------
-    method : str
-        What tables call its training method.
-    train : Train
-        Its options; --out, --cache and --logs are the study's.
-    setting : str
-        What else tells it from its neighbors, like ``tau=0.1``.
-    reference : str
-        A name in `REFERENCES`: that model, which the study trains, steers instead of ``train.loss.reference``.
-    """
-
-    method: str
-    train: Train
-    setting: str = ""
-    reference: str = ""
-
-
-class TunedKey(NamedTuple):
-    """A tuning study, captions, a method, and the trained reference that steers it (that of `Cell`)."""
-
-    study: str
-    captions: Captions
-    method: str
-    reference: str = ""
-
-
-#: The settings that tuning found best.
-Tuned = Mapping[TunedKey, Setting]
 
 SEEDS = range(1, 6)  # seed 0 is for tuning, and is not counted
 FEWER_SEEDS = SEEDS[:3]
@@ -181,12 +145,7 @@ def _longer_cell(
 
 def references(_: Tuned) -> Iterator[Cell]:
     """Return the references of other quality than the shipped one's."""
-    return map(reference_cell, REFERENCES)
-
-
-def reference_cell(name: str) -> Cell:
-    """Return the training of a reference, by its name."""
-    return Cell(REFERENCES[name].loss.method, REFERENCES[name], name)
+    return (reference_cell(name, train) for name, train in REFERENCES.items())
 
 
 def _tuning(methods: Iterable[str]) -> Iterator[Cell]:
