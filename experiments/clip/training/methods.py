@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from drrho import KL, Divergence
-from drrho.coefficient import AdaptiveCoefficient
+from drrho.coefficient import AdaptiveCoefficient, MovingCoefficient, ScheduledCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
 from drrho.ranks import gathered_with_gradient
@@ -53,7 +53,7 @@ class Pending(NamedTuple):
     """What a method changes once its loss is known to be finite: see `Method.step`.
 
     ``temperatures`` are those that are learned, ``estimates`` the running ones after the step, ``moments`` those of the
-    adaptive coefficient before it.
+    estimated coefficient before it.
     """
 
     batch: BatchIndex
@@ -288,7 +288,7 @@ class GlobalContrastive:
         The epoch, counted from 0, in which gamma arrives at ``final_gamma``, by a cosine from 1 in the first.
     temperature : ConstantTemperature, or GlobalTemperature or IndividualTemperatures of `drrho.temperature`
         FastCLIP v1, v3 (v0 with ``per_temperature``) and v2.
-    coefficient : float or AdaptiveCoefficient
+    coefficient : float, AdaptiveCoefficient or ScheduledCoefficient
         How much of the reference's margins to subtract.
     final_gamma, log_step, eps, divergence, rho, per_temperature, published_temperature_gradient, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
@@ -310,7 +310,7 @@ class GlobalContrastive:
         temperature: ConstantTemperature | LearnedTemperature,
         *,
         is_steered: bool = True,
-        coefficient: float | AdaptiveCoefficient = 1.0,
+        coefficient: float | MovingCoefficient = 1.0,
         final_gamma: float = 1.0,
         log_step: float | None = None,
         eps: float = 0.0,
@@ -350,9 +350,11 @@ class GlobalContrastive:
         moments = None
         if self._is_steered and reference is not None:
             options |= {"reference": reference, "coefficient": self._coefficient}
-            if isinstance(self._coefficient, AdaptiveCoefficient):
+            if isinstance(self._coefficient, MovingCoefficient):
                 moments = self._coefficient.moments
-                options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
+                options["coefficient"] = self._coefficient.update(
+                    *own, reference=reference, group=self._group, counts=batch.counts
+                )
                 log["coefficient"] = options["coefficient"]
         temperature = self._temperature.lookup(batch)
         options["log_u" if self._is_kl else "threshold"] = self._running.lookup(batch)
@@ -385,7 +387,7 @@ class GlobalContrastive:
         (batch, taus, (image, text), moments), (finite, has_gradient) = loss.pending, outcome
         # An estimate or a gradient that is NaN changes nothing.
         self._running.update(batch, (torch.where(finite, image, torch.nan), torch.where(finite, text, torch.nan)))
-        if moments is not None and isinstance(self._coefficient, AdaptiveCoefficient):
+        if moments is not None and isinstance(self._coefficient, MovingCoefficient):
             after = self._coefficient.moments
             self._coefficient.moments = torch.where(finite, after, moments.to(after.device))
         if taus is None or isinstance(self._temperature, ConstantTemperature):
@@ -406,7 +408,7 @@ class GlobalContrastive:
         return self._temperature.lookup([]).detach() if isinstance(self._temperature, GlobalTemperature) else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return running state, learned temperatures and the adaptive coefficient."""
+        """Return running state, learned temperatures and the estimated coefficient."""
         return {
             f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
         }
@@ -423,7 +425,7 @@ class GlobalContrastive:
 
     def _parts(self) -> dict[str, Any]:
         parts = {"running": self._running, "temperature": self._temperature}
-        if isinstance(self._coefficient, AdaptiveCoefficient):
+        if isinstance(self._coefficient, MovingCoefficient):
             parts["coefficient"] = self._coefficient
         return parts
 
@@ -447,7 +449,7 @@ class FastCLIP(GlobalContrastive):
             context.epochs - 1 if options.gamma_epochs is None else options.gamma_epochs,
             _temperature(options, context),
             is_steered=cls.steered,
-            coefficient=AdaptiveCoefficient() if options.coefficient == "adaptive" else options.coefficient,
+            coefficient=_coefficient(options),
             final_gamma=options.final_gamma,
             log_step=options.log_step,
             eps=options.eps,
@@ -458,6 +460,17 @@ class FastCLIP(GlobalContrastive):
             temperature_schedule=options.temperature_lr_schedule,
             **place,
         )
+
+
+_ESTIMATED: dict[str, Callable[[], MovingCoefficient]] = {
+    "adaptive": AdaptiveCoefficient,
+    "scheduled": ScheduledCoefficient,
+}
+
+
+def _coefficient(options: Loss) -> float | MovingCoefficient:
+    given = options.coefficient
+    return _ESTIMATED[given]() if isinstance(given, str) else given
 
 
 class DRRhoCLIP(FastCLIP):
