@@ -25,7 +25,7 @@ class MovingCoefficient:
     rate : float
         Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
     start : float
-        The coefficient before the first batch, and where the averages say nothing.
+        The coefficient before the first batch; 0 where the denominator is not positive.
     """
 
     def __init__(self, rate: float, start: float) -> None:
@@ -55,7 +55,8 @@ class MovingCoefficient:
     def _of(self, moments: Tensor) -> Tensor:
         """Return the coefficient of two averages."""
         numerator, denominator = moments.unbind()
-        return torch.where(denominator > 0, (numerator / denominator).clamp(0, 1), self._start)
+        ratio = torch.where(denominator > 0, (numerator / denominator).clamp(0, 1), 0.0)
+        return torch.where(torch.isnan(denominator), self._start, ratio)
 
     def _moved(self, found: Tensor, what: str) -> float | Tensor:
         """Move the averages by what a batch has, and return the coefficient; NaN in deferred checks if not finite."""
@@ -259,6 +260,7 @@ def _first_rows(parts: list[Tensor], most: int, group: Group, counts: Sequence[i
 
 _STEPS = 10
 _LONGEST_STEP = 3.0  # of a weight, in units of the inverse spread of similarities
+_LEAST_EVIDENCE = 0.1  # a weight in these units; of 512 anchors it is two standard errors
 _PRIOR = 1e-3  # precision of a weight in these units, for each anchor: where pairs are told apart without error
 
 
@@ -270,6 +272,8 @@ def _evidence(similarities: Tensor) -> Tensor:
     scaled = torch.where(spread[:, None, None] > 0, centered / spread[:, None, None], 0.0)
     beside = _softmax_weights(scaled)[1]
     alone = _softmax_weights(scaled[1:])[0]
+    # A reference that a batch cannot tell from noise is none: its weights' ratio would be anything.
+    alone = torch.where(alone > 0, alone.clamp(min=_LEAST_EVIDENCE), alone)
     return torch.where(torch.isfinite(similarities).all(), torch.stack([beside, alone]), torch.nan)
 
 

@@ -2,8 +2,8 @@
 
 Budgets are counted in passes over the 79,593 training icons. Every method has four settings to be tuned with at the
 smallest, one seed each, by naming top-1 on the validation split; steered ones under the strong reference. Other
-budgets, references and noise use what was best there. References see the other pool of pairs alone. The scheduled coefficient
-has no setting of its own: it takes what its constant one was tuned to.
+budgets, references and noise use what was best there. References see the other pool of pairs alone. The scheduled
+coefficient has no setting of its own: it takes what its constant one was tuned to.
 """
 
 from __future__ import annotations
