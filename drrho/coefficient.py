@@ -18,21 +18,19 @@ Features = tuple[Tensor, Tensor]  # of images and texts, ``[b, d]``
 
 
 class MovingCoefficient:
-    """What the estimated coefficients share: a ratio of two moving averages, in [0, 1].
+    """What the estimated coefficients have in common: two moving averages, of which each is a function.
 
     Parameters
     ----------
     rate : float
         Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
-    start : float
-        The coefficient before the first batch; 0 where the denominator is not positive.
     """
 
-    def __init__(self, rate: float, start: float) -> None:
+    def __init__(self, rate: float = 0.1) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
-        self._rate, self._start = rate, start
-        #: Moving averages of numerator and denominator, float64; NaN before the first batch.
+        self._rate = rate
+        #: The moving averages, float64; NaN before the first batch.
         self.moments = torch.full((2,), math.nan, dtype=torch.float64)
 
     def update(
@@ -53,18 +51,16 @@ class MovingCoefficient:
         return self._of(self.moments).item()
 
     def _of(self, moments: Tensor) -> Tensor:
-        """Return the coefficient of two averages."""
-        numerator, denominator = moments.unbind()
-        ratio = torch.where(denominator > 0, (numerator / denominator).clamp(0, 1), 0.0)
-        return torch.where(torch.isnan(denominator), self._start, ratio)
+        """Return the coefficient of the averages, in [0, 1]."""
+        raise NotImplementedError
 
     def _moved(self, found: Tensor, what: str) -> float | Tensor:
         """Move the averages by what a batch has, and return the coefficient; NaN in deferred checks if not finite."""
         before = self.moments.to(found.device)
         finite = torch.isfinite(found).all()
         if not checks_are_deferred() and not bool(finite):
-            numerator, denominator = found.tolist()
-            raise ValueError(f"image, text and reference must be finite, but {what} are {numerator}, {denominator}")
+            first, second = found.tolist()
+            raise ValueError(f"image, text and reference must be finite, but {what} are {first}, {second}")
         moved = torch.where(torch.isnan(before), found, before + self._rate * (found - before))
         self.moments = torch.where(finite, moved, before)
         if not checks_are_deferred():
@@ -115,9 +111,6 @@ class AdaptiveCoefficient(MovingCoefficient):
     0.0
     """
 
-    def __init__(self, rate: float = 0.1) -> None:
-        super().__init__(rate, start=0.0)
-
     def update(
         self,
         image: Tensor,
@@ -158,20 +151,26 @@ class AdaptiveCoefficient(MovingCoefficient):
             found = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
             return self._moved(found, "covariance and variance")
 
+    def _of(self, moments: Tensor) -> Tensor:
+        """Return c of covariance and variance: 0 before the first batch, and where there is no variance."""
+        covariance, variance = moments.unbind()
+        return torch.where(variance > 0, (covariance / variance).clamp(0, 1), 0.0)
+
 
 class ScheduledCoefficient(MovingCoefficient):
-    """Estimate how much of what the reference knows the target does not know yet, and steer by that part.
+    """Steer while the reference knows more than the target, by the difference of what each adds to the other.
 
     Let ``s_ij`` and ``r_ij`` be the similarities of target and reference. Over the candidates of a batch, the true ones
     are predicted by the softmax of maximum likelihood (stacking: Wolpert, 1992; Breiman, 1996)::
 
         max over (a, b) of sum_i log softmax_j(a s_ij + b r_ij)_i
 
-    in both directions. With ``b_0`` the best b at a = 0, the reference's alone, the coefficient is ``c = b / b_0``,
-    clipped to [0, 1], of moving averages. While the target knows nothing, c = 1: the full reference steers. What the
-    target has learned leaves b, and where the reference adds nothing to it, b is 0 or negative, and c = 0: the run
-    goes on as its unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes the risk
-    where ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
+    in both directions. With ``a_0`` the best a at b = 0, and ``b_0`` the best b at a = 0, the shares ``a / a_0`` and
+    ``b / b_0`` say how much of its own weight each keeps beside the other: 1 where the other adds nothing, 0 where it
+    adds nothing itself. The coefficient is ``c = b / b_0 - a / a_0`` of moving averages, clipped to [0, 1]. While the
+    target knows nothing, c is near 1; it falls as the target learns, and is 0 from where both know as much: the run
+    goes on as its unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes the risk where
+    ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
 
     Parameters
     ----------
@@ -195,7 +194,7 @@ class ScheduledCoefficient(MovingCoefficient):
     """
 
     def __init__(self, rate: float = 0.1, anchors: int = 256) -> None:
-        super().__init__(rate, start=1.0)
+        super().__init__(rate)
         if anchors < 2:
             raise ValueError(f"anchors must be at least 2, got {anchors}: a pair is compared with others")
         self._anchors = anchors
@@ -236,7 +235,12 @@ class ScheduledCoefficient(MovingCoefficient):
             if len(image) < 2:
                 raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {len(image)}")
             similarities = torch.stack([image @ text.T, reference_rows[0] @ reference_rows[1].T])
-            return self._moved(_evidence(similarities), "the reference's weights beside the target and alone")
+            return self._moved(_shares(similarities), "the shares of target and reference")
+
+    def _of(self, moments: Tensor) -> Tensor:
+        """Return c of the target's and the reference's share; 1 before the first batch."""
+        target, reference = moments.unbind()
+        return torch.where(torch.isnan(reference), 1.0, (reference - target).clamp(0, 1))
 
 
 def _first_rows(parts: list[Tensor], most: int, group: Group, counts: Sequence[int] | None) -> list[Tensor]:
@@ -260,21 +264,21 @@ def _first_rows(parts: list[Tensor], most: int, group: Group, counts: Sequence[i
 
 _STEPS = 10
 _LONGEST_STEP = 3.0  # of a weight, in units of the inverse spread of similarities
-_LEAST_EVIDENCE = 0.1  # a weight in these units; of 512 anchors it is two standard errors
+_LEAST_WEIGHT = 0.1  # a weight in these units; of 512 anchors it is two standard errors
 _PRIOR = 1e-3  # precision of a weight in these units, for each anchor: where pairs are told apart without error
 
 
-def _evidence(similarities: Tensor) -> Tensor:
-    """Return the reference's weight beside the target's, and alone, of similarities ``[2, m, m]``."""
+def _shares(similarities: Tensor) -> Tensor:
+    """Return the shares of target and reference, of their similarities ``[2, m, m]``."""
     both = torch.cat([similarities, similarities.mT], 1)  # [2, 2 m, m]: anchors are images, then texts
     centered = both - both.mean(-1, keepdim=True)
     spread = centered.square().mean((1, 2)).sqrt()
     scaled = torch.where(spread[:, None, None] > 0, centered / spread[:, None, None], 0.0)
-    beside = _softmax_weights(scaled)[1]
-    alone = _softmax_weights(scaled[1:])[0]
-    # A reference that a batch cannot tell from noise is none: its weights' ratio would be anything.
-    alone = torch.where(alone > 0, alone.clamp(min=_LEAST_EVIDENCE), alone)
-    return torch.where(torch.isfinite(similarities).all(), torch.stack([beside, alone]), torch.nan)
+    beside = _softmax_weights(scaled)
+    alone = torch.cat([_softmax_weights(each[None]) for each in scaled])
+    # What a batch cannot tell from noise knows nothing: the ratio of its weights would be anything.
+    found = torch.where(alone > 0, beside / alone.clamp(min=_LEAST_WEIGHT), 0.0)
+    return torch.where(torch.isfinite(similarities).all(), found, torch.nan)
 
 
 def _softmax_weights(scores: Tensor) -> Tensor:
