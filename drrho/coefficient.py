@@ -18,7 +18,7 @@ Features = tuple[Tensor, Tensor]  # of images and texts, ``[b, d]``
 
 
 class MovingCoefficient:
-    """What the estimated coefficients have in common: two moving averages, of which each is a function.
+    """What the estimated coefficients have in common: moving averages, of which each is a function.
 
     Parameters
     ----------
@@ -26,12 +26,15 @@ class MovingCoefficient:
         Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
     """
 
+    #: How many moving averages there are.
+    _COUNT = 2
+
     def __init__(self, rate: float = 0.1) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
         self._rate = rate
         #: The moving averages, float64; NaN before the first batch.
-        self.moments = torch.full((2,), math.nan, dtype=torch.float64)
+        self.moments = torch.full((self._COUNT,), math.nan, dtype=torch.float64)
 
     def update(
         self,
@@ -59,8 +62,8 @@ class MovingCoefficient:
         before = self.moments.to(found.device)
         finite = torch.isfinite(found).all()
         if not checks_are_deferred() and not bool(finite):
-            first, second = found.tolist()
-            raise ValueError(f"image, text and reference must be finite, but {what} are {first}, {second}")
+            values = ", ".join(map(str, found.tolist()))
+            raise ValueError(f"image, text and reference must be finite, but {what} are {values}")
         moved = torch.where(torch.isnan(before), found, before + self._rate * (found - before))
         self.moments = torch.where(finite, moved, before)
         if not checks_are_deferred():
@@ -77,11 +80,11 @@ class MovingCoefficient:
         Raises
         ------
         ValueError
-            If it does not hold ``moments`` of two numbers, both finite or both NaN.
+            If it does not hold as many ``moments``, all finite or all NaN.
         """
-        moments = state.get("moments")
-        if moments is None or moments.shape != (2,) or int(torch.isfinite(moments).sum()) == 1 or moments.isinf().any():
-            raise ValueError(f"state must hold moments, two numbers both finite or both NaN, got {moments}")
+        moments, count = state.get("moments"), self._COUNT
+        if moments is None or moments.shape != (count,) or not (moments.isfinite().all() or moments.isnan().all()):
+            raise ValueError(f"state must hold moments, {count} numbers all finite or all NaN, got {moments}")
         self.moments = moments.to(self.moments)
 
 
@@ -153,12 +156,11 @@ class AdaptiveCoefficient(MovingCoefficient):
 
     def _of(self, moments: Tensor) -> Tensor:
         """Return c of covariance and variance: 0 before the first batch, and where there is no variance."""
-        covariance, variance = moments.unbind()
-        return torch.where(variance > 0, (covariance / variance).clamp(0, 1), 0.0)
+        return _least_variance(moments)
 
 
 class ScheduledCoefficient(MovingCoefficient):
-    """Steer while the reference knows more than the target, by the difference of what each adds to the other.
+    """Steer while the reference knows more than the target: a part of the coefficient of least variance, by how much.
 
     Let ``s_ij`` and ``r_ij`` be the similarities of target and reference. Over the candidates of a batch, the true ones
     are predicted by the softmax of maximum likelihood (stacking: Wolpert, 1992; Breiman, 1996)::
@@ -167,15 +169,19 @@ class ScheduledCoefficient(MovingCoefficient):
 
     in both directions. With ``a_0`` the best a at b = 0, and ``b_0`` the best b at a = 0, the shares ``a / a_0`` and
     ``b / b_0`` say how much of its own weight each keeps beside the other: 1 where the other adds nothing, 0 where it
-    adds nothing itself. The coefficient is ``c = b / b_0 - a / a_0`` of moving averages, clipped to [0, 1]. While the
-    target knows nothing, c is near 1; it falls as the target learns, and is 0 from where both know as much: the run
-    goes on as its unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes the risk where
+    adds nothing itself. The coefficient is ``largest`` times that of `AdaptiveCoefficient` times
+    ``b / b_0 - a / a_0``, clipped to [0, 1], all of moving averages. It starts at 0, where an untrained target would follow nothing but the reference,
+    rises as they agree, falls as the target learns, and is 0 from where both know as much: the run goes on as its
+    unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes the risk where
     ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
 
     Parameters
     ----------
     rate : float
         Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
+    largest : float
+        The coefficient of full agreement and full lead. Half of the reference steers better than all of it, whatever
+        its strength, in our study of glyphs.
     anchors : int
         How many pairs of a batch, its first, are compared with each other; at least 2.
 
@@ -185,19 +191,23 @@ class ScheduledCoefficient(MovingCoefficient):
     >>> from torch.nn.functional import normalize
     >>> generator = torch.Generator().manual_seed(0)
     >>> truth, noise = torch.randn(2, 64, 16, generator=generator)
-    >>> knowing = normalize(truth, dim=-1), normalize(truth + noise, dim=-1)
-    >>> guessing = normalize(noise, dim=-1), normalize(noise.roll(1, 0), dim=-1)
-    >>> ScheduledCoefficient().update(*guessing, reference=knowing) > 0.9  # the reference knows more
+    >>> knowing = normalize(truth, dim=-1), normalize(truth + 0.3 * noise, dim=-1)
+    >>> learning = knowing[0], normalize(truth + 2 * noise, dim=-1)
+    >>> ScheduledCoefficient().update(*learning, reference=knowing) > 0.1  # the reference knows more
     True
-    >>> ScheduledCoefficient().update(*knowing, reference=guessing)  # the target does
+    >>> ScheduledCoefficient().update(*knowing, reference=learning)  # the target does
     0.0
     """
 
-    def __init__(self, rate: float = 0.1, anchors: int = 256) -> None:
+    _COUNT = 4
+
+    def __init__(self, rate: float = 0.1, largest: float = 0.5, anchors: int = 256) -> None:
         super().__init__(rate)
+        if not 0 < largest <= 1:
+            raise ValueError(f"largest must lie in (0, 1], got {largest}")
         if anchors < 2:
             raise ValueError(f"anchors must be at least 2, got {anchors}: a pair is compared with others")
-        self._anchors = anchors
+        self._largest, self._anchors = largest, anchors
 
     def update(
         self,
@@ -230,17 +240,26 @@ class ScheduledCoefficient(MovingCoefficient):
             For fewer than two pairs over all ranks, or features that are not finite; the estimate does not change.
         """
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            parts = [part.double() for part in (image, text, *reference)]
-            image, text, *reference_rows = _first_rows(parts, self._anchors, group, counts)
-            if len(image) < 2:
-                raise ValueError(f"image and text must hold at least 2 pairs over all ranks, got {len(image)}")
-            similarities = torch.stack([image @ text.T, reference_rows[0] @ reference_rows[1].T])
-            return self._moved(_shares(similarities), "the shares of target and reference")
+            dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
+            own = image.to(dtype), text.to(dtype)
+            theirs = reference[0].to(dtype), reference[1].to(dtype)
+            moments = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
+            rows = [part.double() for part in _first_rows([*own, *theirs], self._anchors, group, counts)]
+            shares = _shares(torch.stack([rows[0] @ rows[1].T, rows[2] @ rows[3].T]))
+            what = "covariance, variance and the shares of target and reference"
+            return self._moved(torch.cat([moments, shares]), what)
 
     def _of(self, moments: Tensor) -> Tensor:
-        """Return c of the target's and the reference's share; 1 before the first batch."""
-        target, reference = moments.unbind()
-        return torch.where(torch.isnan(reference), 1.0, (reference - target).clamp(0, 1))
+        """Return c of the moments and the shares; 0 before the first batch."""
+        target, reference = moments[2:].unbind()
+        ahead = torch.where(torch.isnan(reference), 0.0, (reference - target).clamp(0, 1))
+        return self._largest * _least_variance(moments[:2]) * ahead
+
+
+def _least_variance(moments: Tensor) -> Tensor:
+    """Return covariance over variance in [0, 1]; 0 where there is no variance, or no batch yet."""
+    covariance, variance = moments.unbind()
+    return torch.where(variance > 0, (covariance / variance).clamp(0, 1), 0.0)
 
 
 def _first_rows(parts: list[Tensor], most: int, group: Group, counts: Sequence[int] | None) -> list[Tensor]:

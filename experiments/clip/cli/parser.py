@@ -27,7 +27,7 @@ _SHIPPED = "experiments/clip/glyphs/reference_model"
 #: That, and where earlier versions kept what a stored configuration may name.
 _MOVED = {_SHIPPED: SHIPPED_REFERENCE, "experiments/clip/reference": SHIPPED_REFERENCE}
 #: Options that are called otherwise than their fields.
-_OTHER_FLAGS = {"logs": "--log-to"}
+_OTHER_FLAGS = {"logs": "--log-to", "kind": "--data"}
 # What tyro says of words that are of none of an option's types.
 _NO_KIND = re.compile(r"no type matching (.*) could be instantiated from \[(.*)\]\.?")
 T = TypeVar("T")
