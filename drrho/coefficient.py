@@ -170,10 +170,10 @@ class ScheduledCoefficient(MovingCoefficient):
     in both directions. With ``a_0`` the best a at b = 0, and ``b_0`` the best b at a = 0, the shares ``a / a_0`` and
     ``b / b_0`` say how much of its own weight each keeps beside the other: 1 where the other adds nothing, 0 where it
     adds nothing itself. The coefficient is ``largest`` times that of `AdaptiveCoefficient` times
-    ``b / b_0 - a / a_0``, clipped to [0, 1], all of moving averages. It starts at 0, where an untrained target would follow nothing but the reference,
-    rises as they agree, falls as the target learns, and is 0 from where both know as much: the run goes on as its
-    unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes the risk where
-    ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
+    ``b / b_0 - a / a_0``, clipped to [0, 1], all of moving averages. It starts at 0, where an untrained target would
+    follow nothing but the reference, rises as they agree, falls as the target learns, and is 0 from where both know as
+    much: the run goes on as its unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes
+    the risk where ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
 
     Parameters
     ----------

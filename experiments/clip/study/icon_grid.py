@@ -3,7 +3,7 @@
 Budgets are counted in passes over the 79,593 training icons. Every method has four settings to be tuned with at the
 smallest, one seed each, by naming top-1 on the validation split; steered ones under the strong reference. Other
 budgets, references and noise use what was best there. References see the other pool of pairs alone. The scheduled
-coefficient has no setting of its own: it takes what its constant one was tuned to.
+coefficient is tried at the settings that its twin was tuned to.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     TWIN: _over(Loss(method="fastclip"), "temperature", (0.07, 0.14)),
     "fastclip-chi-square": _over(Loss(method="fastclip", divergence="chi-square"), "temperature", (0.05, 0.1)),
     "drrho": _over(_STEERED, "temperature", (0.07, 0.14)),
+    "drrho-adaptive": _over(replace(_STEERED, coefficient="adaptive"), "temperature", (0.07, 0.14)),
     DIVERGENCE: _over(replace(_STEERED, divergence="chi-square"), "temperature", (0.025, 0.05)),
 }
-#: Methods that take the settings of another: the same with the scheduled coefficient.
-SCHEDULED = {"drrho-scheduled": "drrho", f"{DIVERGENCE}-scheduled": DIVERGENCE}
-METHODS = (TWIN, "drrho", *SCHEDULED, DIVERGENCE, "fastclip-chi-square", "openclip")
-#: What is compared at larger budgets, under other references and noise.
-FEWER_METHODS = (TWIN, "drrho", "drrho-scheduled", DIVERGENCE, f"{DIVERGENCE}-scheduled")
+#: The steered method with the scheduled coefficient, at the settings of the twin.
+SCHEDULED = "drrho-scheduled"
+METHODS = (TWIN, "drrho", SCHEDULED, DIVERGENCE, "drrho-adaptive", "fastclip-chi-square", "openclip")
+#: What is compared at other budgets, under other references and noise.
+FEWER_METHODS = (TWIN, "drrho", SCHEDULED, DIVERGENCE)
 
 
 def _train(model: str, passes: int, setting: Setting, seed: int = 0, noise: float = 0.0) -> Train:
@@ -75,13 +76,14 @@ def _cell(
     tuned: Tuned, method: str, passes: int, seed: int, *, noise: float = 0.0, reference: str = STRONG
 ) -> Iterator[Cell]:
     """Yield a training of a tuned method, once it is tuned."""
-    of = SCHEDULED.get(method, method)
-    steered = SETTINGS[of][0].loss.needs_reference
-    found = tuned.get(TunedKey("icon-tuning", captions_label(ICONS), of, STRONG if steered else ""))
+    of = TWIN if method == SCHEDULED else method
+    own = STRONG if SETTINGS[of][0].loss.needs_reference else ""
+    found = tuned.get(TunedKey("icon-tuning", captions_label(ICONS), of, own))
     if found is not None:
-        setting = found if method == of else found._replace(loss=replace(found.loss, coefficient="scheduled"))
-        train = _train("glyph-tiny", passes, setting, seed, noise)
-        yield Cell(method, train, f"passes={passes}", reference if steered else "")
+        if method == SCHEDULED:
+            found = found._replace(loss=replace(found.loss, method="drrho", coefficient="scheduled"))
+        train = _train("glyph-tiny", passes, found, seed, noise)
+        yield Cell(method, train, f"passes={passes}", reference if found.loss.needs_reference else "")
 
 
 def tuning(_: Tuned) -> Iterator[Cell]:
@@ -98,15 +100,15 @@ def references(_: Tuned) -> Iterator[Cell]:
 
 
 def headline(tuned: Tuned) -> Iterator[Cell]:
-    """Yield all methods, tuned, at the budget at which they were, five seeds each."""
+    """Yield all methods, tuned, five seeds each."""
     for seed, method in product(SEEDS, METHODS):
-        yield from _cell(tuned, method, PASSES[0], seed)
+        yield from _cell(tuned, method, PASSES[1], seed)
 
 
 def budgets(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the twin and steered methods, constant and scheduled, at larger budgets."""
-    for seed, method in product(FEWER_SEEDS, FEWER_METHODS):
-        yield from _cell(tuned, method, PASSES[1], seed)
+    """Yield the twin and steered methods at the smallest and the largest budget."""
+    for passes, seed, method in product((PASSES[0], PASSES[2]), FEWER_SEEDS, FEWER_METHODS):
+        yield from _cell(tuned, method, passes, seed)
 
 
 def reference_quality(tuned: Tuned) -> Iterator[Cell]:
@@ -120,13 +122,7 @@ def reference_quality(tuned: Tuned) -> Iterator[Cell]:
 def noise(tuned: Tuned) -> Iterator[Cell]:
     """Yield the same methods where a share of the training icons have each other's names."""
     for seed, share, method in product(FEWER_SEEDS, reversed(NOISE), FEWER_METHODS):
-        yield from _cell(tuned, method, PASSES[0], seed, noise=share)
-
-
-def largest(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the twin and steered methods at the largest budget."""
-    for seed, method in product(FEWER_SEEDS, FEWER_METHODS):
-        yield from _cell(tuned, method, PASSES[2], seed)
+        yield from _cell(tuned, method, PASSES[1], seed, noise=share)
 
 
 #: In the order in which they run; a training in several is run once.
@@ -137,6 +133,5 @@ STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "icon-references": references,
     "icon-reference-quality": reference_quality,
     "icon-noise": noise,
-    "icon-largest": largest,
 }
 TUNING_STUDIES = ("icon-tuning",)
