@@ -41,6 +41,9 @@ CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
 _CLEAN_AND_SWAPPED: tuple[Captions, ...] = ("clean", "swapped")
 _LONGER_CAPTIONS: Captions = "swapped"  # of `tuning_longer`
 LONGER = 3  # times as many pairs seen
+BUDGETS = (2, 5, 10, 15)  # passes, of `scheduled`
+#: What tables call the steered method with the scheduled coefficient.
+SCHEDULED = "drrho-scheduled"
 EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
 PAIRS_SEEN = 23_635 * EPOCHS
 BATCH = 128
@@ -291,6 +294,27 @@ def weak_to_strong(tuned: Tuned) -> Iterator[Cell]:
                 yield _longer_cell(setting, method, captions, seed, reference=reference)
 
 
+def scheduled(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the scheduled coefficient at the settings of the twin, and the tuned constant one, on clean captions.
+
+    Under three references at four budgets, at which other studies have the twin: below by a reference that the target
+    overtakes, a constant coefficient costs points.
+    """
+    twin, constant = usual_setting(tuned, TWIN, "clean"), usual_setting(tuned, "drrho", "clean")
+    if twin is None or constant is None:
+        return
+    own = twin._replace(loss=dataclasses.replace(twin.loss, method="drrho", coefficient="scheduled"))
+    cells = list(product(FEWER_SEEDS, BUDGETS, (*REFERENCES, "")))
+    for seed, epochs, reference in cells:
+        yield Cell(SCHEDULED, training(own, "clean", seed=seed, epochs=epochs), f"epochs={epochs}", reference)
+    for seed, epochs, reference in cells:
+        known = TunedKey("tuning-references", "clean", "drrho", reference)
+        if (setting := tuned.get(known) if reference else constant) is not None:
+            yield Cell("drrho", training(setting, "clean", seed=seed, epochs=epochs), f"epochs={epochs}", reference)
+    for seed, epochs in product(FEWER_SEEDS, BUDGETS):
+        yield Cell(TWIN, training(twin, "clean", seed=seed, epochs=epochs), f"epochs={epochs}")
+
+
 #: In the order in which they run; a training in several is run once.
 STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "tuning": tuning,
@@ -308,6 +332,7 @@ STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "scored": scored,
     "edges": edges,
     "tuning-longer": tuning_longer,
+    "scheduled": scheduled,
 }
 #: The studies that choose settings; they use no tuned setting themselves.
 TUNING_STUDIES = ("tuning", "tuning-more", "tuning-references", "tuning-scored", "tuning-longer")
