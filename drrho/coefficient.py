@@ -169,11 +169,12 @@ class ScheduledCoefficient(MovingCoefficient):
 
     in both directions. With ``a_0`` the best a at b = 0, and ``b_0`` the best b at a = 0, the shares ``a / a_0`` and
     ``b / b_0`` say how much of its own weight each keeps beside the other: 1 where the other adds nothing, 0 where it
-    adds nothing itself. The coefficient is ``largest`` times that of `AdaptiveCoefficient` times
-    ``b / b_0 - a / a_0``, clipped to [0, 1], all of moving averages. It starts at 0, where an untrained target would
-    follow nothing but the reference, rises as they agree, falls as the target learns, and is 0 from where both know as
-    much: the run goes on as its unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes
-    the risk where ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
+    adds nothing itself. The reference's lead is ``b / b_0 - a / a_0``, and the coefficient ``largest`` times that of
+    `AdaptiveCoefficient`, times twice the lead, clipped to [0, 1], all of moving averages. It starts at 0, where an
+    untrained target would follow nothing but the reference, rises as they agree, falls once the lead is less than a
+    half, and is 0 from where both know as much: the run goes on as its unsteered twin, whatever its budget. A constant
+    coefficient cannot do so: it minimizes the risk where ``s = c r + tau log(density ratio)``, with c times the
+    reference's mistakes.
 
     Parameters
     ----------
@@ -252,8 +253,8 @@ class ScheduledCoefficient(MovingCoefficient):
     def _of(self, moments: Tensor) -> Tensor:
         """Return c of the moments and the shares; 0 before the first batch."""
         target, reference = moments[2:].unbind()
-        ahead = torch.where(torch.isnan(reference), 0.0, (reference - target).clamp(0, 1))
-        return self._largest * _least_variance(moments[:2]) * ahead
+        lead = torch.where(torch.isnan(reference), 0.0, reference - target)
+        return self._largest * _least_variance(moments[:2]) * (2 * lead).clamp(0, 1)
 
 
 def _least_variance(moments: Tensor) -> Tensor:
