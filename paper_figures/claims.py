@@ -18,11 +18,13 @@ from experiments.clip.study.grid import (
     ADDED_SEEDS,
     AT_LONGER,
     BEST,
+    BUDGETS,
     CAPTIONS,
     HALF,
     LONGER,
     NEAR,
     ON_HALF,
+    SCHEDULED,
     SEEDS,
     SELECTING,
     WITH_DISTILLATION,
@@ -43,6 +45,7 @@ from experiments.clip.study.statistics import (
     paired_ratio,
     power_law_fit,
 )
+from paper_figures import scheduled
 from paper_figures.study_results import (
     ALL_FRACTIONS,
     COMMAND,
@@ -114,6 +117,7 @@ def claims(results: Results) -> list[Claim]:
         *_variance(results, known),
         *_scaling(results, known),
         *_beyond(results),
+        *_scheduled(results),
         *_past_edges(results),
     ]
 
@@ -492,6 +496,34 @@ def _beyond(results: Results) -> Iterator[Claim]:
                 partial(_compare, *pair, comparisons=len(OURS) * len(CAPTIONS)),
                 ("headline", headline_of(method)),
             )
+
+
+def _scheduled(results: Results) -> Iterator[Claim]:
+    """Judge the scheduled coefficient where it is measured: it must not cost points, and help where a constant does."""
+    topic, command = "steering that does not hurt", f"{COMMAND} {scheduled.STUDY}"
+    for reference, epochs in product(REFERENCES, BUDGETS):
+        where = f"reference {REFERENCES[reference]}, {epochs} passes"
+
+        def within(reference: str = reference, epochs: int = epochs) -> Judged:
+            found = scheduled.gain(results, SCHEDULED, reference, epochs)
+            return Judged(_gain_in_words(found), found.gain.mean >= scheduled.TOLERANCE)
+
+        def helps(reference: str = reference, epochs: int = epochs) -> Judged:
+            ours, constant = (scheduled.gain(results, each, reference, epochs) for each in (SCHEDULED, "drrho"))
+            holds = ours.gain.low > 0 or constant.gain.low <= 0
+            return Judged(f"constant {_gain_in_words(constant)}; scheduled {_gain_in_words(ours)}", holds)
+
+        words = (
+            f"the mean of the scheduled coefficient is at most {-scheduled.TOLERANCE} points below the twin's ({where})"
+        )
+        yield _judge(topic, words, "", within, (command,))
+        words = f"... and above it, lower limit above 0, where the tuned constant one is ({where})"
+        yield _judge(topic, words, "", helps, (command,))
+
+
+def _gain_in_words(found: scheduled.Gain) -> str:
+    mean, low, high = found.gain
+    return f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}], {found.seeds} seeds, twin {found.twin:.1f} %"
 
 
 def _past_edges(results: Results) -> Iterator[Claim]:

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        index = Index(load_model(given.model), Data(cache=given.cache), given.pixels, splits=("test",))
+        index = Index(
+            load_model(given.model), Data(kind="icons", cache=given.cache, pixels=given.pixels), splits=("test",)
+        )
         rows = [(f"“{query}”", [cell_of(each) for each in index.find(query, COUNT)]) for query in given.queries]
     except UserError as error:
         print(f"icon_search: not drawn: {error}", file=sys.stderr)

@@ -44,6 +44,7 @@ NAMES = {
     "drrho-learned": "DRRho-CLIP, learned temperature",
     "drrho-c": "DRRho-CLIP, coefficient c",
     "drrho-adaptive": "DRRho-CLIP, adaptive c",
+    "drrho-scheduled": "DRRho-CLIP, scheduled c",
     "drrho-chi-square": "DRRho-CLIP, chi-square",
     "drrho-cvar": "DRRho-CLIP, CVaR",
     "jest-drrho": "JEST + DRRho-CLIP",

@@ -1,13 +1,15 @@
-"""The adaptive coefficient of the reference against its definition."""
+"""The estimated coefficients of the reference against their definitions."""
 
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from problems import features
+from processes import start_ranks
 from torch.nn.functional import normalize
 
-from drrho.coefficient import AdaptiveCoefficient, covariances_within_anchors, within_anchors
+from drrho.coefficient import AdaptiveCoefficient, ScheduledCoefficient, covariances_within_anchors, within_anchors
 from drrho.contrastive import contrastive_risk
 from drrho.validation import deferred_checks
 
@@ -138,3 +140,117 @@ def test_covariances_of_several_models_are_those_of_each():
     pairs = [(own, own), (own, guide), (guide, guide)]
     expected = torch.tensor([within_anchors(*models) for models in pairs], dtype=torch.float64)
     torch.testing.assert_close(covariances_within_anchors(pairs), expected, rtol=1e-14, atol=0)
+
+
+def knowing(pairs, noise, seed=0, columns=8):
+    """Features whose texts are the images' with noise: the more, the less the model knows."""
+    truth, other = (
+        torch.randn(pairs, columns, generator=torch.Generator().manual_seed(each), dtype=torch.float64)
+        for each in (100, seed)
+    )
+    return normalize(truth, dim=1), normalize(truth + noise * other, dim=1)
+
+
+def weights_by_search(scores):
+    """Weights of the softmax of maximum likelihood, by a minimizer that knows nothing of Newton's steps."""
+    weights = torch.zeros(len(scores), dtype=torch.float64, requires_grad=True)
+    true = torch.arange(scores.shape[1]) % scores.shape[2]
+    minimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        minimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(torch.einsum("k,kam->am", weights, scores), true, reduction="sum")
+        value = value + 1e-3 / 2 * scores.shape[1] * weights.square().sum()
+        value.backward()
+        return value
+
+    minimizer.step(loss)
+    return weights.detach()
+
+
+@pytest.mark.parametrize("noises", [(1.0, 0.4), (0.4, 1.0), (3.0, 0.2), (0.01, 0.3)])
+def test_the_scheduled_coefficient_is_that_of_its_definition(noises):
+    own, guide = knowing(40, noises[0]), knowing(40, noises[1], seed=1)
+    scores = []
+    for image, text in (own, guide):
+        both = torch.cat([image @ text.T, text @ image.T])
+        both = both - both.mean(1, keepdim=True)
+        scores.append(both / both.square().mean().sqrt())
+    beside = weights_by_search(torch.stack(scores))
+    alone = torch.cat([weights_by_search(each[None]) for each in scores])
+    (target, reference), adaptive = (beside / alone).tolist(), AdaptiveCoefficient().update(*own, reference=guide)
+    expected = 0.7 * adaptive * min(max(2 * (reference - target), 0), 1)
+    found = ScheduledCoefficient(largest=0.7).update(*own, reference=guide)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert (found > 0.01) == (noises[1] < noises[0])
+
+
+def test_the_scheduled_coefficient_falls_to_zero_as_the_target_passes_the_reference():
+    guide = knowing(64, 1.0, seed=1)
+    leads, values = [], []
+    for noise in (3.0, 2.0, 1.4, 1.0, 0.5):
+        coefficient = ScheduledCoefficient()
+        values.append(coefficient.update(*knowing(64, noise), reference=guide))
+        target, reference = coefficient.moments[2:].tolist()
+        leads.append(reference - target)
+    assert leads == sorted(leads, reverse=True)
+    assert leads[0] > 0.1 and leads[-1] < 0 and all(value > 0.05 for value in values[:2]) and values[-1] == 0
+    assert ScheduledCoefficient().value == 0
+
+
+def test_the_scheduled_coefficient_of_what_tells_nothing_apart_is_zero():
+    guide, constant = knowing(64, 0.5), torch.ones(64, 4, dtype=torch.float64) / 2
+    assert ScheduledCoefficient().update(*guide, reference=(constant, constant)) == 0
+    assert ScheduledCoefficient().update(*guide, reference=features(64, 8, 3)) < 0.02
+    assert ScheduledCoefficient().update(constant, constant, reference=guide) == 0  # nothing agrees with the reference
+    # Pairs that are told apart without error have weights all the same.
+    perfect = knowing(64, 0.0)
+    assert 0 <= ScheduledCoefficient().update(*perfect, reference=guide) < 1e-6
+
+
+def test_the_scheduled_coefficient_compares_the_first_pairs_and_has_a_state():
+    own, guide = knowing(64, 2.0), knowing(64, 0.5, seed=1)
+    first = ScheduledCoefficient(anchors=16)
+    first.update(*own, reference=guide)
+    alone = ScheduledCoefficient()
+    alone.update(own[0][:16], own[1][:16], reference=(guide[0][:16], guide[1][:16]))
+    assert torch.equal(first.moments[2:], alone.moments[2:])
+    again = ScheduledCoefficient(anchors=16)
+    again.load_state_dict(first.state_dict())
+    assert again.value == first.value > 0
+    with pytest.raises(ValueError, match="moments, 4 numbers all finite or all NaN"):
+        again.load_state_dict(AdaptiveCoefficient().state_dict())
+    for wrong, message in (({"anchors": 1}, "anchors must be at least 2"), ({"largest": 0.0}, "largest must lie in")):
+        with pytest.raises(ValueError, match=message):
+            ScheduledCoefficient(**wrong)
+    with pytest.raises(ValueError, match="must be finite"):
+        again.update(own[0] * math.nan, own[1], reference=guide)
+    assert again.value == first.value
+    with deferred_checks():
+        found = again.update(*own, reference=guide)
+        wrong = again.update(own[0] * math.nan, own[1], reference=guide)
+    assert isinstance(found, torch.Tensor) and found.item() == again.value and wrong.isnan()
+
+
+def _on_a_rank(rank, counts, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/start", rank=rank, world_size=len(counts))
+    own, guide = knowing(40, 2.0), knowing(40, 0.5, seed=1)
+    place = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    for given in (counts, None):
+        coefficient = ScheduledCoefficient(anchors=24)
+        coefficient.update(
+            own[0][place],
+            own[1][place],
+            reference=(guide[0][place], guide[1][place]),
+            group=dist.group.WORLD,
+            counts=given,
+        )
+        whole = ScheduledCoefficient(anchors=24)
+        whole.update(*own, reference=guide)
+        torch.testing.assert_close(coefficient.moments, whole.moments, rtol=1e-12, atol=1e-14)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [(25, 15), (10, 20, 10), (40, 0)])
+def test_ranks_have_the_scheduled_coefficient_of_the_whole_batch(counts, tmp_path):
+    start_ranks(_on_a_rank, (counts, str(tmp_path)), len(counts))

@@ -192,9 +192,9 @@ def names_of_model(
     return {"icons": len(held_out), "names": len(names), **top_shares(ranked, [pair.caption for pair in held_out])}
 
 
-def scores(clip: Clip, data: Data, pixels: int, asked: int, tasks: IconTasks, earlier: Path) -> dict[str, Any]:
+def scores(clip: Clip, data: Data, asked: int, tasks: IconTasks, earlier: Path) -> dict[str, Any]:
     """Return all figures; ``asked`` icons are those that the neighbors by pixels are found of."""
-    manifest = open_dataset(dataset_folder(data, pixels))
+    manifest = open_dataset(dataset_folder(data))
     if manifest is None:
         raise UserError("there are no icons: run `python experiments/clip/run.py prepare --data icons`")
     held_out = list(read_samples(manifest, "test"))
@@ -282,10 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of the record")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    data = Data(cache=given.cache)
-    options = IconTasks(data, given.pixels, "test", given.emoji, given.stamps, tuple(given.languages), out=given.tasks)
+    data = Data(kind="icons", cache=given.cache, pixels=given.pixels)
+    options = IconTasks(data, "test", given.emoji, given.stamps, tuple(given.languages), out=given.tasks)
     try:
-        found = scores(load_model(given.model), data, given.pixels, given.asked, options, given.out)
+        found = scores(load_model(given.model), data, given.asked, options, given.out)
     except UserError as error:
         print(f"icon_scores: error: {error}", file=sys.stderr)
         return 2

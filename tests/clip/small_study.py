@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file
 from experiments.clip.cli.options import Data, Train
 from experiments.clip.run import main
 from experiments.clip.study import grid as study_grid
-from experiments.clip.study.grid import Cell, reference_cell
+from experiments.clip.study.cells import Cell, reference_cell
 from experiments.clip.training.options import CheckpointPolicy, Loss, Optimization
 
 
@@ -29,7 +29,7 @@ REFERENCES = {"poor": training(Loss(method="openclip"), split="reference")}
 
 
 def references(_):
-    return [reference_cell("poor")]
+    return [reference_cell("poor", REFERENCES["poor"])]
 
 
 def methods(_):

@@ -110,7 +110,7 @@ def test_the_command_measures_a_few_icons(tmp_path, capsys, monkeypatch):
     names = [f"thing-{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh"]
     circle = '<circle cx="{size}" cy="9" r="3"/>'
     sets = {str(n): icon_set(names, author=str(n), body=circle.replace("9", str(5 + n))) for n in range(9)}
-    prepare(Data(cache=tmp_path), 16, write_archive(tmp_path / "icons.tgz", sets))
+    prepare(Data(kind="icons", cache=tmp_path, pixels=16), write_archive(tmp_path / "icons.tgz", sets))
     words = ["--cache", str(tmp_path), "--pixels", "16", "--model", "glyphs", "--asked", "20", "--languages", "en"]
     assert main([*words, "--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "scores.json")]) == 0
     record = json.loads((tmp_path / "scores.json").read_text())

@@ -196,7 +196,7 @@ def _evaluate_embedded(options: Evaluate) -> None:
     clip = load_model(options.model, options.weights)
     with joined_ranks(options.device, options.exchange_minutes) as ranks:
         clip.model.to(ranks.device)
-        found, table = embedded_pairs().scores(options.data, options.split, clip)
+        found, table = embedded_pairs(options.data.kind).scores(options.data, options.split, clip)
     console.print(table)
     if options.out is not None:
         write_json(options.out, {"settings": {"model": clip.fingerprint, "split": options.split}, "scores": found})
@@ -236,7 +236,7 @@ def cache_reference(options: CacheReference) -> None:
         ranks.check_same_options(as_settings(options))
         reference.model.to(ranks.device)
         if options.catalog is None:
-            embedded_pairs().cache_features(options.data, reference)
+            embedded_pairs(options.data.kind).cache_features(options.data, reference)
             return
         reference_features(
             options.out,

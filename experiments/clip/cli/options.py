@@ -38,9 +38,14 @@ from ..training.options import (
 _TRAINER = __name__.rpartition(".cli.")[0]
 #: The module of each source of pairs by `Train.source`; its function ``open_data`` is a `cli.sources.DataSource`.
 #: Embedded data sets stand above this room, so their modules are imported when they are asked for.
-SOURCES = {"catalog": f"{_TRAINER}.cli.sources", "glyphs": f"{_TRAINER}.glyphs.source"}
+SOURCES = {
+    "catalog": f"{_TRAINER}.cli.sources",
+    "glyphs": f"{_TRAINER}.glyphs.source",
+    "icons": f"{_TRAINER}.icons.pairs",
+}
 
 Captions = Literal["clean", "vague", "swapped"]
+DataName = Literal["glyphs", "icons"]
 FeaturePrecision = Literal["float16", "bfloat16"]
 Reading = Literal["random", "blocks", "shards"]
 Check = Literal["time", "checksum"]
@@ -51,18 +56,25 @@ _WITH_TASKS = OnlyWith("--tasks", lambda options: options.tasks)
 _WITH_VAL_DATA = OnlyWith("--val-data", lambda options: options.val_data is not None)
 _WITH_WANDB = OnlyWith("--log-to wandb", lambda options: "wandb" in options.logs)
 _OF_A_CATALOG = OnlyWith("--catalog", lambda options: options.catalog is not None)
+_OF_ICONS = OnlyWith("--data icons", lambda data: data.kind == "icons")
 
 
 @dataclass(frozen=True)
 class Data:
-    """The embedded glyph-name pairs."""
+    """Pairs of pictures and names that the program draws itself."""
 
-    captions: Captions = "swapped"
-    """What the training split says of its images: the names, a random half of each name's words, or 40 % exchanged."""
+    captions: Annotated[Captions, OnlyWith("--data glyphs", lambda data: data.kind == "glyphs")] = "swapped"
+    """What the training split says of its glyphs: the names, a random half of each name's words, or 40 % exchanged."""
     size: Literal["full", "small"] = "full"
-    """All 16 faces, or 4 of them."""
+    """All 16 faces, or 4 of them; all icons, or about 30,000."""
     cache: Path = Path("cache")
     """Folder of shards and reference features; it can be moved."""
+    kind: Annotated[DataName, tyro.conf.arg(name="data")] = "glyphs"
+    """Characters of the shipped fonts with their Unicode names, or the icons of npm's @iconify/json with theirs."""
+    pixels: Annotated[int, AtLeast(8), _OF_ICONS] = 64
+    """Width and height of the icons' pictures."""
+    swapped: Annotated[float, BelowOne, _OF_ICONS] = 0.0
+    """Share of the training icons whose names are exchanged among each other, beyond what is wrong by nature."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class Train:
     @property
     def source(self) -> str:
         """Where the pairs come from, a key of `SOURCES`."""
-        return "glyphs" if self.shards.catalog is None else "catalog"
+        return self.data.kind if self.shards.catalog is None else "catalog"
 
     @property
     def needs_reference(self) -> bool:
@@ -232,7 +244,11 @@ class Train:
             refuse_if_given(self.inputs, "aug_cfg", "--catalog")
         if self.source == "catalog" and (self.split != "train" or self.fraction != 1 or self.data != Data()):
             raise UserError(
-                "--catalog takes the place of --split, --fraction, --captions, --size and --cache: leave those out"
+                "--catalog takes the place of --data and its options, --split and --fraction: leave those out"
+            )
+        if self.source == "icons" and self.needs_reference and self.loss.reference is None:
+            raise UserError(
+                "--data icons needs --reference: the model that steers, such as a run with --split reference"
             )
         if self.source == "catalog":
             self._check_models()
@@ -349,9 +365,10 @@ class CacheReference:
     def check_together(self) -> None:
         """Refuse options of the embedded pairs beside a catalog."""
         if self.catalog is not None and self.data != Data():
-            raise UserError("--catalog takes the place of --captions, --size and --cache: leave those out")
-        if self.catalog is not None and self.reference is None:
-            raise UserError("--catalog needs --reference: the model whose features to store, like hf-hub:OWNER/NAME")
+            raise UserError("--catalog takes the place of --data and its options: leave those out")
+        if self.reference is None and (self.catalog is not None or self.data.kind != "glyphs"):
+            where = "--catalog" if self.catalog is not None else f"--data {self.data.kind}"
+            raise UserError(f"{where} needs --reference: the model whose features to store, like hf-hub:OWNER/NAME")
 
 
 @dataclass(frozen=True)
@@ -390,7 +407,7 @@ class Evaluate:
         """Refuse options of the embedded pairs beside other data."""
         if (self.tasks or self.val_data is not None) and (self.data != Data() or self.split != "test"):
             raise UserError(
-                "--tasks and --val-data take the place of --captions, --size, --cache and --split: leave those out"
+                "--tasks and --val-data take the place of --data and its options, and of --split: leave those out"
             )
 
 

@@ -27,7 +27,7 @@ _SHIPPED = "experiments/clip/glyphs/reference_model"
 #: That, and where earlier versions kept what a stored configuration may name.
 _MOVED = {_SHIPPED: SHIPPED_REFERENCE, "experiments/clip/reference": SHIPPED_REFERENCE}
 #: Options that are called otherwise than their fields.
-_OTHER_FLAGS = {"logs": "--log-to"}
+_OTHER_FLAGS = {"logs": "--log-to", "kind": "--data"}
 # What tyro says of words that are of none of an option's types.
 _NO_KIND = re.compile(r"no type matching (.*) could be instantiated from \[(.*)\]\.?")
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def _check_start(preset: str | None, path: str | None, start: Train, train: Trai
         if not is_embedded and train.source != "catalog":
             raise UserError(f"{given} is for your own data: add --catalog FOLDER, which `{PROGRAM} catalog` makes")
     else:
-        given, is_embedded = f"--config {path}", path is not None and start.source == "glyphs"
+        given, is_embedded = f"--config {path}", path is not None and start.source != "catalog"
     if is_embedded and train.source == "catalog":
         raise UserError(f"{given} has the settings of the embedded pairs: leave it out beside --catalog")
 
@@ -152,7 +152,9 @@ def _check_optimizer(name: str) -> None:
 def _own_data(kind: type, words: Sequence[str]) -> str:
     """Return the source of the pairs, as the words that are not parsed yet say."""
     own = ("--catalog", "--samples") if kind is Plan else ("--catalog",)
-    return "catalog" if any(word.partition("=")[0] in own for word in words) else "glyphs"
+    if any(word.partition("=")[0] in own for word in words):
+        return "catalog"
+    return _popped(list(words), "--data") or "glyphs"
 
 
 def _start(preset: str | None, path: str | None, source: str) -> Train:
@@ -165,7 +167,7 @@ def _start(preset: str | None, path: str | None, source: str) -> Train:
                 f"no preset is called {preset[:80]!r}{nearest(preset, PRESETS)}: choose one of {', '.join(PRESETS)}"
             )
         return PRESETS[preset]
-    return STARTS[source] if path is None else load_config(Path(path))
+    return STARTS.get(source, STARTS["glyphs"]) if path is None else load_config(Path(path))
 
 
 def _popped(arguments: list[str], name: str) -> str | None:

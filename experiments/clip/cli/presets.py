@@ -20,7 +20,7 @@ _GLYPHS = Train(
     execution=Execution(precision="float32"),
 )
 #: Where options start that no preset or stored configuration does, by the source of the pairs.
-STARTS: dict[str, Train] = {"glyphs": _GLYPHS, "catalog": Train()}
+STARTS: dict[str, Train] = {"glyphs": _GLYPHS, "icons": _GLYPHS, "catalog": Train()}
 
 
 def of_embedded_pairs(**optimization: Any) -> dict[str, Any]:

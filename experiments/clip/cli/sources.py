@@ -32,10 +32,9 @@ from ..ranges import refuse_if_given
 from ..reference.cache import CachedReference, cache_features, open_features
 from ..reference.live import LiveReference
 from ..reference.several import SeveralReferences
-from .options import SOURCES, Check, Data, Reading, Shards, Train
+from .options import SOURCES, Check, Data, DataName, Reading, Shards, Train
 from .terminal import console, progress_bar
 
-_EMBEDDED = "glyphs"
 #: What stands before the names of the scores of held-out pairs.
 HELD_OUT = "held_out"
 VALIDATION_BATCH = 64
@@ -134,7 +133,16 @@ def _order_options(shards: Shards, catalog: Catalog) -> dict[str, Any]:
 
 
 class EmbeddedPairs(Protocol):
-    """What the module of an embedded data set offers beside ``open_data``."""
+    """What the module of pairs that the program draws itself offers, beside what takes these pairs' own types."""
+
+    #: These take and return types of the room of glyphs, which stands above this one.
+    prepare: Callable[..., Any]
+    open_data: Callable[..., TrainingData]
+    evaluate_model: Callable[..., Any]
+
+    def dataset_settings(self, data: Data) -> dict[str, Any]:
+        """Return what determines the pairs."""
+        ...
 
     def scores(self, data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:
         """Return the scores of a model on a held-out split, in JSON's types and as a table."""
@@ -145,9 +153,9 @@ class EmbeddedPairs(Protocol):
         ...
 
 
-def embedded_pairs() -> EmbeddedPairs:
-    """Return the module of the embedded pairs."""
-    return import_module(SOURCES[_EMBEDDED])  # pyright: ignore[reportReturnType]
+def embedded_pairs(name: DataName) -> EmbeddedPairs:
+    """Return the module of such pairs."""
+    return import_module(SOURCES[name])  # pyright: ignore[reportReturnType]
 
 
 def open_training_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) -> TrainingData:

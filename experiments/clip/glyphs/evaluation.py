@@ -78,13 +78,20 @@ class Evaluation(NamedTuple):
 
 def evaluate_model(clip: Clip, pairs: PreparedPairs, manifest: Manifest, ranks: Ranks = ONE_PROCESS) -> Evaluation:
     """Score a model on held-out pairs by naming over all names, attributes and retrieval; ranks share the encoding."""
+    encode_image, encode_text = encoders_of(clip, ranks)
+    return evaluate(encode_image, encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
+
+
+def encoders_of(
+    clip: Clip, ranks: Ranks = ONE_PROCESS
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
+    """Return a model's two encoders, in evaluation mode, whose work ranks share."""
     clip.model.eval()
 
     def encode(captions: Sequence[str]) -> Tensor:
         return clip.encode_tokens(_tokens(clip.tokenize, tuple(captions)))
 
-    encode_image, encode_text = ranks.split_over_ranks(clip.encode_image), ranks.split_over_ranks(encode)
-    return evaluate(encode_image, encode_text, pairs.image_batches(), pairs.captions, manifest.vocabulary)
+    return ranks.split_over_ranks(clip.encode_image), ranks.split_over_ranks(encode)
 
 
 @lru_cache(maxsize=64)
@@ -127,6 +134,7 @@ def evaluate(
     captions: Sequence[str],
     vocabulary: Sequence[str],
     batch_size: int = 512,
+    attributes_of: Callable[[Sequence[str]], Sequence[AttributeTask]] = glyph_attributes,
 ) -> Evaluation:
     """Run the three evaluations on held-out pairs.
 
@@ -142,6 +150,8 @@ def evaluate(
         The distinct captions of the whole data set.
     batch_size
         Number of texts per call of ``encode_text``.
+    attributes_of
+        Returns the zero-shot tasks on attributes that captions have.
     """
     positions = {caption: position for position, caption in enumerate(vocabulary)}
     if len(positions) < len(vocabulary):
@@ -157,7 +167,7 @@ def evaluate(
     labels = torch.tensor([positions[caption] for caption in captions])
     distinct = labels.unique()
     attributes = {}
-    for task in glyph_attributes(captions):
+    for task in attributes_of(captions):
         classifier = zero_shot_classifier(encode_text, task.classes, task.templates, batch_size)
         attributes[task.name] = zero_shot(images[list(task.members)], classifier, torch.tensor(task.labels))
     return Evaluation(

@@ -24,7 +24,7 @@ from ..reference.cache import CachedReference
 from ..reference.live import LiveReference
 from .dataset import Manifest, open_dataset, write_dataset
 from .drawing import faces, glyph_splits
-from .evaluation import evaluate_model
+from .evaluation import Evaluation, evaluate_model
 from .stream import MemoryStream, PreparedPairs
 
 PIXELS = 32
@@ -34,6 +34,7 @@ METRICS = ("naming_top1", "naming_top5")
 GLYPH_BATCH = 512  # glyphs that go through the reference at a time
 
 LoadPairs = Callable[[Manifest, str, Clip], PreparedPairs]  # decodes a split for a model
+EvaluatePairs = Callable[[Clip, PreparedPairs, Manifest, Ranks], Evaluation]  # scores a model on a held-out split
 
 
 def dataset_folder(data: Data) -> Path:
@@ -120,9 +121,22 @@ def open_data(
 
     ``load`` decodes a split into memory.
     """
+    return open_drawn(options, clip, reference, ranks, load, prepare, evaluate_model)
+
+
+def open_drawn(
+    options: Train,
+    clip: Clip,
+    reference: Clip | None,
+    ranks: Ranks,
+    load: LoadPairs,
+    prepare_pairs: Callable[[Data], Manifest],
+    evaluate_pairs: EvaluatePairs,
+) -> TrainingData:
+    """Open pairs that the program draws: ``prepare_pairs`` does so, ``evaluate_pairs`` scores a model."""
     # Runs that start together share what one of them has prepared.
     with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
-        manifest = prepare(options.data)
+        manifest = prepare_pairs(options.data)
         if reference is not None:
             reference.model.to(ranks.device)
         features = None
@@ -137,15 +151,13 @@ def open_data(
     stream = MemoryStream(pairs, options.pairs_per_step, options.seed, ranks.rank, ranks.count, features)
     identity = {"data": manifest.fingerprint, "split": options.split, "fraction": options.fraction}
     identity |= identity_of_others(features)
-    return TrainingData(
-        stream, samples, identity, partial(_validate, clip, held_out, manifest, ranks), METRICS, features
-    )
 
+    def validate() -> dict[str, float]:
+        naming = evaluate_pairs(clip, held_out, manifest, ranks).naming
+        clip.model.train()
+        return dict(zip(METRICS, (naming.top1, naming.top5), strict=True))
 
-def _validate(clip: Clip, held_out: PreparedPairs, manifest: Manifest, ranks: Ranks) -> dict[str, float]:
-    naming = evaluate_model(clip, held_out, manifest, ranks).naming
-    clip.model.train()
-    return dict(zip(METRICS, (naming.top1, naming.top5), strict=True))
+    return TrainingData(stream, samples, identity, validate, METRICS, features)
 
 
 def share(options: Train, manifest: Manifest) -> int:

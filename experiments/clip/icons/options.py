@@ -12,19 +12,22 @@ from ..cli.options import Data
 from ..errors import UserError
 from ..ranges import AtLeast, OnlyWith, refuse_if_given
 
-_OF_ICONS = OnlyWith("--data icons", lambda options: options.kind == "icons")
+
+def _icons() -> Data:
+    return Data(kind="icons")
+
+
+def _check_icons(data: Data) -> None:
+    if data.kind != "icons":
+        raise UserError(f"--data must be icons, got {data.kind}")
 
 
 @dataclass(frozen=True)
 class Prepare:
     """Draw pairs of pictures and names and write them as webdataset shards."""
 
-    kind: Annotated[Literal["glyphs", "icons"], tyro.conf.arg(name="data")] = "glyphs"
-    """Characters of the shipped fonts with their Unicode names, or the icons of npm's @iconify/json with theirs."""
     data: Data = field(default_factory=Data)
-    pixels: Annotated[int, AtLeast(8), _OF_ICONS] = 64
-    """Width and height of the icons' pictures."""
-    source: Annotated[Path | None, _OF_ICONS] = None
+    source: Annotated[Path | None, OnlyWith("--data icons", lambda options: options.data.kind == "icons")] = None
     """The archive that `npm pack @iconify/json` writes; by default npm fetches it."""
 
 
@@ -32,9 +35,7 @@ class Prepare:
 class IconTasks:
     """Write the held-out icons as zero-shot tasks in CLIP_benchmark's layout, with emoji and stamps where they are."""
 
-    data: Data = field(default_factory=Data)
-    pixels: Annotated[int, AtLeast(8)] = 64
-    """Width and height of the icons' pictures."""
+    data: Data = field(default_factory=_icons)
     split: Literal["validation", "test"] = "test"
     """Which of the held-out icons."""
     emoji: Path | None = None
@@ -46,6 +47,10 @@ class IconTasks:
     out: Path = Path("icon-tasks")
     """Folder of the tasks."""
 
+    def check_together(self) -> None:
+        """Refuse other pairs than icons."""
+        _check_icons(self.data)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -55,11 +60,7 @@ class Search:
     """What to look for, in words."""
     image: Path | None = None
     """A picture to look for others like it, instead of words."""
-    kind: Annotated[Literal["icons"], tyro.conf.arg(name="data")] = "icons"
-    """Where to look: the icons that `run.py prepare --data icons` drew."""
-    data: Data = field(default_factory=Data)
-    pixels: Annotated[int, AtLeast(8)] = 64
-    """Width and height of the icons' pictures."""
+    data: Data = field(default_factory=_icons)
     catalog: Path | None = None
     """Folder made by `run.py catalog`: look there instead. The features are kept in --cache."""
     model: Path = Path("icons")
@@ -78,5 +79,6 @@ class Search:
             raise UserError('the query is empty: say what to look for, like "cloud with rain", or give --image FILE')
         if self.image is not None and self.query:
             raise UserError("--image takes the place of the query: give one of them")
+        _check_icons(self.data)
         if self.catalog is not None:
-            refuse_if_given(self, "pixels", "--data icons, without --catalog")
+            refuse_if_given(self.data, "pixels", "--data icons, without --catalog")

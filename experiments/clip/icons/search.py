@@ -49,15 +49,13 @@ class Index:
         Which of the icons; all by default.
     """
 
-    def __init__(
-        self, clip: Clip, data: Data, pixels: int, catalog: Path | None = None, splits: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, clip: Clip, data: Data, catalog: Path | None = None, splits: Sequence[str] = ()) -> None:
         self._clip = clip
         if catalog is None:
-            folder = dataset_folder(data, pixels)
+            folder = dataset_folder(data)
             manifest = open_dataset(folder)
             if manifest is None:
-                raise UserError(f"there are no icons in {folder}: run {_command(data, pixels)}")
+                raise UserError(f"there are no icons in {folder}: run {_command(data)}")
             place = data.cache / "-".join(["search", manifest.fingerprint[:12], *splits])
             self.catalog = catalog_of(manifest, splits or tuple(manifest.splits), place, _CAPTIONS)
         else:
@@ -95,8 +93,8 @@ class Index:
         return self._clip.encode_image(self._clip.preprocess(query)[None])[0].float().cpu()
 
 
-def _command(data: Data, pixels: int) -> str:
-    words = [f"--pixels {pixels}"] * (pixels != 64) + [f"--size {data.size}"] * (data.size != "full")
+def _command(data: Data) -> str:
+    words = [f"--pixels {data.pixels}"] * (data.pixels != 64) + [f"--size {data.size}"] * (data.size != "full")
     words += [f"--cache {data.cache}"] * (data.cache != Data().cache)
     return " ".join([f"`{COMMAND} prepare --data icons", *words]) + "`"
 
@@ -105,7 +103,7 @@ def run_search(options: Search) -> None:
     """Find pictures, write them as a sheet and print what they are."""
     picture = None if options.image is None else read_image(options.image)
     clip = load_model(options.model, options.weights)
-    index = Index(clip, options.data, options.pixels, options.catalog)
+    index = Index(clip, options.data, options.catalog)
     start = time.perf_counter()
     found = index.find(options.query if picture is None else picture, options.top)
     seconds = time.perf_counter() - start

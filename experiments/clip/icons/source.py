@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 from ..cli.options import Data
 from ..cli.terminal import console, progress_bar
 from ..glyphs import source as glyphs
-from ..glyphs.dataset import GlyphPair, Manifest, open_dataset, write_dataset
+from ..glyphs.dataset import GlyphPair, Manifest, open_dataset, read_samples, write_dataset
+from ..glyphs.drawing import swapped
+from ..glyphs.tasks import png_of
 from .captions import caption, style_of
 from .options import Prepare
 from .package import LICENSES, IconSet, fetch, read_package
@@ -22,6 +25,8 @@ from .splits import SHARES, drawing_splits, family_of, kind_of, split_of
 
 #: Of the icons that `--size small` keeps, about 30,000 are left after the splits.
 _SMALL_SHARE = 0.145
+_SWAPPED_SEED = 0
+_ATTRIBUTION, _LEFT_OUT = "ATTRIBUTION.md", "left_out.json"
 
 
 class Candidate(NamedTuple):
@@ -36,23 +41,31 @@ class Candidate(NamedTuple):
 
 def run_prepare(options: Prepare) -> None:
     """Draw the pairs that the options name and write their shards, unless they are there."""
-    if options.kind == "glyphs":
+    if options.data.kind == "glyphs":
         glyphs.prepare(options.data)
     else:
-        prepare(options.data, options.pixels, options.source)
+        prepare(options.data, options.source)
 
 
-def dataset_folder(data: Data, pixels: int) -> Path:
+def dataset_folder(data: Data) -> Path:
     """Return where the icons are, or will be."""
-    return data.cache / f"icons-{pixels}-{data.size}"
+    return data.cache / f"icons-{data.pixels}-{data.size}{f'-swapped-{data.swapped:g}' if data.swapped else ''}"
 
 
-def prepare(data: Data, pixels: int, archive: Path | None = None) -> Manifest:
+def dataset_settings(data: Data) -> dict[str, Any]:
+    """Return what determines the pairs, beside the version of the package."""
+    return {"kind": data.kind, "size": data.size, "pixels": data.pixels, "swapped": data.swapped, "rule": RULE}
+
+
+def prepare(data: Data, archive: Path | None = None) -> Manifest:
     """Return the manifest of the icons, after drawing and writing them if they are not there.
 
-    Their captions are always the icons' names. An interrupted drawing goes on where it was.
+    Their captions are the icons' names, a share ``data.swapped`` of the training split's exchanged. An interrupted
+    drawing goes on where it was.
     """
-    folder = dataset_folder(data, pixels)
+    folder, pixels = dataset_folder(data), data.pixels
+    if data.swapped:
+        return _with_swapped_names(prepare(dataclasses.replace(data, swapped=0.0), archive), folder, data.swapped)
     if archive is None and (manifest := open_dataset(folder)) is not None:
         console.print(f"data       reusing {folder}")
         return manifest
@@ -70,7 +83,7 @@ def prepare(data: Data, pixels: int, archive: Path | None = None) -> Manifest:
     splits = _splits(candidates, pictures, left_out)
     vocabulary = sorted({pair.caption for pairs in splits.values() for pair in pairs})
     total = sum(len(pairs) for pairs in splits.values())
-    extra = {"ATTRIBUTION.md": _attribution(sets, splits), "left_out.json": json.dumps(left_out, indent=1).encode()}
+    extra = {_ATTRIBUTION: _attribution(sets, splits), _LEFT_OUT: json.dumps(left_out, indent=1).encode()}
     with progress_bar("writing shards") as advance:
         manifest = write_dataset(
             folder, splits, settings, vocabulary=vocabulary, extra=extra, progress=lambda done: advance(done, total)
@@ -79,6 +92,28 @@ def prepare(data: Data, pixels: int, archive: Path | None = None) -> Manifest:
     sizes = ", ".join(f"{split.name} {split.samples}" for split in manifest.splits.values())
     console.print(f"data       wrote {total} icons to {folder} ({sizes})")
     console.print("left out   " + ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()))
+    return manifest
+
+
+def _with_swapped_names(natural: Manifest, folder: Path, share: float) -> Manifest:
+    """Return the data set in which that share of the training icons have each other's names."""
+    settings = {**natural.settings, "natural": natural.fingerprint, "swapped": share}
+    if (manifest := open_dataset(folder, settings)) is not None:
+        console.print(f"data       reusing {folder}")
+        return manifest
+
+    def stored(split: str) -> list[GlyphPair]:
+        return [
+            GlyphPair(pair.key, png_of(pair.image), pair.caption, pair.meta) for pair in read_samples(natural, split)
+        ]
+
+    with console.status("exchanging names"):
+        splits = {split: stored(split) for split in natural.splits}
+        names = swapped([pair.caption for pair in splits["train"]], share, _SWAPPED_SEED)
+        splits["train"] = [pair._replace(caption=name) for pair, name in zip(splits["train"], names, strict=True)]
+        extra = {name: (natural.folder / name).read_bytes() for name in (_ATTRIBUTION, _LEFT_OUT)}
+        manifest = write_dataset(folder, splits, settings, vocabulary=natural.vocabulary, extra=extra)
+    console.print(f"data       wrote {folder}, where {share:.0%} of the training icons have another's name")
     return manifest
 
 

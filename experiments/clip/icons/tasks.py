@@ -36,7 +36,7 @@ def run_icon_tasks(options: IconTasks) -> None:
     if stamps is None:
         console.print(f"left out   Tux Paint's stamps: run `apt-get install {STAMPS_PACKAGE}`")
     english = {} if options.emoji is None else emoji_names(options.emoji, "en")
-    manifest = prepare(options.data, options.pixels)
+    manifest = prepare(options.data)
     marker = {
         "format": 1,
         "data": manifest.fingerprint,

@@ -12,14 +12,13 @@ that use these.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
 
 from ..cli.options import Captions, Data, Train
 from ..cli.presets import PRESETS, of_embedded_pairs
 from ..training.options import CheckpointPolicy
+from .cells import Cell, Tuned, TunedKey, reference_cell
 from .settings import (
     DIVERGENCE,
     LONGER_SETTINGS,
@@ -30,41 +29,6 @@ from .settings import (
     Setting,
     settings_of,
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training, with all its options, and the labels of its row.
-
-    Attributes
-    ----------
-    method : str
-        What tables call its training method.
-    train : Train
-        Its options; --out, --cache and --logs are the study's.
-    setting : str
-        What else tells it from its neighbors, like ``tau=0.1``.
-    reference : str
-        A name in `REFERENCES`: that model, which the study trains, steers instead of ``train.loss.reference``.
-    """
-
-    method: str
-    train: Train
-    setting: str = ""
-    reference: str = ""
-
-
-class TunedKey(NamedTuple):
-    """A tuning study, captions, a method, and the trained reference that steers it (that of `Cell`)."""
-
-    study: str
-    captions: Captions
-    method: str
-    reference: str = ""
-
-
-#: The settings that tuning found best.
-Tuned = Mapping[TunedKey, Setting]
 
 SEEDS = range(1, 6)  # seed 0 is for tuning, and is not counted
 FEWER_SEEDS = SEEDS[:3]
@@ -77,6 +41,9 @@ CAPTIONS: tuple[Captions, ...] = ("clean", "vague", "swapped")
 _CLEAN_AND_SWAPPED: tuple[Captions, ...] = ("clean", "swapped")
 _LONGER_CAPTIONS: Captions = "swapped"  # of `tuning_longer`
 LONGER = 3  # times as many pairs seen
+BUDGETS = (2, 5, 10, 15)  # passes, of `scheduled`
+#: What tables call the steered method with the scheduled coefficient.
+SCHEDULED = "drrho-scheduled"
 EPOCHS = 5  # over all pairs; of a share of them, as many as make the same number of pairs seen
 PAIRS_SEEN = 23_635 * EPOCHS
 BATCH = 128
@@ -181,12 +148,7 @@ def _longer_cell(
 
 def references(_: Tuned) -> Iterator[Cell]:
     """Return the references of other quality than the shipped one's."""
-    return map(reference_cell, REFERENCES)
-
-
-def reference_cell(name: str) -> Cell:
-    """Return the training of a reference, by its name."""
-    return Cell(REFERENCES[name].loss.method, REFERENCES[name], name)
+    return (reference_cell(name, train) for name, train in REFERENCES.items())
 
 
 def _tuning(methods: Iterable[str]) -> Iterator[Cell]:
@@ -332,6 +294,27 @@ def weak_to_strong(tuned: Tuned) -> Iterator[Cell]:
                 yield _longer_cell(setting, method, captions, seed, reference=reference)
 
 
+def scheduled(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the scheduled coefficient at the settings of the twin, and the tuned constant one, on clean captions.
+
+    Under three references at four budgets, at which other studies have the twin: below by a reference that the target
+    overtakes, a constant coefficient costs points.
+    """
+    twin, constant = usual_setting(tuned, TWIN, "clean"), usual_setting(tuned, "drrho", "clean")
+    if twin is None or constant is None:
+        return
+    own = twin._replace(loss=dataclasses.replace(twin.loss, method="drrho", coefficient="scheduled"))
+    cells = list(product(FEWER_SEEDS, BUDGETS, (*REFERENCES, "")))
+    for seed, epochs, reference in cells:
+        yield Cell(SCHEDULED, training(own, "clean", seed=seed, epochs=epochs), f"epochs={epochs}", reference)
+    for seed, epochs, reference in cells:
+        known = TunedKey("tuning-references", "clean", "drrho", reference)
+        if (setting := tuned.get(known) if reference else constant) is not None:
+            yield Cell("drrho", training(setting, "clean", seed=seed, epochs=epochs), f"epochs={epochs}", reference)
+    for seed, epochs in product(FEWER_SEEDS, BUDGETS):
+        yield Cell(TWIN, training(twin, "clean", seed=seed, epochs=epochs), f"epochs={epochs}")
+
+
 #: In the order in which they run; a training in several is run once.
 STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "tuning": tuning,
@@ -349,6 +332,7 @@ STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "scored": scored,
     "edges": edges,
     "tuning-longer": tuning_longer,
+    "scheduled": scheduled,
 }
 #: The studies that choose settings; they use no tuned setting themselves.
 TUNING_STUDIES = ("tuning", "tuning-more", "tuning-references", "tuning-scored", "tuning-longer")

@@ -6,23 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
+from ..cli.options import DataName
 from ..errors import UserError
 from ..ranges import OnlyWith, PositiveOrInfinite
+
+RESULTS = Path("experiments/clip/study/results")
+_TABLES: dict[DataName, str] = {"glyphs": "study.csv", "icons": "icons.csv"}
 
 
 @dataclass(frozen=True)
 class Study:
     """Run grids of trainings, one line of results for each; more processes, started alike, share the work."""
 
-    results: Path = Path("experiments/clip/study/results/study.csv")
+    kind: Annotated[DataName, tyro.conf.arg(name="data")] = "glyphs"
+    """The pairs: characters of the shipped fonts, or icons, as in `prepare`."""
+    results: Path | None = None
     """Table with a line for each finished training; beside it, NAME_curves.csv has one for each validation, and
-    NAME_tuned.json the settings that tuning found best."""
+    NAME_tuned.json the settings that tuning found best. By default study.csv, or icons.csv, in study/results."""
     out: Path = Path("outputs/study")
     """Folder of references, of trainings under way and of what is claimed by a process."""
     cache: Path = Path("cache")
     """Folder of shards and reference features; it can be moved."""
     only: tuple[str, ...] = ()
-    """Studies to run, of those in study/grid.py; all by default."""
+    """Studies to run, of those in study/grid.py or study/icon_grid.py; all of the data set by default."""
     dry_run: bool = False
     """Say what is left and how long it takes."""
     check: bool = False
@@ -37,6 +45,11 @@ class Study:
         ),
     ] = None
     """Stop after so many, keeping the state of the training under way."""
+
+    @property
+    def table(self) -> Path:
+        """The table of results."""
+        return RESULTS / _TABLES[self.kind] if self.results is None else self.results
 
     def check_together(self) -> None:
         """Refuse options that contradict each other."""

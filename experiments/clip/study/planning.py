@@ -14,12 +14,13 @@ from ..cli.cost import cost_of
 from ..cli.defaults import with_defaults
 from ..cli.options import Train
 from ..cli.parser import as_settings
-from ..glyphs.source import dataset_settings
+from ..cli.sources import embedded_pairs
 from ..models.clip import fingerprint_of
 from ..models.config import registered_config
 from ..models.sources import register_models
 from ..training.options import SHIPPED_REFERENCE
-from .grid import STUDIES, Cell, Tuned, reference_cell
+from .cells import Cell, Tuned, captions_label, reference_cell
+from .studies import REFERENCES, STUDIES
 
 _FORMAT = 1
 # What the trained model does not depend on.
@@ -39,7 +40,7 @@ class PlannedTraining(NamedTuple):
         cell = self.cell
         labels = (
             self.study,
-            cell.train.data.captions,
+            captions_label(cell.train.data),
             cell.train.model,
             cell.method,
             cell.setting,
@@ -83,13 +84,15 @@ def cell_hash(cell: Cell) -> str:
     settings = {key: value for key, value in as_settings(train).items() if key not in _WITHOUT_EFFECT}
     settings["shards"]["workers"] = 0  # no part of the embedded pairs, but of hashes
     settings["patch_dropout"] = train.patch_dropout or 0.0
-    settings["data"] = dataset_settings(cell.train.data)
+    settings["data"] = embedded_pairs(cell.train.data.kind).dataset_settings(cell.train.data)
     del settings["execution"]["exchange_minutes"]
     if not _without_off(settings["inputs"]):  # a group that is newer than some results, and off
         del settings["inputs"]
     loss = cell.train.loss
     if cell.reference:
-        settings["loss"]["reference"] = {"trained": cell_hash(reference_cell(cell.reference))}
+        settings["loss"]["reference"] = {
+            "trained": cell_hash(reference_cell(cell.reference, REFERENCES[cell.reference]))
+        }
     else:
         settings["loss"]["reference"] = _fingerprint(cell.train.reference) if loss.needs_reference else None
     text = json.dumps([_FORMAT, _without_off(settings)], sort_keys=True, separators=(",", ":"))

@@ -13,8 +13,9 @@ from ..errors import UserError
 from ..glyphs.evaluation import Evaluation
 from ..io.files import append_durably, locked
 from ..training.trainer import Record
-from .grid import STUDIES, Tuned
+from .cells import Tuned, captions_label
 from .planning import PlannedTraining, cell_hash, gigaflops, reference_label
+from .studies import STUDIES
 
 VARIANCES = tuple(
     f"{name}{side}"
@@ -108,7 +109,7 @@ def row_of(
     values = {
         "study": each.study,
         "hash": each.hash,
-        "captions": train.data.captions,
+        "captions": captions_label(train.data),
         "fraction": train.fraction,
         "model": train.model,
         "method": cell.method,

@@ -23,22 +23,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.table import Table
 from scipy import stats
 
 from ..cli.building import build_models
-from ..cli.options import Captions, Data, Train
+from ..cli.options import Data, Train
 from ..cli.parser import as_words
+from ..cli.sources import embedded_pairs
 from ..cli.terminal import console
 from ..cli.train import Trained, train_model
 from ..distributed import joined_ranks
 from ..errors import PROGRAM, Interrupted, UserError
 from ..glyphs.dataset import Manifest
-from ..glyphs.evaluation import Evaluation, evaluate_model
-from ..glyphs.source import load_pairs, open_data, prepare, share
+from ..glyphs.evaluation import Evaluation
+from ..glyphs.source import load_pairs, share
 from ..glyphs.stream import PreparedPairs
 from ..io.files import claimed, ensure_writable, locked
 from ..models.clip import Clip
@@ -46,7 +46,7 @@ from ..models.config import CONFIG_FILE
 from ..models.export import export_model
 from ..signals import asked, noted
 from ..training.checkpoint import latest_checkpoint
-from .grid import STUDIES, TUNING_STUDIES, Cell, Tuned, reference_cell
+from .cells import Cell, Tuned, reference_cell
 from .options import Study
 from .planning import (
     PlannedTraining,
@@ -57,9 +57,9 @@ from .planning import (
     planned_trainings,
 )
 from .results import Row, curve_of, read_rows, row_of, write_training
+from .studies import REFERENCE_STUDIES, REFERENCES, STUDIES_OF, TUNING_STUDIES_OF
 from .tuned import tuned_by_now, update_tuned
 
-_REFERENCES = "references"  # the study whose models are kept
 _TIME_OVER = signal.SIGALRM
 _CHECKED = ("validation_top1", "test_top1")
 _HELD_SPLITS = 8
@@ -69,8 +69,9 @@ Stop = Callable[[], int]  # the number of the signal that asks to stop, 0 if non
 
 def run(options: Study) -> None:
     """Run what is left, say what is left, or check one training."""
-    if unknown := [name for name in options.only if name not in STUDIES]:
-        raise UserError(f"--only {unknown[0]} is no study: choose of {', '.join(STUDIES)}")
+    if unknown := [name for name in options.only if name not in STUDIES_OF[options.kind]]:
+        known = ", ".join(STUDIES_OF[options.kind])
+        raise UserError(f"--only {unknown[0]} is no study of --data {options.kind}: choose of {known}")
     runner = _StudyRunner(options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # processes share the cores, and sums add up alike on any number of them
@@ -87,13 +88,14 @@ def run(options: Study) -> None:
 
 class _StudyRunner:
     def __init__(self, options: Study) -> None:
-        self._results, self._out, self._cache = options.results, options.out, options.cache
-        self._names = options.only or tuple(STUDIES)
+        self._results, self._out, self._cache = options.table, options.out, options.cache
+        self._studies, self._pairs = STUDIES_OF[options.kind], embedded_pairs(options.kind)
+        self._names = options.only or tuple(self._studies)
         self._plan(tuned_by_now(self._results))
         if not self._trainings:
             raise UserError(
                 f"--only {' '.join(self._names)} uses tuned settings, of which {self._results} has none yet: run "
-                f"`{PROGRAM} study --only {' '.join(TUNING_STUDIES)}` first"
+                f"`{PROGRAM} study --only {' '.join(TUNING_STUDIES_OF[options.kind])}` first"
             )
         self._load = PairsInMemory()
         self._manifests = cache(self._prepared)
@@ -142,9 +144,9 @@ class _StudyRunner:
         done = sum(each.hash in rows for each in trainings)
         table.add_row("all", str(len(trainings)), str(done), str(len(trainings) - done), f"{total:.2f}")
         notes = []
-        if untuned := [name for name in self._names if not any(True for _ in STUDIES[name](self._tuned))]:
+        if untuned := [name for name in self._names if not any(True for _ in self._studies[name](self._tuned))]:
             notes.append(f"not counted, as their settings are not tuned yet: {', '.join(untuned)}")
-        if stale := rows.keys() - {each.hash for each in planned_trainings(STUDIES, self._tuned)}:
+        if stale := rows.keys() - {each.hash for each in planned_trainings(self._studies, self._tuned)}:
             table.add_row("stale", "", str(len(stale)), "", "")
             notes.append("stale: lines of trainings that are no longer in the grid, which statistics leave out")
         table.caption = "\n".join(notes) or None
@@ -196,7 +198,7 @@ class _StudyRunner:
         with claimed(self._claim(each.hash)) as mine:
             if not mine or each.hash in read_rows(self._results):
                 return False
-            if each.study == _REFERENCES:
+            if each.study in REFERENCE_STUDIES:
                 self._run_reference(each, stop)
                 return True
             if not self._ensure_reference(each.cell, stop):
@@ -210,7 +212,7 @@ class _StudyRunner:
         """Train a training's reference unless it is there; return False if another process is training it."""
         if not cell.reference or (self._model(cell.reference) / CONFIG_FILE).is_file():
             return True
-        each = planned_training(_REFERENCES, reference_cell(cell.reference))
+        each = planned_training(REFERENCE_STUDIES[0], _reference_cell(cell.reference))
         with claimed(self._claim(each.hash)) as mine:
             if mine and not (self._model(cell.reference) / CONFIG_FILE).is_file():
                 self._run_reference(each, stop)
@@ -226,7 +228,7 @@ class _StudyRunner:
 
     def _model(self, reference: str) -> Path:
         """Return where a trained reference is."""
-        return self._out / "references" / f"{reference}-{cell_hash(reference_cell(reference))}" / "model"
+        return self._out / "references" / f"{reference}-{cell_hash(_reference_cell(reference))}" / "model"
 
     def _run(self, each: PlannedTraining, folder: Path, stop: Stop, model: Path | None = None) -> None:
         """Train, resuming from a checkpoint, and write the line; ``model`` is where the weights are kept."""
@@ -252,10 +254,11 @@ class _StudyRunner:
         execution = options.execution
         with _quiet_console(), joined_ranks(execution.device, execution.exchange_minutes) as ranks:
             trained = train_model(
-                options, build_models(options, ranks), ranks, stop, partial(open_data, load=self._load)
+                options, build_models(options, ranks), ranks, stop, partial(self._pairs.open_data, load=self._load)
             )
             manifest = self._manifest(cell.train.data)
-            return trained, evaluate_model(trained.clip, self._load(manifest, "test", trained.clip), manifest)
+            held_out = self._load(manifest, "test", trained.clip)
+            return trained, self._pairs.evaluate_model(trained.clip, held_out, manifest)
 
     def _with_trained_reference(self, cell: Cell) -> Train:
         """Return a cell's options, with the reference that the study trained for it."""
@@ -283,12 +286,12 @@ class _StudyRunner:
                 if mine and folder.name in rows:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _prepared(self, captions: Captions, size: Literal["full", "small"]) -> Manifest:
+    def _prepared(self, data: Data) -> Manifest:
         with locked(self._cache / ".lock"):
-            return prepare(Data(captions, size, self._cache))
+            return self._pairs.prepare(data)
 
     def _manifest(self, data: Data) -> Manifest:
-        return self._manifests(data.captions, data.size)
+        return self._manifests(dataclasses.replace(data, cache=self._cache))
 
     def _samples(self, train: Train) -> int:
         """Return how many pairs a training sees, counted each time."""
@@ -325,6 +328,10 @@ def largest_difference(value: float, values: Sequence[float], samples: int) -> t
         if spread > binomial:
             return spread, f"the spread over {len(values)} seeds"
     return binomial, f"the binomial variance of {samples} samples"
+
+
+def _reference_cell(name: str) -> Cell:
+    return reference_cell(name, REFERENCES[name])
 
 
 def _raise_if_stopped(stop: Stop) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
 from ..io.files import write_atomically
-from .grid import STUDIES, TUNING_STUDIES, Cell, TunedKey
+from .cells import Cell, TunedKey, captions_label
 from .planning import cell_hash
 from .results import Row, read_rows, table_lock
-from .settings import Setting, find, settings_of
+from .settings import Setting, find
+from .studies import STUDIES, TUNING_STUDIES_OF, tried_settings
 
 
 class Winner(NamedTuple):
@@ -69,14 +71,16 @@ def write_tuned(results: Path, found: Winners) -> None:
 def winners(rows: Mapping[str, Row]) -> Winners:
     """Return the settings of the highest validation top-1, the first of equals, of which all trainings are done."""
     tried: dict[TunedKey, list[Cell]] = {}
-    for study in TUNING_STUDIES:
+    for study in chain(*TUNING_STUDIES_OF.values()):
         for cell in STUDIES[study]({}) if study in STUDIES else ():
-            tried.setdefault(TunedKey(study, cell.train.data.captions, cell.method, cell.reference), []).append(cell)
+            tried.setdefault(TunedKey(study, captions_label(cell.train.data), cell.method, cell.reference), []).append(
+                cell
+            )
     found: Winners = {}
     for key, cells in tried.items():
         if all(cell_hash(cell) in rows for cell in cells):
             best = max(cells, key=lambda cell: _validation_top1(rows, cell))
-            (setting,) = [each for each in settings_of(key.method, key.reference) if each.name == best.setting]
+            (setting,) = [each for each in tried_settings(key) if each.name == best.setting]
             found[key] = Winner(setting, cell_hash(best), _validation_top1(rows, best))
     return found
 
@@ -108,7 +112,7 @@ def _read(path: Path) -> Winners:
             key = TunedKey(entry["study"], entry["captions"], entry["method"], entry["reference"])
             options, own, top1 = entry["options"], str(entry["hash"]), float(entry["validation_top1"])
             try:
-                found[key] = Winner(find(settings_of(key.method, key.reference), **options), own, top1)
+                found[key] = Winner(find(tried_settings(key), **options), own, top1)
             except LookupError:
                 continue
     except (ValueError, TypeError, KeyError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from drrho import KL, Divergence
-from drrho.coefficient import AdaptiveCoefficient
+from drrho.coefficient import AdaptiveCoefficient, MovingCoefficient, ScheduledCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
 from drrho.mixture import separate_references
@@ -55,7 +55,7 @@ class Pending(NamedTuple):
     """What a method changes once its loss is known to be finite: see `Method.step`.
 
     ``temperatures`` are those that are learned, ``estimates`` the running ones after the step, ``moments`` those of the
-    adaptive coefficient before it. With a ``prediction`` of the normalizers, ``estimates`` are those of the batch.
+    estimated coefficient before it. With a ``prediction`` of the normalizers, ``estimates`` are those of the batch.
     """
 
     batch: BatchIndex
@@ -295,7 +295,7 @@ class GlobalContrastive:
         The epoch, counted from 0, in which gamma arrives at ``final_gamma``, by a cosine from 1 in the first.
     temperature : ConstantTemperature, or GlobalTemperature or IndividualTemperatures of `drrho.temperature`
         FastCLIP v1, v3 (v0 with ``per_temperature``) and v2.
-    coefficient : float or AdaptiveCoefficient
+    coefficient : float, AdaptiveCoefficient or ScheduledCoefficient
         How much of the reference's margins to subtract.
     final_gamma, log_step, eps, divergence, rho, per_temperature, published_temperature_gradient, group
         As in `drrho.contrastive.contrastive_risk`; with ``log_step`` gamma plays no part.
@@ -323,7 +323,7 @@ class GlobalContrastive:
         is_steered: bool = True,
         normalizer: NormalizerNetwork | None = None,
         worst_of: Sequence[int] = (),
-        coefficient: float | AdaptiveCoefficient = 1.0,
+        coefficient: float | MovingCoefficient = 1.0,
         final_gamma: float = 1.0,
         log_step: float | None = None,
         eps: float = 0.0,
@@ -365,9 +365,11 @@ class GlobalContrastive:
         if self._is_steered and reference is not None:
             guides = separate_references(reference, self._worst_of) if self._worst_of else reference
             options |= {"reference": guides, "coefficient": self._coefficient}
-            if isinstance(self._coefficient, AdaptiveCoefficient):
+            if isinstance(self._coefficient, MovingCoefficient):
                 moments = self._coefficient.moments
-                options["coefficient"] = self._coefficient.update(*own, reference=reference, group=self._group)
+                options["coefficient"] = self._coefficient.update(
+                    *own, reference=reference, group=self._group, counts=batch.counts
+                )
                 log["coefficient"] = options["coefficient"]
         temperature = self._temperature.lookup(batch)
         prediction = None
@@ -415,7 +417,7 @@ class GlobalContrastive:
         else:
             # An estimate or a gradient that is NaN changes nothing.
             self._running.update(batch, (torch.where(finite, image, torch.nan), torch.where(finite, text, torch.nan)))
-        if moments is not None and isinstance(self._coefficient, AdaptiveCoefficient):
+        if moments is not None and isinstance(self._coefficient, MovingCoefficient):
             after = self._coefficient.moments
             self._coefficient.moments = torch.where(finite, after, moments.to(after.device))
         if taus is None or isinstance(self._temperature, ConstantTemperature):
@@ -436,7 +438,7 @@ class GlobalContrastive:
         return self._temperature.lookup([]).detach() if isinstance(self._temperature, GlobalTemperature) else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return running state, learned temperatures and the adaptive coefficient."""
+        """Return running state, learned temperatures and the estimated coefficient."""
         return {
             f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
         }
@@ -454,7 +456,7 @@ class GlobalContrastive:
     def _parts(self) -> dict[str, Any]:
         first = "normalizer" if isinstance(self._running, NormalizerNetwork) else "running"
         parts = {first: self._running, "temperature": self._temperature}
-        if isinstance(self._coefficient, AdaptiveCoefficient):
+        if isinstance(self._coefficient, MovingCoefficient):
             parts["coefficient"] = self._coefficient
         return parts
 
@@ -481,7 +483,7 @@ class FastCLIP(GlobalContrastive):
             is_steered=cls.steered,
             normalizer=_normalizer(options, context),
             worst_of=context.widths if options.combine == "worst" else (),
-            coefficient=AdaptiveCoefficient() if options.coefficient == "adaptive" else options.coefficient,
+            coefficient=_coefficient(options),
             final_gamma=options.final_gamma,
             log_step=options.log_step,
             eps=options.eps,
@@ -492,6 +494,17 @@ class FastCLIP(GlobalContrastive):
             temperature_schedule=options.temperature_lr_schedule,
             **place,
         )
+
+
+_ESTIMATED: dict[str, Callable[[], MovingCoefficient]] = {
+    "adaptive": AdaptiveCoefficient,
+    "scheduled": ScheduledCoefficient,
+}
+
+
+def _coefficient(options: Loss) -> float | MovingCoefficient:
+    given = options.coefficient
+    return _ESTIMATED[given]() if isinstance(given, str) else given
 
 
 class DRRhoCLIP(FastCLIP):

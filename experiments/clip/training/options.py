@@ -103,9 +103,12 @@ class Loss:
     ] = 0.1
     """Penalty on the divergence over samples of two-level, in units of similarity; cvar has none."""
     coefficient: Annotated[
-        float | Literal["adaptive"], Range("a finite number, or adaptive", lambda value: abs(value) < math.inf)
+        float | Literal["adaptive", "scheduled"],
+        Range("a finite number, adaptive or scheduled", lambda value: abs(value) < math.inf),
     ] = 1.0
-    """How much of the reference's margins drrho subtracts; adaptive: the estimated coefficient of least variance."""
+    """How much of the reference's margins drrho subtracts. adaptive: the estimated coefficient of least variance.
+    scheduled: the same times by how much the reference knows more than the target, which ends at 0 where the target
+    overtakes it."""
     final_gamma: Annotated[float, Share, _WITHOUT_LOG_STEP] = 0.6
     """Rate of the running estimates in the last epoch; it decays from 1 by a cosine over the epochs."""
     gamma_epochs: Annotated[int | None, NotNegative, _WITHOUT_LOG_STEP] = None

@@ -233,7 +233,7 @@ def test_precision_is_that_of_the_towers(data, tmp_path):
         (["--tasks", "{data}/wds/retrieval", "{data}/wds/../wds/retrieval"], "has 2 folders of one name"),
         (["--tasks", "{data}/wds/retrieval", "--datacomp"], "--tasks has no folder of vtab/caltech101, cifar10, "),
         (["--tasks", "{data}/wds/retrieval", "--out", "/proc/none/scores.json"], "cannot write"),
-        (["--tasks", "{data}/wds/retrieval", "--size", "small"], "take the place of --captions, --size"),
+        (["--tasks", "{data}/wds/retrieval", "--size", "small"], "take the place of --data and its options"),
         (["--datacomp"], "--datacomp True has no part in this run: it is for --tasks"),
         (["--workers", "2"], "--workers 2 has no part in this run: it is for --tasks or --val-data"),
         (["--tasks", "{data}/wds/retrieval", "--skip-limit", "0.5"], "it is for --val-data"),

@@ -27,6 +27,7 @@ from experiments.clip.errors import UserError
 from experiments.clip.evaluation.encoding import Encoder
 from experiments.clip.glyphs import source as glyph_source
 from experiments.clip.glyphs.stream import MemoryStream
+from experiments.clip.icons import pairs as icon_pairs
 from experiments.clip.models.clip import new_model
 from experiments.clip.reference.cache import cache_features
 from experiments.clip.run import parse
@@ -161,9 +162,10 @@ def test_a_validation_has_the_metrics_that_it_names(clip, tmp_path):
     assert {"wds_wilds-fmow_test/acc_worst_region", "held_out/loss"} <= set(validation.metrics())
 
 
-def test_the_embedded_pairs_are_the_glyphs():
-    assert embedded_pairs() is glyph_source
-    assert set(SOURCES) == {"catalog", "glyphs"}
+def test_pairs_that_are_drawn_are_glyphs_or_icons():
+    assert embedded_pairs("glyphs") is glyph_source
+    assert embedded_pairs("icons") is icon_pairs
+    assert set(SOURCES) == {"catalog", "glyphs", "icons"}
 
 
 def test_remote_shards_are_read_in_blocks_unless_an_option_says_otherwise(clip, tmp_path):

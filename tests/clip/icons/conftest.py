@@ -30,8 +30,8 @@ def icon_data(archive, tmp_path_factory):
     pytest.importorskip("resvg_py", reason="icons are drawn by resvg_py, of the extra icons")
     from experiments.clip.icons.source import prepare
 
-    data = Data(cache=tmp_path_factory.mktemp("cache"))
-    prepare(data, 16, archive)
+    data = Data(kind="icons", cache=tmp_path_factory.mktemp("cache"), pixels=16)
+    prepare(data, archive)
     return data
 
 
@@ -39,4 +39,4 @@ def icon_data(archive, tmp_path_factory):
 def manifest(icon_data):
     from experiments.clip.icons.source import prepare
 
-    return prepare(icon_data, 16)
+    return prepare(icon_data)

@@ -17,7 +17,7 @@ pytest.importorskip("resvg_py", reason="icons are drawn by resvg_py, of the extr
 
 @pytest.fixture(scope="module")
 def index(icon_data, reference):
-    return Index(reference, icon_data, 16)
+    return Index(reference, icon_data)
 
 
 @torch.no_grad()
@@ -88,6 +88,7 @@ def test_a_picture_is_a_question_and_a_catalog_a_place(manifest, tmp_path, capsy
         (["cat", "--image", "a.png"], "--image takes the place of the query"),
         (["cat", "--top", "0"], "--top must be at least 1, got 0"),
         (["cat", "--catalog", "c", "--pixels", "32"], "--pixels 32 has no part in this run"),
+        (["cat", "--data", "glyphs"], "--data must be icons, got glyphs"),
         (["--image", "nothing.png"], "nothing.png cannot be read (No such file or directory)"),
         (["--image", "text.png"], "text.png is no picture in JPEG, PNG or WebP"),
         (
@@ -96,7 +97,7 @@ def test_a_picture_is_a_question_and_a_catalog_a_place(manifest, tmp_path, capsy
             "--size small`",
         ),
     ],
-    ids=["empty", "blank", "both", "none", "pixels", "missing", "text", "unprepared"],
+    ids=["empty", "blank", "both", "none", "pixels", "glyphs", "missing", "text", "unprepared"],
 )
 def test_a_question_that_cannot_be_answered_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -115,4 +116,4 @@ def test_a_sheet_that_cannot_be_written_is_one_line(icon_data, tmp_path, capsys)
 
 def test_icons_of_another_size_are_not_there(icon_data, reference):
     with pytest.raises(UserError, match="there are no icons in"):
-        Index(reference, Data(cache=icon_data.cache), 8)
+        Index(reference, Data(kind="icons", cache=icon_data.cache, pixels=8))

@@ -1,5 +1,6 @@
 """Icons as a data set: what is left out is counted, drawings and names do not leak, and a command makes it."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -61,15 +62,32 @@ def test_every_set_is_attributed(manifest):
 
 
 def test_it_is_the_same_on_another_day_and_reused(archive, manifest, tmp_path, capsys):
-    again = prepare(Data(cache=tmp_path), 16, archive)
+    again = prepare(Data(kind="icons", cache=tmp_path, pixels=16), archive)
     assert again.fingerprint == manifest.fingerprint
     assert not (tmp_path / "icon-pictures").exists()
     capsys.readouterr()
-    prepare(Data(cache=tmp_path), 16)  # without the archive
+    prepare(Data(kind="icons", cache=tmp_path, pixels=16))  # without the archive
     assert "reusing" in capsys.readouterr().out
     other = write_archive(tmp_path / "other.tgz", {"one": icon_set(["a"])}, version="9.9.9")
     with pytest.raises(UserError, match=r"package is '1\.2\.3' there and '9\.9\.9' here"):
-        prepare(Data(cache=tmp_path), 16, other)
+        prepare(Data(kind="icons", cache=tmp_path, pixels=16), other)
+
+
+def test_a_share_of_the_training_names_is_exchanged_and_nothing_else(icon_data, manifest):
+    data = dataclasses.replace(icon_data, swapped=0.4)
+    swapped = prepare(data)
+    verify(swapped)
+    assert swapped.fingerprint != manifest.fingerprint
+    for split in manifest.splits:
+        before, after = pairs_of(manifest, split), pairs_of(swapped, split)
+        assert [(pair.key, pair.image.tobytes(), pair.meta) for pair in before] == [
+            (pair.key, pair.image.tobytes(), pair.meta) for pair in after
+        ]
+        moved = sum(old.caption != new.caption for old, new in zip(before, after, strict=True))
+        assert moved > 0.2 * len(before) if split == "train" else moved == 0
+        assert sorted(pair.caption for pair in before) == sorted(pair.caption for pair in after)
+    assert (swapped.folder / "ATTRIBUTION.md").read_bytes() == (manifest.folder / "ATTRIBUTION.md").read_bytes()
+    assert prepare(data).fingerprint == swapped.fingerprint
 
 
 def test_the_command_makes_them_and_refuses_what_has_no_part_in_glyphs(archive, tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_categories_need_two_classes_of_twenty():
 def test_the_command_writes_tasks_that_can_be_opened_and_names_what_would_bring_more(
     icon_data, manifest, tmp_path, capsys
 ):
-    options = IconTasks(icon_data, 16, out=tmp_path / "tasks")
+    options = IconTasks(icon_data, out=tmp_path / "tasks")
     run_icon_tasks(options)
     printed = capsys.readouterr().out
     assert "run `npm pack emojibase-data` and give its file as --emoji" in printed
@@ -63,7 +63,7 @@ def test_the_command_writes_tasks_that_can_be_opened_and_names_what_would_bring_
     run_icon_tasks(options)
     assert (tmp_path / "tasks" / "tasks.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds the tasks of other data"):
-        run_icon_tasks(IconTasks(icon_data, 16, "validation", out=tmp_path / "tasks"))
+        run_icon_tasks(IconTasks(icon_data, "validation", out=tmp_path / "tasks"))
 
 
 def emoji_archive(path, **names):

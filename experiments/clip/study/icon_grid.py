@@ -1,0 +1,138 @@
+"""What `run.py study --data icons` runs: the same questions on natural pairs, as data.
+
+Budgets are counted in passes over the 79,593 training icons. Every method has four settings to be tuned with at the
+smallest, one seed each, by naming top-1 on the validation split; steered ones under the strong reference. Other
+budgets, references and noise use what was best there. References see the other pool of pairs alone. The scheduled
+coefficient is tried at the settings that its twin was tuned to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import product
+
+from ..cli.options import Data, Train
+from ..cli.presets import of_embedded_pairs
+from ..training.options import CheckpointPolicy, Loss
+from .cells import Cell, Tuned, TunedKey, captions_label, reference_cell
+from .settings import DIVERGENCE, TWIN, Setting
+
+BATCH = 128
+SEEDS = range(1, 6)  # seed 0 is for tuning, and is not counted
+FEWER_SEEDS = SEEDS[:3]
+PASSES = (2, 6, 12)  # the budgets: 159,000, 478,000 and 955,000 pairs seen
+NOISE = (0.2, 0.4)
+STRONG = "icons-strong"
+ICONS = Data(kind="icons", pixels=32)
+_RATES = (1e-3, 2e-3)
+
+
+def _over(loss: Loss, option: str, values: Iterable[float]) -> tuple[Setting, ...]:
+    return tuple(Setting(replace(loss, **{option: value}), lr, tried=(option,)) for value in values for lr in _RATES)
+
+
+_STEERED = Loss(method="drrho")
+SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "openclip": tuple(Setting(Loss(method="openclip"), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    TWIN: _over(Loss(method="fastclip"), "temperature", (0.07, 0.14)),
+    "fastclip-chi-square": _over(Loss(method="fastclip", divergence="chi-square"), "temperature", (0.05, 0.1)),
+    "drrho": _over(_STEERED, "temperature", (0.07, 0.14)),
+    "drrho-adaptive": _over(replace(_STEERED, coefficient="adaptive"), "temperature", (0.07, 0.14)),
+    DIVERGENCE: _over(replace(_STEERED, divergence="chi-square"), "temperature", (0.025, 0.05)),
+}
+#: The steered method with the scheduled coefficient, at the settings of the twin.
+SCHEDULED = "drrho-scheduled"
+METHODS = (TWIN, "drrho", SCHEDULED, DIVERGENCE, "drrho-adaptive", "fastclip-chi-square", "openclip")
+#: What is compared at other budgets, under other references and noise.
+FEWER_METHODS = (TWIN, "drrho", SCHEDULED, DIVERGENCE)
+
+
+def _train(model: str, passes: int, setting: Setting, seed: int = 0, noise: float = 0.0) -> Train:
+    return Train(
+        model=model,
+        data=replace(ICONS, swapped=noise),
+        loss=setting.loss,
+        **of_embedded_pairs(epochs=passes, batch_size=BATCH, lr=setting.lr, warmup=50),
+        seed=seed,
+        keeping=CheckpointPolicy(checkpoint_minutes=5.0),
+        validations=min(4, passes),
+    )
+
+
+def _reference(model: str, passes: int, lr: float = 2e-3) -> Train:
+    return replace(_train(model, passes, Setting(Loss(method="openclip"), lr)), split="reference")
+
+
+# By what they know of held-out icons, from the weakest.
+REFERENCES: dict[str, Train] = {
+    "icons-weak": _reference("glyph-micro", 2),
+    "icons-equal": _reference("glyph-tiny", 4),
+    # Of 478,000 pairs seen, a model of glyph-small's size knows no more than the equal one.
+    STRONG: _reference("glyph-tiny", 12, 1e-3),
+}
+
+
+def _cell(
+    tuned: Tuned, method: str, passes: int, seed: int, *, noise: float = 0.0, reference: str = STRONG
+) -> Iterator[Cell]:
+    """Yield a training of a tuned method, once it is tuned."""
+    of = TWIN if method == SCHEDULED else method
+    own = STRONG if SETTINGS[of][0].loss.needs_reference else ""
+    found = tuned.get(TunedKey("icon-tuning", captions_label(ICONS), of, own))
+    if found is not None:
+        if method == SCHEDULED:
+            found = found._replace(loss=replace(found.loss, method="drrho", coefficient="scheduled"))
+        train = _train("glyph-tiny", passes, found, seed, noise)
+        yield Cell(method, train, f"passes={passes}", reference if found.loss.needs_reference else "")
+
+
+def tuning(_: Tuned) -> Iterator[Cell]:
+    """Yield the settings of all methods at the smallest budget, one seed each."""
+    for method, settings in SETTINGS.items():
+        for setting in settings:
+            reference = STRONG if setting.loss.needs_reference else ""
+            yield Cell(method, _train("glyph-tiny", PASSES[0], setting), setting.name, reference)
+
+
+def references(_: Tuned) -> Iterator[Cell]:
+    """Return the references."""
+    return (reference_cell(name, train) for name, train in REFERENCES.items())
+
+
+def headline(tuned: Tuned) -> Iterator[Cell]:
+    """Yield all methods, tuned, five seeds each."""
+    for seed, method in product(SEEDS, METHODS):
+        yield from _cell(tuned, method, PASSES[1], seed)
+
+
+def budgets(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the twin and steered methods at the smallest and the largest budget."""
+    for passes, seed, method in product((PASSES[0], PASSES[2]), FEWER_SEEDS, FEWER_METHODS):
+        yield from _cell(tuned, method, passes, seed)
+
+
+def reference_quality(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the steered methods under weaker references, at two budgets."""
+    weaker = [name for name in REFERENCES if name != STRONG]
+    steered = [method for method in FEWER_METHODS if method != TWIN]
+    for seed, passes, reference, method in product(FEWER_SEEDS, PASSES[:2], weaker, steered):
+        yield from _cell(tuned, method, passes, seed, reference=reference)
+
+
+def noise(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the same methods where a share of the training icons have each other's names."""
+    for seed, share, method in product(FEWER_SEEDS, reversed(NOISE), FEWER_METHODS):
+        yield from _cell(tuned, method, PASSES[1], seed, noise=share)
+
+
+#: In the order in which they run; a training in several is run once.
+STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
+    "icon-tuning": tuning,
+    "icon-headline": headline,
+    "icon-budgets": budgets,
+    "icon-references": references,
+    "icon-reference-quality": reference_quality,
+    "icon-noise": noise,
+}
+TUNING_STUDIES = ("icon-tuning",)

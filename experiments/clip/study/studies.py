@@ -1,0 +1,28 @@
+"""All studies of all data sets by name, the references that they train, and what their methods are tuned over."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Iterable, MutableMapping
+
+from ..cli.options import DataName, Train
+from . import grid, icon_grid
+from .cells import Cell, Tuned, TunedKey
+from .settings import Setting, settings_of
+
+Studies = MutableMapping[str, Callable[[Tuned], Iterable[Cell]]]
+
+STUDIES_OF: dict[DataName, Studies] = {"glyphs": grid.STUDIES, "icons": icon_grid.STUDIES}
+STUDIES: Studies = ChainMap(grid.STUDIES, icon_grid.STUDIES)
+REFERENCES: MutableMapping[str, Train] = ChainMap(grid.REFERENCES, icon_grid.REFERENCES)
+#: The studies whose models are kept.
+REFERENCE_STUDIES = ("references", "icon-references")
+#: The studies that choose settings; they use no tuned setting themselves.
+TUNING_STUDIES_OF = {"glyphs": grid.TUNING_STUDIES, "icons": icon_grid.TUNING_STUDIES}
+
+
+def tried_settings(key: TunedKey) -> tuple[Setting, ...]:
+    """Return what a tuning study tries."""
+    if key.study in icon_grid.TUNING_STUDIES:
+        return icon_grid.SETTINGS.get(key.method, ())
+    return settings_of(key.method, key.reference)
