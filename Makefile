@@ -11,7 +11,7 @@ PYTEST := $(TESTS) --numprocesses auto --dist loadfile
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions optimum hybrid)
 
-FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance table1 claims
+FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance scheduled icons table1 claims
 
 .PHONY: demo quick check test test-integrations test-lowest lint types fast-library fast-trainer figures notebooks linear docs bench-core bench-contrastive bench-clip gpu chaos clean
 

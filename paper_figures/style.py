@@ -68,22 +68,22 @@ def not_measured(axes: Axes, what: str = "not measured yet") -> None:
     axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", va="center", color=GRAY)
 
 
-def program(name: str, draw: Callable[[Results], Figure]) -> int:
-    """Run a script that draws one figure of the study; return its exit status."""
+def program(name: str, draw: Callable[[Results], Figure], table: Path = RESULTS) -> int:
+    """Run a script that draws one figure of a study; return its exit status."""
 
     def write(results: Results, folder: Path) -> list[Path]:
         return save(styled(lambda: draw(results)), folder, name)
 
-    return command(name, write)
+    return command(name, write, table)
 
 
-def command(name: str, write: Callable[[Results, Path], list[Path]]) -> int:
-    """Run a script that writes files from the study's results; return its exit status.
+def command(name: str, write: Callable[[Results, Path], list[Path]], table: Path = RESULTS) -> int:
+    """Run a script that writes files from a study's results; return its exit status.
 
     It is 3 where nothing of it is measured yet, and nothing is written.
     """
     parser = argparse.ArgumentParser(prog=f"paper_figures/{name}.py")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the study's table, its curves beside it")
+    parser.add_argument("--results", type=Path, default=table, help="the study's table, its curves beside it")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     options = parser.parse_args()
     try:

@@ -295,7 +295,9 @@ class _StudyRunner:
 
     def _samples(self, train: Train) -> int:
         """Return how many pairs a training sees, counted each time."""
-        return train.optimization.epochs * share(train, self._manifest(train.data))
+        # As many as before names are exchanged, so that an outlook writes no pairs.
+        manifest = self._manifest(dataclasses.replace(train.data, swapped=0.0))
+        return train.optimization.epochs * share(train, manifest)
 
 
 class PairsInMemory:
