@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from drrho.bounds import rho_scales
-from experiments.clip.study.grid import CAPTIONS, EPOCHS, LONGER, REFERENCES, SELECTING, STUDIES, TunedKey, tuning_of
+from experiments.clip.study import icon_grid
+from experiments.clip.study.cells import TunedKey
+from experiments.clip.study.grid import BUDGETS, CAPTIONS, EPOCHS, LONGER, REFERENCES, SELECTING, STUDIES, tuning_of
+from experiments.clip.study.intervals import interval
 from experiments.clip.study.planning import planned_trainings
 from experiments.clip.study.results import CURVE_FIELDS, FIELDS, VARIANCES, curves_path
 from experiments.clip.study.settings import LONGER_SETTINGS, REFERENCE_SETTINGS, SETTINGS, settings_of
@@ -20,7 +23,9 @@ from paper_figures import (
     captions,
     claims,
     data_efficiency,
+    icons,
     scaling,
+    scheduled,
     style,
     table1,
     theory,
@@ -30,8 +35,9 @@ from paper_figures import (
 from paper_figures.study_results import NAMES, OURS, UNSTEERED, NotMeasured, Results, values
 
 ROOT = Path(__file__).parents[1]
-DRAWN = {module.__name__.split(".")[1]: module for module in (captions, data_efficiency, scaling, variance)} | {
-    "weak_to_strong": weak_to_strong
+DRAWN = {
+    module.__name__.split(".")[1]: module
+    for module in (captions, data_efficiency, scaling, variance, weak_to_strong, scheduled)
 }
 # Naming top-1 of the full study, in percent points, by captions and method: the effects that are built in.
 LEVEL = {
@@ -225,6 +231,8 @@ def verdicts(found, topic, *words):
         ("beyond the paper", ["coefficient c", "(clean"], "yes"),
         ("beyond the paper", ["coefficient c", "(swapped"], "no"),
         ("beyond the paper", ["CVaR"], "no"),
+        ("steering that does not hurt", ["the scheduled coefficient's mean", "equal"], "yes"),
+        ("steering that does not hurt", ["... and above it", "strong"], "yes"),
     ],
 )
 def test_verdicts_are_those_that_were_built_in(found, topic, words, expected):
@@ -433,3 +441,50 @@ def test_the_methods_of_figures_are_those_of_the_study():
     assert set(NAMES) == set(table1.METHODS) == set(SETTINGS)
     assert sorted(method for _, _, methods in captions.KINDS.values() for method in methods) == sorted(SETTINGS)
     assert set(OURS) | set(UNSTEERED) < set(SETTINGS)
+
+
+@pytest.mark.slow
+def test_a_coefficient_that_costs_points_is_said_to(study):
+    gains = scheduled.gains(study)
+    assert len(gains) == 2 * len(BUDGETS) * 3
+    for (_, reference, _), found in gains.items():
+        assert found.gain.mean == pytest.approx(4 + GAIN.get(reference, 0), abs=1.1)  # 17 or 18 over 13
+    loses = scheduled.Gain(interval(np.array([-1.1, -0.9, -1.0])), 13.0, 3)
+    assert claims._gain_in_words(loses) == "-1.00 points [-1.25, -0.75], 3 seeds, twin 13.0 %"
+
+
+def icon_table(path, names):
+    """Write a table of the study on icons in which the steered methods have 2 %, the others 1 %."""
+    keys = {
+        TunedKey("icon-tuning-more" if method in icon_grid.MORE else "icon-tuning", "natural", method, reference)
+        for method, settings in icon_grid.SETTINGS.items()
+        for reference in (icon_grid.STRONG if settings[0].loss.needs_reference else "",)
+    }
+    tuned = {key: Winner(icon_grid.SETTINGS[key.method][0], "", 0.0) for key in keys}
+    write_tuned(path.with_name("icons_tuned.json"), tuned)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for each in planned_trainings(names, read_tuned(path)):
+            cell = each.cell
+            score = (0.02 if cell.train.loss.needs_reference else 0.01) * (1 + 0.01 * cell.train.seed)
+            seen = 79_593 * cell.train.optimization.epochs
+            row = dict.fromkeys(FIELDS, "0") | {"study": each.study, "hash": each.hash, "captions": "natural"}
+            row |= {"method": cell.method, "reference": cell.reference, "seed": cell.train.seed}
+            writer.writerow(row | {"setting": cell.setting, "test_top1": score, "samples_trained": seen})
+    return Results(path)
+
+
+@pytest.mark.slow
+def test_the_figure_of_icons_has_what_is_measured(tmp_path):
+    results = icon_table(tmp_path / "icons.csv", ["icon-headline"])
+    drawn = style.styled(lambda: icons.draw(results))
+    names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert names[0] == NAMES["fastclip-v1"] and len(names) == 4
+    assert [text.get_text() for axes in drawn.axes for text in axes.texts] == ["not measured yet"] * 2
+    full = icon_table(tmp_path / "icons.csv", [name for name in icon_grid.STUDIES if "tuning" not in name])
+    drawn = style.styled(lambda: icons.draw(full))
+    assert not [text for axes in drawn.axes for text in axes.texts]
+    (tmp_path / "icons.csv").unlink()
+    with pytest.raises(NotMeasured, match="icon-headline"):
+        icons.draw(Results(tmp_path / "icons.csv"))
