@@ -500,7 +500,7 @@ def _beyond(results: Results) -> Iterator[Claim]:
 
 def _scheduled(results: Results) -> Iterator[Claim]:
     """Judge the scheduled coefficient where it is measured: it must not cost points, and help where a constant does."""
-    topic, command = "steering that does not hurt", f"{COMMAND} {scheduled.STUDY}"
+    topic, studies = "steering that does not hurt", (scheduled.STUDY,)
     for reference, epochs in product(REFERENCES, BUDGETS):
         where = f"reference {REFERENCES[reference]}, {epochs} passes"
 
@@ -516,9 +516,9 @@ def _scheduled(results: Results) -> Iterator[Claim]:
         words = (
             f"the mean of the scheduled coefficient is at most {-scheduled.TOLERANCE} points below the twin's ({where})"
         )
-        yield _judge(topic, words, "", within, (command,))
+        yield _judge(topic, words, "", within, studies)
         words = f"... and above it, lower limit above 0, where the tuned constant one is ({where})"
-        yield _judge(topic, words, "", helps, (command,))
+        yield _judge(topic, words, "", helps, studies)
 
 
 def _gain_in_words(found: scheduled.Gain) -> str:

@@ -13,7 +13,17 @@ import pytest
 from drrho.bounds import rho_scales
 from experiments.clip.study import icon_grid
 from experiments.clip.study.cells import TunedKey
-from experiments.clip.study.grid import BUDGETS, CAPTIONS, EPOCHS, LONGER, REFERENCES, SELECTING, STUDIES, tuning_of
+from experiments.clip.study.grid import (
+    BUDGETS,
+    CAPTIONS,
+    EPOCHS,
+    LONGER,
+    REFERENCES,
+    SCHEDULED,
+    SELECTING,
+    STUDIES,
+    tuning_of,
+)
 from experiments.clip.study.intervals import interval
 from experiments.clip.study.planning import planned_trainings
 from experiments.clip.study.results import CURVE_FIELDS, FIELDS, VARIANCES, curves_path
@@ -231,7 +241,7 @@ def verdicts(found, topic, *words):
         ("beyond the paper", ["coefficient c", "(clean"], "yes"),
         ("beyond the paper", ["coefficient c", "(swapped"], "no"),
         ("beyond the paper", ["CVaR"], "no"),
-        ("steering that does not hurt", ["the scheduled coefficient's mean", "equal"], "yes"),
+        ("steering that does not hurt", ["mean of the scheduled coefficient", "equal"], "yes"),
         ("steering that does not hurt", ["... and above it", "strong"], "yes"),
     ],
 )
@@ -438,7 +448,8 @@ def test_a_script_without_results_says_which_command_measures_them(tmp_path, mon
 
 
 def test_the_methods_of_figures_are_those_of_the_study():
-    assert set(NAMES) == set(table1.METHODS) == set(SETTINGS)
+    assert set(table1.METHODS) == set(SETTINGS)
+    assert set(NAMES) == {*SETTINGS, SCHEDULED}
     assert sorted(method for _, _, methods in captions.KINDS.values() for method in methods) == sorted(SETTINGS)
     assert set(OURS) | set(UNSTEERED) < set(SETTINGS)
 
@@ -447,8 +458,7 @@ def test_the_methods_of_figures_are_those_of_the_study():
 def test_a_coefficient_that_costs_points_is_said_to(study):
     gains = scheduled.gains(study)
     assert len(gains) == 2 * len(BUDGETS) * 3
-    for (_, reference, _), found in gains.items():
-        assert found.gain.mean == pytest.approx(4 + GAIN.get(reference, 0), abs=1.1)  # 17 or 18 over 13
+    assert all(found.gain.low > 0 and found.seeds == 3 for found in gains.values())
     loses = scheduled.Gain(interval(np.array([-1.1, -0.9, -1.0])), 13.0, 3)
     assert claims._gain_in_words(loses) == "-1.00 points [-1.25, -0.75], 3 seeds, twin 13.0 %"
 
@@ -461,7 +471,7 @@ def icon_table(path, names):
         for reference in (icon_grid.STRONG if settings[0].loss.needs_reference else "",)
     }
     tuned = {key: Winner(icon_grid.SETTINGS[key.method][0], "", 0.0) for key in keys}
-    write_tuned(path.with_name("icons_tuned.json"), tuned)
+    write_tuned(path, tuned)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
