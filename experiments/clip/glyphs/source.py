@@ -100,9 +100,9 @@ def features_of(reference: Clip, catalog: Catalog, cache: Path) -> CachedReferen
     return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH, workers=spare_cores())
 
 
-def cache_features(data: Data, reference: Clip) -> CachedReference:
+def cache_features(data: Data, reference: Clip, prepare_pairs: Callable[[Data], Manifest] = prepare) -> CachedReference:
     """Return the reference's features of the training pairs, drawing the pairs first if they are not there."""
-    return glyph_features(reference, prepare(data), data.cache)
+    return glyph_features(reference, prepare_pairs(data), data.cache)
 
 
 def scores(data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -10,12 +11,12 @@ from ..cli.options import Data, Train
 from ..cli.sources import TrainingData
 from ..distributed import ONE_PROCESS, Ranks
 from ..errors import printable
+from ..glyphs import source as glyphs
 from ..glyphs.dataset import Manifest
 from ..glyphs.evaluation import Evaluation, encoders_of, evaluate
-from ..glyphs.source import LoadPairs, glyph_features, load_pairs, open_drawn
+from ..glyphs.source import LoadPairs, load_pairs, open_drawn
 from ..glyphs.stream import PreparedPairs
 from ..models.clip import Clip
-from ..reference.cache import CachedReference
 from .source import dataset_settings, prepare
 
 __all__ = ["cache_features", "dataset_settings", "evaluate_model", "open_data", "prepare", "scores"]
@@ -47,6 +48,5 @@ def scores(data: Data, split: str, clip: Clip) -> tuple[dict[str, Any], Table]:
     return found.as_dict(), table
 
 
-def cache_features(data: Data, reference: Clip) -> CachedReference:
-    """Return the reference's features of the training icons, drawing them first if they are not there."""
-    return glyph_features(reference, prepare(data), data.cache)
+#: Compute the reference's features of the training icons, drawing them first if they are not there.
+cache_features = partial(glyphs.cache_features, prepare_pairs=prepare)
