@@ -43,7 +43,7 @@ test-lowest: $(LOWEST)/.ready
 
 $(LOWEST)/.ready: pyproject.toml tests/constraints-lowest.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/constraints-lowest.txt --editable ".[convex,linear,clip,notebooks]" \
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/constraints-lowest.txt --editable ".[convex,linear,clip-requirements,notebooks]" \
 	  hatchling pytest pytest-xdist hypothesis mpmath pyarrow
 	touch $(LOWEST)/.ready
 
