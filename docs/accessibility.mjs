@@ -37,6 +37,7 @@ for (const name of pages.sort()) {
     await page.setViewport({ width, height: 900 });
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
     await page.waitForFunction((theme) => document.documentElement.dataset.theme === theme, {}, scheme);
+    await new Promise((done) => setTimeout(done, 500)); // the theme looks for what scrolls 0.3 s after a change of width
     const found = await page.evaluate((given) => axe.run({ resultTypes: ["violations"], ...given }), rules);
     for (const { id, impact, nodes } of found.violations)
       for (const node of nodes.slice(0, 3)) fault(name, view, id, impact, node.target.join(" "), node.any[0]?.message ?? "");
