@@ -39,11 +39,11 @@ LOWEST := .venv-lowest
 
 test-lowest: $(LOWEST)/.ready
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 PYTHONPATH=. $(LOWEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
-	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests $(TRAINER:%=--ignore %) --ignore tests/test_package.py --ignore tests/solvers/device
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests $(TRAINER:%=--ignore %) --ignore tests/test_package.py --ignore tests/test_docs.py --ignore tests/solvers/device
 
 $(LOWEST)/.ready: pyproject.toml tests/constraints-lowest.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/constraints-lowest.txt --editable ".[convex,linear,clip,notebooks]" \
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/constraints-lowest.txt --editable ".[convex,linear,clip-requirements,notebooks]" \
 	  hatchling pytest pytest-xdist hypothesis mpmath pyarrow
 	touch $(LOWEST)/.ready
 

@@ -1,6 +1,7 @@
 """Builds the CPU kernels with the system's C compiler; without one, the library runs on torch operations alone.
 
-An editable installation, which has no `drrho_clip` of its own, gets one that stands for `experiments/clip`.
+An editable installation has the trainer of its checkout too: a package `drrho_clip` that stands for
+`experiments/clip`, and the command `drrho-clip`. Everybody else has them from the distribution of that name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FOLDER = Path("drrho/solvers")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-s"]
 LIBRARIES = ["-lm", "-pthread"]
+#: Of a checkout; a source distribution has none.
+TRAINER = Path("experiments/clip")
 #: By what torch calls the processor's capability; "default" runs anywhere.
 LEVELS = {"default": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -29,18 +32,16 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     }
 
 
-#: The trainer in a checkout, and its name in an installation.
-TRAINER, INSTALLED = Path("experiments/clip"), "drrho_clip"
-
-
 class KernelBuildHook(BuildHookInterface):
     """Compiles ``kernels*.c`` once for each instruction set into shared libraries beside them."""
 
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and make the wheel one for this platform."""
-        if version == "editable":
-            self._name_trainer(build_data)
         root = Path(self.root)
+        if version == "editable" and (root / TRAINER).is_dir():
+            self._add_trainer(root / TRAINER, build_data)
         sources = sorted(str(source) for source in (root / FOLDER).glob("kernels*.c"))
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
         with ThreadPoolExecutor() as pool:  # each waits for a compiler
@@ -62,18 +63,20 @@ class KernelBuildHook(BuildHookInterface):
             tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["tag"] = f"py3-none-{tag}"
 
-    def _name_trainer(self, build_data: dict[str, Any]) -> None:
+    def _add_trainer(self, trainer: Path, build_data: dict[str, Any]) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        package = Path(self._folder.name, "__init__.py")
-        modules = [str(Path(self.root) / TRAINER)]
+        package, command = (Path(self._folder.name, name) for name in ("__init__.py", "drrho-clip"))
         package.write_text(
-            f'"""The trainer of a checkout, under the name of an installation."""\n\n__path__ = {modules!r}\n'
+            f'"""The trainer of a checkout, under the name of an installation."""\n\n__path__ = {[str(trainer)]!r}\n'
         )
-        build_data["force_include_editable"][str(package)] = f"{INSTALLED}/__init__.py"
+        command.write_text("#!python\nfrom drrho_clip.run import console\n\nconsole()\n")
+        command.chmod(0o755)
+        build_data["force_include_editable"][str(package)] = "drrho_clip/__init__.py"
+        build_data["shared_scripts"][str(command)] = command.name
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove what only the build needed."""
-        if version == "editable":
+        if self._folder:
             self._folder.cleanup()
 
 

@@ -36,7 +36,7 @@ html_theme_options = {
     "logo": {"text": "drrho"},
     "navbar_persistent": ["search-button"],
     "navbar_align": "left",
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 8,
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "show_prev_next": True,

@@ -265,7 +265,8 @@ def info_nce(
     >>> torch.allclose(loss, (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2)
     True
     """
-    counts = row_counts(len(image), group, image.device) if counts is None else counts
+    if counts is None:  # what is no tensor has no device, and is refused below
+        counts = [len(image)] if group is None else row_counts(len(image), group, image.device)
     step = contrastive_risk(
         image,
         text,

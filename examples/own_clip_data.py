@@ -1,6 +1,6 @@
 """How do I train CLIP on my own pairs, steered by a reference?
 
-    pip install ".[clip]"
+    pip install . ./experiments/clip
     python examples/own_clip_data.py
 
 The pairs are in one webdataset shard: NAME.png and NAME.txt of each. Here they are drawn; put yours in their place.

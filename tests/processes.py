@@ -1,6 +1,13 @@
 """Ranks of a test as processes that are forked from one which has imported what takes long."""
 
+import pytest
+import torch
 import torch.multiprocessing as multiprocessing
+
+#: For a test that shards a model with FSDP2, which needs torch 2.7 on the CPU.
+needs_shards = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason=f"torch {torch.__version__} shards nothing on the CPU"
+)
 
 PRELOADED = [
     *("pytest", "torch.distributed", "torch._dynamo", "drrho"),

@@ -180,6 +180,29 @@ def test_every_page_of_the_repository_is_on_the_site():
     assert {path for path in written if not path.endswith(LICENSES)} <= shown
 
 
+def test_every_notebook_is_on_the_site():
+    written = {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert len(written) >= 6 and written <= set(repository.Pages(DOCS).files)
+
+
+def test_a_notebook_is_shown_as_it_was_executed():
+    cells = [
+        {"cell_type": "markdown", "source": ["# Why?\n", "\n", "So."]},
+        {
+            "cell_type": "code",
+            "source": ["f(1)\n", "g()"],
+            "outputs": [{"output_type": "stream", "text": ["2\n", "3\n"]}],
+        },
+        {"cell_type": "code", "source": [], "outputs": [{"data": {"image/png": "QUJD\n", "text/plain": ["<Figure>"]}}]},
+        {"cell_type": "code", "source": [], "outputs": [{"data": {"text/plain": ["[1]"]}}]},
+    ]
+    assert repository.notebook({"cells": cells}).split("\n\n", 2)[2] == (
+        "```python\nf(1)\ng()\n```\n\n```text\n2\n3\n```\n\n"
+        "```python\n\n```\n\n![Why?: what the code above draws](data:image/png;base64,QUJD)\n\n"
+        "```python\n\n```\n\n```text\n[1]\n```\n"
+    )
+
+
 def test_every_section_of_the_long_pages_is_on_the_site():
     pages = repository.Pages(DOCS)
     for path in ("drrho/README.md", "experiments/clip/README.md", "paper_figures/README.md"):
@@ -266,9 +289,10 @@ def test_what_does_not_exist_is_refused(asked, words):
         ("#other-systems", "../conventions.md#other-systems"),
         ("risk.py", "../../drrho/risk.py"),
         ("../docs/faq.md", "../faq.md"),
+        ("../notebooks/01_drrho_risk.ipynb", "../notebooks/01_drrho_risk.md"),
         ("solvers", None),
     ],
-    ids=["host", "file", "section", "folder", "here", "elsewhere", "code", "site", "unknown"],
+    ids=["host", "file", "section", "folder", "here", "elsewhere", "code", "site", "notebook", "unknown"],
 )
 def test_links_are_rewritten(target, means):
     pages = repository.Pages(DOCS)

@@ -7,14 +7,17 @@ A page asks for a Markdown file of the repository, or for one section of it, nam
 
 After the name, ``body`` leaves out the section's own heading, and ``alone`` its subsections; ``FILE#`` is what stands
 before the first section, ``FILE below`` the whole as a section, and ``FILE rest`` all sections that no page asks for. A
-section's heading becomes one of the second level. Links are rewritten: to the page that shows what they lead to, to the
-picture, or to a copy of the file that can be downloaded.
+section's heading becomes one of the second level. A notebook is shown with its code and what it put out, as committed.
+Links are rewritten: to the page that shows what they lead to, to the picture, or to a copy of the file that can be
+downloaded.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from posixpath import normpath, relpath
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
@@ -27,6 +30,31 @@ REQUEST = re.compile(
 )
 HEADING = re.compile(r"(#+) (.*)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+
+
+def read(path: Path) -> str:
+    """Return a file of the repository as Markdown."""
+    return notebook(json.loads(path.read_text())) if path.suffix == ".ipynb" else path.read_text()
+
+
+def notebook(content: dict[str, Any]) -> str:
+    """Return a notebook as Markdown: texts, code, and outputs; pictures are described by the heading above them."""
+    parts, heading = [], "Notebook"
+    for cell in content["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            parts += [f"```python\n{text}\n```", *(_output(output, heading) for output in cell["outputs"])]
+        else:
+            parts.append(text)
+            heading = next(iter(reversed(re.findall(r"^#+ (.*)$", text, re.MULTILINE))), heading)
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: dict[str, Any], heading: str) -> str:
+    data = output.get("data", {"text/plain": output.get("text", [])})
+    if "image/png" in data:
+        return f"![{heading}: what the code above draws](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def slug(heading: str) -> str:
@@ -91,7 +119,7 @@ def request(found: re.Match[str], folder: Path) -> Request:
     source = ROOT / path
     if not source.is_file():
         raise ExtensionError(f"{path} is not a file of the repository")
-    parts = [part for part in sections(source.read_text()) if part.level or any(part.lines)]
+    parts = [part for part in sections(read(source)) if part.level or any(part.lines)]
     body = "body" in words
     if "rest" in words:
         elsewhere, kept, keep = asked_for(folder, path), [], False

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from processes import needs_shards
 from safetensors.torch import load_file
 from task_folders import DATACOMP, TASKS, class_folders, samples, write_catalog, write_task
 
@@ -74,7 +75,7 @@ def same_tensors(one, other):
     return all(torch.equal(value.reshape(-1), right[key].reshape(-1)) for key, value in left.items())
 
 
-@pytest.mark.parametrize("ranks, parallel", [(4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize("ranks, parallel", [(4, "ddp"), pytest.param(2, "fsdp", marks=needs_shards)])
 def test_ranks_have_the_loss_curve_of_one_process(ranks, parallel, alone, glyph_cache, tmp_path):
     statuses, errors = start(ranks, *OPTIONS, "--cache", glyph_cache, "--out", tmp_path, "--parallel", parallel)
     assert statuses == [0] * ranks, errors
@@ -111,7 +112,9 @@ def test_ranks_steer_by_the_average_of_their_own_model(glyph_cache, tmp_path):
     "ranks, parallel, words",
     [
         (2, "ddp", ("--select", "rho-top-k", "--accumulation", "2")),
-        (2, "fsdp", ("--select", "jest", "--select-chunks", "4", "--method", "openclip")),
+        pytest.param(
+            2, "fsdp", ("--select", "jest", "--select-chunks", "4", "--method", "openclip"), marks=needs_shards
+        ),
         (2, "ddp", ("--select", "jest", "--select-chunks", "4", "--method", "siglip")),
     ],
 )
@@ -135,7 +138,7 @@ def test_ranks_train_on_the_pairs_that_one_process_chooses(ranks, parallel, word
     assert [record["samples_scored"], record["samples_trained"]] == [450, found[-1]["samples_trained"]]
 
 
-@pytest.mark.parametrize("ranks, parallel", [(3, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize("ranks, parallel", [(3, "ddp"), pytest.param(2, "fsdp", marks=needs_shards)])
 def test_the_sigmoid_loss_of_ranks_is_that_of_one_process(ranks, parallel, glyph_cache, tmp_path):
     """150 pairs in batches of up to 31: ranks have different numbers of pairs."""
     words = (*OPTIONS, "--method", "siglip", "--batch-size", "31", "--epochs", "3", "--cache", glyph_cache)
@@ -206,6 +209,7 @@ def test_a_batch_of_one_pair_is_passed_over_on_ranks(method, tmp_path):
     assert one[3]["skipped/alone in its batch"] == two[3]["skipped/alone in its batch"] == 1
 
 
+@needs_shards
 def test_ranks_go_on_from_other_numbers_of_ranks(alone, glyph_cache, tmp_path):
     """The last checkpoint of one process, taken up by two with shards and by one again: all is the same, bit by bit."""
     (tmp_path / "out").mkdir()
@@ -324,7 +328,7 @@ def test_ranks_that_meet_a_damaged_task_end_before_and_during_the_work(tasks, tm
     assert "class '9'" in errors[1] and "stopped because rank 1 did" in errors[0]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_shards)])
 def test_ranks_validate_in_training_as_evaluate_does_afterwards(parallel, tasks, tmp_path):
     assert main(["catalog", "synthetic:48:48", "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
     options = ("--catalog", tmp_path / "catalog", "--epochs", "2", "--batch-size", "16", "--method", "openclip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -22,7 +23,8 @@ class Copyable(Protocol):
 Item = TypeVar("Item", bound=Copyable)
 
 
-class Begun(NamedTuple, Generic[Item]):
+@dataclass(frozen=True)
+class Begun(Generic[Item]):
     """What is being copied to a device, and the event of the copy's end, if there is one."""
 
     item: Item

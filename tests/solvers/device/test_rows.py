@@ -1,9 +1,5 @@
 """Risks by the kernels for a GPU beside the same by the compiled CPU kernels, and every kernel compiled for a GPU."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -239,39 +235,3 @@ def test_where_nothing_can_be_read_a_refused_row_is_nan(monkeypatch):
         missing = field.cpu().isnan().reshape(3, -1)
         assert missing[1].all()
         assert not missing[[0, 2]].any()
-
-
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from drrho.solvers.device import rows
-
-kernel = int(sys.argv[1])
-function = rows._solve_rows
-for losses, based, form in ("fp32", False, "ball"), ("fp64", True, "hybrid"), ("bf16", False, "penalty"):
-    answer = "*fp64" if losses == "fp64" else "*fp32"
-    types = {"z": "*" + losses, "weights": answer, "fields": answer, "failed": "*i32", "count": "i32", "n": "i32"}
-    types |= {"base_stride": "i32", "order": "fp64"}
-    types |= {"base": "*fp64"} if based else {}
-    types |= {"radius": "*fp64"} if form != "penalty" and kernel != 2 else {}
-    types |= {"strength": "*fp64"} if form != "ball" else {}
-    aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in types if types[name][0] == "*"}
-    together, tile, warps = rows._shape(4096, 1000)
-    constants = {"KIND": kernel, "ROWS": together, "TILE": tile}
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
-    source = ASTSource(function, signature, constants, aligned)
-    options = {"num_warps": warps} | ({"maxnreg": rows._REGISTERS} if losses != "fp64" and kernel < 9 else {})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.asm["cubin"]
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", [0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
-def test_kernels_compile_for_a_gpu(kernel):
-    """The interpreter allows more than the compiler does."""
-    command = [sys.executable, "-c", COMPILE, str(kernel)]
-    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
