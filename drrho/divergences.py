@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -36,10 +37,16 @@ __all__ = ["KL", "CVaR", "CappedKL", "ChiSquare", "CressieRead", "Divergence", "
 
 SERIES_BELOW = 0.1  # |argument| under which a series or a quadrature replaces a difference that cancels
 
-# Gauss-Legendre on [0, 1]: exact to rounding for the analytic integrands below, at arguments under SERIES_BELOW.
-_RULE = np.polynomial.legendre.leggauss(7)
-_NODES = ((1 + _RULE[0]) / 2).tolist()
-_NODE_WEIGHTS = (_RULE[1] / 2).tolist()
+
+def _gauss(points: int) -> tuple[tuple[float, float], ...]:
+    """Return nodes and weights of Gauss and Legendre's rule on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return tuple(zip(((1 + nodes) / 2).tolist(), (weights / 2).tolist(), strict=True))
+
+
+# Exact to rounding for the analytic integrands below, at arguments under a number: what is singular at a distance of
+# 1/2 or more leaves an error of 1e-17.
+_RULES = ((0.002, _gauss(3)), (0.03, _gauss(5)), (SERIES_BELOW, _gauss(7)))
 
 
 class Divergence(ABC):
@@ -121,11 +128,8 @@ class Divergence(ABC):
 
     def tilt(self, s: Tensor) -> Tensor:
         """Return ``phi*'(s) - 1``, to full relative accuracy also near ``s = 0``: the integral of the curvature."""
-        direct = self.conjugate_gradient(s) - 1
-        near = s.abs() < SERIES_BELOW
-        inside = torch.where(near, s, 0.0)
-        smooth = inside * sum(w * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True))
-        return torch.where(near & self._agree(smooth, direct), smooth, direct)
+        (integral,) = self._integrals(s, lambda x: (1.0,))
+        return self._if_near(s, s * integral, self.conjugate_gradient(s) - 1)
 
     def tilt_(self, s: Tensor) -> Tensor:
         """Overwrite s by `tilt` of it."""
@@ -133,13 +137,16 @@ class Divergence(ABC):
 
     def cost(self, s: Tensor) -> Tensor:
         """Return ``phi(phi*'(s))``, to full relative accuracy also near ``s = 0``: there ``d phi = s phi*''(s) ds``."""
-        direct = s * self.conjugate_gradient(s) - self.conjugate(s)
-        near = s.abs() < SERIES_BELOW
-        inside = torch.where(near, s, 0.0)
-        smooth = inside.square() * sum(
-            w * x * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
-        )
-        return torch.where(near & self._agree(smooth, direct), smooth, direct)
+        (integral,) = self._integrals(s, lambda x: (x,))
+        return self._if_near(s, s.square() * integral, s * self.conjugate_gradient(s) - self.conjugate(s))
+
+    def tilt_and_cost(self, s: Tensor, ratio: Tensor, conjugate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `tilt` and `cost`, where ``phi*'(s)`` and ``phi*(s)`` are known."""
+        kind = type(self)
+        if kind.tilt is not Divergence.tilt or kind.cost is not Divergence.cost:
+            return self.tilt(s), self.cost(s)
+        first, second = self._integrals(s, lambda x: (1.0, x))
+        return self._if_near(s, s * first, ratio - 1), self._if_near(s, s.square() * second, s * ratio - conjugate)
 
     def rough_bend(self, s: Tensor) -> Tensor:
         """Return ``phi*(s) - s``, to the rounding of ``phi*``."""
@@ -147,13 +154,40 @@ class Divergence(ABC):
 
     def bend(self, s: Tensor) -> Tensor:
         """Return ``phi*(s) - s``, to full relative accuracy also near ``s = 0``."""
-        direct = self.rough_bend(s)
-        near = s.abs() < SERIES_BELOW
-        inside = torch.where(near, s, 0.0)
-        smooth = inside.square() * sum(
-            w * (1 - x) * self.curvature(inside * x) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
-        )
-        return torch.where(near & self._agree(smooth, direct), smooth, direct)
+        (integral,) = self._integrals(s, lambda x: (1 - x,))
+        return self._if_near(s, s.square() * integral, self.rough_bend(s))
+
+    def averaged_bend(self, s: Tensor) -> Tensor:
+        """Return ``phi*(s) - s``, to the rounding of s: the integral of the ratios, which costs less than `bend`."""
+        (integral,) = self._integrals(s, lambda x: (1.0,), lambda s: self.conjugate_gradient(s) - 1)
+        return self._if_near(s, s * integral, self.rough_bend(s))
+
+    def _integrals(
+        self,
+        s: Tensor,
+        of: Callable[[float], tuple[float, ...]],
+        function: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return integrals over x in [0, 1] of a function of s x, ``phi*''``, times functions of x, for s near zero."""
+        rules = [rule for _, rule in _RULES]
+        if values_are_readable() and s.numel():
+            largest = float(s.abs().amax())
+            rules = [rule for limit, rule in _RULES if largest < limit] or rules[-1:]
+        else:
+            rules = rules[-1:]
+        inside = torch.where(s.abs() < SERIES_BELOW, s, 0.0)
+        totals: list[Tensor] = []
+        for x, weight in rules[0]:
+            values = (function or self.curvature)(inside * x)
+            terms = [values * (weight * factor) for factor in of(x)]
+            totals = [total.add_(term) for total, term in zip(totals, terms, strict=True)] if totals else terms
+        return totals
+
+    @staticmethod
+    def _if_near(s: Tensor, smooth: Tensor, direct: Tensor) -> Tensor:
+        """Return a quadrature near zero, if it is one of this function: a kink of phi* between 0 and s would show."""
+        agree = (smooth - direct).abs() <= 64 * torch.finfo(direct.dtype).eps
+        return torch.where((s.abs() < SERIES_BELOW) & agree, smooth, direct)
 
     def phi_of_tilt(self, e: Tensor) -> Tensor:
         """Return ``phi(1 + e)``; override where ``1 + e`` would round digits of a small ``e`` away."""
@@ -168,11 +202,6 @@ class Divergence(ABC):
         ties = torch.from_numpy(np.asarray(share, dtype=np.float64))
         off = torch.where(ties < 1, (1 - ties) * self.phi(torch.zeros_like(ties)), 0.0)
         return (ties * self.phi(1 / ties) + off).numpy()
-
-    @staticmethod
-    def _agree(smooth: Tensor, direct: Tensor) -> Tensor:
-        """Whether the quadrature is one of this function: a kink of phi* between 0 and s would show here."""
-        return (smooth - direct).abs() <= 64 * torch.finfo(direct.dtype).eps
 
 
 @dataclass(frozen=True)
@@ -219,9 +248,7 @@ class CressieRead(Divergence):
         near = e.abs() < SERIES_BELOW
         inside = torch.where(near, e, 0.0)
         # phi(1 + e) = integral of (e - v) phi''(1 + v) over v from 0 to e, and phi''(t) = t^(k - 2)
-        series = inside.square() * sum(
-            w * (1 - x) * (1 + inside * x) ** (k - 2) for x, w in zip(_NODES, _NODE_WEIGHTS, strict=True)
-        )
+        series = inside.square() * sum(w * (1 - x) * (1 + inside * x) ** (k - 2) for x, w in _RULES[-1][1])
         # Divided differences of powers keep their digits next to the orders 0 and 1, where they become logarithms.
         logarithm = torch.log(torch.where(t > 0, t, 1.0))
         if min(abs(k), abs(k - 1)) > 0.1:

@@ -19,6 +19,7 @@ __all__ = ["deferred_checks"]
 ArrayLike: TypeAlias = "Tensor | np.ndarray | float | Sequence[ArrayLike]"
 
 
+_ROUNDING = 4 * torch.finfo(torch.float64).eps  # by which a sum may miss one
 _NUMBER = float | int  # made once: it takes as long as what it is asked for
 
 
@@ -276,10 +277,14 @@ def as_base_weights(values: ArrayLike, losses: Tensor, group: Group) -> Tensor:
     total = base.sum(-1)
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
-    negative, wrong = ~(base >= 0), (total - 1).abs() > 1e-6
+    missed = (total - 1).abs()
+    wrong = missed > 1e-6
     if values_are_readable():
-        refuse(negative, base, "base_weights must be >= 0, got {}: they are a distribution over the samples")
+        least = base.amin(-1) if base.shape[-1] else total
+        refuse(~(least >= 0), least, "base_weights must be >= 0, got {}: they are a distribution over the samples")
         refuse(wrong, total, "base_weights must sum to 1, got {}: divide them by their sum")
+        if bool((missed <= _ROUNDING).all()):
+            return base
     else:  # the solver can read values and refuses NaN
-        base = torch.where(negative.any(-1, keepdim=True) | wrong[..., None], torch.nan, base)
+        base = torch.where((~(base >= 0)).any(-1, keepdim=True) | wrong[..., None], torch.nan, base)
     return base / total[..., None]

@@ -190,7 +190,8 @@ def _sums(
     # Where the strength exceeds the losses' range, the rounding of phi* does.
     fine = order is None and some(multipliers.unit > (1.0 if rows.count < _LONG else _COARSE))
     steep = order is None and not divergence.has_kinks  # phi may be so at zero
-    bend_of = divergence.bend if fine else divergence.rough_bend
+    precise = divergence.bend if rows.count < _LONG else divergence.averaged_bend
+    bend_of = precise if fine else divergence.rough_bend
 
     def sums(block: Block) -> tuple[Term, ...]:
         tilt = found.tilt.tilt(block.d)

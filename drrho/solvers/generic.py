@@ -81,7 +81,7 @@ def _solve(
         part: Rows, x: np.ndarray, offset: np.ndarray, *, strictly: bool = False
     ) -> tuple[Found, np.ndarray, np.ndarray]:
         with np.errstate(all="ignore"):
-            balance = _Balance(divergence, part, end, offset, deviation, radius, strictly=strictly)
+            balance = _Balance(divergence, part, end, offset, deviation, radius, rows.count, strictly=strictly)
             x, saturated = balance.solve(x)
             return balance.found(saturated), x, balance.balanced_offset
 
@@ -128,6 +128,7 @@ class _Balance:
         offset: np.ndarray,
         deviation: np.ndarray,
         radius: np.ndarray | None,
+        count: int,
         *,
         strictly: bool,
     ) -> None:
@@ -135,7 +136,8 @@ class _Balance:
         self.radius, self.deviation = radius, deviation
         self.share = rows.mean_and_ties()[1]
         self.at_zero = divergence.phi(torch.zeros(1, dtype=torch.float64)).numpy()
-        self.finest = _FINE if rows.count < 2**17 else _FINE_LONG
+        #: On these losses, and on the ``count`` that they stand for, which get the answer.
+        self.finest, self.finest_answer = (_FINE if n < 2**17 else _FINE_LONG for n in (rows.count, count))
         size = len(offset)
         self.offset = offset
         self.low, self.high = _Side.unknown(0.0, size), _Side.unknown(end, size)
@@ -404,11 +406,12 @@ class _Balance:
     def found(self, saturated: np.ndarray) -> Found:
         """Return the ratios at the point reached, or a mean of those on both sides where that is better."""
         point, is_mean = self.point, self.is_mean
+        fine = self.fine and bool((self.deviation / np.exp(point.x) < self.finest_answer).any())
         if not some(is_mean):
-            return point.found(self.divergence, saturated, fine=self.fine)
+            return point.found(self.divergence, saturated, fine=fine)
         first, second = self.beyond.where(is_mean, point), self.within.where(is_mean, point)
         share = (first.distance - self.radius) / (first.distance - second.distance)
-        found, other = (side.found(self.divergence, saturated, fine=self.fine) for side in (first, second))
+        found, other = (side.found(self.divergence, saturated, fine=fine) for side in (first, second))
         tilt = MixedTilt(found.tilt, other.tilt, np.where(is_mean, share, 0.0))
         return Found(tilt, found.dual._replace(distance=None))
 
@@ -461,7 +464,7 @@ def _moments(divergence: Divergence, rows: Rows, offset: np.ndarray, strength: n
         conjugate = divergence.conjugate(s)
         ratio, h = divergence.ratio_and_curvature(s)
         if fine:
-            tilt, cost = divergence.tilt(s), divergence.cost(s)
+            tilt, cost = divergence.tilt_and_cost(s, ratio, conjugate)
         else:
             tilt, cost = ratio - 1, s * ratio - conjugate
         hs = h * s

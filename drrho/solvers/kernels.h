@@ -145,18 +145,29 @@ INLINE floats smaller_floats(floats a, floats b) { return (floats)_mm512_min_ps(
 INLINE reals larger(reals a, reals b) { return (reals)_mm512_max_pd((__m512d)a, (__m512d)b); }
 INLINE reals smaller(reals a, reals b) { return (reals)_mm512_min_pd((__m512d)a, (__m512d)b); }
 INLINE reals root(reals a) { return (reals)_mm512_sqrt_pd((__m512d)a); }
+INLINE floats root_of_floats(floats a) { return (floats)_mm512_sqrt_ps((__m512)a); }
+INLINE floats narrowed(reals a, reals b) {
+    __m512d half = _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a)));
+    return (floats)_mm512_insertf64x4(half, _mm256_castps_pd(_mm512_cvtpd_ps((__m512d)b)), 1);
+}
 #elif defined(__AVX__)
 INLINE floats larger_floats(floats a, floats b) { return (floats)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE floats smaller_floats(floats a, floats b) { return (floats)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE reals larger(reals a, reals b) { return (reals)_mm256_max_pd((__m256d)a, (__m256d)b); }
 INLINE reals smaller(reals a, reals b) { return (reals)_mm256_min_pd((__m256d)a, (__m256d)b); }
 INLINE reals root(reals a) { return (reals)_mm256_sqrt_pd((__m256d)a); }
+INLINE floats root_of_floats(floats a) { return (floats)_mm256_sqrt_ps((__m256)a); }
+INLINE floats narrowed(reals a, reals b) {
+    return (floats)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)b), _mm256_cvtpd_ps((__m256d)a));
+}
 #else
 INLINE floats larger_floats(floats a, floats b) { return choose_floats(a > b, a, b); }
 INLINE floats smaller_floats(floats a, floats b) { return choose_floats(a < b, a, b); }
 INLINE reals larger(reals a, reals b) { return choose(a > b, a, b); }
 INLINE reals smaller(reals a, reals b) { return choose(a < b, a, b); }
 INLINE reals root(reals a) { return (reals){sqrt(a[0]), sqrt(a[1])}; }
+INLINE floats root_of_floats(floats a) { return (floats){sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])}; }
+INLINE floats narrowed(reals a, reals b) { return (floats){(float)a[0], (float)a[1], (float)b[0], (float)b[1]}; }
 #endif
 
 /* Whether a flag of any lane is set. */
@@ -191,16 +202,6 @@ INLINE Split split(double x) {
 
 INLINE floats less(floats z, Split from) { return (z - from.high) - from.low; }
 
-/* Whether float32 losses may be summed in float32 on the way to a root, of which no digit reaches an answer. */
-INLINE int is_narrow(const Row *row) {
-    return kind_of(row) == SINGLE && row->scale > 0x1p-60 && row->scale < 0x1p60;
-}
-INLINE Row roughened(const Row *row) {
-    Row rough = *row;
-    rough.rough = is_narrow(row);
-    return rough;
-}
-
 /* The mass of losses: 1 or their base weight, 0 for what pads the row. */
 INLINE reals mass(int kind, const Row *row, long i) {
     const char *of = kind & BASED ? row->base + 8 * i : (const char *)ONES;
@@ -211,6 +212,43 @@ INLINE reals mass(int kind, const Row *row, long i) {
 INLINE reals depth(int kind, const Row *row, long i) {
     reals d = (load(kind, row, i) - row->top) * row->scale;
     return kind & BASED ? larger(smaller(d, ALL(0.0)), ALL(-row->range)) : d;
+}
+
+/* Whether passes over float32 losses may be made on them as they are, without a conversion. */
+INLINE int is_narrow(const Row *row) {
+    return kind_of(row) == SINGLE && row->scale > 0x1p-60 && row->scale < 0x1p60;
+}
+
+/* Whether a row may be summed in float32 on the way to a root, of which no digit reaches an answer. */
+INLINE Row roughened(const Row *row) {
+    Row rough = *row;
+    rough.rough = kind_of(row) != SINGLE || is_narrow(row);
+    return rough;
+}
+
+/* (d - origin) rate of PAIR losses in float32. */
+typedef struct {
+    double origin, rate;
+    Split from, scaled; /* the same of the losses themselves */
+} Line;
+
+INLINE Line line_of(const Row *row, double origin, double rate) {
+    return (Line){origin, rate, split(row->top + origin / row->scale), split(rate * row->scale)};
+}
+
+INLINE floats on_line(int kind, const Row *row, long i, const Line *line) {
+    if (kind == SINGLE && i < row->whole) {
+        floats y = less(load_floats(row, i), line->from);
+        return y * line->scaled.high + y * line->scaled.low;
+    }
+    reals first = (depth(kind, row, i) - line->origin) * line->rate;
+    return narrowed(first, (depth(kind, row, i + LANES) - line->origin) * line->rate);
+}
+
+INLINE floats rough_mass(int kind, const Row *row, long i, int left) {
+    if (!left) return (floats){0};
+    if (!(kind & BASED) && i < row->whole) return spread(1.0f);
+    return narrowed(mass(kind, row, i), mass(kind, row, i + LANES));
 }
 
 INLINE reals weighed(int kind, const Row *row, long i, reals x) { return kind & BASED ? x * mass(kind, row, i) : x; }
@@ -230,6 +268,16 @@ INLINE void store(int kind, const Row *row, long i, reals values) {
     }
 }
 
+/* The weights that are stored, 0 beyond the row. */
+INLINE reals load_weights(int kind, const Row *row, long i) {
+    Row stored = {.z = row->weights, .whole = row->whole};
+    if (i < row->whole) return load(kind, &stored, i);
+    reals weights = ALL(0.0);
+    for (int j = 0; j < LANES && i + j < row->n; j++)
+        weights[j] = kind & SINGLE ? ((const float *)row->weights)[i + j] : ((const double *)row->weights)[i + j];
+    return weights;
+}
+
 /* Runs what follows for every stretch of a piece, and inside it for every LANES losses from i. */
 #define STRETCHES(from, to) \
     for (long begin = from, end; begin < to && (end = begin + STRETCH < to ? begin + STRETCH : to, 1); begin = end)
@@ -238,6 +286,12 @@ INLINE void store(int kind, const Row *row, long i, reals values) {
 #define PAIRS                                         \
     for (long pair = begin; pair < end; pair += PAIR) \
         _Pragma("GCC unroll 2") for (int u = 0; u < 2; u++)
+/* The same in pairs of vectors of float32, of which the last may be one vector, twice; only once with a mass. */
+#define ROUGH_PAIRS for (long pair = begin; pair < end; pair += 2 * PAIR)
+#define AT(u) (LEFT(u) ? pair + u * PAIR : pair)
+#define LEFT(u) (pair + u * PAIR < end)
+/* For two vectors at a time, step by step in turns: a step waits for the last of its own vector. */
+#define BOTH _Pragma("GCC unroll 2") for (int u = 0; u < 2; u++)
 #define CLEARED {ALL(0.0), ALL(0.0)}
 
 INLINE void add_floats(Total *total, floats lanes) {

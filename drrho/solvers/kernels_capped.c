@@ -20,16 +20,19 @@ INLINE void capped_moments(int kind, const Row *from_row, const void *in, long f
     reals rate = ALL(of.rate), origin = ALL(of.origin), offset = ALL(of.offset), limit = ALL(of.limit);
     reals zero = ALL(0.0), sum[5] = {zero, zero, zero, zero, zero};
     STRETCHES(from, to) {
-        VECTORS {
-            reals s = (depth(kind, row, i) - origin) * rate + offset, m = mass(kind, row, i);
-            reals c = smaller(s, limit), ratio, e, beyond;
-            exponentials(c, &ratio, &e, &beyond);
-            reals h = choose(s < limit, ratio * m, zero), hc = h * c;
-            sum[0] += e * m;
-            sum[1] += (c * e - beyond) * m;
-            sum[2] += h;
-            sum[3] += hc;
-            sum[4] += hc * c;
+        for (long pair = begin; pair < end; pair += PAIR) {
+            reals s[2], m[2], c[2], ratio[2], e[2], beyond[2], h[2];
+            BOTH s[u] = (depth(kind, row, pair + u * LANES) - origin) * rate + offset;
+            BOTH m[u] = mass(kind, row, pair + u * LANES);
+            BOTH c[u] = smaller(s[u], limit);
+            exponentials(c, ratio, e, beyond);
+            BOTH h[u] = choose(s[u] < limit, ratio[u] * m[u], zero);
+            BOTH sum[0] += e[u] * m[u];
+            BOTH sum[1] += (c[u] * e[u] - beyond[u]) * m[u];
+            BOTH sum[2] += h[u];
+            BOTH h[u] *= c[u];
+            BOTH sum[3] += h[u];
+            BOTH sum[4] += h[u] * c[u];
         }
         for (int j = 0; j < 5; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
     }
@@ -37,31 +40,32 @@ INLINE void capped_moments(int kind, const Row *from_row, const void *in, long f
 
 PASSES(capped_moments)
 
-static void capped_roughly(const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void capped_roughly(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Capped of = *(const Capped *)in;
-    long pairs = to < row->whole ? to : row->whole;
-    floats rate = spread((float)(of.rate * row->scale)), offset = spread((float)of.offset), zero = {0};
-    floats limit = spread((float)of.limit), sum[5] = {zero, zero, zero, zero, zero};
-    Split origin = split(row->top + of.origin / row->scale);
-    STRETCHES(from, pairs) {
-        for (long i = begin; i < end; i += PAIR) {
-            floats s = less(load_floats(row, i), origin) * rate + offset, c = smaller_floats(s, limit);
-            floats ratio, e, beyond;
-            exponentials_of_floats(c, &ratio, &e, &beyond);
-            floats h = choose_floats(s < limit, ratio, zero), hc = h * c;
-            sum[0] += e;
-            sum[1] += c * e - beyond;
-            sum[2] += h;
-            sum[3] += hc;
-            sum[4] += hc * c;
+    const Line line = line_of(row, of.origin, of.rate);
+    floats offset = spread((float)of.offset), limit = spread((float)of.limit), zero = {0};
+    floats sum[5] = {zero, zero, zero, zero, zero};
+    STRETCHES(from, to) {
+        ROUGH_PAIRS {
+            floats s[2], m[2], c[2], ratio[2], e[2], beyond[2], h[2];
+            BOTH s[u] = on_line(kind, row, AT(u), &line) + offset;
+            BOTH m[u] = rough_mass(kind, row, AT(u), LEFT(u));
+            BOTH c[u] = smaller_floats(s[u], limit);
+            exponentials_of_floats(c, ratio, e, beyond);
+            BOTH h[u] = choose_floats(s[u] < limit, ratio[u] * m[u], zero);
+            BOTH sum[0] += e[u] * m[u];
+            BOTH sum[1] += (c[u] * e[u] - beyond[u]) * m[u];
+            BOTH sum[2] += h[u];
+            BOTH h[u] *= c[u];
+            BOTH sum[3] += h[u];
+            BOTH sum[4] += h[u] * c[u];
         }
         for (int j = 0; j < 5; j++) add_floats(&sums->of[j], sum[j]), sum[j] = zero;
     }
-    if (pairs < to) capped_moments(SINGLE, row, in, pairs, to, sums);
 }
 
-static Passes capped_roughly_passes = {NULL, NULL, capped_roughly, NULL};
+PASSES(capped_roughly)
 
 /* Stores ratios; sums of e, e (d - mean), phi, of phi*(s) - s, and of s - limit where it is positive. */
 INLINE void capped_weights(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
@@ -71,16 +75,20 @@ INLINE void capped_weights(int kind, const Row *from_row, const void *in, long f
     reals mean = ALL(of.mean), cap = ALL(of.cap), each = ALL(1 / row->all);
     reals zero = ALL(0.0), sum[5] = {zero, zero, zero, zero, zero};
     STRETCHES(from, to) {
-        VECTORS {
-            reals d = depth(kind, row, i), s = (d - origin) * rate + offset, m = mass(kind, row, i);
-            reals c = smaller(s, limit), ratio, e, beyond, over = (s - c) * m;
-            exponentials(c, &ratio, &e, &beyond);
-            store(kind, row, i, weighed(kind, row, i, ratio * each));
-            sum[0] += e * m;
-            sum[1] += e * (d - mean) * m;
-            sum[2] += (c * e - beyond) * m;
-            sum[3] += beyond * m + over * cap;
-            sum[4] += over;
+        for (long pair = begin; pair < end; pair += PAIR) {
+            reals d[2], s[2], m[2], c[2], ratio[2], e[2], beyond[2], over[2];
+            BOTH d[u] = depth(kind, row, pair + u * LANES);
+            BOTH s[u] = (d[u] - origin) * rate + offset;
+            BOTH m[u] = mass(kind, row, pair + u * LANES);
+            BOTH c[u] = smaller(s[u], limit);
+            exponentials(c, ratio, e, beyond);
+            BOTH store(kind, row, pair + u * LANES, weighed(kind, row, pair + u * LANES, ratio[u] * each));
+            BOTH over[u] = (s[u] - c[u]) * m[u];
+            BOTH sum[0] += e[u] * m[u];
+            BOTH sum[1] += e[u] * (d[u] - mean) * m[u];
+            BOTH sum[2] += (c[u] * e[u] - beyond[u]) * m[u];
+            BOTH sum[3] += beyond[u] * m[u] + over[u] * cap;
+            BOTH sum[4] += over[u];
         }
         for (int j = 0; j < 5; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
     }
@@ -143,14 +151,15 @@ static int find_multipliers(const Row *row, double radius, double limit, double 
     bound_offset(row, origin, exp(-*x), &at);
     at.offset = fmin(fmax(at.offset, at.low), at.high);
     for (int iteration = 0; iteration < iterations; iteration++) {
-        double rate = exp(-*x), unit = fmin(1, sqrt(row->variance) * rate), enough = 1e-8 * unit;
+        double rate = exp(-*x), unit = fmin(1, sqrt(row->variance) * rate), enough = (row->rough ? 1e-5 : 1e-7) * unit;
         measure(row, &(Capped){rate, origin, at.offset, limit, 0, 0}, &at);
         double step = isfinite(at.step) && !collapsed(&at) ? at.step : 0;
         double distance = at.distance + at.hs * step; /* at the offset that the step leads to */
         double value = log(distance > 0 ? distance : at.distance) - log(radius), mean_s = at.hs / at.h;
         /* D is off by the square of what the offset is: enough to tell on which side of the radius it is, unless that
          * leaves nothing of D. */
-        if (radius >= 0 && distance > 0) enough = fmax(enough, fmin(fabs(value), 0.1) * unit * fmin(1, sqrt(radius)));
+        double felt = row->rough ? 0.2 * sqrt(fmin(fabs(value), 1)) : fmin(fabs(value), 0.1) * fmin(1, sqrt(radius));
+        if (radius >= 0 && distance > 0) enough = fmax(enough, felt * unit);
         if (balanced(&at, enough)) {
             *offset = at.offset + step;
             if (radius < 0) return 1;

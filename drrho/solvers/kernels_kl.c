@@ -20,14 +20,17 @@ INLINE void about_mean(int kind, const Row *from_row, const void *in, long from,
     const Exponents of = *(const Exponents *)in;
     reals rate = ALL(of.rate), origin = ALL(of.origin), zero = ALL(0.0), sum[3] = {zero, zero, zero};
     STRETCHES(from, to) {
-        VECTORS {
-            reals y = depth(kind, row, i) - origin, m = mass(kind, row, i), power, e, beyond;
-            exponentials(y * rate, &power, &e, &beyond);
-            if (of.each != 0) store(kind, row, i, weighed(kind, row, i, power * of.each));
-            reals ye = y * (e * m);
-            sum[0] += beyond * m;
-            sum[1] += ye;
-            sum[2] += ye * y;
+        for (long pair = begin; pair < end; pair += PAIR) {
+            reals y[2], m[2], at[2], power[2], e[2], beyond[2];
+            BOTH y[u] = depth(kind, row, pair + u * LANES) - origin;
+            BOTH m[u] = mass(kind, row, pair + u * LANES);
+            BOTH at[u] = y[u] * rate;
+            exponentials(at, power, e, beyond);
+            if (of.each != 0) BOTH store(kind, row, pair + u * LANES, weighed(kind, row, pair + u * LANES, power[u] * of.each));
+            BOTH sum[0] += beyond[u] * m[u];
+            BOTH e[u] *= y[u] * m[u];
+            BOTH sum[1] += e[u];
+            BOTH sum[2] += e[u] * y[u];
         }
         for (int j = 0; j < 3; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
     }
@@ -40,16 +43,18 @@ INLINE void about_top(int kind, const Row *from_row, const void *in, long from, 
     const Exponents of = *(const Exponents *)in;
     reals rate = ALL(of.rate), zero = ALL(0.0), sum[3] = {zero, zero, zero};
     STRETCHES(from, to) {
-        VECTORS {
-            reals d = depth(kind, row, i), power, r, excess;
-            exponential(d * rate, &power, &r, &excess);
-            reals e = power + power * (r + excess);
-            if (of.each != 0) store(kind, row, i, weighed(kind, row, i, e * of.each));
-            e *= mass(kind, row, i);
-            reals de = d * e;
-            sum[0] += e;
-            sum[1] += de;
-            sum[2] += de * d;
+        for (long pair = begin; pair < end; pair += PAIR) {
+            reals d[2], at[2], power[2], r[2], excess[2], e[2];
+            BOTH d[u] = depth(kind, row, pair + u * LANES);
+            BOTH at[u] = d[u] * rate;
+            exponential(at, power, r, excess);
+            BOTH e[u] = power[u] + power[u] * (r[u] + excess[u]);
+            if (of.each != 0) BOTH store(kind, row, pair + u * LANES, weighed(kind, row, pair + u * LANES, e[u] * of.each));
+            BOTH e[u] *= mass(kind, row, pair + u * LANES);
+            BOTH sum[0] += e[u];
+            BOTH e[u] *= d[u];
+            BOTH sum[1] += e[u];
+            BOTH sum[2] += e[u] * d[u];
         }
         for (int j = 0; j < 3; j++) add(&sums->of[j], sum[j]), sum[j] = zero;
     }
@@ -57,34 +62,38 @@ INLINE void about_top(int kind, const Row *from_row, const void *in, long from, 
 
 PASSES(about_top)
 
-INLINE void roughly(int central, const Row *from_row, const void *in, long from, long to, Sums *sums) {
+INLINE void roughly(int central, int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const Exponents of = *(const Exponents *)in;
-    long pairs = to < row->whole ? to : row->whole;
-    floats scale = spread((float)row->scale), rate = spread((float)of.rate), zero = {0}, sum[3] = {zero, zero, zero};
-    Split center = split(row->top + of.origin / row->scale);
-    STRETCHES(from, pairs) {
-        for (long i = begin; i < end; i += PAIR) {
-            floats y = less(load_floats(row, i), center) * scale, power, e, beyond;
-            exponentials_of_floats(y * rate, &power, &e, &beyond);
-            floats yt = y * (central ? e : power);
-            sum[0] += central ? beyond : power;
-            sum[1] += yt;
-            sum[2] += yt * y;
+    const Line line = line_of(row, of.origin, 1);
+    floats rate = spread((float)of.rate), zero = {0}, sum[3] = {zero, zero, zero};
+    STRETCHES(from, to) {
+        ROUGH_PAIRS {
+            floats y[2], m[2], at[2], power[2], e[2], beyond[2];
+            BOTH y[u] = on_line(kind, row, AT(u), &line);
+            BOTH m[u] = rough_mass(kind, row, AT(u), LEFT(u));
+            BOTH at[u] = y[u] * rate;
+            exponentials_of_floats(at, power, e, beyond);
+            BOTH sum[0] += (central ? beyond[u] : power[u]) * m[u];
+            BOTH e[u] = (central ? e[u] : power[u]) * (y[u] * m[u]);
+            BOTH sum[1] += e[u];
+            BOTH sum[2] += e[u] * y[u];
         }
         for (int j = 0; j < 3; j++) add_floats(&sums->of[j], sum[j]), sum[j] = zero;
     }
-    if (pairs < to) (central ? about_mean : about_top)(SINGLE, row, in, pairs, to, sums);
 }
 
-static void roughly_about_mean(const Row *row, const void *in, long from, long to, Sums *sums) {
-    roughly(1, row, in, from, to, sums);
+INLINE void roughly_about_mean(int kind, const Row *row, const void *in, long from, long to, Sums *sums) {
+    roughly(1, kind, row, in, from, to, sums);
 }
-static void roughly_about_top(const Row *row, const void *in, long from, long to, Sums *sums) {
-    roughly(0, row, in, from, to, sums);
+INLINE void roughly_about_top(int kind, const Row *row, const void *in, long from, long to, Sums *sums) {
+    roughly(0, kind, row, in, from, to, sums);
 }
 
-static Passes rough_passes[2] = {{NULL, NULL, roughly_about_top, NULL}, {NULL, NULL, roughly_about_mean, NULL}};
+PASSES(roughly_about_mean)
+PASSES(roughly_about_top)
+
+static Pass *const *const rough_passes[2] = {roughly_about_top_passes, roughly_about_mean_passes};
 
 INLINE int is_near(const Row *row, double b) { return b * -row->mean <= 30; }
 
@@ -95,7 +104,7 @@ static Path tilt_by(const Row *row, double b, double each) {
     Path path = {.origin = near ? row->mean : 0};
     Exponents of = {b, path.origin, each};
     Sums sums;
-    int rough = each == 0 && is_narrow(row);
+    int rough = each == 0 && (row->rough || is_narrow(row));
     over_row(row, rough ? rough_passes[near] : near ? about_mean_passes : about_top_passes, &of, &sums);
     double first = result(sums.of[0]), second = result(sums.of[1]), third = result(sums.of[2]);
     if (near) {
@@ -143,7 +152,7 @@ static int find_rate(const Row *row, double radius, double tolerance, int iterat
     const double ceiling = 0.97 * log(DBL_MAX);
     Search search = open_search(tolerance, iterations, 40, INFINITY, 10, -INFINITY, ceiling);
     search.low = 0.5 * (log(8.0) + log(radius)) - log(row->range);
-    search.close = is_narrow(row) ? 1e-5 : tolerance > 1e-7 ? 1e-6 : closeness(row);
+    search.close = row->rough || is_narrow(row) ? 1e-5 : tolerance > 1e-7 ? 1e-6 : closeness(row);
     search.curvature = *curvature;
     *x = fmin(fmax(search.low, *x), ceiling);
     for (;;) {
@@ -173,6 +182,11 @@ int kullback_leibler(Row *row, double radius, double price, Answer *answer) {
     if (take_sample(row, &sample)) {
         find_rate(&sample, radius, 1e-6, 13, &x, &psi, &curvature, &saturated);
         free((void *)sample.z);
+    }
+    Row rough = roughened(row);
+    if (!row->single) {
+        double near = x;
+        if (find_rate(&rough, radius, 1e-5, 41, &near, &psi, &curvature, &saturated) && !saturated) x = near;
     }
     if (!find_rate(row, radius, tolerated(row, radius), 400, &x, &psi, &curvature, &saturated)) return NOT_CONVERGED;
     *answer = saturated ? at_maximum(row, largest) : weighted(row, exp(x), psi, radius, -1);

@@ -368,16 +368,9 @@ Answer at_mean(const Row *row) {
 INLINE void times(int kind, const Row *from_row, const void *in, long from, long to, Sums *sums) {
     const Row held = *from_row, *row = &held;
     const double *factors = in;
-    Row stored = held;
-    stored.z = held.weights;
     (void)sums;
     for (long i = from; i < to; i += LANES) {
-        reals weights;
-        if (i < row->whole) {
-            weights = load(kind, &stored, i);
-        } else {
-            for (int j = 0; j < LANES; j++) weights[j] = i + j < row->n ? loss(&stored, i + j) : 0;
-        }
+        reals weights = load_weights(kind, row, i);
         weights *= factors[0];
         if (factors[1] != 0) weights += weighed(kind, row, i, ALL(factors[1]));
         store(kind, row, i, weights);

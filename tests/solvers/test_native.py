@@ -419,3 +419,13 @@ def test_a_maximum_that_no_ball_holds_is_no_answer():
     verdict = certificates.judge(problem, certificates.power(order), risk)
     assert verdict.error <= verdict.allowed
     assert abs(risk.gap) <= 1e-8 * risk.premium <= 1e-25  # far from the maximum, 4e-11 above the mean
+
+
+@pytest.mark.parametrize("order", [-2.0, -1.0, 0.7, 1.2, 1.9, 2.5])
+def test_sums_in_float32_on_the_way_cost_no_digits(order, monkeypatch):
+    """Rows of powers are solved by sums in float32 first; none is declined, and gaps are those of float64."""
+    monkeypatch.setattr(native, "solve_declined", None)
+    z = torch.empty(64, 256, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
+    for risk in (constrained_risk(z, CressieRead(order), 0.5), penalized_risk(z, CressieRead(order), 1.0)):
+        assert float((risk.gap / risk.premium).abs().max()) < 1e-11
+        assert float((risk.weights.sum(-1) - 1).abs().max()) < 1e-14
