@@ -43,6 +43,7 @@ from paper_figures.style import (
     SKY,
     VERMILION,
     command,
+    not_measured,
     panel,
     save,
     styled,
@@ -65,7 +66,7 @@ STYLES = {
 
 
 def _dot(axes: Axes, x: float, y: float, sign: int, marker: str, size: float) -> None:
-    axes.scatter(x, y, size, COLORS[sign], marker, edgecolors="k", linewidths=0.4, zorder=3)
+    axes.scatter(x, y, s=size, c=COLORS[sign], marker=marker, edgecolors="k", linewidths=0.4, zorder=3)
 
 
 def draw_model(axes: Axes, measured: Mapping[Cell, Errors]) -> None:
@@ -138,6 +139,9 @@ def _lines(axes: Axes, measured: Mapping[Cell, Errors], cells: list[Cell], numbe
 
 def draw_towers(axes: Axes, measured: Mapping[tuple[int, float, int], Errors]) -> None:
     """Draw naming errors of linear towers of unit norm against noise, with the reference of middle strength."""
+    axes.set(ylim=(0, 100), xlabel="mismatched share", ylabel="naming error, %")
+    if not measured:
+        return not_measured(axes)
     sizes = sorted({m for _, _, m in measured})
     m = sizes[len(sizes) // 2]
     etas = sorted({eta for _, eta, _ in measured}, reverse=True)
@@ -146,7 +150,6 @@ def draw_towers(axes: Axes, measured: Mapping[tuple[int, float, int], Errors]) -
         mean, low, high = 100 * np.array([interval(measured[0, eta, m][method]) for eta in etas]).T
         axes.plot(1 - np.array(etas), mean, color=color, marker=marker, linestyle=line)
         axes.fill_between(1 - np.array(etas), low, high, color=color, alpha=0.2, linewidth=0)
-    axes.set(ylim=(0, 100), xlabel="mismatched share", ylabel="naming error, %")
 
 
 def draw_errors(measured: Mapping[Cell, Errors], towers: Mapping[tuple[int, float, int], Errors]) -> Figure:

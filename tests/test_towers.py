@@ -63,7 +63,7 @@ def test_a_committed_row_is_what_the_code_makes():
     np.testing.assert_allclose([float(found[name]) for name in METHODS], np.array(row[4:], float), atol=0.02)
 
 
-@pytest.mark.parametrize("options", [["--seeds", "1"], ["--seeds", "none"]])
+@pytest.mark.parametrize("options", [["--seeds", "1"], ["--seeds", "none"], ["--names", "-1"]])
 def test_wrong_options_are_refused_in_one_line(options, capsys):
     with pytest.raises(SystemExit) as stop:
         towers.main(options)

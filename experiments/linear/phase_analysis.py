@@ -43,7 +43,9 @@ def load(path: Path) -> dict[Cell, Errors]:
 
 
 def load_towers(path: Path) -> dict[tuple[int, float, int], Errors]:
-    """Return the naming errors of towers by number of names, eta and the reference's pairs."""
+    """Return the naming errors of towers by names, eta and the reference's pairs; nothing without the file."""
+    if not path.is_file():
+        return {}
     found = _load(path, ("names", "eta", "m"), TOWER_METHODS)
     return {(int(names), float(eta), int(m)): errors for (names, eta, m), errors in found.items()}
 
