@@ -11,9 +11,9 @@ PYTEST := $(TESTS) --numprocesses auto --dist loadfile
 # Tests of the risks that are repeated without the compiled kernels, as on other devices.
 PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions optimum hybrid)
 
-FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance scheduled icons table1 claims
+FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance scheduled icons table1 claims phase_diagram
 
-.PHONY: demo quick check test test-integrations test-lowest lint types fast-library fast-trainer figures notebooks linear docs bench-core bench-contrastive bench-clip gpu chaos clean
+.PHONY: demo quick check test test-integrations test-lowest lint types fast-library fast-trainer figures notebooks linear phase docs bench-core bench-contrastive bench-clip gpu chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -97,6 +97,12 @@ notebooks: $(READY) $(HOSTS)/.ready
 linear: $(READY)
 	$(BIN)/python experiments/linear/run.py
 	$(BIN)/python paper_figures/linear_models.py --tables
+
+# 20 minutes of one core.
+phase: $(READY)
+	$(BIN)/python experiments/linear/phase.py
+	$(BIN)/python experiments/linear/towers.py
+	$(BIN)/python paper_figures/phase_diagram.py
 
 # The packages it is compared with are an extra of their own: they bring about 0.8 GB, which the tests do not need.
 bench-core: $(READY)

@@ -84,19 +84,19 @@ class Results:
     """
 
     def __init__(self, path: Path = RESULTS) -> None:
-        self._path = path
+        self.path = path
         self._studies: dict[str, list[Row]] = {}
         self._power_laws: dict[tuple[bytes, bytes, Rule], PowerLaw] = {}
 
     @cached_property
     def tuned(self) -> Tuned:
         """The settings that tuning found best, as the file beside the table says."""
-        return read_tuned(self._path)
+        return read_tuned(self.path)
 
     def study(self, name: str) -> list[Row]:
         """Return a study's rows."""
         if name not in self._studies:
-            self._studies[name] = study_rows(name, self._path, self.tuned)
+            self._studies[name] = study_rows(name, self.path, self.tuned)
         return self._studies[name]
 
     def find(self, study: str, **labels: str) -> Seeds:
@@ -179,7 +179,7 @@ class Results:
 
     @cached_property
     def _curves(self) -> dict[str, list[Row]]:
-        return read_curves(self._path)
+        return read_curves(self.path)
 
     def curve(self, trainings: Seeds, *fields: str, percent: bool = False) -> list[Curve]:
         """Return what the validations of these trainings say, averaged over seeds."""

@@ -100,7 +100,8 @@ def repetition(task: tuple[str, int, int, float, dict[str, dict[str, float]]]) -
     return rows
 
 
-def _progress(results: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+def progress(results: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    """Yield the results, and say twenty times how many are there and how long the others take."""
     start = time.monotonic()
     for done, result in enumerate(results, 1):
         yield result
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(options.processes, _start) as pool:
         prices = dict(zip(options.tables, pool.map(reference_price, options.tables), strict=True))
         wanted = [(name, n, method, prices[name]) for name, n in cells for method in METHODS]
-        found = list(_progress(pool.imap(tuned, wanted), len(wanted), "tuning"))
+        found = list(progress(pool.imap(tuned, wanted), len(wanted), "tuning"))
         settings: dict[tuple[str, int], dict[str, dict[str, float]]] = {cell: {} for cell in cells}
         for (name, n, method, _), setting in zip(wanted, found, strict=True):
             settings[name, n][method] = setting
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
-            for rows in _progress(pool.imap(repetition, tasks, chunksize=4), len(tasks), "repetitions"):
+            for rows in progress(pool.imap(repetition, tasks, chunksize=4), len(tasks), "repetitions"):
                 writer.writerows(rows)
         partial.replace(options.output)
     record = {
