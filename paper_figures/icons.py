@@ -45,7 +45,7 @@ def draw_budgets(axes: Axes, results: Results) -> None:
     for method in MAIN:
         points = []
         for passes in PASSES:
-            study = "icon-headline" if passes == PASSES[1] else "icon-budgets"
+            study = "icon-headline" if passes == PASSES[0] else "icon-budgets"
             found = results.find(study, method=method, setting=f"passes={passes}", **_NATURAL)
             if found:
                 seen = float(next(iter(found.values()))["samples_trained"])
@@ -69,7 +69,7 @@ def draw_references(axes: Axes, results: Results) -> None:
         points = []
         for reference in REFERENCES:
             study = "icon-headline" if reference == "icons-strong" else "icon-reference-quality"
-            found = results.find(study, method=method, reference=reference, setting=f"passes={PASSES[1]}", **_NATURAL)
+            found = results.find(study, method=method, reference=reference, setting=f"passes={PASSES[0]}", **_NATURAL)
             if found:
                 own = 100 * float(results.one("icon-references", setting=reference)["test_top1"])
                 points.append((own, interval(values(found))))

@@ -47,7 +47,10 @@ _IN_MEMORY = ["train", "--catalog", "c", "--model", "glyph-tiny", "--in-memory",
         ),
         (["cache-reference", "--views", "0"], "--views must be at least 1, got 0"),
         (["cache-reference", "--views", "2"], "--views 2 has no part in this run: it is for --catalog"),
-        (["cache-reference", "--catalog", "c", "--captions", "vague"], "--catalog takes the place of --data and its options"),
+        (
+            ["cache-reference", "--catalog", "c", "--captions", "vague"],
+            "--catalog takes the place of --data and its options",
+        ),
         (
             ["train", "--normalizer", "network", "--divergence", "chi-square"],
             "--normalizer network has no part in this run: it is for --method fastclip or drrho, --divergence kl",
@@ -148,7 +151,10 @@ def test_a_share_of_the_pairs_is_refused_where_it_has_no_part():
     for words, message in (
         (["train", "--fraction", "0"], r"--fraction must be in \(0, 1\], got 0.0"),
         (["train", "--fraction", "1.5"], r"--fraction must be in \(0, 1\], got 1.5"),
-        (["train", "--fraction", "0.5", "--catalog", "c"], "--catalog takes the place of --data and its options, --split"),
+        (
+            ["train", "--fraction", "0.5", "--catalog", "c"],
+            "--catalog takes the place of --data and its options, --split",
+        ),
         (["plan", "--fraction", "0.5"], "--fraction 0.5 has no part in a plan: give --samples"),
         (["evaluate", "there", "--fraction", "0.5"], "Unrecognized options: --fraction"),
     ):
