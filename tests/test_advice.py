@@ -30,7 +30,7 @@ MENU = [
 ]
 
 
-def features(n, d=16, seed=0, noise=0.5):
+def features(n, d=16, seed=0, noise=0.25):
     generator = torch.Generator().manual_seed(seed)
     text = normalize(torch.randn(n, d, generator=generator), dim=1)
     return normalize(text + noise * torch.randn(n, d, generator=generator), dim=1), text

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from drrho.advice import BATCH, told_apart
@@ -71,9 +70,10 @@ def run_probe(
         image, text = _features(clip, batch)
         hits = told_apart(image, text)
         scores.append((seen, int(hits.sum()), len(hits)))
-        loss = info_nce(image, text, 1 / clip.model.logit_scale.exp())
-        if not bool(torch.isfinite(loss)):
-            raise UserError(f"the probe's loss is not finite at step {step}: lower --lr")
+        try:
+            loss = info_nce(image, text, 1 / clip.model.logit_scale.exp())
+        except ValueError as error:  # features or temperature that are not finite
+            raise UserError(f"the probe breaks off at step {step} ({error}): lower --lr") from error
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, options)
         loss.backward()
