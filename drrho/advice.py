@@ -36,19 +36,19 @@ __all__ = [
 #: How many pairs are told apart from each other in all measures of this module.
 BATCH = 128
 _SAME = 1e-4  # cosines of the features of equal captions, stored in half precision, differ from 1 by less
-_LEAST = 0.005  # share that a level is cut to, from 0 and from 1
+_LEAST = 1e-4  # share that log odds are cut to, from 0 and from 1
 
 Array = NDArray[np.float64]
 
 
 def log_odds(share: float) -> float:
-    """Return ``log(p / (1 - p))`` of a share p, which is cut to [0.005, 0.995].
+    """Return ``log(p / (1 - p))`` of a share p, which is cut to [0.0001, 0.9999].
 
     Examples
     --------
     >>> from drrho.advice import log_odds
     >>> log_odds(0.5), round(log_odds(1.0), 2)
-    (0.0, 5.29)
+    (0.0, 9.21)
     """
     share = min(max(share, _LEAST), 1 - _LEAST)
     return math.log(share / (1 - share))
@@ -396,6 +396,9 @@ class Advisor:
         Change of the log odds of the score for each predictor.
     half_widths : mapping of str to float
         Of 95 % intervals on the same scale, for "steer" and "select".
+    most_unrecognized, least_level : float
+        References that recognize less, or tell less apart, are not judged: nothing like them was fitted to, and one
+        that knows nothing looks like data without any right caption.
 
     Examples
     --------
@@ -408,6 +411,17 @@ class Advisor:
 
     weights: Mapping[str, float]
     half_widths: Mapping[str, float]
+    most_unrecognized: float = 1.0
+    least_level: float = -math.inf
+
+    def judges(self, reference: Knowledge) -> bool:
+        """Return whether a reference is like those that the advisor was fitted to, or better.
+
+        The unrecognized share is compared less two standard errors.
+        """
+        half = reference.unrecognized / 2
+        least = reference.unrecognized - 4 * math.sqrt(half * (1 - half) / reference.pairs)
+        return least <= self.most_unrecognized and reference.level >= self.least_level
 
     def log_odds(self, how: Intervention, reference: Knowledge, level: float) -> float:
         """Return by how much the log odds of the score are predicted to change."""
@@ -424,7 +438,7 @@ class Advisor:
     def advise(
         self, references: Mapping[str, Knowledge], menu: Iterable[Intervention], *, twin: float, level: float
     ) -> Advice:
-        """Predict the gain of each reference and intervention, and recommend the largest.
+        """Predict the gain of each reference that is judged and each intervention, and recommend the largest.
 
         Parameters
         ----------
@@ -441,8 +455,8 @@ class Advisor:
             If twin is not a share.
         """
         menu = list(menu)
-        found = [self.predict(name, how, own, twin, level) for name, own in references.items() for how in menu]
-        return Advice.ranked(found)
+        judged = {name: own for name, own in references.items() if self.judges(own)}
+        return Advice.ranked(self.predict(name, how, own, twin, level) for name, own in judged.items() for how in menu)
 
     @classmethod
     def fitted(cls, trainings: Sequence[Finished], *, ridge: float = 0.5, confidence: float = 0.95) -> Advisor:
@@ -464,7 +478,10 @@ class Advisor:
             if math.isfinite(change):
                 apart[_kind(each.how)].append(abs(change - (_raw(each.score) - _raw(each.twin))))
         halves = {kind: _quantile(values, confidence) for kind, values in apart.items()}
-        return cls(_ridge(trainings, ridge), halves)
+        unrecognized, levels = zip(
+            *((each.reference.unrecognized, each.reference.level) for each in trainings), strict=True
+        )
+        return cls(_ridge(trainings, ridge), halves, max(unrecognized) + _MORE_UNRECOGNIZED, min(levels) - _LESS_LEVEL)
 
     @staticmethod
     def left_out(
@@ -497,6 +514,8 @@ def _gain(twin: float, change: float) -> float:
     return 100 * (1 / (1 + math.exp(-(_raw(twin) + change))) - twin)
 
 
+# How far a reference may be beyond those of the fit.
+_MORE_UNRECOGNIZED, _LESS_LEVEL = 0.1, 0.5
 _SPREAD = 0.15  # of gains in log odds that no predictor explains
 
 

@@ -170,5 +170,16 @@ def test_the_advice_is_the_largest_gain_or_none():
         advisor.advise({"a": known()}, menu, twin=14.8, level=0.0)
 
 
+def test_a_reference_that_knows_nothing_is_not_judged():
+    """Its pairs look like those of data whose captions are all wrong, of which steering would help most."""
+    _, finished = trainings()
+    fitted = Advisor.fitted(finished)
+    ignorant = knowledge(features(1024)[0], features(1024, seed=1)[1])
+    assert ignorant.unrecognized > 0.9
+    assert not fitted.judges(ignorant)
+    assert fitted.judges(finished[0].reference)
+    assert fitted.advise({"a": ignorant}, MENU, twin=0.1, level=0.0).recommended is None
+
+
 def test_a_selection_costs_its_candidates():
     assert [how.cost for how in (MENU[0], Intervention(select="jest", candidates=3))] == [1.0, 2.0]

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 
 from drrho.advice import Advice, Advisor, Finished, Intervention, Knowledge, Prediction, knowledge, log_odds
@@ -145,14 +146,15 @@ def cells_of(rows: Sequence[Row], references: Mapping[str, Any]) -> list[Cell]:
             twins[where][tuned].append(row)
     spread, scales = _spread([*twins.values(), *used.values()]), scales_of(references)
     found = []
-    for (where, reference, how), by_rate in used.items():
-        known = references["known"].get(f"{where[0]}/{reference}")
+    for ((captions, fraction, model, thousands), reference, how), by_rate in used.items():
+        where = (captions, fraction, model, thousands)
+        known = references["known"].get(f"{captions}/{reference}")
         if known is None or where not in twins:
             continue
         own, twin = _best(by_rate), _best(twins[where])
-        level = scales[where[0]].level(twin.validation)
+        level = scales[captions].level(twin.validation)
         error = math.sqrt(sum(spread * max(each.test, _SMALL) / each.seeds for each in (own, twin)))
-        group = f"{reference}, {where[0]}"
+        group = f"{reference}, {captions}"
         finished = Finished(group, how, Knowledge(**known), level, _inner(twin.test), _inner(own.test), error)
         losses, excess, correlation = (
             float(own.rows[0][name] or math.nan)
@@ -165,7 +167,7 @@ def cells_of(rows: Sequence[Row], references: Mapping[str, Any]) -> list[Cell]:
 
 
 def _inner(share: float) -> float:
-    return min(max(share, 1e-3), 1 - 1e-3)
+    return min(max(share, 1e-4), 1 - 1e-4)
 
 
 def _spread(groups: Sequence[Mapping[Any, Sequence[Row]]]) -> float:
@@ -185,7 +187,9 @@ def scales_of(references: Mapping[str, Any]) -> dict[str, Scale]:
     for where, known in references["known"].items():
         captions, _, name = where.partition("/")
         points[captions].append((references["scores"][name], Knowledge(**known).level))
-    return {captions: scale_by(*zip(*own, strict=True)) for captions, own in points.items()}
+    return {
+        captions: scale_by([score for score, _ in own], [level for _, level in own]) for captions, own in points.items()
+    }
 
 
 class Verdict(NamedTuple):
@@ -202,6 +206,11 @@ class Verdict(NamedTuple):
     error: float
 
 
+def _rank(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return Spearman's rank correlation."""
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+
+
 def judged(cells: Sequence[Cell], predicted: Sequence[Prediction], seed: int = 0) -> Verdict:
     """Hold predictions against measured gains.
 
@@ -211,7 +220,7 @@ def judged(cells: Sequence[Cell], predicted: Sequence[Prediction], seed: int = 0
     """
     gains = np.array([cell.finished.gain for cell in cells])
     points = np.array([each.points for each in predicted])
-    rank = float(stats.spearmanr(points, gains).statistic)
+    rank = _rank(points, gains)
     by_situation: dict[Situation, list[int]] = defaultdict(list)
     for number, cell in enumerate(cells):
         by_situation[cell.situation].append(number)
@@ -219,7 +228,7 @@ def judged(cells: Sequence[Cell], predicted: Sequence[Prediction], seed: int = 0
     resampled = []
     for _ in range(RESAMPLES):
         rows = np.concatenate([groups[k] for k in rng.integers(len(groups), size=len(groups))])
-        resampled.append(stats.spearmanr(points[rows], gains[rows]).statistic if len(set(rows.tolist())) > 2 else rank)
+        resampled.append(_rank(points[rows], gains[rows]) if len(set(rows.tolist())) > 2 else rank)
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     regrets = []
     for rows in groups:
@@ -292,7 +301,7 @@ def single_predictors(cells: Sequence[Cell]) -> dict[str, float]:
         ],
     }
     gains = [cell.finished.gain for cell in own]
-    return {name: float(stats.spearmanr(each, gains, nan_policy="omit").statistic) for name, each in values.items()}
+    return {name: _rank(np.array(each), np.array(gains)) for name, each in values.items()}
 
 
 def repeatable(cells: Sequence[Cell], seed: int = 0) -> float:
@@ -302,7 +311,7 @@ def repeatable(cells: Sequence[Cell], seed: int = 0) -> float:
     """
     gains, errors = np.array([(cell.finished.gain, 100 * cell.finished.error) for cell in cells]).T
     draws = np.random.default_rng(seed).normal(size=(200, len(cells))) * errors
-    return float(np.mean([stats.spearmanr(gains, gains + draw).statistic for draw in draws]))
+    return float(np.mean([_rank(gains, gains + draw) for draw in draws]))
 
 
 #: What is left out together: a reference with captions, all of the captions, all of the reference.
@@ -423,6 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fitted = {
         "weights": dict(advisor.weights),
         "half_widths": dict(advisor.half_widths),
+        "most_unrecognized": advisor.most_unrecognized,
+        "least_level": advisor.least_level,
         "curve": course(cells, scale, references["probe"]),
         **scale._asdict(),
         "select_level": min(gaps),

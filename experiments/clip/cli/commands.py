@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import open_clip
 import torch
-from rich.table import Table
 
 from drrho.advice import BATCH, Advice, Knowledge, extrapolated_level, knowledge
 
@@ -20,7 +19,7 @@ from ..catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
 from ..catalog.sources import parse_sources, with_columns
 from ..catalog.subset import open_subset
 from ..distributed import Ranks, joined_ranks, launched, set_float32_products
-from ..errors import UserError, printable
+from ..errors import UserError
 from ..evaluation.datacomp import averages
 from ..evaluation.encoding import Encoder
 from ..evaluation.held_out import evaluate_pairs
@@ -58,6 +57,11 @@ from .sources import (
     reference_features,
 )
 from .terminal import console, progress_bar
+
+_CANNOT_TELL = (
+    "cannot tell: give --expected PERCENT, what the unsteered run is expected to reach, or plan a longer run, whose "
+    "probe is longer"
+)
 
 
 def evaluate(options: Evaluate) -> None:
@@ -273,7 +277,7 @@ def advise(options: Advise) -> None:
     fitted = read_fitted()
     with joined_ranks(options.device, Execution().exchange_minutes) as ranks:
         known = _known(options, ranks)
-        console.print(_table_of_knowledge(known))
+        console.print("\n".join(_knowledge_lines(known)))
         if options.expected is None:
             level = _probed(options, fitted, ranks)
             twin = None if level is None else fitted.scale.share(level)
@@ -281,34 +285,29 @@ def advise(options: Advise) -> None:
             twin = options.expected / 100
             scores, levels = [each / 100 for each in options.reference_score], [own.level for own in known.values()]
             level = (scale_by(scores, levels, fitted.scale.slope) if scores else fitted.scale).level(twin)
-    found = []
+    advice = None
     if level is not None and twin is not None:
         console.print(f"unsteered  expected to reach {100 * twin:.1f} %")
-        found = [
+        judged = {name: own for name, own in known.items() if fitted.advisor.judges(own)}
+        for name in known.keys() - judged.keys():
+            console.print(f"left out   {name} recognizes fewer pairs than any reference of which a gain is known")
+        advice = Advice.ranked(
             fitted.advisor.predict(name, how, own, twin, level)
-            for name, own in known.items()
+            for name, own in judged.items()
             for how in MENU
             if how.cost <= options.most_cost and (not how.selects or own.level - level >= fitted.select_level)
-        ]
-        advice = Advice.ranked(found)
-        console.print(_table_of_gains(advice))
-        console.print(f"recommended: {advice}")
-    else:
-        console.print(
-            "recommended: cannot tell: give --expected PERCENT, what the unsteered run is expected to reach, or plan a "
-            "longer run, whose probe is longer"
         )
+        console.print("\n".join(_gain_lines(advice)))
     if options.out is not None:
-        rows = [{**each._asdict(), "how": each.how._asdict()} for each in found]
-        write_json(
-            options.out,
-            {
-                "references": {name: own._asdict() for name, own in known.items()},
-                "expected": twin,
-                "predictions": rows,
-                "recommended": None if level is None else str(advice),
-            },
-        )
+        predictions = () if advice is None else advice.predictions
+        found = {
+            "references": {name: own._asdict() for name, own in known.items()},
+            "expected": twin,
+            "predictions": [{**each._asdict(), "how": each.how._asdict()} for each in predictions],
+            "recommended": None if advice is None else str(advice),
+        }
+        write_json(options.out, found)
+    console.print(f"recommended: {_CANNOT_TELL if advice is None else advice}")
 
 
 def _known(options: Advise, ranks: Ranks) -> dict[str, Knowledge]:
@@ -367,23 +366,32 @@ def _probed(options: Advise, fitted: Fitted, ranks: Ranks) -> float | None:
     return level
 
 
-def _table_of_knowledge(known: Mapping[str, Knowledge]) -> Table:
-    table = Table("reference", "pairs", f"told apart of {BATCH}, %", "unrecognized, %", "equal captions, %")
+def _knowledge_lines(known: Mapping[str, Knowledge]) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("reference", "pairs", f"told apart of {BATCH}, %", "unrecognized, %", "equal captions, %")
+    ]
     for name, own in known.items():
         shares = (own.accuracy, own.unrecognized, own.duplicates)
-        table.add_row(printable(name), str(own.pairs), *(f"{100 * share:.1f}" for share in shares))
-    return table
+        rows.append((name, str(own.pairs), *(f"{100 * share:.1f}" for share in shares)))
+    return _aligned(rows)
 
 
-def _table_of_gains(advice: Advice) -> Table:
-    table = Table("reference", "c", "tau", "divergence", "select", "operations", "gain, points", "95 %")
+def _gain_lines(advice: Advice) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("reference", "c", "tau", "divergence", "select", "operations", "gain, points", "95 %")
+    ]
     for each in advice.predictions:
         how = each.how
         steered = (f"{how.coefficient:g}", f"{how.temperature:g}", how.divergence) if how.coefficient else ("", "", "")
         select = f"{how.select}, 1 in {how.candidates}" if how.selects else ""
         interval = f"{each.low:+.1f} to {each.high:+.1f}"
-        table.add_row(printable(each.reference), *steered, select, f"x {how.cost:.1f}", f"{each.points:+.1f}", interval)
-    return table
+        rows.append((each.reference, *steered, select, f"x {how.cost:.1f}", f"{each.points:+.1f}", interval))
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def catalog(options: MakeCatalog) -> None:

@@ -87,7 +87,7 @@ def read_fitted(path: Path = FITTED) -> Fitted:
     """Return what the advisor was fitted to."""
     stored = json.loads(path.read_text())
     return Fitted(
-        Advisor(stored["weights"], stored["half_widths"]),
+        Advisor(stored["weights"], stored["half_widths"], stored["most_unrecognized"], stored["least_level"]),
         [(pairs, level) for pairs, level in stored["curve"]],
         Scale(stored["intercept"], stored["slope"]),
         stored["select_level"],

@@ -314,7 +314,7 @@ def test_advice_is_a_table_and_a_recommendation(glyph_cache, tmp_path, capsys):
     assert main([*words, "--out", str(tmp_path / "advice.json")]) == 0
     *table, last = capsys.readouterr().out.strip().splitlines()
     assert last.startswith("recommended: reference_model, ")
-    assert any("chi-square" in line and "to" in line for line in table)
+    assert any("chi-square" in line and " to " in line for line in table)
     stored = json.loads((tmp_path / "advice.json").read_text())
     assert last == f"recommended: {stored['recommended']}"
     best = max(stored["predictions"], key=lambda each: each["points"])
