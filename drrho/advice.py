@@ -31,6 +31,7 @@ __all__ = [
     "knowledge",
     "log_odds",
     "told_apart",
+    "with_least_unrecognized",
 ]
 
 #: How many pairs are told apart from each other in all measures of this module.
@@ -163,6 +164,22 @@ def knowledge(image: Tensor, text: Tensor, *, seed: int = 0) -> Knowledge:
     told, below, equal = (torch.cat(each).double() for each in zip(*parts, strict=True))
     lower = (below < 0.5).double().mean().item()
     return Knowledge(count, told.mean().item(), min(1.0, 2 * lower), equal.mean().item())
+
+
+def with_least_unrecognized(references: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
+    """Return what references know of the same pairs, with the least of their unrecognized shares for all.
+
+    A caption that one of them recognizes is right: what others do not recognize beyond it is what they do not know.
+
+    Examples
+    --------
+    >>> from drrho.advice import Knowledge, with_least_unrecognized
+    >>> known = {"weak": Knowledge(4096, 0.05, 0.56, 0.0), "strong": Knowledge(4096, 0.3, 0.4, 0.0)}
+    >>> with_least_unrecognized(known)["weak"]
+    Knowledge(pairs=4096, accuracy=0.05, unrecognized=0.4, duplicates=0.0)
+    """
+    least = min((own.unrecognized for own in references.values()), default=0.0)
+    return {name: own._replace(unrecognized=least) for name, own in references.items()}
 
 
 def extrapolated_level(
@@ -515,7 +532,7 @@ def _gain(twin: float, change: float) -> float:
 
 
 # How far a reference may be beyond those of the fit.
-_MORE_UNRECOGNIZED, _LESS_LEVEL = 0.1, 0.5
+_MORE_UNRECOGNIZED, _LESS_LEVEL = 0.1, 2.0
 _SPREAD = 0.15  # of gains in log odds that no predictor explains
 
 

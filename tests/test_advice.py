@@ -20,6 +20,7 @@ from drrho.advice import (
     log_odds,
     predictors,
     told_apart,
+    with_least_unrecognized,
 )
 
 MENU = [
@@ -179,6 +180,19 @@ def test_a_reference_that_knows_nothing_is_not_judged():
     assert not fitted.judges(ignorant)
     assert fitted.judges(finished[0].reference)
     assert fitted.advise({"a": ignorant}, MENU, twin=0.1, level=0.0).recommended is None
+
+
+def test_what_one_reference_recognizes_is_right_for_all():
+    image, text = features(4096, d=32)
+    wrong = torch.arange(1229)  # 30 %
+    text[wrong] = text[wrong.roll(1)]
+    weak = knowledge(normalize(image + torch.randn(4096, 32, generator=torch.Generator().manual_seed(3)), dim=1), text)
+    strong = knowledge(image, text)
+    assert weak.unrecognized > strong.unrecognized + 0.02
+    together = with_least_unrecognized({"weak": weak, "strong": strong})
+    assert together["weak"].unrecognized == together["strong"].unrecognized == strong.unrecognized
+    assert together["weak"].level < weak.level
+    assert with_least_unrecognized({}) == {}
 
 
 def test_a_selection_costs_its_candidates():

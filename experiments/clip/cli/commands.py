@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 import torch
 
-from drrho.advice import BATCH, Advice, Knowledge, extrapolated_level, knowledge
+from drrho.advice import BATCH, Advice, Knowledge, extrapolated_level, knowledge, with_least_unrecognized
 
 from ..catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
 from ..catalog.sources import parse_sources, with_columns
@@ -278,6 +278,7 @@ def advise(options: Advise) -> None:
     with joined_ranks(options.device, Execution().exchange_minutes) as ranks:
         known = _known(options, ranks)
         console.print("\n".join(_knowledge_lines(known)))
+        known = with_least_unrecognized(known)
         if options.expected is None:
             level = _probed(options, fitted, ranks)
             twin = None if level is None else fitted.scale.share(level)
