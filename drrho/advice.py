@@ -400,7 +400,7 @@ class Advice:
         best = self.recommended
         if best is None:
             return "do not steer"
-        return f"{best}{', an interval that holds no gain' if best.low <= 0 else ''}"
+        return f"{best}{', though the interval includes 0' if best.low <= 0 else ''}"
 
 
 @dataclass(frozen=True)

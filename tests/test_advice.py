@@ -165,8 +165,8 @@ def test_the_advice_is_the_largest_gain_or_none():
     assert [each.points for each in late.predictions] == sorted(
         (each.points for each in late.predictions), reverse=True
     )
-    assert "holds no gain" in str(Advice((Prediction("a", menu[0], 1.0, -1.0, 2.0),)))
-    assert "holds no gain" not in str(Advice((Prediction("a", menu[0], 1.0, 0.5, 2.0),)))
+    assert "includes 0" in str(Advice((Prediction("a", menu[0], 1.0, -1.0, 2.0),)))
+    assert "includes 0" not in str(Advice((Prediction("a", menu[0], 1.0, 0.5, 2.0),)))
     with pytest.raises(ValueError, match="twin must be a share"):
         advisor.advise({"a": known()}, menu, twin=14.8, level=0.0)
 

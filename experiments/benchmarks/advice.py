@@ -1,9 +1,9 @@
 """The advisor: fitted to the study's trainings, and held against those that were left out and against icons.
 
-``python -m experiments.benchmarks.advice`` reads the committed rows of the study and what `measure` has found of the
-references, and writes ``experiments/clip/reference/advice.json``, which `run.py advise` reads, and
-``results/advice.json`` and ``results/advice.md`` beside this file. ``--icons FILE`` adds rows of the study of icons,
-which are predicted and not fitted to.
+``python -m experiments.benchmarks.advice`` reads the committed rows of the study and what ``--measure`` has found of
+the references, and writes ``experiments/clip/reference/advice.json``, which `run.py advise` reads, and
+``results/advice.json`` and ``results/advice.md`` beside this file. The rows of the study of icons, where they are, are
+predicted and not fitted to; ``--icons FILE`` names others.
 
 ``--measure NAME=FOLDER --score PERCENT`` measures a reference on the first training pairs of the data that ``--data``,
 ``--captions``, ``--pixels`` and ``--swapped`` name, and keeps the figures, with its own validation top-1, in
@@ -51,10 +51,12 @@ from experiments.clip.study.cells import captions_label
 
 FOLDER = Path(__file__).parent / "results"
 STUDY = Path(__file__).parents[1] / "clip" / "study" / "results" / "study.csv"
+ICONS = STUDY.with_name("icons.csv")
 REFERENCES = FOLDER / "advice_references.json"
 PAIRS = 4096
 #: The reference of selections whose rows name none.
 SHIPPED = "shipped"
+_FEWEST_RANKED = 10  # trainings whose order says something
 FEWEST = 3  # interventions of a situation in which a choice is counted
 RESAMPLES = 1000
 _USUAL_SPREAD = 7e-4  # of the glyphs' scores, for rows without repetitions
@@ -213,11 +215,12 @@ def scales_of(references: Mapping[str, Any]) -> dict[str, Scale]:
 
 #: The verdict that is held against what was asked.
 FIRST = "glyphs, left out: reference and captions"
-_LIMITS = """What this does not show. The form of the predictors, and the power .6 of the unrecognized share, were chosen
-among a few by the left-out groups of this table. Three references and three kinds of captions are few, and selections
-were trained under the one that ships alone. At the budgets of the glyphs a probe of 2 % (55 steps at most) tells no
-more pairs apart than chance, so that the score of the unsteered run is given here; what a probe predicts has not been
-held against longer runs. The score of the reference that ships is that on the test split."""
+_LIMITS = """What this does not show. The predictors, and the power .6 of the unrecognized share, were chosen among a few
+by the left-out groups of this table. Three references and three kinds of captions are few, and selections were trained
+under the one that ships alone. At the budgets of the glyphs a probe of 2 % (55 steps at most) tells no more pairs apart
+than chance, so that the score of the unsteered run is given here; what a probe predicts has not been held against
+longer runs. The score of the reference that ships is that on the test split. No row of the icons took part in the fit
+or in its choice."""
 
 
 class Verdict(NamedTuple):
@@ -395,7 +398,9 @@ def page(record: Mapping[str, Any]) -> str:
             {
                 "trainings": name,
                 "n": verdict.cells,
-                "rank correlation (95 %)": f"{rank:.2f} ({low:.2f} to {high:.2f})",
+                "rank correlation (95 %)": f"{rank:.2f} ({low:.2f} to {high:.2f})"
+                if verdict.cells >= _FEWEST_RANKED
+                else "too few",
                 "regret, points: mean, largest": "{:.1f}, {:.1f} of {}".format(*verdict[2:5]),
                 "gain or loss rightly said": "{} of {}".format(*verdict.sign),
                 "losses foreseen": "{} of {}".format(*verdict.worse),
@@ -448,7 +453,7 @@ def measured(name: str, folder: Path, data: Data, captions: str, score: float) -
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, hold against what was left out, and write; or measure a reference."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--icons", type=Path, help="results of the study of icons, which are predicted")
+    parser.add_argument("--icons", type=Path, default=ICONS, help="results of the study of icons, predicted if there")
     parser.add_argument("--measure", metavar="NAME=FOLDER", help="a reference to measure instead")
     parser.add_argument("--score", type=float, help="its own validation top-1, in percent")
     parser.add_argument("--data", choices=("glyphs", "icons"), default="glyphs", help="what it is measured on")
@@ -469,9 +474,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     references = json.loads(REFERENCES.read_text())
     cells = cells_of(read_rows(STUDY), references)
-    icons = [] if given.icons is None else cells_of(read_rows(given.icons), references)
+    icons = cells_of(read_rows(given.icons), references) if given.icons.exists() else []
     advisor = Advisor.fitted([cell.finished for cell in cells])
-    made = provenance("python -m experiments.benchmarks.advice" + (f" --icons {given.icons}" if given.icons else ""))
+    made = provenance("python -m experiments.benchmarks.advice" + (" --icons FILE" if given.icons != ICONS else ""))
     gaps = [cell.finished.reference.level - cell.finished.level for cell in cells if cell.finished.how.selects]
     scale = scales_of(references)["clean"]
     fitted = {
@@ -491,6 +496,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "repeatable": repeatable(cells),
         "weights": fitted["weights"],
         "known": references["known"],
+        "icons": [
+            {**cell.situation._asdict(), **cell.finished.how._asdict(), "measured": round(cell.finished.gain, 2)}
+            | {"error": round(100 * cell.finished.error, 2), "predicted": [round(x, 2) for x in each[2:]]}
+            for cell, each in ((cell, predict(advisor, cell)) for cell in icons)
+        ],
         "trainings": [
             {**cell.situation._asdict(), **cell.finished.how._asdict(), "measured": round(cell.finished.gain, 2)}
             | {"error": round(100 * cell.finished.error, 2), "predicted": round(each.points, 2)}
