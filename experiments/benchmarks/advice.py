@@ -215,7 +215,7 @@ def scales_of(references: Mapping[str, Any]) -> dict[str, Scale]:
 
 #: The verdict that is held against what was asked.
 FIRST = "glyphs, left out: reference and captions"
-_LIMITS = """What this does not show. The predictors, and the power .6 of the unrecognized share, were chosen among a few
+_LIMITS = """What this does not show. The predictors, and the power .6 of the unrecognized share, were chosen among some
 by the left-out groups of this table. Three references and three kinds of captions are few, and selections were trained
 under the one that ships alone. At the budgets of the glyphs a probe of 2 % (55 steps at most) tells no more pairs apart
 than chance, so that the score of the unsteered run is given here; what a probe predicts has not been held against
