@@ -62,6 +62,11 @@ COMMANDS = {
         "cli.commands:cache_reference",
         on_many_ranks=True,
     ),
+    "advise": Command(
+        "Predict what each reference would gain over the unsteered run, and recommend one way to steer or none.",
+        "cli.options:Advise",
+        "cli.commands:advise",
+    ),
     "train": Command(
         "Train one model, from --preset NAME, or from --config FILE of an earlier run, and other options.",
         "cli.options:Train",

@@ -1,15 +1,19 @@
-"""The commands ``evaluate``, ``cache-reference``, ``catalog`` and ``export``: each carries out its options."""
+"""The commands `evaluate`, `cache-reference`, `advise`, `catalog` and `export`: each carries out its options."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import torch
+
+from drrho.advice import BATCH, Advice, Knowledge, extrapolated_level, knowledge, with_least_unrecognized
 
 from ..catalog.catalog import CAPTION_KEYS, IMAGE_KEYS, make_catalog
 from ..catalog.sources import parse_sources, with_columns
@@ -26,11 +30,21 @@ from ..models.clip import Clip, load_model
 from ..models.config import CONFIG_FILE
 from ..models.export import export_model
 from ..models.sources import register_models
+from ..reference.advice import (
+    MENU,
+    Fitted,
+    cached_sample,
+    read_fitted,
+    sample_features,
+    scale_by,
+)
+from ..reference.cache import open_features
 from ..training.checkpoint import MODEL, Checkpoint, Damaged, check_sound, chosen_checkpoint
-from ..training.options import SHIPPED_REFERENCE
+from ..training.options import SHIPPED_REFERENCE, Execution, Loss, Optimization
+from ..training.probe import run_probe
 from ..training.state import EMA
 from .building import build_target, say_notes
-from .options import CacheReference, Evaluate, Export, MakeCatalog
+from .options import Advise, CacheReference, Evaluate, Export, MakeCatalog, Shards, Train
 from .parser import as_settings, load_config
 from .presets import EMBEDDED
 from .sources import (
@@ -38,10 +52,16 @@ from .sources import (
     Validation,
     embedded_pairs,
     open_shared_catalog,
+    open_training_data,
     open_validation,
     reference_features,
 )
 from .terminal import console, progress_bar
+
+_CANNOT_TELL = (
+    "cannot tell: give --expected PERCENT, what the unsteered run is expected to reach, or plan a longer run, whose "
+    "probe is longer"
+)
 
 
 def evaluate(options: Evaluate) -> None:
@@ -250,6 +270,129 @@ def cache_reference(options: CacheReference) -> None:
             workers=usual_workers() if options.workers is None else options.workers,
             skip_limit=options.skip_limit,
         )
+
+
+def advise(options: Advise) -> None:
+    """Print what each reference knows and is predicted to gain, and which to use how, if any."""
+    fitted = read_fitted()
+    with joined_ranks(options.device, Execution().exchange_minutes) as ranks:
+        known = _known(options, ranks)
+        console.print("\n".join(_knowledge_lines(known)))
+        known = with_least_unrecognized(known)
+        if options.expected is None:
+            level = _probed(options, fitted, ranks)
+            twin = None if level is None else fitted.scale.share(level)
+        else:
+            twin = options.expected / 100
+            scores, levels = [each / 100 for each in options.reference_score], [own.level for own in known.values()]
+            level = (scale_by(scores, levels, fitted.scale.slope) if scores else fitted.scale).level(twin)
+    advice = None
+    if level is not None and twin is not None:
+        console.print(f"unsteered  expected to reach {100 * twin:.1f} %")
+        judged = {name: own for name, own in known.items() if fitted.advisor.judges(own)}
+        for name in known.keys() - judged.keys():
+            console.print(f"left out   {name} recognizes fewer pairs than any reference of which a gain is known")
+        advice = Advice.ranked(
+            fitted.advisor.predict(name, how, own, twin, level)
+            for name, own in judged.items()
+            for how in MENU
+            if how.cost <= options.most_cost and (not how.selects or own.level - level >= fitted.select_level)
+        )
+        console.print("\n".join(_gain_lines(advice)))
+    if options.out is not None:
+        predictions = () if advice is None else advice.predictions
+        found = {
+            "references": {name: own._asdict() for name, own in known.items()},
+            "expected": twin,
+            "predictions": [{**each._asdict(), "how": each.how._asdict()} for each in predictions],
+            "recommended": None if advice is None else str(advice),
+        }
+        write_json(options.out, found)
+    console.print(f"recommended: {_CANNOT_TELL if advice is None else advice}")
+
+
+def _known(options: Advise, ranks: Ranks) -> dict[str, Knowledge]:
+    """Return what each reference knows of the training pairs, by a name that tells it from the others."""
+    found: dict[str, Knowledge] = {}
+    pairs = None if options.catalog is None else open_shared_catalog(options.catalog, ranks)
+    for number, path in enumerate(options.reference or (SHIPPED_REFERENCE,)):
+        clip = load_model(path)
+        say_notes(clip)
+        clip.model.to(ranks.device)
+        if pairs is None:
+            features = cached_sample(
+                embedded_pairs(options.data.kind).cache_features(options.data, clip), options.pairs
+            )
+        elif options.reference_features:
+            cached = open_features(clip, pairs, options.reference_features[number], ranks)
+            features = cached_sample(cached, options.pairs)
+        else:
+            chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.pairs]
+            features = sample_features(clip, pairs, np.sort(chosen).tolist())
+        if len(features[0]) < BATCH:
+            raise UserError(f"{len(features[0])} training pairs can be used: a reference is judged on at least {BATCH}")
+        name = path.parent.name if path.name == "model" else path.name
+        found[str(path) if name in found else name] = knowledge(*features, seed=options.seed)
+    return found
+
+
+def _probed(options: Advise, fitted: Fitted, ranks: Ranks) -> float | None:
+    """Return the level that the unsteered run is predicted to reach; None, having said so, if the probe cannot tell."""
+    optimization = Optimization(epochs=options.epochs, batch_size=BATCH, lr=options.lr)
+    train = Train(
+        model=options.model,
+        data=options.data,
+        shards=Shards(catalog=options.catalog),
+        loss=Loss(method="openclip"),
+        optimization=optimization,
+        seed=options.seed,
+    )
+    clip = build_target(train)
+    clip.model.to(ranks.device)
+    pairs = open_training_data(train, clip, None, ranks)
+    budget, stream = options.epochs * pairs.samples, pairs.stream
+    steps = min(int(options.probe_share * budget / BATCH), stream.steps_per_epoch)
+    if steps < 1:
+        console.print(f"probe      {100 * options.probe_share:g} % of {budget} pairs is not a step of {BATCH}")
+        return None
+    with closing(stream), progress_bar("probing") as advance:
+        probe = run_probe(clip, stream.batches(0, 0), steps, optimization, advance)
+    console.print(
+        f"probe      {steps} steps: {probe.hits} of {probe.scored} new pairs are told apart from {BATCH - 1} others, "
+        f"{probe.scored / BATCH:.0f} by chance"
+    )
+    level = extrapolated_level(probe.hits, probe.scored, probe.seen, budget, fitted.curve)
+    if level is None:
+        console.print("probe      too short to tell what the unsteered run will reach")
+    return level
+
+
+def _knowledge_lines(known: Mapping[str, Knowledge]) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("reference", "pairs", f"told apart of {BATCH}, %", "unrecognized, %", "equal captions, %")
+    ]
+    for name, own in known.items():
+        shares = (own.accuracy, own.unrecognized, own.duplicates)
+        rows.append((name, str(own.pairs), *(f"{100 * share:.1f}" for share in shares)))
+    return _aligned(rows)
+
+
+def _gain_lines(advice: Advice) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("reference", "c", "tau", "divergence", "select", "operations", "gain, points", "95 %")
+    ]
+    for each in advice.predictions:
+        how = each.how
+        steered = (f"{how.coefficient:g}", f"{how.temperature:g}", how.divergence) if how.coefficient else ("", "", "")
+        select = f"{how.select}, 1 in {how.candidates}" if how.selects else ""
+        interval = f"{each.low:+.1f} to {each.high:+.1f}"
+        rows.append((each.reference, *steered, select, f"x {how.cost:.1f}", f"{each.points:+.1f}", interval))
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def catalog(options: MakeCatalog) -> None:

@@ -19,6 +19,7 @@ from ..ranges import (
     NotNegative,
     OnlyWith,
     Positive,
+    Range,
     Share,
     ShareOrZero,
     refuse_if_given,
@@ -56,6 +57,7 @@ _WITH_TASKS = OnlyWith("--tasks", lambda options: options.tasks)
 _WITH_VAL_DATA = OnlyWith("--val-data", lambda options: options.val_data is not None)
 _WITH_WANDB = OnlyWith("--log-to wandb", lambda options: "wandb" in options.logs)
 _OF_A_CATALOG = OnlyWith("--catalog", lambda options: options.catalog is not None)
+_PERCENT = Range("in (0, 100)", lambda value: 0 < value < 100)
 _OF_ICONS = OnlyWith("--data icons", lambda data: data.kind == "icons")
 
 
@@ -369,6 +371,65 @@ class CacheReference:
         if self.reference is None and (self.catalog is not None or self.data.kind != "glyphs"):
             where = "--catalog" if self.catalog is not None else f"--data {self.data.kind}"
             raise UserError(f"{where} needs --reference: the model whose features to store, like hf-hub:OWNER/NAME")
+
+
+@dataclass(frozen=True)
+class Advise:
+    """Predict, for each reference and way to use it, the gain over the unsteered run, and recommend one or none."""
+
+    reference: tuple[Path, ...] = ()
+    """Reference models: folders in open_clip's local-dir layout, or hf-hub:OWNER/NAME. The glyphs have one that ships
+    with them."""
+    model: str = "glyph-tiny"
+    """The model to train."""
+    data: Data = field(default_factory=Data)
+    catalog: Path | None = None
+    """Folder made by the command `catalog`, instead of the embedded pairs."""
+    reference_features: Annotated[tuple[Path, ...], _OF_A_CATALOG] = ()
+    """Folders made by the command `cache-reference --catalog`, one for each --reference in the same order; without
+    them the features of --pairs pairs are computed."""
+    pairs: Annotated[int, AtLeast(1024)] = 4096
+    """Training pairs on which the references are judged."""
+    epochs: Annotated[int, AtLeast(1)] = 5
+    """Passes over the training pairs of the run that is planned: its budget."""
+    lr: Annotated[float, Positive] = 1e-3
+    """Peak learning rate of that run."""
+    expected: Annotated[float | None, _PERCENT] = None
+    """What the unsteered run is expected to reach, in percent of the metric in which the gain is wanted, such as top-1.
+    By default a probe predicts it, as naming top-1 of the glyphs."""
+    reference_score: Annotated[
+        tuple[float, ...],
+        Range("percentages in (0, 100)", lambda value: all(0 < each < 100 for each in value)),
+        OnlyWith("--expected", lambda options: options.expected is not None),
+    ] = ()
+    """What the references reach in the same metric, in percent and in the same order: they tell what --expected means
+    for pairs like these."""
+    probe_share: Annotated[float, Range("in (0, 0.02]", lambda value: 0 < value <= 0.02)] = 0.02
+    """Share of the budget that the probe of the unsteered run takes."""
+    most_cost: Annotated[float, AtLeast(1)] = 3.0
+    """Largest number of operations relative to the unsteered run's: selecting one pair in five takes 2.7, as all
+    candidates are scored; 1 leaves selections out."""
+    seed: Annotated[int, NotNegative] = 0
+    """Seed of the pairs that are drawn and of the probe."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    out: Path | None = None
+    """File of the advice in JSON."""
+
+    def check_together(self) -> None:
+        """Refuse options that contradict each other, and data without a reference."""
+        if self.catalog is not None and self.data != Data():
+            raise UserError("--catalog takes the place of --data and its options: leave those out")
+        if not self.reference and (self.catalog is not None or self.data.kind != "glyphs"):
+            where = "--catalog" if self.catalog is not None else f"--data {self.data.kind}"
+            raise UserError(f"{where} needs --reference: one model or several, like hf-hub:OWNER/NAME")
+        count = max(1, len(self.reference))
+        for option, given in (
+            ("--reference-features", self.reference_features),
+            ("--reference-score", self.reference_score),
+        ):
+            if given and len(given) != count:
+                raise UserError(f"{option} has {len(given)} values for {count} of --reference: give one for each")
 
 
 @dataclass(frozen=True)

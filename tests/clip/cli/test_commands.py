@@ -297,3 +297,57 @@ def test_a_damaged_image_ends_it_and_keeps_what_is_done(data, tmp_path, capsys):
     assert evaluate("--tasks", data / "wds" / "classification", broken, "--out", out) == 2
     assert "b.png in" in capsys.readouterr().err
     assert list(results(out)) == ["classification"]
+
+
+def test_advice_needs_what_the_unsteered_run_reaches_where_the_probe_is_too_short(glyph_cache, tmp_path, capsys):
+    words = ["advise", "--model", "glyph-micro", "--cache", str(glyph_cache), "--epochs", "50"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "too short to tell" in out
+    assert out.strip().splitlines()[-1].startswith("recommended: cannot tell: give --expected PERCENT")
+    assert main([*words, "--epochs", "1"]) == 0
+    assert "2 % of 150 pairs is not a step of 128" in capsys.readouterr().out
+
+
+def test_advice_is_a_table_and_a_recommendation(glyph_cache, tmp_path, capsys):
+    words = ["advise", "--cache", str(glyph_cache), "--expected", "3"]
+    assert main([*words, "--out", str(tmp_path / "advice.json")]) == 0
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("recommended: reference_model, ")
+    assert any("chi-square" in line and " to " in line for line in table)
+    stored = json.loads((tmp_path / "advice.json").read_text())
+    assert last == f"recommended: {stored['recommended']}"
+    best = max(stored["predictions"], key=lambda each: each["points"])
+    assert best["how"]["select"] == "jest"  # 40 % of the captions are wrong
+    assert stored["references"]["reference_model"]["unrecognized"] == pytest.approx(0.4, abs=0.15)
+    assert main([*words, "--most-cost", "1"]) == 0
+    assert "jest" not in capsys.readouterr().out
+
+
+def test_advice_says_not_to_steer_by_a_reference_that_knows_nothing(tmp_path, capsys):
+    export_model(new_model("glyph-micro", 0), tmp_path / "untrained/model")
+    assert main(["catalog", "synthetic:1100:32", "--out", str(tmp_path / "c"), "--workers", "0"]) == 0
+    words = ["advise", "--catalog", str(tmp_path / "c"), "--reference", str(tmp_path / "untrained/model")]
+    assert main([*words, "--pairs", "1024", "--expected", "60", "--reference-score", "0.5"]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "recommended: do not steer"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--catalog", "c"], "--catalog needs --reference"),
+        (["--data", "icons"], "--data icons needs --reference"),
+        (
+            ["--reference", "a", "b", "--expected", "5", "--reference-score", "5"],
+            "--reference-score has 1 values for 2",
+        ),
+        (["--expected", "0.15", "--probe-share", "0.1"], "--probe-share must be in (0, 0.02], got 0.1"),
+        (["--reference-score", "5"], "it is for --expected"),
+        (["--reference", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_what_is_wrong_with_a_question_for_advice_is_one_line(words, message, capsys):
+    assert main(["advise", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
