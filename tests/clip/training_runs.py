@@ -117,6 +117,7 @@ SETTINGS = {
     "scent": (*FASTCLIP, "--log-step", "0.5"),
     "drrho": (),
     "drrho, adaptive": ("--coefficient", "adaptive"),
+    "drrho, scheduled": ("--coefficient", "scheduled"),
     "drrho and distillation": ("--distill", "0.5"),
     "openclip and distillation": ("--method", "openclip", "--distill", "1"),
     "drrho and distillation, each at its temperature": ("--distill", "0.5", "--distill-own-temperature"),

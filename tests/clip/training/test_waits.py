@@ -75,6 +75,7 @@ EXCHANGES = {
     "fastclip with chi-square": (1, 9),
     "drrho": (1, 9),
     "drrho, adaptive": (1, 11),
+    "drrho, scheduled": (1, 12),
     "drrho and distillation": (1, 16),
     "drrho beside itself": (1, 9),
     "drrho by the worst of two": (1, 11),
@@ -138,7 +139,7 @@ def spoiled(**steps):
     return method
 
 
-@pytest.mark.parametrize("name", ["drrho, adaptive", "fastclip v2", "openclip on jest"])
+@pytest.mark.parametrize("name", ["drrho, adaptive", "drrho, scheduled", "fastclip v2", "openclip on jest"])
 def test_numbers_that_come_late_are_the_same_numbers(name, pairs, features, reference, tmp_path):
     ends = []
     for lag in (0, 1, 4):
