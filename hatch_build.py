@@ -26,7 +26,9 @@ TRAINER = Path("experiments/clip")
 #: By what torch calls the processor's capability; "default" runs anywhere.
 LEVELS = {"default": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
+    # Hardly any processor of today has neither of the others: there, size counts.
     LEVELS |= {
+        "default": ["-Os"],
         "avx2": ["-mavx2", "-mfma"],
         "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
     }

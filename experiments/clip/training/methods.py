@@ -20,6 +20,7 @@ from drrho import KL, Divergence
 from drrho.coefficient import AdaptiveCoefficient, MovingCoefficient, ScheduledCoefficient
 from drrho.contrastive import contrastive_risk, info_nce, two_level_risk
 from drrho.distillation import distillation_loss
+from drrho.gist import guided_info_nce
 from drrho.mixture import separate_references
 from drrho.normalizer import NormalizerNetwork, Prediction
 from drrho.ranks import gathered_with_gradient
@@ -28,7 +29,6 @@ from drrho.running import RunningEstimates, RunningThresholds, cosine_gamma
 from drrho.temperature import GlobalTemperature, IndividualTemperatures
 
 from ..distributed import ONE_PROCESS, Ranks
-from .gist import guided_info_nce
 from .options import Loss, TemperatureSchedule
 
 Features = tuple[Tensor, Tensor]  # of images and texts, unit vectors ``[b, d]``

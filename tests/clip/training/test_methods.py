@@ -8,10 +8,11 @@ from open_clip.loss import SigLipLoss
 from training_runs import HEAD, contrastive
 
 from drrho import KL, penalized_risk
+from drrho.gist import guided_info_nce
 from drrho.routes import BatchIndex
 from experiments.clip.glyphs.dataset import read_samples
 from experiments.clip.models.clip import new_model
-from experiments.clip.training.methods import METHODS, Context, Distilled, Head, OpenCLIP, Outcome, SigLIP
+from experiments.clip.training.methods import GIST, METHODS, Context, Distilled, Head, OpenCLIP, Outcome, SigLIP
 from experiments.clip.training.options import Loss
 from experiments.clip.training.towers import choose_head, hold_scale
 
@@ -124,3 +125,18 @@ def test_only_what_the_loss_depends_on_learns(name):
     choose_head(model, method)
     assert model.logit_scale.requires_grad == (name in ("openclip", "siglip", "gist"))
     assert model.logit_bias.requires_grad == (name == "siglip")
+
+
+def test_gist_learns_the_models_temperature_and_logs_the_share_that_is_left_out():
+    own, guide = (
+        tuple(torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=generator, dtype=torch.float64), dim=-1))
+        for generator in (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    )
+    head = Head(torch.tensor(5.0, dtype=torch.float64, requires_grad=True))
+    loss = GIST().loss(own, BatchIndex.gathered(torch.arange(6)), head, 0, guide)
+    expected = guided_info_nce(own, guide, 0.2)
+    assert loss.value.item() == pytest.approx(expected.part.item(), rel=1e-12)
+    share = loss.log["negatives_left_out"]
+    assert share.finish(share.part.item()) == pytest.approx(expected.left_out.item() / 60)
+    loss.value.backward()
+    assert head.scale.grad is not None and head.scale.grad.item() != 0

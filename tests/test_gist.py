@@ -7,9 +7,7 @@ from processes import start_ranks
 from safetensors.torch import load_file, save_file
 
 from drrho.contrastive import info_nce
-from drrho.routes import BatchIndex
-from experiments.clip.training.gist import guided_info_nce
-from experiments.clip.training.methods import GIST, Head
+from drrho.gist import guided_info_nce
 
 
 def unit(*shape, seed=0):
@@ -43,16 +41,16 @@ def test_a_guide_that_finds_every_pair_closest_leaves_infonce():
     assert found.left_out.item() == 0
 
 
-def test_the_method_learns_the_models_temperature_and_logs_the_share_that_is_left_out():
-    own, guide = tuple(unit(2, 6, 4)), tuple(unit(2, 6, 4, seed=1))
-    head = Head(torch.tensor(5.0, dtype=torch.float64, requires_grad=True))
-    loss = GIST().loss(own, BatchIndex.gathered(torch.arange(6)), head, 0, guide)
-    value, left_out = by_loop(own, guide, 0.2)
-    assert loss.value.item() == pytest.approx(value, rel=1e-12)
-    share = loss.log["negatives_left_out"]
-    assert share.finish(share.part.item()) == pytest.approx(left_out / 60)
-    loss.value.backward()
-    assert head.scale.grad is not None and head.scale.grad.item() != 0
+def test_other_numbers_of_pairs_and_ranks_without_counts_are_refused(tmp_path):
+    own, guide = tuple(unit(2, 7, 8)), tuple(unit(2, 6, 8))
+    with pytest.raises(ValueError, match="own and reference must hold the same pairs, got 6, 7 rows"):
+        guided_info_nce(own, guide, 0.1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="counts must say how many rows each rank"):
+            guided_info_nce(own, own, 0.1, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 def on_rank(rank, folder):

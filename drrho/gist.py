@@ -11,6 +11,8 @@ from torch import Tensor
 
 from drrho.ranks import Group, first_row, gathered_together, gathered_with_gradient
 
+__all__ = ["guided_info_nce"]
+
 
 class Guided(NamedTuple):
     """A rank's parts of the loss and of the number of negatives that are left out: over ranks they add up to both."""
@@ -24,7 +26,7 @@ def guided_info_nce(
     reference: tuple[Tensor, Tensor],  # [b, e], [b, e]
     temperature: Tensor | float,
     *,
-    counts: Sequence[int],
+    counts: Sequence[int] | None = None,
     group: Group = None,
 ) -> Guided:
     """Return ``-log exp(s_ii / tau) / sum_{j: r_ij <= r_ii} exp(s_ij / tau)``, the mean over anchors and directions.
@@ -35,16 +37,40 @@ def guided_info_nce(
 
     Parameters
     ----------
-    own, reference
-        Unit features of images and texts, of the target and of the guide.
-    counts
-        The rows of each rank.
+    own, reference : (Tensor, Tensor)
+        Unit features ``[b, d]`` and ``[b, e]`` of images and texts, of the target and of the guide.
+    temperature : float or Tensor
+        tau, positive, in units of similarity.
+    counts : sequence of int, optional
+        The rows of each rank of ``group``; needed with one.
+
+    Raises
+    ------
+    ValueError
+        If target and guide have features of other numbers of pairs, or a group comes without counts.
 
     Notes
     -----
     Source: arXiv:2402.16829, equations 2 to 5, of which the similarities between anchor and candidate; those between
     two anchors, or two candidates, are left out, as CLIP's loss has none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drrho.gist import guided_info_nce
+    >>> image = text = torch.eye(4)
+    >>> guide = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    >>> found = guided_info_nce((image, text), (guide, guide), 0.1)
+    >>> int(found.left_out)  # of 24: no negative is closer than the pair itself
+    0
     """
+    rows = {len(part) for part in (*own, *reference)}
+    if len(rows) > 1:
+        raise ValueError(f"own and reference must hold the same pairs, got {', '.join(map(str, sorted(rows)))} rows")
+    if counts is None:
+        if group is not None:
+            raise ValueError("counts must say how many rows each rank of group has, got None")
+        counts = [len(own[0])]
     guides = gathered_together(reference, counts, group)
     parts = []
     for anchor, other in ((0, 1), (1, 0)):
