@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES
+from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES, STUDIES
 from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS
+from experiments.clip.study.results import Row
 from experiments.clip.study.settings import TWIN
-from paper_figures.study_results import NAMES, STEERED, NotMeasured, Results, values
+from paper_figures.study_results import NAMES, STEERED, NotMeasured, Results, Seeds, paired, values
 from paper_figures.style import BLUE, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, not_measured, panel, program
 
 TABLE = HERE.parent / RESULTS / "icons.csv"
 COLORS = dict(zip(MAIN, (ORANGE, VERMILION, BLUE, GREEN), strict=True))
 _NATURAL = {"captions": "natural"}
+PAGE_OF_ICONS = HERE.parent / "experiments" / "clip" / "icons" / "README.md"
+BEGIN, END = "<!-- study: written by paper_figures/icons.py -->", "<!-- end of study -->"
 
 
 def draw_methods(axes: Axes, results: Results) -> None:
@@ -62,6 +66,12 @@ def draw_budgets(axes: Axes, results: Results) -> None:
         not_measured(axes)
 
 
+def _own_score(results: Results, reference: str) -> float | None:
+    """Return what a reference itself has, if it is measured."""
+    rows = [row for row in results.study("icon-references") if row["setting"] == reference]
+    return 100 * float(rows[0]["test_top1"]) if rows else None
+
+
 def draw_references(axes: Axes, results: Results) -> None:
     """Draw the steered methods' accuracy against that of their reference, and the twin's as a line."""
     drawn = False
@@ -70,8 +80,7 @@ def draw_references(axes: Axes, results: Results) -> None:
         for reference in REFERENCES:
             study = "icon-headline" if reference == "icons-strong" else "icon-reference-quality"
             found = results.find(study, method=method, reference=reference, setting=f"passes={PASSES[0]}", **_NATURAL)
-            if found:
-                own = 100 * float(results.one("icon-references", setting=reference)["test_top1"])
+            if found and (own := _own_score(results, reference)) is not None:
                 points.append((own, interval(values(found))))
         if method == TWIN:
             if found := results.find("icon-headline", method=TWIN, **_NATURAL):
@@ -106,5 +115,59 @@ def draw(results: Results) -> Figure:
     return figure
 
 
+def table(results: Results) -> str:
+    """Return the accuracies as a Markdown table: a line for each method at each budget under each reference."""
+    columns = ("method", "reference", "pairs seen", "seeds", "naming top-1, %", "above the twin, points")
+    lines = [columns, ("---",) * len(columns)]
+    rows = {name: results.study(name) for name in STUDIES if "tuning" not in name}
+    for study, own in rows.items():
+        for labels in dict.fromkeys(map(_labels_of, own)):
+            trainings = {int(row["seed"]): row for row in own if _labels_of(row) == labels}
+            twin = {int(row["seed"]): row for each in rows.values() for row in each if _is_twin(row, labels)}
+            name = NAMES[labels.method] + (f", {labels.captions}" if labels.captions != "natural" else "")
+            name += f" ({labels.setting})" if study == "icon-references" else ""
+            seen = f"{float(trainings[min(trainings)]['samples_trained']):,.0f}"
+            found = interval(values(trainings))
+            spread = f" [{found.low:.2f}, {found.high:.2f}]" if len(trainings) > 1 else ""
+            gain = "" if labels.method == TWIN else _gain(trainings, twin)
+            lines.append((name, labels.reference, seen, str(len(trainings)), f"{found.mean:.2f}{spread}", gain))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class _Labels(NamedTuple):
+    method: str
+    reference: str
+    captions: str
+    setting: str
+
+
+def _labels_of(row: Row) -> _Labels:
+    return _Labels(*(row[key] for key in _Labels._fields))
+
+
+def _is_twin(row: Row, labels: _Labels) -> bool:
+    return _labels_of(row) == labels._replace(method=TWIN, reference="")
+
+
+def _gain(trainings: Seeds, twin: Seeds) -> str:
+    """Return the mean difference from the twin of the same seeds, with its interval, and the ratio of the means."""
+    ours, theirs = paired(trainings, twin)
+    if len(ours) < 2:
+        return ""
+    mean, low, high = interval(ours - theirs)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {ours.mean() / theirs.mean():.1f} times"
+
+
+def main() -> int:
+    """Draw the figure, and write the table into the page of the icons where it is committed."""
+    status = program("icons", draw, TABLE)
+    if status == 0:
+        text = PAGE_OF_ICONS.read_text()
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        PAGE_OF_ICONS.write_text(f"{before}{BEGIN}\n{table(Results(TABLE))}\n{END}{after}")
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(program("icons", draw, TABLE))
+    sys.exit(main())

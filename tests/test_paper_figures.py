@@ -12,7 +12,7 @@ import pytest
 
 from drrho.bounds import rho_scales
 from experiments.clip.study import icon_grid
-from experiments.clip.study.cells import TunedKey
+from experiments.clip.study.cells import TunedKey, captions_label
 from experiments.clip.study.grid import (
     BUDGETS,
     CAPTIONS,
@@ -479,7 +479,8 @@ def icon_table(path, names):
             cell = each.cell
             score = (0.02 if cell.train.loss.needs_reference else 0.01) * (1 + 0.01 * cell.train.seed)
             seen = 79_593 * cell.train.optimization.epochs
-            row = dict.fromkeys(FIELDS, "0") | {"study": each.study, "hash": each.hash, "captions": "natural"}
+            row = dict.fromkeys(FIELDS, "0") | {"study": each.study, "hash": each.hash}
+            row |= {"captions": captions_label(cell.train.data)}
             row |= {"method": cell.method, "reference": cell.reference, "seed": cell.train.seed}
             writer.writerow(row | {"setting": cell.setting, "test_top1": score, "samples_trained": seen})
     return Results(path)
@@ -495,6 +496,12 @@ def test_the_figure_of_icons_has_what_is_measured(tmp_path):
     full = icon_table(tmp_path / "icons.csv", [name for name in icon_grid.STUDIES if "tuning" not in name])
     drawn = style.styled(lambda: icons.draw(full))
     assert not [text for axes in drawn.axes for text in axes.texts]
+    lines = icons.table(full).splitlines()
+    (headline,) = [line for line in lines if line.startswith("| DRRho-CLIP | icons-strong | 159,186 |")]
+    assert headline.endswith("| 5 | 2.06 [2.02, 2.10] | +1.03 [+1.01, +1.05], 2.0 times |")
+    assert [line.count("|") for line in lines] == [7] * len(lines)
+    (noisy,) = [line for line in lines if line.startswith("| DRRho-CLIP, swapped-40 |")]
+    assert noisy.endswith("2.0 times |")
     (tmp_path / "icons.csv").unlink()
     with pytest.raises(NotMeasured, match="icon-headline"):
         icons.draw(Results(tmp_path / "icons.csv"))
