@@ -20,8 +20,6 @@ _TABLES: dict[DataName, str] = {"glyphs": "study.csv", "icons": "icons.csv"}
 class Study:
     """Run grids of trainings, one line of results for each; more processes, started alike, share the work."""
 
-    kind: Annotated[DataName, tyro.conf.arg(name="data")] = "glyphs"
-    """The pairs: characters of the shipped fonts, or icons, as in `prepare`."""
     results: Path | None = None
     """Table with a line for each finished training; beside it, NAME_curves.csv has one for each validation, and
     NAME_tuned.json the settings that tuning found best. By default study.csv, or icons.csv, in study/results."""
@@ -45,6 +43,8 @@ class Study:
         ),
     ] = None
     """Stop after so many, keeping the state of the training under way."""
+    kind: Annotated[DataName, tyro.conf.arg(name="data")] = "glyphs"
+    """The pairs: characters of the shipped fonts, or icons, as in `prepare`."""
 
     @property
     def table(self) -> Path:

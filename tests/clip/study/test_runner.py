@@ -86,13 +86,18 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture
-def small_grid():
+def grid():
+    """The grid, which a test may change: afterwards it is as before, order included."""
     kept = [(own, dict(own)) for own in (study_grid.STUDIES, study_grid.REFERENCES)]
-    small_study.install()
     yield
     for own, before in kept:
         own.clear()
         own.update(before)
+
+
+@pytest.fixture
+def small_grid(grid):
+    small_study.install()
 
 
 @pytest.mark.slow
@@ -180,7 +185,7 @@ def test_a_torn_line_is_mended(copied, finished, small_grid, capsys):
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_what_is_left_and_stale(copied, small_grid, monkeypatch, capsys):
+def test_a_dry_run_says_what_is_left_and_stale(copied, small_grid, capsys):
     lines = copied.results.read_text().splitlines(keepends=True)
     copied.results.write_text("".join(line for line in lines if not line.startswith("references")))
     assert copied.here("--dry-run") == 0
@@ -188,7 +193,7 @@ def test_a_dry_run_says_what_is_left_and_stale(copied, small_grid, monkeypatch, 
     assert re.search(r"references\W+1\W+0\W+1\W", shown)
     assert re.search(r"methods\W+4\W+4\W+0\W", shown)
     assert "stale" not in shown
-    monkeypatch.setitem(study_grid.STUDIES, "methods", lambda _: list(small_study.methods({}))[:2])
+    study_grid.STUDIES["methods"] = lambda _: list(small_study.methods({}))[:2]
     assert copied.here("--dry-run") == 0
     assert re.search(r"stale\W+2\W", capsys.readouterr().out)
     assert [row["seed"] for row in study_rows("methods", copied.results, {})] == ["0", "0"]
@@ -218,7 +223,7 @@ def test_a_repetition_may_differ_by_chance_alone():
     assert largest_difference(0.0, [0.0, 0.0], 100)[0] > 0
 
 
-def test_what_uses_a_tuned_setting_is_due_when_the_last_of_its_tuning_is_done(tmp_path, monkeypatch):
+def test_what_uses_a_tuned_setting_is_due_when_the_last_of_its_tuning_is_done(grid, tmp_path, monkeypatch):
     settings, score, order = SETTINGS["openclip"][:2], {"lr=0.0005": 0.1, "lr=0.001": 0.2}, []
 
     def tuning(_):
@@ -237,10 +242,8 @@ def test_what_uses_a_tuned_setting_is_due_when_the_last_of_its_tuning_is_done(tm
         write_training(results, row, [])
 
     results = tmp_path / "study.csv"
-    for name in set(STUDIES) - {"tuning", "headline"}:
-        monkeypatch.delitem(STUDIES, name)
-    monkeypatch.setitem(STUDIES, "headline", headline)
-    monkeypatch.setitem(STUDIES, "tuning", tuning)
+    STUDIES.clear()
+    STUDIES.update({"tuning": tuning, "headline": headline})
     monkeypatch.setattr(runner._StudyRunner, "_run", train)
     with pytest.raises(UserError, match=r"--only headline uses tuned settings, of which .*study.csv has none yet: run"):
         runner.run(Study(results, tmp_path / "out", tmp_path, only=("headline",)))
@@ -250,8 +253,8 @@ def test_what_uses_a_tuned_setting_is_due_when_the_last_of_its_tuning_is_done(tm
     assert len(order) == 3
 
 
-def test_a_dry_run_writes_nothing_and_names_what_is_not_tuned(small_grid, monkeypatch, glyph_cache, tmp_path, capsys):
-    monkeypatch.setitem(STUDIES, "headline", lambda tuned: ())
+def test_a_dry_run_writes_nothing_and_names_what_is_not_tuned(small_grid, glyph_cache, tmp_path, capsys):
+    STUDIES["headline"] = lambda tuned: ()
     runner.run(Study(tmp_path / "study.csv", tmp_path / "out", glyph_cache, dry_run=True))
     assert "their settings are not tuned yet: headline" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
@@ -260,7 +263,7 @@ def test_a_dry_run_writes_nothing_and_names_what_is_not_tuned(small_grid, monkey
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--only", "nosuch"], "--only nosuch is no study: choose of tuning"),
+        (["--only", "nosuch"], "--only nosuch is no study of --data glyphs: choose of tuning"),
         (["--dry-run", "--check"], "--dry-run and --check are two things"),
         (["--seed", "1"], "--seed 1 has no part in this run: it is for --check"),
         (["--seconds", "0"], "--seconds must be positive, got 0"),
