@@ -14,8 +14,8 @@ from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS
 from experiments.clip.study.results import Row
 from experiments.clip.study.settings import TWIN
-from paper_figures.study_results import NAMES, STEERED, NotMeasured, Results, Seeds, paired, values
-from paper_figures.style import BLUE, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, not_measured, panel, program
+from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, Seeds, paired, values
+from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, panel, program
 
 TABLE = HERE.parent / RESULTS / "icons.csv"
 COLORS = dict(zip(MAIN, (ORANGE, VERMILION, BLUE, GREEN), strict=True))
@@ -24,8 +24,8 @@ PAGE_OF_ICONS = HERE.parent / "experiments" / "clip" / "icons" / "README.md"
 BEGIN, END = "<!-- study: written by paper_figures/icons.py -->", "<!-- end of study -->"
 
 
-def draw_methods(axes: Axes, results: Results) -> None:
-    """Draw every method's accuracy at the budget of the headline."""
+def draw_methods(axes: Axes, results: Results) -> bool:
+    """Draw every method's accuracy at the budget of the headline; raise `NotMeasured` if none is there."""
     rows = []
     for study, methods in (("icon-headline", MAIN), ("icon-headline-more", MORE)):
         for method in methods:
@@ -35,16 +35,17 @@ def draw_methods(axes: Axes, results: Results) -> None:
         raise NotMeasured("icon-headline", "three seeds of a method on icons")
     rows.sort(key=lambda row: row[1].mean)
     for place, (method, found) in enumerate(rows):
-        color = BLUE if method in STEERED else GRAY
+        color = GRAY if method in UNSTEERED else BLUE
         axes.errorbar(
             found.mean, place, xerr=[[found.mean - found.low], [found.high - found.mean]], fmt="o", color=color
         )
     axes.set_yticks(range(len(rows)), [NAMES[method] for method, _ in rows])
     axes.set(xlabel="naming top-1 of test icons, %", ylim=(-0.6, len(rows) - 0.4))
+    return True
 
 
-def draw_budgets(axes: Axes, results: Results) -> None:
-    """Draw the main methods' accuracy against the pairs seen."""
+def draw_budgets(axes: Axes, results: Results) -> bool:
+    """Draw the main methods' accuracy against the pairs seen, and return whether there are two budgets."""
     drawn = False
     for method in MAIN:
         points = []
@@ -59,11 +60,10 @@ def draw_budgets(axes: Axes, results: Results) -> None:
             seen, means = [each for each, _ in points], [each.mean for _, each in points]
             errors = [[each.mean - each.low for _, each in points], [each.high - each.mean for _, each in points]]
             axes.errorbar(seen, means, errors, fmt="o-", color=COLORS[method], capsize=2, label=NAMES[method])
+    axes.set(xscale="log", xlabel="pairs seen", ylabel="naming top-1, %")
     if drawn:
-        axes.set(xscale="log", xlabel="pairs seen", ylabel="naming top-1, %")
         axes.legend(loc="upper left")
-    else:
-        not_measured(axes)
+    return drawn
 
 
 def _own_score(results: Results, reference: str) -> float | None:
@@ -72,8 +72,8 @@ def _own_score(results: Results, reference: str) -> float | None:
     return 100 * float(rows[0]["test_top1"]) if rows else None
 
 
-def draw_references(axes: Axes, results: Results) -> None:
-    """Draw the steered methods' accuracy against that of their reference, and the twin's as a line."""
+def draw_references(axes: Axes, results: Results) -> bool:
+    """Draw the steered methods' accuracy against their reference's; return whether two references are there."""
     drawn = False
     for method in MAIN:
         points = []
@@ -98,18 +98,17 @@ def draw_references(axes: Axes, results: Results) -> None:
                 capsize=2,
                 label=NAMES[method],
             )
-    if drawn:
-        axes.set(xlabel="the reference's own top-1, %", ylabel="the target's, %")
-    else:
-        not_measured(axes)
+    axes.set(xlabel="the reference's own top-1, %", ylabel="the target's, %")
+    return drawn
 
 
 def draw(results: Results) -> Figure:
-    """Return the figure."""
-    figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
-    axes = figure.subplots(1, 3)
+    """Return the figure: a panel for each part that is measured."""
     parts = ((draw_methods, "methods"), (draw_budgets, "budgets"), (draw_references, "references"))
-    for letter, (part, title), one in zip("abc", parts, axes, strict=True):
+    measured = [part for part in parts if part[0](Figure().subplots(), results)]
+    figure = Figure(figsize=(PAGE if len(measured) > 1 else COLUMN, 2.5), layout="constrained")
+    axes = figure.subplots(1, len(measured), squeeze=False)[0]
+    for letter, (part, title), one in zip("abc", measured, axes, strict=False):
         part(one, results)
         panel(one, letter, title)
     return figure
