@@ -498,9 +498,15 @@ def _prepared(
 def _guides(
     reference: TensorPair | list[TensorPair] | None, count: int, group: Group, checks: Checks
 ) -> tuple[TensorPair | None, list[TensorPair]]:
-    """Return the reference, or the first of a list and all of them, which are checked with the other arguments."""
+    """Return the reference, or the first of a list and all of them, which are checked with the other arguments.
+
+    A list of two tensors is a pair like any other.
+    """
     if not isinstance(reference, list):
         return reference, []
+    features = [part for part in reference if isinstance(part, Tensor)]
+    if len(features) == len(reference) == 2:
+        return (features[0], features[1]), []
     if not reference:
         raise ValueError("reference must hold at least one pair of features, got an empty list: leave it out")
     found = [checked_reference(each, count, checks, alone=group is None) for each in reference]

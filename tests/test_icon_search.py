@@ -15,7 +15,7 @@ def test_it_is_drawn_from_prepared_icons(tmp_path, capsys):
     names = [f"thing-{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh"]
     body = '<circle cx="{size}" cy="9" r="3"/>'
     sets = {str(n): icon_set(names, author=str(n), body=body.replace("9", str(5 + n))) for n in range(9)}
-    prepare(Data(cache=tmp_path), 16, write_archive(tmp_path / "icons.tgz", sets))
+    prepare(Data(kind="icons", cache=tmp_path, pixels=16), write_archive(tmp_path / "icons.tgz", sets))
     words = ["--cache", str(tmp_path), "--pixels", "16", "--model", "glyphs", "--out", str(tmp_path)]
     assert main([*words, "--queries", "a circle", "a thing"]) == 0
     with Image.open(tmp_path / "icon_search.png") as picture:

@@ -118,7 +118,7 @@ def test_the_minimum_is_that_of_the_conic_program(kind, ball):
         other, _ = objective(conic.coefficients.reshape(3, k), np.atleast_1d(conic.intercept), *rest)
         assert best <= other + 1e-6 * size + 1e-11
         assert 0 <= fit.duality_gap <= 1e-6 * size + 1e-11
-        assert best - fit.duality_gap <= other + 1e-12 * size  # what the certificate says
+        assert best - fit.duality_gap <= other + 1e-12 * size + 1e-11  # what the certificate says, to rounding
         assert fit.weights.sum() == pytest.approx(1) and fit.weights.min() >= 0
 
 

@@ -177,3 +177,11 @@ def test_no_reference_in_a_list_or_one_of_other_pairs_is_refused():
     first, *_ = guides()
     with pytest.raises(ValueError, match=f"reference must hold {N} pairs like image and text, got 5"):
         contrastive_risk(image, text, 0.1, reference=[first, (first[0][:5], first[1][:5])])
+
+
+def test_a_list_of_two_tensors_is_one_pair():
+    image, text = unit(2, N, 6, seed=5)
+    guide, *_ = guides()
+    for options in ({}, {"divergence": ChiSquare()}):
+        steps = [contrastive_risk(image, text, 0.1, reference=reference, **options) for reference in (guide, [*guide])]
+        assert torch.equal(steps[0].value, steps[1].value)
