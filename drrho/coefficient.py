@@ -26,8 +26,8 @@ class MovingCoefficient:
         Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
     """
 
-    #: How many moving averages there are.
-    _COUNT = 2
+    #: How many moving averages there are, and what they are.
+    _COUNT, _NAMES = 2, ""
 
     def __init__(self, rate: float = 0.1) -> None:
         if not 0 < rate <= 1:
@@ -45,7 +45,35 @@ class MovingCoefficient:
         group: Group = None,
         counts: Sequence[int] | None = None,
     ) -> float | Tensor:
-        """Update the moving averages with a batch and return c, to be passed as ``coefficient``."""
+        """Update the moving averages with a batch and return c, to be passed as ``coefficient``.
+
+        In a block of `drrho.validation.deferred_checks` c is a tensor, NaN if the features are not finite, and no value
+        is read.
+
+        Parameters
+        ----------
+        image, text : Tensor ``[b, d]``
+            Unit-norm features of the target.
+        reference : (Tensor, Tensor)
+            Unit-norm features ``[b, d_ref]`` of the reference.
+        group : torch.distributed.ProcessGroup, optional
+            Ranks over which the batch is spread; each passes its own pairs, and all get the same c.
+        counts : sequence of int, optional
+            Rows of each rank, which are asked for where they are needed and not given.
+
+        Raises
+        ------
+        ValueError
+            For fewer than two pairs over all ranks, or features that are not finite; the estimate does not change.
+        """
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
+            own = image.to(dtype), text.to(dtype)
+            theirs = reference[0].to(dtype), reference[1].to(dtype)
+            return self._moved(self._measured(own, theirs, group, counts))
+
+    def _measured(self, own: Features, theirs: Features, group: Group, counts: Sequence[int] | None) -> Tensor:
+        """Return what a batch has of the averages."""
         raise NotImplementedError
 
     @property
@@ -57,13 +85,13 @@ class MovingCoefficient:
         """Return the coefficient of the averages, in [0, 1]."""
         raise NotImplementedError
 
-    def _moved(self, found: Tensor, what: str) -> float | Tensor:
+    def _moved(self, found: Tensor) -> float | Tensor:
         """Move the averages by what a batch has, and return the coefficient; NaN in deferred checks if not finite."""
         before = self.moments.to(found.device)
         finite = torch.isfinite(found).all()
         if not checks_are_deferred() and not bool(finite):
             values = ", ".join(map(str, found.tolist()))
-            raise ValueError(f"image, text and reference must be finite, but {what} are {values}")
+            raise ValueError(f"image, text and reference must be finite, but {self._NAMES} are {values}")
         moved = torch.where(torch.isnan(before), found, before + self._rate * (found - before))
         self.moments = torch.where(finite, moved, before)
         if not checks_are_deferred():
@@ -114,45 +142,11 @@ class AdaptiveCoefficient(MovingCoefficient):
     0.0
     """
 
-    def update(
-        self,
-        image: Tensor,
-        text: Tensor,
-        *,
-        reference: Features,
-        group: Group = None,
-        counts: Sequence[int] | None = None,
-    ) -> float | Tensor:
-        """Update the moving averages with a batch and return c, to be passed as ``coefficient``.
+    _NAMES = "covariance and variance"
 
-        In a block of `drrho.validation.deferred_checks` c is a tensor, NaN if the moments are not finite, and no value
-        is read.
-
-        No matrix of similarities is computed: sums of products of similarities are products of the features' Gram
-        matrices.
-
-        Parameters
-        ----------
-        image, text : Tensor ``[b, d]``
-            Unit-norm features of the target.
-        reference : (Tensor, Tensor)
-            Unit-norm features ``[b, d_ref]`` of the reference.
-        group : torch.distributed.ProcessGroup, optional
-            Ranks over which the batch is spread; each passes its own pairs, and all get the same c.
-        counts : sequence of int, optional
-            Rows of each rank; not needed here.
-
-        Raises
-        ------
-        ValueError
-            If the batch's moments are not finite; the estimate does not change.
-        """
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
-            own = image.to(dtype), text.to(dtype)
-            theirs = reference[0].to(dtype), reference[1].to(dtype)
-            found = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
-            return self._moved(found, "covariance and variance")
+    def _measured(self, own: Features, theirs: Features, group: Group, counts: Sequence[int] | None) -> Tensor:
+        """Return covariance and variance: sums of products of similarities are products of the Gram matrices."""
+        return covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
 
     def _of(self, moments: Tensor) -> Tensor:
         """Return c of covariance and variance: 0 before the first batch, and where there is no variance."""
@@ -203,7 +197,7 @@ class ScheduledCoefficient(MovingCoefficient):
     0.0
     """
 
-    _COUNT = 4
+    _COUNT, _NAMES = 4, "covariance, variance and the shares of target and reference"
 
     def __init__(self, rate: float = 0.1, largest: float = 0.5, anchors: int = 256) -> None:
         super().__init__(rate)
@@ -213,45 +207,12 @@ class ScheduledCoefficient(MovingCoefficient):
             raise ValueError(f"anchors must be at least 2, got {anchors}: a pair is compared with others")
         self._largest, self._anchors = largest, anchors
 
-    def update(
-        self,
-        image: Tensor,
-        text: Tensor,
-        *,
-        reference: Features,
-        group: Group = None,
-        counts: Sequence[int] | None = None,
-    ) -> float | Tensor:
-        """Update the moving averages with a batch and return c, to be passed as ``coefficient``.
-
-        In a block of `drrho.validation.deferred_checks` c is a tensor, NaN if the features are not finite, and no value
-        is read.
-
-        Parameters
-        ----------
-        image, text : Tensor ``[b, d]``
-            Unit-norm features of the target.
-        reference : (Tensor, Tensor)
-            Unit-norm features ``[b, d_ref]`` of the reference.
-        group : torch.distributed.ProcessGroup, optional
-            Ranks over which the batch is spread; each passes its own pairs, and all get the same c.
-        counts : sequence of int, optional
-            Rows of each rank, which are asked for if not given.
-
-        Raises
-        ------
-        ValueError
-            For fewer than two pairs over all ranks, or features that are not finite; the estimate does not change.
-        """
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            dtype = torch.promote_types(torch.promote_types(image.dtype, reference[0].dtype), torch.float32)
-            own = image.to(dtype), text.to(dtype)
-            theirs = reference[0].to(dtype), reference[1].to(dtype)
-            moments = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
-            rows = [part.double() for part in _first_rows([*own, *theirs], self._anchors, group, counts)]
-            shares = _shares(torch.stack([rows[0] @ rows[1].T, rows[2] @ rows[3].T]))
-            what = "covariance, variance and the shares of target and reference"
-            return self._moved(torch.cat([moments, shares]), what)
+    def _measured(self, own: Features, theirs: Features, group: Group, counts: Sequence[int] | None) -> Tensor:
+        """Return covariance, variance and the shares of target and reference."""
+        moments = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
+        rows = [part.double() for part in _first_rows([*own, *theirs], self._anchors, group, counts)]
+        shares = _shares(torch.stack([rows[0] @ rows[1].T, rows[2] @ rows[3].T]))
+        return torch.cat([moments, shares])
 
     def _of(self, moments: Tensor) -> Tensor:
         """Return c of the moments and the shares; 0 before the first batch."""
