@@ -12,18 +12,26 @@ from torch import Tensor
 from drrho.ranks import Group
 from drrho.validation import checks_are_deferred
 
-__all__ = ["AdaptiveCoefficient", "ScheduledCoefficient"]
+__all__ = ["AdaptiveCoefficient", "MovingCoefficient", "ScheduledCoefficient"]
 
 Features = tuple[Tensor, Tensor]  # of images and texts, ``[b, d]``
 
 
 class MovingCoefficient:
-    """What the estimated coefficients have in common: moving averages, of which each is a function.
+    """A coefficient c that is estimated during training, a function of moving averages over batches.
 
     Parameters
     ----------
     rate : float
         Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
+
+    Examples
+    --------
+    >>> from drrho.coefficient import AdaptiveCoefficient, MovingCoefficient, ScheduledCoefficient
+    >>> all(issubclass(each, MovingCoefficient) for each in (AdaptiveCoefficient, ScheduledCoefficient))
+    True
+    >>> ScheduledCoefficient().value  # before the first batch
+    0.0
     """
 
     #: How many moving averages there are, and what they are.
