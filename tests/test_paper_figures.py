@@ -458,7 +458,12 @@ def test_the_methods_of_figures_are_those_of_the_study():
 def test_a_coefficient_that_costs_points_is_said_to(study):
     gains = scheduled.gains(study)
     assert len(gains) == 2 * len(BUDGETS) * 3
-    assert all(found.gain.low > 0 and found.seeds == 3 for found in gains.values())
+    for (method, reference, epochs), found in gains.items():
+        own, twin = (
+            values(study.need("scheduled", method=each, reference=under, setting=f"epochs={epochs}"))
+            for each, under in ((method, reference), ("fastclip-v1", ""))
+        )
+        assert found.gain.mean == pytest.approx(np.mean(own[:3] - twin[:3])) and found.seeds == 3
     loses = scheduled.Gain(interval(np.array([-1.1, -0.9, -1.0])), 13.0, 3)
     assert claims._gain_in_words(loses) == "-1.00 points [-1.25, -0.75], 3 seeds, twin 13.0 %"
 
