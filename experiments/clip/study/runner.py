@@ -57,7 +57,7 @@ from .planning import (
     planned_trainings,
 )
 from .results import Row, curve_of, read_rows, row_of, write_training
-from .studies import REFERENCE_STUDIES, REFERENCES, STUDIES_OF, TUNING_STUDIES_OF
+from .studies import REFERENCE_STUDY_OF, REFERENCES, STUDIES_OF, TUNING_STUDIES_OF
 from .tuned import tuned_by_now, update_tuned
 
 _TIME_OVER = signal.SIGALRM
@@ -90,7 +90,7 @@ class _StudyRunner:
     def __init__(self, options: Study) -> None:
         self._results, self._out, self._cache = options.table, options.out, options.cache
         self._studies, self._pairs = STUDIES_OF[options.kind], embedded_pairs(options.kind)
-        self._names = options.only or tuple(self._studies)
+        self._names, self._kept = options.only or tuple(self._studies), REFERENCE_STUDY_OF[options.kind]
         self._plan(tuned_by_now(self._results))
         if not self._trainings:
             raise UserError(
@@ -198,7 +198,7 @@ class _StudyRunner:
         with claimed(self._claim(each.hash)) as mine:
             if not mine or each.hash in read_rows(self._results):
                 return False
-            if each.study in REFERENCE_STUDIES:
+            if each.study == self._kept:
                 self._run_reference(each, stop)
                 return True
             if not self._ensure_reference(each.cell, stop):
@@ -212,7 +212,7 @@ class _StudyRunner:
         """Train a training's reference unless it is there; return False if another process is training it."""
         if not cell.reference or (self._model(cell.reference) / CONFIG_FILE).is_file():
             return True
-        each = planned_training(REFERENCE_STUDIES[0], _reference_cell(cell.reference))
+        each = planned_training(self._kept, _reference_cell(cell.reference))
         with claimed(self._claim(each.hash)) as mine:
             if mine and not (self._model(cell.reference) / CONFIG_FILE).is_file():
                 self._run_reference(each, stop)

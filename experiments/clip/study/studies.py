@@ -15,8 +15,8 @@ Studies = MutableMapping[str, Callable[[Tuned], Iterable[Cell]]]
 STUDIES_OF: dict[DataName, Studies] = {"glyphs": grid.STUDIES, "icons": icon_grid.STUDIES}
 STUDIES: Studies = ChainMap(grid.STUDIES, icon_grid.STUDIES)
 REFERENCES: MutableMapping[str, Train] = ChainMap(grid.REFERENCES, icon_grid.REFERENCES)
-#: The studies whose models are kept.
-REFERENCE_STUDIES = ("references", "icon-references")
+#: The study of each whose models are kept.
+REFERENCE_STUDY_OF: dict[DataName, str] = {"glyphs": "references", "icons": "icon-references"}
 #: The studies that choose settings; they use no tuned setting themselves.
 TUNING_STUDIES_OF = {"glyphs": grid.TUNING_STUDIES, "icons": icon_grid.TUNING_STUDIES}
 

@@ -9,7 +9,7 @@ from experiments.clip.study import grid, icon_grid
 from experiments.clip.study.cells import TunedKey
 from experiments.clip.study.settings import SETTINGS
 from experiments.clip.study.studies import (
-    REFERENCE_STUDIES,
+    REFERENCE_STUDY_OF,
     REFERENCES,
     STUDIES,
     STUDIES_OF,
@@ -23,7 +23,7 @@ def test_no_name_is_that_of_two_studies_or_references():
     assert len(REFERENCES) == len(grid.REFERENCES) + len(icon_grid.REFERENCES)
     for kind, studies in STUDIES_OF.items():
         assert set(TUNING_STUDIES_OF[kind]) <= set(studies)
-        assert len(set(REFERENCE_STUDIES) & set(studies)) == 1
+        assert REFERENCE_STUDY_OF[kind] in studies
 
 
 def test_settings_are_those_of_the_tuning_study():
