@@ -19,7 +19,7 @@ def test_texts_are_shown_as_they_are_and_do_not_steer():
 
 
 def test_a_long_line_is_not_cut_in_a_file():
-    line = "validation " + "glyph-script acc1 0.1234, " * 30
+    line = "validation" + " glyph-script acc1 0.1234," * 30
     with console.capture() as shown:
         console.print(line)
     assert shown.get() == f"{line}\n"
