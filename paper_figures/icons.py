@@ -117,6 +117,7 @@ def draw(results: Results) -> Figure:
 def table(results: Results) -> str:
     """Return the accuracies as a Markdown table: a line for each method at each budget under each reference."""
     columns = ("method", "reference", "pairs seen", "seeds", "naming top-1, %", "above the twin, points")
+    columns += ("above its reference, points",)
     lines = [columns, ("---",) * len(columns)]
     rows = {name: results.study(name) for name in STUDIES if "tuning" not in name}
     for study, own in rows.items():
@@ -129,7 +130,9 @@ def table(results: Results) -> str:
             found = interval(values(trainings))
             spread = f" [{found.low:.2f}, {found.high:.2f}]" if len(trainings) > 1 else ""
             gain = "" if labels.method == TWIN else _gain(trainings, twin)
-            lines.append((name, labels.reference, seen, str(len(trainings)), f"{found.mean:.2f}{spread}", gain))
+            score = _own_score(results, labels.reference)
+            above = "" if score is None or len(trainings) < 2 else _with_limits(*interval(values(trainings) - score))
+            lines.append((name, labels.reference, seen, str(len(trainings)), f"{found.mean:.2f}{spread}", gain, above))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -154,7 +157,11 @@ def _gain(trainings: Seeds, twin: Seeds) -> str:
     if len(ours) < 2:
         return ""
     mean, low, high = interval(ours - theirs)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {ours.mean() / theirs.mean():.1f} times"
+    return f"{_with_limits(mean, low, high)}, {ours.mean() / theirs.mean():.1f} times"
+
+
+def _with_limits(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def main() -> int:

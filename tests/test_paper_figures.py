@@ -503,10 +503,11 @@ def test_the_figure_of_icons_has_what_is_measured(tmp_path):
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["(a) methods", "(b) budgets", "(c) references"]
     lines = icons.table(full).splitlines()
     (headline,) = [line for line in lines if line.startswith("| DRRho-CLIP | icons-strong | 159,186 |")]
-    assert headline.endswith("| 5 | 2.06 [2.02, 2.10] | +1.03 [+1.01, +1.05], 2.0 times |")
-    assert [line.count("|") for line in lines] == [7] * len(lines)
+    gains = "+1.03 [+1.01, +1.05], 2.0 times | +1.06 [+1.02, +1.10] |"
+    assert headline.endswith(f"| 5 | 2.06 [2.02, 2.10] | {gains}")
+    assert [line.count("|") for line in lines] == [8] * len(lines)
     (noisy,) = [line for line in lines if line.startswith("| DRRho-CLIP, swapped-40 |")]
-    assert noisy.endswith("2.0 times |")
+    assert "2.0 times |" in noisy
     (tmp_path / "icons.csv").unlink()
     with pytest.raises(NotMeasured, match="icon-headline"):
         icons.draw(Results(tmp_path / "icons.csv"))
