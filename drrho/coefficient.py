@@ -116,11 +116,11 @@ class MovingCoefficient:
         Raises
         ------
         ValueError
-            If it does not hold as many ``moments``, all finite or all NaN.
+            If it does not hold as many ``moments``, finite or NaN.
         """
         moments, count = state.get("moments"), self._COUNT
-        if moments is None or moments.shape != (count,) or not (moments.isfinite().all() or moments.isnan().all()):
-            raise ValueError(f"state must hold moments, {count} numbers all finite or all NaN, got {moments}")
+        if moments is None or moments.shape != (count,) or moments.isinf().any():
+            raise ValueError(f"state must hold moments, {count} numbers, finite or NaN, got {moments}")
         self.moments = moments.to(self.moments)
 
 
@@ -164,32 +164,33 @@ class AdaptiveCoefficient(MovingCoefficient):
 class ScheduledCoefficient(MovingCoefficient):
     """Steer while the reference knows more than the target: a part of the coefficient of least variance, by how much.
 
-    Let ``s_ij`` and ``r_ij`` be the similarities of target and reference. Over the candidates of a batch, the true ones
-    are predicted by the softmax of maximum likelihood (stacking: Wolpert, 1992; Breiman, 1996)::
+    Let ``s_ij`` be a model's similarities of m held-out pairs. What the model knows of them, in nats, is how far the
+    softmax of maximum likelihood predicts the true candidates better than chance, in both directions::
 
-        max over (a, b) of sum_i log softmax_j(a s_ij + b r_ij)_i
+        K = log m + max over a of the mean over i of log softmax_j(a s_ij)_i
 
-    in both directions. With ``a_0`` the best a at b = 0, and ``b_0`` the best b at a = 0, the shares ``a / a_0`` and
-    ``b / b_0`` say how much of its own weight each keeps beside the other: 1 where the other adds nothing, 0 where it
-    adds nothing itself. The reference's lead is ``b / b_0 - a / a_0``, and the coefficient ``largest`` times that of
-    `AdaptiveCoefficient`, times twice the lead, clipped to [0, 1], all of moving averages. It starts at 0, where an
-    untrained target would follow nothing but the reference, rises as they agree, falls once the lead is less than a
-    half, and is 0 from where both know as much: the run goes on as its unsteered twin, whatever its budget. A constant
-    coefficient cannot do so: it minimizes the risk where ``s = c r + tau log(density ratio)``, with c times the
-    reference's mistakes.
+    With ``K`` of the target and ``K_ref`` of the reference, the lead is ``1 - K / K_ref``: 1 before the target knows
+    anything, 0 where it knows as much. The coefficient is ``largest`` times that of `AdaptiveCoefficient`, times twice
+    the lead, clipped to [0, 1]. It starts at 0, where an untrained target would follow nothing but the reference, rises
+    as they agree, falls once the lead is less than a half, and is 0 from where both know as much: the run goes on as
+    its unsteered twin, whatever its budget. A constant coefficient cannot do so: it minimizes the risk where
+    ``s = c r + tau log(density ratio)``, with c times the reference's mistakes.
 
-    The lead is measured on the pairs of training. Where the reference knows other pairs, and helps the target with
-    those, c falls too early: on icons whose names it had never seen, a constant 1 steered well, and this not at all.
+    The lead is measured on held-out pairs, such as those of validation, because the pairs of training are those that a
+    target knows best: on icons, it soon told these apart better than a reference of other icons did, and yet that one
+    named held-out icons better until the end.
 
     Parameters
     ----------
     rate : float
-        Weight of a batch in the moving averages, in (0, 1]; the first batch has weight 1.
+        Weight of a batch in the moving averages of covariance and variance, in (0, 1]; the first has weight 1.
     largest : float
-        The coefficient of full agreement and full lead. In trials on glyphs, of one seed, half was better than all
-        under a weak and a strong reference.
-    anchors : int
-        How many pairs of a batch, its first, are compared with each other; at least 2.
+        The coefficient of full agreement and full lead, in (0, 1].
+
+    Raises
+    ------
+    ValueError
+        By `update`, if no held-out pairs were observed.
 
     Examples
     --------
@@ -199,33 +200,70 @@ class ScheduledCoefficient(MovingCoefficient):
     >>> truth, noise = torch.randn(2, 64, 16, generator=generator)
     >>> knowing = normalize(truth, dim=-1), normalize(truth + 0.3 * noise, dim=-1)
     >>> learning = knowing[0], normalize(truth + 2 * noise, dim=-1)
-    >>> ScheduledCoefficient().update(*learning, reference=knowing) > 0.1  # the reference knows more
+    >>> coefficient = ScheduledCoefficient()
+    >>> coefficient.observe(*learning, reference=knowing)  # held-out pairs, once in a while: the reference knows more
+    >>> coefficient.update(*learning, reference=knowing) > 0.1  # the batch of each step
     True
-    >>> ScheduledCoefficient().update(*knowing, reference=learning)  # the target does
+    >>> coefficient.observe(*knowing, reference=learning)  # now the target does
+    >>> coefficient.value
     0.0
     """
 
-    _COUNT, _NAMES = 4, "covariance, variance and the shares of target and reference"
+    _COUNT, _NAMES = 4, "covariance, variance and what target and reference know"
+    _has_observed = False
 
-    def __init__(self, rate: float = 0.1, largest: float = 0.5, anchors: int = 256) -> None:
+    def __init__(self, rate: float = 0.1, largest: float = 0.5) -> None:
         super().__init__(rate)
         if not 0 < largest <= 1:
             raise ValueError(f"largest must lie in (0, 1], got {largest}")
-        if anchors < 2:
-            raise ValueError(f"anchors must be at least 2, got {anchors}: a pair is compared with others")
-        self._largest, self._anchors = largest, anchors
+        self._largest = largest
+
+    def observe(self, image: Tensor, text: Tensor, *, reference: Features, group: Group = None) -> None:
+        """Measure on held-out pairs what target and reference know; over ranks it is the mean of what each finds.
+
+        Features that are not finite change nothing.
+
+        Parameters
+        ----------
+        image, text : Tensor ``[m, d]``
+            Unit-norm features of the target, of m >= 2 held-out pairs.
+        reference : (Tensor, Tensor)
+            Unit-norm features ``[m, d_ref]`` of the reference.
+        group : torch.distributed.ProcessGroup, optional
+            Ranks that all call this, with the same pairs or others.
+
+        Raises
+        ------
+        ValueError
+            For fewer than two pairs.
+        """
+        if len(image) < 2:
+            raise ValueError(f"image and text must hold at least 2 pairs, which are compared, got {len(image)}")
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            found = torch.stack([_knowledge(*(side.double() for side in each)) for each in ((image, text), reference)])
+            if group is not None:
+                dist.all_reduce(found, group=group)
+                found = found / dist.get_world_size(group)
+            before = self.moments.to(found.device)
+            self.moments = torch.cat([before[:2], torch.where(torch.isfinite(found).all(), found, before[2:])])
+            self._has_observed = True
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned, with what was observed."""
+        super().load_state_dict(state)
+        self._has_observed = not bool(self.moments[2:].isnan().any())
 
     def _measured(self, own: Features, theirs: Features, group: Group, counts: Sequence[int] | None) -> Tensor:
-        """Return covariance, variance and the shares of target and reference."""
+        """Return covariance and variance, and what was observed."""
+        if not self._has_observed:
+            raise ValueError("no held-out pairs were observed, which say who knows more: call observe() before")
         moments = covariances_within_anchors([(own, theirs), (theirs, theirs)], group).mean(1)
-        rows = [part.double() for part in _first_rows([*own, *theirs], self._anchors, group, counts)]
-        shares = _shares(torch.stack([rows[0] @ rows[1].T, rows[2] @ rows[3].T]))
-        return torch.cat([moments, shares])
+        return torch.cat([moments, self.moments[2:].to(moments.device)])
 
     def _of(self, moments: Tensor) -> Tensor:
-        """Return c of the moments and the shares; 0 before the first batch."""
+        """Return c of the moments and of what both know; 0 before either is there."""
         target, reference = moments[2:].unbind()
-        lead = torch.where(torch.isnan(reference), 0.0, reference - target)
+        lead = torch.where(reference > _LEAST_KNOWLEDGE, 1 - target / reference, 0.0)
         return self._largest * _least_variance(moments[:2]) * (2 * lead).clamp(0, 1)
 
 
@@ -235,64 +273,33 @@ def _least_variance(moments: Tensor) -> Tensor:
     return torch.where(variance > 0, (covariance / variance).clamp(0, 1), 0.0)
 
 
-def _first_rows(parts: list[Tensor], most: int, group: Group, counts: Sequence[int] | None) -> list[Tensor]:
-    """Return the first rows of the batch of all ranks, at most so many, on every rank."""
-    own, rank = len(parts[0]), 0
-    if group is None:
-        return [part[:most] for part in parts]
-    if counts is None:
-        sizes: list[int] = [0] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, own, group=group)
-        counts = sizes
-    rank = dist.get_rank(group)
-    first, rows = sum(counts[:rank]), min(most, sum(counts))
-    together = torch.cat(parts, 1)
-    # Ranks fill in their own rows; the others' are zero.
-    filled = together.new_zeros(rows, together.shape[1])
-    filled[first : first + own] = together[: max(0, rows - first)]
-    dist.all_reduce(filled, group=group)
-    return list(filled.split([part.shape[1] for part in parts], 1))
-
-
 _STEPS = 10
-_LONGEST_STEP = 3.0  # of a weight, in units of the inverse spread of similarities
-_LEAST_WEIGHT = 0.1  # a weight in these units; of 512 anchors it is two standard errors
-_PRIOR = 1e-3  # precision of a weight in these units, for each anchor: where pairs are told apart without error
+_LONGEST_STEP = 3.0  # of the weight, in units of the inverse spread of similarities
+_PRIOR = 1e-3  # precision of the weight in these units, for each anchor: where pairs are told apart without error
+_LEAST_KNOWLEDGE = 0.01  # in nats; a reference that knows less cannot be told from one that knows nothing
 
 
-def _shares(similarities: Tensor) -> Tensor:
-    """Return the shares of target and reference, of their similarities ``[2, m, m]``."""
-    both = torch.cat([similarities, similarities.mT], 1)  # [2, 2 m, m]: anchors are images, then texts
+def _knowledge(image: Tensor, text: Tensor) -> Tensor:
+    """Return what features ``[m, d]`` know of their pairs, in nats: 0 where they tell nothing apart."""
+    similarities = image @ text.T
+    both = torch.cat([similarities, similarities.T])  # [2 m, m]: anchors are images, then texts
     centered = both - both.mean(-1, keepdim=True)
-    spread = centered.square().mean((1, 2)).sqrt()
-    scaled = torch.where(spread[:, None, None] > 0, centered / spread[:, None, None], 0.0)
-    beside = _softmax_weights(scaled)
-    alone = torch.cat([_softmax_weights(each[None]) for each in scaled])
-    # What a batch cannot tell from noise knows nothing: the ratio of its weights would be anything.
-    found = torch.where(alone > 0, beside / alone.clamp(min=_LEAST_WEIGHT), 0.0)
-    return torch.where(torch.isfinite(similarities).all(), found, torch.nan)
-
-
-def _softmax_weights(scores: Tensor) -> Tensor:
-    """Return the weights ``[k]`` of scores ``[k, 2 m, m]``, k <= 2, of maximum likelihood, by Newton's method."""
-    k, anchors, m = scores.shape
+    spread = centered.square().mean().sqrt()
+    scores = torch.where(spread > 0, centered / spread, 0.0)
+    anchors, m = scores.shape
     true = torch.arange(anchors, device=scores.device) % m
-    right = scores.gather(2, true.expand(k, anchors)[..., None]).sum((1, 2))
-    prior = _PRIOR * anchors
-    weights = scores.new_zeros(k)
-    for _ in range(_STEPS):
-        shares = torch.softmax(torch.einsum("k,kam->am", weights, scores), -1)
-        means = (shares * scores).sum(-1)  # [k, anchors]
-        slope = right - means.sum(1) - prior * weights
-        curvature = torch.einsum("am,kam,lam->kl", shares, scores, scores) - means @ means.T
-        curvature = curvature + prior * torch.eye(k, dtype=scores.dtype, device=scores.device)
-        if k == 1:
-            step = slope / curvature[0]
-        else:  # of 2 x 2, without a call that waits for the device
-            (p, q), (_, r) = curvature
-            step = torch.stack([r * slope[0] - q * slope[1], p * slope[1] - q * slope[0]]) / (p * r - q * q)
-        weights = weights + step.clamp(-_LONGEST_STEP, _LONGEST_STEP)
-    return weights
+    right = scores.gather(1, true[:, None]).sum()
+    weight = scores.new_zeros(())
+    for _ in range(_STEPS):  # Newton's
+        shares = torch.softmax(weight * scores, -1)
+        means = (shares * scores).sum(-1)
+        slope = right - means.sum() - _PRIOR * anchors * weight
+        curvature = (shares * scores.square()).sum() - means.square().sum() + _PRIOR * anchors
+        weight = weight + (slope / curvature).clamp(-_LONGEST_STEP, _LONGEST_STEP)
+    likelihood = (weight * right - torch.logsumexp(weight * scores, -1).sum()) / anchors
+    # A model whose similarities are turned around knows nothing that it could use.
+    known = torch.where(weight > 0, (likelihood + math.log(m)).clamp(min=0), 0.0)
+    return torch.where(torch.isfinite(similarities).all(), known, torch.nan)
 
 
 def within_anchors(a: Features, b: Features, group: Group = None) -> tuple[float, float]:

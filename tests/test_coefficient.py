@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from problems import features
 from processes import start_ranks
+from scipy.optimize import minimize_scalar
 from torch.nn.functional import normalize
 
 from drrho.coefficient import AdaptiveCoefficient, ScheduledCoefficient, covariances_within_anchors, within_anchors
@@ -151,78 +152,91 @@ def knowing(pairs, noise, seed=0, columns=8):
     return normalize(truth, dim=1), normalize(truth + noise * other, dim=1)
 
 
-def weights_by_search(scores):
-    """Weights of the softmax of maximum likelihood, by a minimizer that knows nothing of Newton's steps."""
-    weights = torch.zeros(len(scores), dtype=torch.float64, requires_grad=True)
-    true = torch.arange(scores.shape[1]) % scores.shape[2]
-    minimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+def knowledge_by_search(features):
+    """What features know of their pairs in nats, by a minimizer that knows nothing of Newton's steps."""
+    image, text = features
+    scores = torch.cat([image @ text.T, text @ image.T])
+    scores = scores - scores.mean(1, keepdim=True)
+    scores = scores / scores.square().mean().sqrt()
+    true = torch.arange(len(scores)) % len(image)
 
-    def loss():
-        minimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(torch.einsum("k,kam->am", weights, scores), true, reduction="sum")
-        value = value + 1e-3 / 2 * scores.shape[1] * weights.square().sum()
-        value.backward()
-        return value
+    def likelihood(weight):
+        return -torch.nn.functional.cross_entropy(weight * scores, true).item()
 
-    minimizer.step(loss)
-    return weights.detach()
+    found = minimize_scalar(lambda weight: 1e-3 / 2 * weight**2 - likelihood(weight), bounds=(0, 60), method="bounded")
+    return likelihood(found.x) + math.log(len(image))
+
+
+def scheduled(own, guide, held_out=None, **options):
+    """A coefficient that has observed pairs, of a batch by default, and then been updated with a batch."""
+    coefficient = ScheduledCoefficient(**options)
+    target, reference = held_out or (own, guide)
+    coefficient.observe(*target, reference=reference)
+    coefficient.update(*own, reference=guide)
+    return coefficient
 
 
 @pytest.mark.parametrize("noises", [(1.0, 0.4), (0.4, 1.0), (3.0, 0.2), (0.01, 0.3)])
 def test_the_scheduled_coefficient_is_that_of_its_definition(noises):
     own, guide = knowing(40, noises[0]), knowing(40, noises[1], seed=1)
-    scores = []
-    for image, text in (own, guide):
-        both = torch.cat([image @ text.T, text @ image.T])
-        both = both - both.mean(1, keepdim=True)
-        scores.append(both / both.square().mean().sqrt())
-    beside = weights_by_search(torch.stack(scores))
-    alone = torch.cat([weights_by_search(each[None]) for each in scores])
-    (target, reference), adaptive = (beside / alone).tolist(), AdaptiveCoefficient().update(*own, reference=guide)
-    expected = 0.7 * adaptive * min(max(2 * (reference - target), 0), 1)
-    found = ScheduledCoefficient(largest=0.7).update(*own, reference=guide)
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert (found > 0.01) == (noises[1] < noises[0])
+    lead = 1 - knowledge_by_search(own) / knowledge_by_search(guide)
+    adaptive = AdaptiveCoefficient().update(*own, reference=guide)
+    found = scheduled(own, guide, largest=0.7)
+    assert found.moments[2:].tolist() == pytest.approx([knowledge_by_search(own), knowledge_by_search(guide)], rel=1e-4)
+    assert found.value == pytest.approx(0.7 * adaptive * min(max(2 * lead, 0), 1), abs=1e-4)
+    assert (found.value > 0.01) == (noises[1] < noises[0])
 
 
-def test_the_scheduled_coefficient_falls_to_zero_as_the_target_passes_the_reference():
-    guide = knowing(64, 1.0, seed=1)
-    leads, values = [], []
+def test_the_scheduled_coefficient_falls_to_zero_as_the_target_passes_the_reference_on_held_out_pairs():
+    guide, batch = knowing(64, 1.0, seed=1), knowing(64, 0.2)
+    known, values = [], []
     for noise in (3.0, 2.0, 1.4, 1.0, 0.5):
-        coefficient = ScheduledCoefficient()
-        values.append(coefficient.update(*knowing(64, noise), reference=guide))
-        target, reference = coefficient.moments[2:].tolist()
-        leads.append(reference - target)
-    assert leads == sorted(leads, reverse=True)
-    assert leads[0] > 0.1 and leads[-1] < 0 and max(values) > 0.02 and values[-1] == 0
+        coefficient = scheduled(batch, guide, (knowing(64, noise), guide))
+        known.append(coefficient.moments[2].item())
+        values.append(coefficient.value)
+    assert known == sorted(known)  # whatever the target knows of the batch
+    assert values == sorted(values, reverse=True) and values[0] > 0.1 and values[-1] == 0
     assert ScheduledCoefficient().value == 0
 
 
 def test_the_scheduled_coefficient_of_what_tells_nothing_apart_is_zero():
     guide, constant = knowing(64, 0.5), torch.ones(64, 4, dtype=torch.float64) / 2
-    assert ScheduledCoefficient().update(*guide, reference=(constant, constant)) == 0
-    assert ScheduledCoefficient().update(*guide, reference=features(64, 8, 3)) < 0.02
-    assert ScheduledCoefficient().update(constant, constant, reference=guide) == 0  # nothing agrees with the reference
-    # Pairs that are told apart without error have weights all the same.
-    perfect = knowing(64, 0.0)
-    assert 0 <= ScheduledCoefficient().update(*perfect, reference=guide) < 1e-6
+    assert scheduled(guide, (constant, constant)).value == 0
+    assert scheduled(features(64, 8, 5), features(64, 8, 3)).value < 0.02
+    assert scheduled((constant, constant), guide).value == 0  # nothing agrees with the reference
+    turned = scheduled(constant_and(guide), (guide[0], -guide[1]))
+    assert turned.moments[3] == 0 and turned.value == 0  # it knows the pairs only by what they are not
+    # Pairs that are told apart without error have a likelihood all the same.
+    perfect = scheduled(knowing(64, 0.0), guide)
+    assert perfect.value == 0 and perfect.moments[2] == pytest.approx(math.log(64), abs=0.05)
 
 
-def test_the_scheduled_coefficient_compares_the_first_pairs_and_has_a_state():
+def constant_and(guide):
+    """Features that know a little of what the guide does."""
+    return guide[0], normalize(guide[1] + 5 * features(64, 8, 7)[1], dim=1)
+
+
+def test_a_scheduled_coefficient_has_a_state_and_asks_for_held_out_pairs():
     own, guide = knowing(64, 2.0), knowing(64, 0.5, seed=1)
-    first = ScheduledCoefficient(anchors=16)
-    first.update(*own, reference=guide)
-    alone = ScheduledCoefficient()
-    alone.update(own[0][:16], own[1][:16], reference=(guide[0][:16], guide[1][:16]))
-    assert torch.equal(first.moments[2:], alone.moments[2:])
-    again = ScheduledCoefficient(anchors=16)
+    with pytest.raises(ValueError, match=r"no held-out pairs were observed.*call observe\(\)"):
+        ScheduledCoefficient().update(*own, reference=guide)
+    first = scheduled(own, guide)
+    again = ScheduledCoefficient()
     again.load_state_dict(first.state_dict())
     assert again.value == first.value > 0
-    with pytest.raises(ValueError, match="moments, 4 numbers all finite or all NaN"):
+    observed = ScheduledCoefficient()
+    observed.observe(*own, reference=guide)
+    again.load_state_dict(observed.state_dict())  # before the first batch
+    again.update(*own, reference=guide)
+    assert again.value == first.value
+    with pytest.raises(ValueError, match="moments, 4 numbers, finite or NaN"):
         again.load_state_dict(AdaptiveCoefficient().state_dict())
-    for wrong, message in (({"anchors": 1}, "anchors must be at least 2"), ({"largest": 0.0}, "largest must lie in")):
-        with pytest.raises(ValueError, match=message):
-            ScheduledCoefficient(**wrong)
+    for wrong in (0.0, 1.1):
+        with pytest.raises(ValueError, match="largest must lie in"):
+            ScheduledCoefficient(largest=wrong)
+    with pytest.raises(ValueError, match="at least 2 pairs, which are compared, got 1"):
+        again.observe(own[0][:1], own[1][:1], reference=(guide[0][:1], guide[1][:1]))
+    again.observe(own[0] * math.nan, own[1], reference=guide)  # changes nothing
     with pytest.raises(ValueError, match="must be finite"):
         again.update(own[0] * math.nan, own[1], reference=guide)
     assert again.value == first.value
@@ -236,18 +250,11 @@ def _on_a_rank(rank, counts, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/start", rank=rank, world_size=len(counts))
     own, guide = knowing(40, 2.0), knowing(40, 0.5, seed=1)
     place = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    for given in (counts, None):
-        coefficient = ScheduledCoefficient(anchors=24)
-        coefficient.update(
-            own[0][place],
-            own[1][place],
-            reference=(guide[0][place], guide[1][place]),
-            group=dist.group.WORLD,
-            counts=given,
-        )
-        whole = ScheduledCoefficient(anchors=24)
-        whole.update(*own, reference=guide)
-        torch.testing.assert_close(coefficient.moments, whole.moments, rtol=1e-12, atol=1e-14)
+    coefficient = ScheduledCoefficient()
+    coefficient.observe(*own, reference=guide, group=dist.group.WORLD)
+    batch = own[0][place], own[1][place]
+    coefficient.update(*batch, reference=(guide[0][place], guide[1][place]), group=dist.group.WORLD)
+    torch.testing.assert_close(coefficient.moments, scheduled(own, guide).moments, rtol=1e-12, atol=1e-14)
     dist.destroy_process_group()
 
 

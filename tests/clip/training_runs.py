@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from experiments.clip.cli.building import build_method, build_selector
+from experiments.clip.data.batch import HeldOut
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.models.clip import new_model
@@ -54,6 +55,7 @@ def trainer_of(
     lag=None,
     logs=("jsonl",),
     self_reference=None,
+    held_out=None,
     **options,
 ):
     sigmoid = isinstance(method, SigLIP)
@@ -74,6 +76,7 @@ def trainer_of(
         optimization,
         reference=features,
         self_reference=self_reference,
+        held_out=held_out,
         selector=selector,
         ranks=ranks,
         execution=Execution(**options),
@@ -174,6 +177,13 @@ class Misled(CachedReference):
         return image, super().rows((index + 1) % len(self), view)[1]
 
 
+def shown(pairs, features, count=40):
+    """The first pairs as those that a method is shown, which would be held out."""
+    index = torch.arange(count)
+    batch = pairs.batch(index)
+    return HeldOut(batch.image, batch.text, features.features(features.rows(index), torch.device("cpu")))
+
+
 def built(name, pairs, features, reference, optimization=SHORT, ranks=ONE_PROCESS):
     """Return what `run` needs for these settings, anew; a step visits as many pairs as without selection."""
     options = parse(["train", *SETTINGS[name]])
@@ -185,6 +195,7 @@ def built(name, pairs, features, reference, optimization=SHORT, ranks=ONE_PROCES
         "method": build_method(options.loss, optimization.epochs, len(pairs), *guide, ranks)[0],
         "features": features if options.needs_reference else None,
         "self_reference": options.loss.self_reference,
+        "held_out": shown(pairs, features) if options.loss.coefficient == "scheduled" else None,
         "selector": build_selector(options, guide[0], ranks),
         "optimization": dataclasses.replace(optimization, batch_size=optimization.batch_size // scored),
     }

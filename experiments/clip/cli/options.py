@@ -227,6 +227,7 @@ class Train:
             refuse_if_given(self.shards, "reference_features", _WITH_REFERENCE)
             refuse_if_given(loss, "more_references", _WITH_REFERENCE)
         self._check_several_references()
+        self._check_scheduled()
         if loss.is_running and loss.temperature == "auto" and not self.needs_reference:
             raise UserError(
                 f"--temperature auto needs a reference, which {loss.method} has not: give a number like 0.1"
@@ -275,6 +276,20 @@ class Train:
                     f"--{option.replace('_', '-')} auto is that of another model, which --self-reference "
                     f"{loss.self_reference} has not: give a number like 0.1"
                 )
+
+    def _check_scheduled(self) -> None:
+        """Refuse a scheduled coefficient without held-out pairs, or of a reference that cannot be ahead on them."""
+        if self.loss.coefficient != "scheduled":
+            return
+        if self.loss.self_reference is not None:
+            raise UserError(
+                "--coefficient scheduled falls as the target overtakes another model, which --self-reference "
+                f"{self.loss.self_reference} has not: give a number or adaptive"
+            )
+        if self.source == "catalog" and self.shards.val_data is None:
+            raise UserError(
+                "--coefficient scheduled is measured on held-out pairs: give a catalog of some as --val-data"
+            )
 
     def _check_several_references(self) -> None:
         """Refuse features that are not one folder for each reference, and a combination that is not of the method."""

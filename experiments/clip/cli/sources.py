@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+import numpy as np
+import torch
 from PIL import Image
 from rich.table import Table
+from torch import Tensor
+
+from drrho.mixture import mixed_references
 
 from ..catalog.catalog import Catalog, check_shards, open_catalog
 from ..catalog.sources import parse_weights
-from ..data.batch import Reference, Stream
+from ..data.batch import HeldOut, Reference, Stream, Tensors
 from ..data.loader import Loader
-from ..data.reader import MAX_IMAGE_BYTES, Reader, Skip, decode, decode_image, first_pairs
+from ..data.reader import MAX_IMAGE_BYTES, Reader, Skip, decode, decode_image, first_pairs, pairs_at
 from ..distributed import ONE_PROCESS, Ranks
 from ..errors import PROGRAM, UserError
 from ..evaluation.encoding import Encoder
@@ -38,6 +43,7 @@ from .terminal import console, progress_bar
 #: What stands before the names of the scores of held-out pairs.
 HELD_OUT = "held_out"
 VALIDATION_BATCH = 64
+_HELD_OUT_PAIRS = 512  # that a scheduled coefficient is measured on
 
 
 class TrainingData(NamedTuple):
@@ -53,6 +59,10 @@ class TrainingData(NamedTuple):
         Scores the model as it stands.
     metrics : sequence of str
         The names of those scores.
+    reference : Reference, optional
+        Gives the reference's features of a batch.
+    held_out : HeldOut, optional
+        The pairs that a scheduled coefficient is measured on.
     """
 
     stream: Stream
@@ -61,6 +71,7 @@ class TrainingData(NamedTuple):
     validate: Callable[[], dict[str, float]]
     metrics: Sequence[str]
     reference: Reference | None = None
+    held_out: HeldOut | None = None
 
 
 class DataSource(Protocol):
@@ -218,7 +229,53 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
         tf32=not options.execution.full_float32,
     )
     validate = partial(validation.scores, encoder, shards.skip_limit)
-    return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside)
+    shown = None
+    if options.loss.coefficient == "scheduled":
+        assert beside is not None and reference is not None and validation.held_out is not None  # others are refused
+        shown = _held_out_of(validation.held_out, clip, models_of(beside, reference), ranks)
+    return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside, shown)
+
+
+def _held_out_of(catalog: Catalog, clip: Clip, references: Sequence[Clip], ranks: Ranks) -> HeldOut:
+    """Return pairs of a catalog of held-out ones, evenly spaced over it."""
+    pairs = ranks.run_on_all_or_fail(lambda: pairs_at(catalog, spaced(len(catalog))))
+    if len(pairs) < 2:
+        raise UserError(
+            f"--coefficient scheduled compares held-out pairs, of which {catalog.folder} has {len(pairs)} that can be "
+            "used: give more as --val-data"
+        )
+    images, captions = zip(*pairs, strict=True)
+
+    def prepared(model: Clip) -> Tensors:
+        preprocess: Callable[[Image.Image], Tensor] = model.in_bytes(model.preprocess)
+        return torch.stack(list(map(preprocess, images))), model.tokenize(list(captions))
+
+    return held_out_as_seen(clip, references, prepared, ranks)
+
+
+def spaced(count: int) -> list[int]:
+    """Return the numbers of the held-out pairs, of so many, that a scheduled coefficient is measured on."""
+    return np.linspace(0, count - 1, min(count, _HELD_OUT_PAIRS)).round().astype(int).tolist()
+
+
+def models_of(beside: Reference, reference: Clip) -> list[Clip]:
+    """Return the models of a run's reference, or of all where it has several."""
+    return beside.clips if isinstance(beside, SeveralReferences) else [reference]
+
+
+def held_out_as_seen(
+    clip: Clip, references: Sequence[Clip], prepared: Callable[[Clip], Tensors], ranks: Ranks
+) -> HeldOut:
+    """Return held-out pairs as the target takes them, with the features of its reference, or of several.
+
+    ``prepared`` returns images and tokens of these pairs for a model.
+    """
+    found = []
+    for each in references:
+        each.model.to(ranks.device)
+        found.append(each.features_in_parts(*prepared(each)))
+    image, text = prepared(clip)
+    return HeldOut(image, text, found[0] if len(found) == 1 else mixed_references(found))
 
 
 def _check_in_memory(order: Mapping[str, Any], beside: Reference | None) -> None:

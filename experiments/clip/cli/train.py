@@ -140,6 +140,7 @@ def train_model(
             stream,
             options.optimization,
             reference=data.reference,
+            held_out=data.held_out,
             self_reference=options.loss.self_reference,
             selector=build_selector(options, reference, ranks),
             ranks=ranks,

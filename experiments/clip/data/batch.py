@@ -59,6 +59,22 @@ class Batch(NamedTuple):
         return self._replace(image=change(self.image), text=change(self.text), reference_inputs=inputs)
 
 
+class HeldOut(NamedTuple):
+    """Held-out pairs, by which a method measures how far the reference is ahead of the target.
+
+    Attributes
+    ----------
+    image, text : Tensor
+        As in `Batch`, prepared as for validation.
+    reference : (Tensor, Tensor)
+        The reference's unit features, image and text, as `Reference.features` returns them.
+    """
+
+    image: Tensor
+    text: Tensor
+    reference: Tensors
+
+
 class Stream(Protocol):
     """The batches of this rank, determined by seed, epoch and step alone."""
 

@@ -289,8 +289,12 @@ def decode(raw: RawSample, draw: int = 0) -> Pair | Skip:
 
 def first_pairs(catalog: Catalog, count: int) -> list[tuple[Image.Image, str]]:
     """Return image and caption of the first ``count`` samples, without those that cannot be used."""
-    reader = Reader(catalog)
-    found = [raw if isinstance(raw, Skip) else decode(raw) for raw in reader.read_many(range(min(count, len(catalog))))]
+    return pairs_at(catalog, range(min(count, len(catalog))))
+
+
+def pairs_at(catalog: Catalog, indices: Sequence[int]) -> list[tuple[Image.Image, str]]:
+    """Return image and caption of some samples, without those that cannot be used."""
+    found = [raw if isinstance(raw, Skip) else decode(raw) for raw in Reader(catalog).read_many(indices)]
     return [(pair.image, pair.caption) for pair in found if not isinstance(pair, Skip)]
 
 

@@ -9,12 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from ..catalog.catalog import CAPTION_KEYS, Catalog, make_catalog
 from ..cli.options import Data, Train
-from ..cli.sources import TrainingData, identity_of_others, reference_features, with_others
+from ..cli.sources import (
+    TrainingData,
+    held_out_as_seen,
+    identity_of_others,
+    models_of,
+    reference_features,
+    spaced,
+    with_others,
+)
 from ..cli.terminal import console, progress_bar
+from ..data.batch import Tensors
 from ..distributed import Ranks
 from ..errors import UserError, printable
 from ..io.files import locked
@@ -157,7 +167,17 @@ def open_drawn(
         clip.model.train()
         return dict(zip(METRICS, (naming.top1, naming.top5), strict=True))
 
-    return TrainingData(stream, samples, identity, validate, METRICS, features)
+    shown = None
+    if options.loss.coefficient == "scheduled":
+        assert reference is not None and features is not None  # options without one are refused
+        numbers = torch.tensor(spaced(len(held_out)))
+
+        def prepared(model: Clip) -> Tensors:
+            batch = load(manifest, "validation", model).batch(numbers)
+            return batch.image, batch.text
+
+        shown = held_out_as_seen(clip, models_of(features, reference), prepared, ranks)
+    return TrainingData(stream, samples, identity, validate, METRICS, features, shown)
 
 
 def share(options: Train, manifest: Manifest) -> int:

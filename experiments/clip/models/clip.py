@@ -31,6 +31,7 @@ from .sources import WEIGHTS_FILE, Source, check_model_folder, find_source, is_q
 from .tokenizers import folder_tokenizer, registered_tokenizer, text_tower_config
 from .weights import Weights, fill_from_big_vision, fill_model, is_big_vision, read_weights
 
+_PART = 64  # pairs that go through a model at a time, of many that are compared
 _SIGMOID_BIAS = -10.0
 # How many numbers more than its weights take bytes a model may have: buffers, and biases that are added.
 _MORE_NUMBERS = 2**24
@@ -117,6 +118,14 @@ class Clip:
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return unit features ``[b, d]`` of tokenized captions ``[b, length]``."""
         return self.model.encode_text(at_least_one(self.prepared_tokens(tokens)), normalize=True)[: len(tokens)]
+
+    @torch.no_grad()
+    def features_in_parts(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unit features ``[m, d]`` of images and of tokenized captions in float32, encoded a few at a time."""
+        with torch.compiler.set_stance("force_eager"):  # towers are compiled for the batches of training
+            image = torch.cat([self.encode_image(part) for part in images.split(_PART)])
+            text = torch.cat([self.encode_tokens(part) for part in tokens.split(_PART)])
+        return image.float(), text.float()
 
 
 def at_least_one(inputs: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from ..data.draws import Draws
 from ..models.clip import Clip
 from .margins import SPREAD_PAIRS, margin_spread
 
-_SPREAD_PART = 64  # pairs that go through the reference at a time
-
 
 class LiveReference:
     """Computes the reference's features: a `data.batch.Reference`.
@@ -76,14 +74,8 @@ class LiveReference:
         """Return `margin_spread` over the first ``pairs`` pairs, at most `SPREAD_PAIRS`, without augmentation."""
         return margin_spread(*self.first(min(pairs, SPREAD_PAIRS)))
 
-    @torch.no_grad()
     def first(self, count: int) -> Tensors:
         """Return the features of the first ``count`` pairs, without augmentation."""
         images, captions = zip(*self._first_pairs(count), strict=True)
-        parts = range(0, len(images), _SPREAD_PART)
-        prepare = self._clip.preprocess
-        prepared = (torch.stack([prepare(image) for image in images[k : k + _SPREAD_PART]]) for k in parts)
-        with torch.compiler.set_stance("force_eager"):  # towers are compiled for the batches of training
-            image = torch.cat([self._clip.encode_image(part) for part in prepared])
-            text = torch.cat([self._clip.encode_text(captions[k : k + _SPREAD_PART]) for k in parts])
-        return image, text
+        prepared = torch.stack([self._clip.preprocess(image) for image in images])
+        return self._clip.features_in_parts(prepared, self._clip.tokenize(list(captions)))

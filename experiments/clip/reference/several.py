@@ -39,6 +39,8 @@ class SeveralReferences:
 
     Attributes
     ----------
+    clips : list of Clip
+        The references' models.
     widths : tuple of int
         Of each reference's features.
     fingerprints : list of str
@@ -70,7 +72,7 @@ class SeveralReferences:
         self._parts, self._combine = list(parts), combine
         # The one whose views the target is shown.
         self._leads = next((part for part in parts if isinstance(part, CachedReference)), parts[0])
-        self.fingerprints = [clip.fingerprint for clip in clips]
+        self.clips, self.fingerprints = list(clips), [clip.fingerprint for clip in clips]
         self.scales = [clip.model.logit_scale.exp().item() for clip in clips]
         empty = [part.features(part.empty_inputs(), clip.device) for part, clip in zip(parts, clips, strict=True)]
         self.widths = tuple(image.shape[1] for image, _ in empty)

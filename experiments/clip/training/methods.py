@@ -115,6 +115,10 @@ class Method(Protocol):
         """Return the loss of the target's features of a batch's samples, given the reference's if there is one."""
         ...
 
+    def observe(self, own: Features, reference: Features) -> None:
+        """Receive features of held-out pairs, the same on all ranks: the target's as it stands, and the reference's."""
+        ...
+
     def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return the temperature and the bias of its logits as they stand, without a gradient."""
         ...
@@ -157,6 +161,9 @@ class _Stateless:
     """A method that learns nothing of its own: what is learned is the model's."""
 
     learns_bias = False
+
+    def observe(self, own: Features, reference: Features) -> None:
+        """Do nothing: nothing depends on held-out pairs."""
 
     def learned_temperature(self) -> None:
         """Return None: there is none of its own."""
@@ -393,6 +400,11 @@ class GlobalContrastive:
         learned = temperature if isinstance(temperature, Tensor | tuple) else None
         return MethodLoss(step.value, log, Pending(batch, learned, estimates, moments, prediction))
 
+    def observe(self, own: Features, reference: Features) -> None:
+        """Measure how far the reference is ahead, on which the scheduled coefficient depends."""
+        if isinstance(self._coefficient, ScheduledCoefficient):
+            self._coefficient.observe(*own, reference=reference, group=self._group)
+
     def _gamma(self, epoch: int) -> tuple[float, dict[str, Number]]:
         """Return the rate of the running estimates, and what to log of it."""
         if self._options.get("log_step") is not None:
@@ -609,6 +621,10 @@ class Distilled:
         distilled = distillation_loss(*own, tau, **others, group=self._group, counts=batch.counts)
         log = {**first.log, "distillation": distilled}
         return first._replace(value=first.value + self._weight * distilled, log=log)
+
+    def observe(self, own: Features, reference: Features) -> None:
+        """Let the other method see the held-out pairs."""
+        self._method.observe(own, reference)
 
     def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return what the other method returns."""

@@ -107,8 +107,8 @@ class Loss:
         Range("a finite number, adaptive or scheduled", lambda value: abs(value) < math.inf),
     ] = 1.0
     """How much of the reference's margins drrho subtracts. adaptive: the estimated coefficient of least variance.
-    scheduled: the same times by how much the reference knows more than the target, which ends at 0 where the target
-    overtakes it."""
+    scheduled: half of the same by how much more the reference knows of held-out pairs, which ends at 0 where the target
+    overtakes it; of a catalog these are of --val-data."""
     final_gamma: Annotated[float, Share, _WITHOUT_LOG_STEP] = 0.6
     """Rate of the running estimates in the last epoch; it decays from 1 by a cosine over the epochs."""
     gamma_epochs: Annotated[int | None, NotNegative, _WITHOUT_LOG_STEP] = None

@@ -85,6 +85,11 @@ class Mixed:
         log = {f"reference_weight/{k}": weight for k, weight in enumerate(weights.unbind())}
         return found._replace(log={**found.log, **log})
 
+    def observe(self, own: Features, reference: Features) -> None:
+        """Let the other method see the held-out pairs, with the mixture as it stands."""
+        guides = separate_references(reference, self._widths)
+        self._method.observe(own, mixed_references(guides, self._mixture.weights))
+
     def logits_at(self, head: Head) -> tuple[float | Tensor, float | Tensor]:
         """Return what the other method returns."""
         return self._method.logits_at(head)

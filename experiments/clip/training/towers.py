@@ -17,7 +17,7 @@ from drrho.accumulation import accumulate
 from drrho.routes import BatchIndex
 from drrho.selection import PairFeatures
 
-from ..data.batch import Batch
+from ..data.batch import Batch, HeldOut
 from ..distributed import Ranks
 from ..errors import UserError
 from ..models.clip import Clip
@@ -120,6 +120,15 @@ class Towers:
             encoded = [self._encode(chunk) for chunk in self._chunks(batch, samples, parts)]
         images, texts, *heads = zip(*encoded, strict=True)
         return torch.cat(images), torch.cat(texts), [numbers[-1] for numbers in heads]
+
+    def features_as_evaluated(self, held_out: HeldOut) -> Features:
+        """Return the features of held-out pairs in evaluation mode, in float32; every rank computes all of them."""
+        clip, learns = self._clip, self._clip.model.training
+        clip.model.eval()
+        with self.autocast():
+            found = clip.features_in_parts(held_out.image, held_out.text)
+        clip.model.train(learns)
+        return found
 
     def pairs(self, method: Method, batch: Batch, samples: BatchIndex, parts: int) -> tuple[PairFeatures, Tensor]:
         """Return the batch's features without a graph, as in training, and how the method compares them.

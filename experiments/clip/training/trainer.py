@@ -18,7 +18,7 @@ from torch import Tensor
 from drrho.routes import BatchIndex
 from drrho.validation import deferred_checks
 
-from ..data.batch import Batch, Reference, Stream
+from ..data.batch import Batch, HeldOut, Reference, Stream
 from ..distributed import Ranks
 from ..errors import Interrupted, UserError
 from ..io.files import append_line
@@ -61,6 +61,7 @@ from .towers import (
 
 # What ranks want after a step: nothing, a checkpoint, or one and an end for the signal of number wanted - _SAVE.
 _SAVE = 1
+_SHOWN_EVERY = 50  # steps between two looks at held-out pairs
 _FEATURES = "the features are not finite"
 # Pairs that a step trains on at least: one has no other to be compared with, and is skipped under this name.
 _FEWEST, _ALONE = 2, "alone in its batch"
@@ -82,6 +83,8 @@ class Trainer:
         Gives the reference's features of a batch.
     self_reference : float, optional
         Instead of one, the reference is the target's own moving average with this decay per step.
+    held_out : HeldOut, optional
+        Held-out pairs that the method is shown in every 50th step, as both models see them.
     selector : Selector, optional
         Chooses the pairs to train on among those of a step, by both models' features; it needs a reference. Without it
         a step trains on all.
@@ -127,6 +130,7 @@ class Trainer:
         *,
         reference: Reference | None = None,
         self_reference: float | None = None,
+        held_out: HeldOut | None = None,
         selector: Selector | None = None,
         ranks: Ranks,
         execution: Execution,
@@ -159,7 +163,7 @@ class Trainer:
             self_reference=None if own is None else own.average,
         )
         self._optimization, self._reference, self._selector = optimization, reference, selector
-        self._self_reference = own
+        self._self_reference, self._held_out = own, held_out
         self._ranks, self._seed, self._nonfinite_limit = ranks, seed, nonfinite_limit
         self._policy, self._settings, self._folder = policy, settings, folder
         self._validate, self._logs, self._log_every = validate, logs, log_every
@@ -287,6 +291,8 @@ class Trainer:
     def _train(self, batch: Batch, underway: Underway, reference: Features | None, epoch: int) -> None:
         """Compute the loss and its gradient, update what is learned from it, and send the step's numbers."""
         state, parts = self.state, self._optimization.accumulation
+        if self._held_out is not None and state.step % _SHOWN_EVERY == 0:
+            state.method.observe(self._towers.features_as_evaluated(self._held_out), self._held_out.reference)
         scale = self._ranks.count * state.scaler.scale
         loss, features = self._towers.backward(state.method, batch, underway.trained, reference, parts, epoch, scale)
         norm = self._gradient_norm()

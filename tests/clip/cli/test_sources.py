@@ -29,7 +29,7 @@ from experiments.clip.glyphs import source as glyph_source
 from experiments.clip.glyphs.stream import MemoryStream
 from experiments.clip.icons import pairs as icon_pairs
 from experiments.clip.models.clip import new_model
-from experiments.clip.reference.cache import cache_features
+from experiments.clip.reference.cache import cache_features, open_features
 from experiments.clip.run import parse
 from experiments.clip.training.options import SHIPPED_REFERENCE
 
@@ -64,6 +64,51 @@ def test_a_reference_beside_a_catalog_runs_or_is_cached(clip, reference, tmp_pat
         open_training_data(
             parse([*words, "--reference-features", str(tmp_path / "none")]), clip, reference, ONE_PROCESS
         )
+
+
+def test_a_scheduled_coefficient_is_shown_held_out_pairs(clip, reference, glyph_cache, tmp_path):
+    write_shards(tmp_path / "shards", [9, 11])
+    made = make_catalog(str(tmp_path / "shards" / "*.tar"), tmp_path / "held-out")
+    make_catalog("synthetic:20:32", tmp_path / "catalog")
+    words = ["train", "--batch-size", "5", "--coefficient", "scheduled", "--reference", str(SHIPPED_REFERENCE)]
+    of_catalog = [*words, *MODEL, "--catalog", str(tmp_path / "catalog")]
+    with pytest.raises(
+        UserError, match="scheduled is measured on held-out pairs: give a catalog of some as --val-data"
+    ):
+        parse(of_catalog)
+    of_catalog += ["--val-data", str(tmp_path / "held-out")]
+    data = open_training_data(parse(of_catalog), clip, reference, ONE_PROCESS)
+    data.stream.close()
+    cache_features(reference, made, tmp_path / "features")
+    cached = open_features(reference, made, tmp_path / "features")
+    for ours, theirs in zip(data.held_out.reference, cached.rows(torch.arange(20)), strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-3)  # the cache has half precision
+    assert data.held_out.image.dtype == torch.uint8 and len(data.held_out.image) == len(data.held_out.text) == 20
+    several = parse([*of_catalog, "--more-references", str(SHIPPED_REFERENCE)])
+    both = open_training_data(several, clip, reference, ONE_PROCESS)
+    both.stream.close()
+    for one, two in zip(data.held_out.reference, both.held_out.reference, strict=True):
+        torch.testing.assert_close(torch.cat([one, one], 1) / 2**0.5, two)
+    write_tar(tmp_path / "0.tar", [("a.png", image_bytes()), ("a.txt", b"a"), ("b.png", b""), ("b.txt", b"b")])
+    make_catalog(str(tmp_path / "0.tar"), tmp_path / "held-out")
+    with pytest.raises(UserError, match=r"compares held-out pairs, of which .*held-out has 1 that can be used"):
+        open_training_data(parse(of_catalog), clip, reference, ONE_PROCESS)
+    with pytest.raises(
+        UserError, match=r"another model, which --self-reference 0.9 has not: give a number or adaptive"
+    ):
+        parse(["train", "--coefficient", "scheduled", "--self-reference", "0.9", "--temperature", "0.1"])
+    glyphs = parse([*words, "--model", "glyph-micro", "--size", "small", "--cache", str(glyph_cache)])
+    shown = open_training_data(glyphs, reference, reference, ONE_PROCESS).held_out
+    assert 2 <= len(shown.image) == len(shown.text) == len(shown.reference[0]) <= 512
+    own = reference.features_in_parts(shown.image, shown.text)  # here it is the target too
+    for ours, theirs in zip(own, shown.reference, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert open_training_data(parse(glyphs_alone(glyph_cache)), clip, reference, ONE_PROCESS).held_out is None
+
+
+def glyphs_alone(cache):
+    """A run that no held-out pairs are shown to."""
+    return ["train", "--model", "glyph-micro", "--size", "small", "--cache", str(cache), "--batch-size", "5"]
 
 
 def test_small_pictures_stay_in_memory_where_they_are_local_and_have_one_view(clip, reference, tmp_path):

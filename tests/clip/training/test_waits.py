@@ -75,7 +75,7 @@ EXCHANGES = {
     "fastclip with chi-square": (1, 9),
     "drrho": (1, 9),
     "drrho, adaptive": (1, 11),
-    "drrho, scheduled": (1, 12),
+    "drrho, scheduled": (1, 11),
     "drrho and distillation": (1, 16),
     "drrho beside itself": (1, 9),
     "drrho by the worst of two": (1, 11),
