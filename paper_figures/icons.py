@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES, STUDIES
+from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES, RIVALS, STUDIES
 from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS
 from experiments.clip.study.results import Row
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- study: written by paper_figures/icons.py -->", "<!-- end of s
 def draw_methods(axes: Axes, results: Results) -> bool:
     """Draw every method's accuracy at the budget of the headline; raise `NotMeasured` if none is there."""
     rows = []
-    for study, methods in (("icon-headline", MAIN), ("icon-headline-more", MORE)):
+    for study, methods in (("icon-headline", MAIN), ("icon-headline-more", MORE), ("icon-rivals", RIVALS)):
         for method in methods:
             if found := results.find(study, method=method, **_NATURAL):
                 rows.append((method, interval(values(found))))
@@ -35,7 +35,7 @@ def draw_methods(axes: Axes, results: Results) -> bool:
         raise NotMeasured("icon-headline", "three seeds of a method on icons")
     rows.sort(key=lambda row: row[1].mean)
     for place, (method, found) in enumerate(rows):
-        color = GRAY if method in UNSTEERED else BLUE
+        color = GRAY if method in (*UNSTEERED, "neuclip") else BLUE
         axes.errorbar(
             found.mean, place, xerr=[[found.mean - found.low], [found.high - found.mean]], fmt="o", color=color
         )

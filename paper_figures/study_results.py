@@ -49,6 +49,11 @@ NAMES = {
     "drrho-cvar": "DRRho-CLIP, CVaR",
     "jest-drrho": "JEST + DRRho-CLIP",
     "two-level": "two-level DRRho",
+    "gist": "GIST",
+    "neuclip": "NeuCLIP",
+    "drrho-neuclip": "NeuCLIP, steered",
+    "drrho-self": "DRRho-CLIP, its own average as reference",
+    "aced": "ACED",
 }
 UNSTEERED = ("openclip", "siglip", "fastclip-v1", "fastclip-v3", "fastclip-chi-square")
 OURS = (

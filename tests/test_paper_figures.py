@@ -3,7 +3,7 @@
 import csv
 import runpy
 import sys
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import matplotlib.image
@@ -471,9 +471,9 @@ def test_a_coefficient_that_costs_points_is_said_to(study):
 def icon_table(path, names):
     """Write a table of the study on icons in which the steered methods have 2 %, the others 1 %."""
     keys = {
-        TunedKey("icon-tuning-more" if method in icon_grid.MORE else "icon-tuning", "natural", method, reference)
-        for method, settings in icon_grid.SETTINGS.items()
-        for reference in (icon_grid.STRONG if settings[0].loss.needs_reference else "",)
+        TunedKey(cells[0].study, "natural", cells[0].cell.method, cells[0].cell.reference)
+        for _, cells in groupby(planned_trainings(icon_grid.TUNING_STUDIES, {}), key=lambda each: each.cell.method)
+        for cells in (list(cells),)
     }
     tuned = {key: Winner(icon_grid.SETTINGS[key.method][0], "", 0.0) for key in keys}
     write_tuned(path, tuned)

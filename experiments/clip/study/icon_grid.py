@@ -14,7 +14,7 @@ from itertools import product
 
 from ..cli.options import Data, Train
 from ..cli.presets import of_embedded_pairs
-from ..training.options import CheckpointPolicy, Loss
+from ..training.options import CheckpointPolicy, Loss, Selection
 from .cells import Cell, Tuned, TunedKey, captions_label, reference_cell
 from .settings import DIVERGENCE, TWIN, Setting
 
@@ -41,19 +41,38 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "drrho-adaptive": _over(replace(_STEERED, coefficient="adaptive"), "temperature", (0.07, 0.14)),
     DIVERGENCE: _over(replace(_STEERED, divergence="chi-square"), "temperature", (0.025, 0.05)),
 }
+_NETWORK = {"normalizer": "network", "normalizer_steps": 5, "final_gamma": 0.1}
+# Newer methods: the reference's hard mask of negatives, normalizers that a network predicts, without and with steering,
+# the target's own average as its reference, and a selection of pairs with distillation.
+SETTINGS |= {
+    "gist": tuple(Setting(Loss(method="gist"), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    "neuclip": _over(Loss(method="fastclip", **_NETWORK), "temperature", (0.07, 0.14)),
+    "drrho-neuclip": _over(replace(_STEERED, **_NETWORK), "temperature", (0.07, 0.14)),
+    "drrho-self": _over(replace(_STEERED, temperature=0.14, self_reference=0.99), "coefficient", (0.25, 0.5)),
+    "aced": tuple(
+        each._replace(selection=Selection("jest", candidates=2))
+        for each in _over(Loss(method="openclip"), "distill", (0.5, 2.0))
+    ),
+}
 #: The steered method with the scheduled coefficient, at the settings of the twin.
 SCHEDULED = "drrho-scheduled"
 #: What is compared first, and at other budgets, under other references and noise.
 MAIN = (TWIN, "drrho", SCHEDULED, DIVERGENCE)
 MORE = ("openclip", "drrho-adaptive", "fastclip-chi-square")
+RIVALS = ("gist", "neuclip", "drrho-neuclip", "drrho-self", "aced")
+_TUNING_OF: dict[str, str] = dict.fromkeys(MORE, "icon-tuning-more") | dict.fromkeys(RIVALS, "icon-tuning-rivals")
 
 
 def _train(model: str, passes: int, setting: Setting, seed: int = 0, noise: float = 0.0) -> Train:
+    """Return a training of so many passes over all pairs, counted in backward passes."""
     return Train(
         model=model,
         data=replace(ICONS, swapped=noise),
         loss=setting.loss,
-        **of_embedded_pairs(epochs=passes, batch_size=BATCH, lr=setting.lr, warmup=50),
+        selection=setting.selection,
+        **of_embedded_pairs(
+            epochs=passes * setting.selection.scored_per_pair, batch_size=BATCH, lr=setting.lr, warmup=50
+        ),
         seed=seed,
         keeping=CheckpointPolicy(checkpoint_minutes=5.0),
         validations=min(4, passes),
@@ -78,25 +97,29 @@ def _cell(
 ) -> Iterator[Cell]:
     """Yield a training of a tuned method, once it is tuned."""
     of = TWIN if method == SCHEDULED else method
-    own = STRONG if SETTINGS[of][0].loss.needs_reference else ""
+    own = _reference_of(SETTINGS[of][0], STRONG)
     found = tuned.get(TunedKey(_tuning_of(of), captions_label(ICONS), of, own))
     if found is not None:
         if method == SCHEDULED:
             found = found._replace(loss=replace(found.loss, method="drrho", coefficient="scheduled"))
         train = _train("glyph-tiny", passes, found, seed, noise)
-        yield Cell(method, train, f"passes={passes}", reference if found.loss.needs_reference else "")
+        yield Cell(method, train, f"passes={passes}", _reference_of(found, reference))
 
 
 def _tuning_of(method: str) -> str:
-    return "icon-tuning-more" if method in MORE else "icon-tuning"
+    return _TUNING_OF.get(method, "icon-tuning")
+
+
+def _reference_of(setting: Setting, reference: str) -> str:
+    """Return the reference where a setting has a part for one."""
+    return reference if setting.loss.needs_reference or setting.selection.is_on else ""
 
 
 def _tuning(methods: Iterable[str]) -> Iterator[Cell]:
     """Yield settings at the smallest budget, one seed each."""
     for method in methods:
         for setting in SETTINGS[method]:
-            reference = STRONG if setting.loss.needs_reference else ""
-            yield Cell(method, _train("glyph-tiny", PASSES[0], setting), setting.name, reference)
+            yield Cell(method, _train("glyph-tiny", PASSES[0], setting), setting.name, _reference_of(setting, STRONG))
 
 
 def tuning(_: Tuned) -> Iterator[Cell]:
@@ -107,6 +130,11 @@ def tuning(_: Tuned) -> Iterator[Cell]:
 def tuning_more(_: Tuned) -> Iterator[Cell]:
     """Yield the settings of the other methods."""
     return _tuning(MORE)
+
+
+def tuning_rivals(_: Tuned) -> Iterator[Cell]:
+    """Yield the settings of the newer methods."""
+    return _tuning(RIVALS)
 
 
 def references(_: Tuned) -> Iterator[Cell]:
@@ -146,6 +174,12 @@ def noise(tuned: Tuned) -> Iterator[Cell]:
         yield from _cell(tuned, method, PASSES[0], seed, noise=share)
 
 
+def rivals(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the newer methods, tuned, beside the headline's."""
+    for seed, method in product(FEWER_SEEDS, RIVALS):
+        yield from _cell(tuned, method, PASSES[0], seed)
+
+
 #: In the order in which they run; a training in several is run once.
 STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "icon-tuning": tuning,
@@ -156,5 +190,7 @@ STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "icon-reference-quality": reference_quality,
     "icon-noise": noise,
     "icon-headline-more": headline_more,
+    "icon-tuning-rivals": tuning_rivals,
+    "icon-rivals": rivals,
 }
-TUNING_STUDIES = ("icon-tuning", "icon-tuning-more")
+TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals")
