@@ -60,7 +60,10 @@ SCHEDULED = "drrho-scheduled"
 MAIN = (TWIN, "drrho", SCHEDULED, DIVERGENCE)
 MORE = ("openclip", "drrho-adaptive", "fastclip-chi-square")
 RIVALS = ("gist", "neuclip", "drrho-neuclip", "drrho-self", "aced")
-_TUNING_OF: dict[str, str] = dict.fromkeys(MORE, "icon-tuning-more") | dict.fromkeys(RIVALS, "icon-tuning-rivals")
+_TUNING_OF: dict[str, str] = {
+    **{method: "icon-tuning-more" for method in MORE},
+    **{method: "icon-tuning-rivals" for method in RIVALS},
+}
 
 
 def _train(model: str, passes: int, setting: Setting, seed: int = 0, noise: float = 0.0) -> Train:
