@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES, RIVALS, STUDIES
+from experiments.clip.study.grid import NEAR
+from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES, RIVALS, STRONG, STUDIES
 from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS
 from experiments.clip.study.results import Row
-from experiments.clip.study.settings import TWIN
-from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, Seeds, paired, values
+from experiments.clip.study.settings import DIVERGENCE, TWIN
+from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, Seeds, headline_of, paired, values
 from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, panel, program
 
 TABLE = HERE.parent / RESULTS / "icons.csv"
@@ -50,9 +52,7 @@ def draw_budgets(axes: Axes, results: Results) -> bool:
     for method in MAIN:
         points = []
         for passes in PASSES:
-            study = "icon-headline" if passes == PASSES[0] else "icon-budgets"
-            found = results.find(study, method=method, setting=f"passes={passes}", **_NATURAL)
-            if found:
+            if found := _at(results, method, passes):
                 seen = float(next(iter(found.values()))["samples_trained"])
                 points.append((seen, interval(values(found))))
         if len(points) > 1:
@@ -136,6 +136,83 @@ def table(results: Results) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def claims(glyphs: Results, icons: Results) -> str:
+    """Return the main claims as a Markdown table with a column for each data set and budget."""
+    columns = [_Column("glyphs, clean captions", _on_glyphs(glyphs))]
+    for passes in PASSES:
+        if seen := _seen(icons, passes):
+            columns.append(_Column(f"icons, {seen:,.0f} pairs seen", _on_icons(icons, passes)))
+    lines = [("claim, points of naming top-1", *(each.title for each in columns)), ("---",) * (len(columns) + 1)]
+    lines += [(claim, *(each.cells[claim] for each in columns)) for claim in columns[0].cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class _Column(NamedTuple):
+    title: str
+    cells: dict[str, str]
+
+
+_STEERED = {"drrho": "DRRho-CLIP", DIVERGENCE: "DRRho-CLIP, chi-square,"}
+_WITHOUT = {TWIN: "its twin without reference, FastCLIP v1", "openclip": "OpenCLIP"}
+
+
+def _cells(find: Callable[[str], Seeds], above_reference: Callable[[str], str]) -> dict[str, str]:
+    """Return what is measured of each claim, given a method's trainings and what it has above its reference."""
+    found = {}
+    for method, name in _STEERED.items():
+        for other, words in _WITHOUT.items():
+            ours, theirs = paired(find(method), find(other))
+            measured = _with_limits(*interval(ours - theirs)) + f", {len(ours)} seeds" if len(ours) > 1 else _MISSING
+            found[f"{name} above {words}"] = measured
+        found[f"{name} above its reference"] = above_reference(method)
+    return found
+
+
+_MISSING = "not measured yet"
+
+
+def _on_glyphs(results: Results) -> dict[str, str]:
+    """Return the claims at the headline's budget, and the reference's where it is little weaker than the twin."""
+
+    def above(method: str) -> str:
+        found = results.find("weak-to-strong", method=method, captions="clean")
+        if not found:
+            return _MISSING
+        score = 100 * float(results.reference(NEAR["clean"])["test_top1"])
+        return f"{_with_limits(*interval(values(found) - score))}, {len(found)} seeds of 3 times as many pairs"
+
+    def find(method: str) -> Seeds:
+        return results.find(headline_of(method), method=method, captions="clean")
+
+    return _cells(find, above)
+
+
+def _on_icons(results: Results, passes: int) -> dict[str, str]:
+    def above(method: str) -> str:
+        found, score = find(method), _own_score(results, STRONG)
+        if not found or score is None:
+            return _MISSING
+        return f"{_with_limits(*interval(values(found) - score))}, {len(found)} seeds"
+
+    def find(method: str) -> Seeds:
+        return _at(results, method, passes)
+
+    return _cells(find, above)
+
+
+def _at(results: Results, method: str, passes: int) -> Seeds:
+    """Return a method's trainings at a budget, under the strong reference if it has one."""
+    more = "icon-headline-more" if method in MORE else "icon-headline"
+    study = more if passes == PASSES[0] else "icon-budgets"
+    return results.find(study, method=method, setting=f"passes={passes}", **_NATURAL)
+
+
+def _seen(results: Results, passes: int) -> float | None:
+    """Return how many pairs a budget is, where the twin is measured there."""
+    found = _at(results, TWIN, passes)
+    return float(next(iter(found.values()))["samples_trained"]) if found else None
+
+
 class _Labels(NamedTuple):
     method: str
     reference: str
@@ -171,7 +248,9 @@ def main() -> int:
         text = PAGE_OF_ICONS.read_text()
         before, _, rest = text.partition(BEGIN)
         _, _, after = rest.partition(END)
-        PAGE_OF_ICONS.write_text(f"{before}{BEGIN}\n{table(Results(TABLE))}\n{END}{after}")
+        icons = Results(TABLE)
+        both = f"{claims(Results(), icons)}\n\nAll that is measured on icons:\n\n{table(icons)}"
+        PAGE_OF_ICONS.write_text(f"{before}{BEGIN}\n{both}\n{END}{after}")
     return status
 
 

@@ -508,6 +508,12 @@ def test_the_figure_of_icons_has_what_is_measured(tmp_path):
     assert [line.count("|") for line in lines] == [8] * len(lines)
     (noisy,) = [line for line in lines if line.startswith("| DRRho-CLIP, swapped-40 |")]
     assert "2.0 times |" in noisy
+    head, _, *rows = icons.claims(Results(), full).splitlines()
+    assert head.endswith("| icons, 159,186 pairs seen | icons, 477,558 pairs seen | icons, 955,116 pairs seen |")
+    cells = {row.split(" | ")[0]: row.split(" | ")[2:] for row in rows}
+    assert cells["| DRRho-CLIP above its twin without reference, FastCLIP v1"][0] == "+1.03 [+1.01, +1.05], 5 seeds"
+    assert cells["| DRRho-CLIP above its reference"][0] == "+1.06 [+1.02, +1.10], 5 seeds"
+    assert cells["| DRRho-CLIP above OpenCLIP"][1:] == ["not measured yet", "not measured yet |"]
     (tmp_path / "icons.csv").unlink()
     with pytest.raises(NotMeasured, match="icon-headline"):
         icons.draw(Results(tmp_path / "icons.csv"))
