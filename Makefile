@@ -39,7 +39,7 @@ LOWEST := .venv-lowest
 
 test-lowest: $(LOWEST)/.ready
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 PYTHONPATH=. $(LOWEST)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile \
-	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests $(TRAINER:%=--ignore %) --ignore tests/test_package.py --ignore tests/test_docs.py --ignore tests/solvers/device
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning tests --ignore tests/test_package.py --ignore tests/test_docs.py --ignore tests/solvers/device
 
 $(LOWEST)/.ready: pyproject.toml tests/constraints-lowest.txt hatch_build.py $(wildcard drrho/solvers/kernels*.[ch])
 	$(PYTHON) -m venv $(LOWEST)

@@ -62,6 +62,9 @@ RESAMPLES = 1000
 _USUAL_SPREAD = 7e-4  # of the glyphs' scores, for rows without repetitions
 _SMALL = 2e-3  # score from which on the variance over seeds is taken to be proportional to it
 
+#: Options of trainings that the advisor says nothing of, where they are not the default.
+_UNKNOWN = {"distill", "temperature-scheme", "normalizer", "self-reference", "more-references"}
+
 Row = dict[str, str]
 
 
@@ -106,7 +109,7 @@ def intervention_of(given: Mapping[str, str]) -> Intervention | None:
     coefficient = given.get("coefficient", "1.0")
     if method not in ("drrho", "openclip") or coefficient in ("adaptive", "scheduled"):
         return None
-    if {"distill", "temperature-scheme"} & given.keys() or given.get("divergence") == "cvar":
+    if _UNKNOWN & given.keys() or given.get("divergence") == "cvar":
         return None
     chosen: dict[str, Any] = (
         {} if select == "all" else {"select": select, "candidates": int(given.get("candidates", 5))}
@@ -119,9 +122,7 @@ def intervention_of(given: Mapping[str, str]) -> Intervention | None:
 
 def is_twin(given: Mapping[str, str]) -> bool:
     """Return whether a training is of FastCLIP v1: the steered objective without a reference."""
-    return (
-        given["method"] == "fastclip" and not {"divergence", "temperature-scheme", "select", "distill"} & given.keys()
-    )
+    return given["method"] == "fastclip" and not {"divergence", "select", *_UNKNOWN} & given.keys()
 
 
 def _tried(rows: Sequence[Row]) -> _Tried:

@@ -65,6 +65,7 @@ def test_the_twin_is_the_steered_objective_without_a_reference():
     assert is_twin({"method": "fastclip", "temperature": "0.1"})
     assert not is_twin({"method": "fastclip", "divergence": "chi-square"})
     assert not is_twin({"method": "drrho"})
+    assert not is_twin({"method": "fastclip", "normalizer": "network"})
 
 
 def test_gains_are_those_of_the_rows(cells):

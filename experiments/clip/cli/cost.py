@@ -6,7 +6,7 @@ operations sees them, on a device that need not be there; what the backward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from ..training.options import TowerPrecision
 from ..training.towers import repeated_blocks
 
 _FEW, _MORE = 2, 4  # pairs, of which the difference is per pair and the rest is not
+# Tensors without contents are said to be on the CPU: where CUDA has no driver, a torch that was built for it ends the
+# process as soon as a tensor of a GPU takes part in autograd (2.6 to 2.9 do).
+_DEVICE = "cpu"
 
 
 class Cost(NamedTuple):
@@ -115,7 +118,7 @@ class _Run:
     """Runs a model on tensors without contents."""
 
     def __init__(self, model: torch.nn.Module, device: str, precision: TowerPrecision) -> None:
-        self._model, self._device = model, device
+        self._model, self._as_on_gpu = model, device == "cuda"
         self._dtype: torch.dtype = getattr(torch, precision)
         size = open_clip.get_model_preprocess_cfg(model)["size"]  # pyright: ignore[reportArgumentType]
         height, width = size if isinstance(size, tuple | list) else (size, size)
@@ -132,7 +135,7 @@ class _Run:
                         module._buffers[key] = self._empty(value)
 
     def _empty(self, like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=self._device)
+        return torch.empty(like.shape, dtype=like.dtype, device=_DEVICE)
 
     def kept(self, pairs: int, *, checkpointing: bool = False) -> _Kept:
         """Run so many pairs through both towers."""
@@ -140,9 +143,10 @@ class _Run:
         saved = _Saved(self._model)
         counter = FlopCounterMode(display=False)
         with self._mode:
-            image = torch.empty(pairs, *self._image, device=self._device)
-            text = torch.zeros(pairs, *self._text, dtype=torch.int64, device=self._device)
-            with _autocast(self._device, self._dtype), _fused_attention(self._device), counter, saved.counting():
+            image = torch.empty(pairs, *self._image, device=_DEVICE)
+            text = torch.zeros(pairs, *self._text, dtype=torch.int64, device=_DEVICE)
+            in_float32 = self._as_on_gpu and self._dtype != torch.float32
+            with _autocast(self._dtype), _fused_attention(), _gpu_autocast(in_float32), counter, saved.counting():
                 features = self._model(image, text)[0]
         return _Kept(saved.total, saved.largest_block, counter.get_total_flops(), features.shape[1])
 
@@ -206,8 +210,9 @@ def _gathered_parameters(model: torch.nn.Module) -> int:
 
 
 @contextmanager
-def _autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast as on the device, also where there is none, for which `torch.autocast` would do nothing."""
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to any type; `torch.autocast` has its own opinion of those of a CPU."""
+    device = _DEVICE
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
     torch.set_autocast_enabled(device, dtype != torch.float32)
     torch.set_autocast_dtype(device, dtype)
@@ -223,8 +228,29 @@ def _autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_cache_enabled(before[2])
 
 
+#: Of the functions that autocast computes in float32 on a GPU, and not on a CPU, those that towers use.
+_IN_FLOAT32 = ("layer_norm", "group_norm", "softmax", "log_softmax")
+
+
 @contextmanager
-def _fused_attention(device: str) -> Iterator[None]:
+def _gpu_autocast(in_float32: bool) -> Iterator[None]:
+    """Compute in float32 what autocast on a GPU does, if it is to be so."""
+    plain = {name: getattr(functional, name) for name in _IN_FLOAT32 if in_float32}
+
+    def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda given, *others, **options: function(given.float(), *others, **options)
+
+    for name, function in plain.items():
+        setattr(functional, name, widened(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(functional, name, function)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
     """Count attention by the kernel that devices use: without contents torch takes one that keeps the whole matrix."""
     plain = functional.scaled_dot_product_attention
 
@@ -240,8 +266,8 @@ def _fused_attention(device: str) -> Iterator[None]:
     ) -> Tensor:
         if enable_gqa or query.ndim != 4:
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if torch.is_autocast_enabled(device):
-            query, key, value = (each.to(torch.get_autocast_dtype(device)) for each in (query, key, value))
+        if torch.is_autocast_enabled(_DEVICE):
+            query, key, value = (each.to(torch.get_autocast_dtype(_DEVICE)) for each in (query, key, value))
         found = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
         )
