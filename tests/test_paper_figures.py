@@ -449,7 +449,7 @@ def test_a_script_without_results_says_which_command_measures_them(tmp_path, mon
 
 def test_the_methods_of_figures_are_those_of_the_study():
     assert set(table1.METHODS) == set(SETTINGS)
-    assert set(NAMES) == {*SETTINGS, SCHEDULED}
+    assert set(NAMES) == {*SETTINGS, *icon_grid.SETTINGS, SCHEDULED}
     assert sorted(method for _, _, methods in captions.KINDS.values() for method in methods) == sorted(SETTINGS)
     assert set(OURS) | set(UNSTEERED) < set(SETTINGS)
 
