@@ -233,6 +233,7 @@ def open_data(options: Train, clip: Clip, reference: Clip | None, ranks: Ranks) 
     if options.loss.coefficient == "scheduled":
         assert beside is not None and reference is not None and validation.held_out is not None  # others are refused
         shown = _held_out_of(validation.held_out, clip, models_of(beside, reference), ranks)
+        identity["held_out"] = validation.held_out.fingerprint
     return TrainingData(loader, len(catalog), identity, validate, validation.metrics(), beside, shown)
 
 

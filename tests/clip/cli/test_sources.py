@@ -83,6 +83,7 @@ def test_a_scheduled_coefficient_is_shown_held_out_pairs(clip, reference, glyph_
     cached = open_features(reference, made, tmp_path / "features")
     for ours, theirs in zip(data.held_out.reference, cached.rows(torch.arange(20)), strict=True):
         torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-3)  # the cache has half precision
+    assert data.identity["held_out"] == made.fingerprint  # a run that is resumed must have the same
     assert data.held_out.image.dtype == torch.uint8 and len(data.held_out.image) == len(data.held_out.text) == 20
     several = parse([*of_catalog, "--more-references", str(SHIPPED_REFERENCE)])
     both = open_training_data(several, clip, reference, ONE_PROCESS)
