@@ -18,7 +18,7 @@ from .options import Demo
 from .source import load_pairs, prepare
 
 # On the pairs of the whole demo, which finds them drawn: the study's model, a fifth of the operations, and its batch.
-QUICK_MODEL, QUICK_EPOCHS, QUICK_BATCH = "glyph-tiny", 3, 128
+QUICK_MODEL, QUICK_EPOCHS, QUICK_BATCH = "glyph-tiny", 2, 128
 
 
 def run(options: Demo) -> None:

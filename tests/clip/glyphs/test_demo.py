@@ -40,7 +40,7 @@ def test_the_demo_trains_scores_and_reports(glyph_cache, tmp_path, capsys):
     assert list(results["scores"]) == ["reference", "unsteered", "steered"]
     assert set(results["runs"]) == {"unsteered", "steered"}
     shown = capsys.readouterr().out
-    assert "Trained on swapped captions, a small run: 150 pairs, 3 epochs" in shown and "naming top-1" in shown
+    assert "Trained on swapped captions, a small run: 150 pairs, 2 epochs" in shown and "naming top-1" in shown
     assert re.search(r"method\W+fastclip\W+drrho", shown) and re.search(r"reference\W+none\W+yes", shown)
     for name in ("curves.png", "predictions.png"):
         with Image.open(tmp_path / name) as picture:
