@@ -273,8 +273,10 @@ def held_out_as_seen(
     """
     found = []
     for each in references:
+        home = each.device  # where it stays: one whose features are cached takes no memory of the device
         each.model.to(ranks.device)
         found.append(each.features_in_parts(*prepared(each)))
+        each.model.to(home)
     image, text = prepared(clip)
     return HeldOut(image, text, found[0] if len(found) == 1 else mixed_references(found))
 
