@@ -177,9 +177,9 @@ class Misled(CachedReference):
         return image, super().rows((index + 1) % len(self), view)[1]
 
 
-def shown(pairs, features, count=40):
-    """The first pairs as those that a method is shown, which would be held out."""
-    index = torch.arange(count)
+def shown(pairs, features):
+    """The first 40 pairs as those that a method is shown, which would be held out."""
+    index = torch.arange(min(40, len(pairs)))
     batch = pairs.batch(index)
     return HeldOut(batch.image, batch.text, features.features(features.rows(index), torch.device("cpu")))
 

@@ -41,11 +41,11 @@ PRESETS: dict[str, Train] = {
         weights="float16",
     ),
     # Both tuned alike on the validation split: README.md beside this file says what was tried.
-    f"{EMBEDDED}steered": Train(model=_GLYPHS.model, **of_embedded_pairs(epochs=12), out=Path("outputs/glyph-steered")),
+    f"{EMBEDDED}steered": Train(model=_GLYPHS.model, **of_embedded_pairs(epochs=9), out=Path("outputs/glyph-steered")),
     f"{EMBEDDED}unsteered": Train(
         model=_GLYPHS.model,
         loss=Loss(method="fastclip", temperature=0.2),
-        **of_embedded_pairs(epochs=12, lr=1e-3),
+        **of_embedded_pairs(epochs=9, lr=1e-3),
         out=Path("outputs/glyph-unsteered"),
     ),
 }
@@ -144,7 +144,7 @@ PRESETS |= {
         temperature_lr=5e-5,
         temperature_lr_schedule="threshold",
         final_gamma=0.8,
-        gamma_epochs=10,
+        gamma_epochs=9,
         eps=1e-6,
     ),
 }

@@ -21,7 +21,9 @@ import torch
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from .config import CONFIG_FILE, Config, checked_preprocess, write_config
@@ -353,10 +355,21 @@ def lock_towers(model: torch.nn.Module, unlocked: Mapping[str, int]) -> None:
         try:
             if lock is None:
                 raise NotImplementedError(f"it has no lock_{tower}_tower")
-            # Running statistics of batch normalization are frozen with an image tower, gains with a text tower.
-            lock(groups, True)
+            lock(groups, tower == "text")  # gains of a text tower too
         except (NotImplementedError, AssertionError, AttributeError) as error:
             raise UserError(f"this model's {tower} tower cannot be locked ({error}): choose another --model") from error
+    if "image" in unlocked:
+        _freeze_running_statistics(cast(torch.nn.Module, model.visual))
+
+
+def _freeze_running_statistics(tower: torch.nn.Module) -> None:
+    """Replace each batch normalization of locked layers by one whose statistics stay.
+
+    open_clip's own way to do so loses the activation that timm's normalizations end with.
+    """
+    for name, module in list(tower.named_modules()):
+        if isinstance(module, _BatchNorm) and not any(each.requires_grad for each in module.parameters()):
+            tower.set_submodule(name, freeze_batch_norm_2d(module))
 
 
 def _digest(*paths: Path) -> str:

@@ -5,6 +5,7 @@ import logging
 import open_clip
 import pytest
 import torch
+from timm.layers import FrozenBatchNormAct2d
 
 from experiments.clip.errors import UserError
 from experiments.clip.models.clip import at_least_one, load_model, lock_towers, new_model
@@ -99,3 +100,24 @@ def test_locked_towers_are_frozen_except_for_their_last_groups():
     assert left == {name for name in trained if not name.startswith("visual.")}
     with pytest.raises(UserError, match=r"this model's text tower cannot be locked .*: choose another --model"):
         lock_towers(torch.nn.Linear(1, 1), {"text": 0})
+
+
+@pytest.mark.parametrize("name, image", [("icon-public", {}), ("RN50", {"force_image_size": 64})])
+def test_a_locked_tower_with_batch_normalization_computes_the_same_also_in_training(name, image):
+    """timm's normalizations have an activation, which is not to be lost, and statistics, which are to stay."""
+    model = new_model(name, 0, **image).model
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval().encode_image(pixels)
+        lock_towers(model, {"image": 0})
+        for _ in range(2):
+            assert torch.allclose(model.train().encode_image(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Importing from timm.models.helpers:FutureWarning")  # by open_clip
+def test_only_the_normalizations_of_locked_groups_keep_their_statistics():
+    model = new_model("icon-public", 0).model
+    lock_towers(model, {"image": 2})
+    left = [each for each in model.visual.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    assert left and all(parameter.requires_grad for each in left for parameter in each.parameters())
+    assert any(isinstance(each, FrozenBatchNormAct2d) for each in model.visual.modules())
