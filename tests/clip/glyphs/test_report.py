@@ -22,7 +22,12 @@ def test_the_page_has_a_row_for_every_measure_and_for_every_setting_that_differs
         (line,) = [line for line in page.splitlines() if line.startswith(f"| {measure} |")]
         assert line.count("|") == 6 and f" {100 * value:.1f} |" in line
     lines = page.partition("| setting | unsteered | steered |")[2].splitlines()[2:]
-    assert lines == ["| `reference` | none | yes |", "| `loss` | fastclip | drrho |", "| `temperature` | 0.2 | 0.138 |"]
+    assert lines == [
+        "| `reference` | none | yes |",
+        "| `lr` | 0.001 | 0.002 |",
+        "| `method` | fastclip | drrho |",
+        "| `temperature` | 0.2 | 0.138 |",
+    ]
     assert "A small run" not in page
 
 
@@ -40,14 +45,14 @@ def test_settings_that_differ_are_those_and_no_others():
 
 def test_a_small_run_is_said_to_be_one(result):
     quick = dataclasses.replace(result, options=result.options | {"quick": True})
-    assert report.demo_table(quick).title == "Trained on swapped captions, a small run: 23635 pairs, 12 epochs"
-    assert "A small run, 23635 pairs, 12 epochs: " in report.page(quick)
+    assert report.demo_table(quick).title == "Trained on swapped captions, a small run: 23635 pairs, 9 epochs"
+    assert "A small run, 23635 pairs, 9 epochs: " in report.page(quick)
 
 
 def test_the_table_has_a_column_for_every_model(result):
     table = report.demo_table(result)
     assert [column.header for column in table.columns][1:] == ["reference", "unsteered", "steered", "chance"]
-    assert table.row_count == len(report.rows(result.scores["reference"])) + 3  # settings that differ
+    assert table.row_count == len(report.rows(result.scores["reference"])) + 4  # settings that differ
     known = report.chances(result.scores["reference"])
     assert known["naming top-1"] == pytest.approx(1 / 7144) and known["naming top-5"] == 5 * known["naming top-1"]
 
