@@ -36,7 +36,7 @@ console = PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=Fals
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """Show a bar with the time left; yields a function of how much is done, of how much, and a note."""
+    """Show a bar with the time left, once something is done; yields a function of how much, of how much, and a note."""
     columns = (
         TextColumn("{task.description:<24}", markup=False),
         BarColumn(),
@@ -46,10 +46,15 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task(printable(title), total=None, note="")
+    bars = Progress(*columns, console=console)
+    task = bars.add_task(printable(title), total=None, note="")
 
-        def advance(done: int, total: int, note: str = "") -> None:
-            bars.update(task, completed=done, total=total, note=note)
+    def advance(done: int, total: int, note: str = "") -> None:
+        bars.start()
+        bars.update(task, completed=done, total=total, note=note)
 
+    try:
         yield advance
+    finally:
+        if bars.live.is_started:
+            bars.stop()

@@ -173,7 +173,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         make_towers(options.out, options.wheels)
     except UserError as error:
-        console.print(f"error      {error}", markup=False)
+        print(f"{COMMAND}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     console.print(f"towers     {options.out}: give it as --pretrained of --model {MODEL}")
 

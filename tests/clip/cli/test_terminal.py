@@ -23,3 +23,9 @@ def test_a_long_line_is_not_cut_in_a_file():
     with console.capture() as shown:
         console.print(line)
     assert shown.get() == f"{line}\n"
+
+
+def test_what_had_nothing_to_do_shows_no_bar():
+    with console.capture() as shown, progress_bar("reading"):
+        pass
+    assert shown.get() == ""
