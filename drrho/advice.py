@@ -80,15 +80,18 @@ def told_apart(image: Tensor, text: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _compared(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return whether each pair is told apart, the share of other captions below its own, and of those that equal it."""
+def _compared(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return, for each pair, whether it is told apart, the share of other captions below its own, and of those that
+    equal it; and the margins ``[b, b - 1]``.
+    """
     image, text = (normalize(each.float(), dim=1) for each in (image, text))
     similarity, equal = image @ text.T, text @ text.T > 1 - _SAME
     equal.fill_diagonal_(True)
     own, others = similarity.diagonal()[:, None], ~equal
     below = ((similarity < own) & others).sum(1) / others.sum(1).clamp(min=1)
     best = similarity.masked_fill(equal, -math.inf).max(1).values
-    return best < own[:, 0], below, (equal.sum(1) - 1) / max(1, len(image) - 1)
+    margins = (similarity - own)[~torch.eye(len(image), dtype=torch.bool, device=image.device)]
+    return best < own[:, 0], below, (equal.sum(1) - 1) / max(1, len(image) - 1), margins
 
 
 class Knowledge(NamedTuple):
@@ -105,11 +108,14 @@ class Knowledge(NamedTuple):
         nothing of their image, as those in the lower half would have as many in the upper one. In [0, 1].
     duplicates : float
         Share of negatives that have the same caption as the pair.
+    spread : float
+        Standard deviation of the margins ``r_ij - r_ii``, j != i, of cosines: the unit in which temperatures of steered
+        risks are compared.
 
     Examples
     --------
     >>> from drrho.advice import Knowledge
-    >>> round(Knowledge(4096, accuracy=0.57, unrecognized=0.38, duplicates=0.0).level, 2)
+    >>> round(Knowledge(4096, accuracy=0.57, unrecognized=0.38, duplicates=0.0, spread=0.46).level, 2)
     2.43
     """
 
@@ -117,6 +123,7 @@ class Knowledge(NamedTuple):
     accuracy: float
     unrecognized: float
     duplicates: float
+    spread: float
 
     @property
     def level(self) -> float:
@@ -161,9 +168,9 @@ def knowledge(image: Tensor, text: Tensor, *, seed: int = 0) -> Knowledge:
     count = len(image) // BATCH * BATCH
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(image))[:count])
     parts = [_compared(image[some], text[some]) for some in order.split(BATCH)]
-    told, below, equal = (torch.cat(each).double() for each in zip(*parts, strict=True))
+    told, below, equal, margins = (torch.cat(each).double() for each in zip(*parts, strict=True))
     lower = (below < 0.5).double().mean().item()
-    return Knowledge(count, told.mean().item(), min(1.0, 2 * lower), equal.mean().item())
+    return Knowledge(count, told.mean().item(), min(1.0, 2 * lower), equal.mean().item(), margins.std().item())
 
 
 def with_least_unrecognized(references: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
@@ -174,9 +181,9 @@ def with_least_unrecognized(references: Mapping[str, Knowledge]) -> dict[str, Kn
     Examples
     --------
     >>> from drrho.advice import Knowledge, with_least_unrecognized
-    >>> known = {"weak": Knowledge(4096, 0.05, 0.56, 0.0), "strong": Knowledge(4096, 0.3, 0.4, 0.0)}
+    >>> known = {"weak": Knowledge(4096, 0.05, 0.56, 0.0, 0.2), "strong": Knowledge(4096, 0.3, 0.4, 0.0, 0.3)}
     >>> with_least_unrecognized(known)["weak"]
-    Knowledge(pairs=4096, accuracy=0.05, unrecognized=0.4, duplicates=0.0)
+    Knowledge(pairs=4096, accuracy=0.05, unrecognized=0.4, duplicates=0.0, spread=0.2)
     """
     least = min((own.unrecognized for own in references.values()), default=0.0)
     return {name: own._replace(unrecognized=least) for name, own in references.items()}
@@ -269,14 +276,18 @@ class Intervention(NamedTuple):
         return 1 + self.candidates / 3 if self.selects else 1.0
 
 
-# Temperatures at which bases are measured; the distance to them counts in log.
-_KL_TAU, _CHI_TAU, _CANDIDATES = 0.14, 0.025, 5
-_CENTER = 2.0  # level of a reference at which the bases are measured
+# Temperatures at which bases are measured, in units of the reference's spread; the distance to them counts in log.
+_KL_TAU, _CHI_TAU, _CANDIDATES = 0.3, 0.055, 5
 _EXPONENT = 0.6  # of the unrecognized share: the first wrong captions cost most
 
 
 def predictors(how: Intervention, reference: Knowledge, level: float) -> dict[str, float]:
-    """Return the predictors of the gain in log odds, by name; ``level`` is that of the unsteered run at the end."""
+    """Return the predictors of the gain in log odds, by name; ``level`` is that of the unsteered run at the end.
+
+    By how much a reference is ahead counts less and less, in either direction: its lead is the hyperbolic tangent of
+    the difference of levels, in the natural logarithm of odds. Wrong captions make a lead count for more. Temperatures
+    count in units of the spread of the reference's margins.
+    """
     noise = reference.unrecognized**_EXPONENT
     if how.selects:
         fewer = math.log(min(how.candidates, _CANDIDATES) / _CANDIDATES)
@@ -288,19 +299,21 @@ def predictors(how: Intervention, reference: Knowledge, level: float) -> dict[st
             "select, unrecognized": noise,
             "select, unrecognized, candidates": noise * fewer,
         }
+    lead = math.tanh(reference.level - level)
+    temperature = math.log(how.temperature / max(reference.spread, _LEAST))
     found = {
         "steer": 1.0,
         "unrecognized": noise,
-        "reference level": how.coefficient * (min(reference.level, 3.0) - _CENTER),
-        "unsteered level": how.coefficient * level,
+        "lead": how.coefficient * lead,
+        "unrecognized, lead": how.coefficient * lead * noise,
     }
     if how.divergence == "kl":
-        apart = math.log(how.temperature / _KL_TAU)
+        apart = temperature - math.log(_KL_TAU)
         found["kl temperature"] = apart**2
         found["kl coefficient below 1"] = max(0.0, 1 - how.coefficient)
         found["kl coefficient above 1"] = max(0.0, how.coefficient - 1)
         return found
-    apart = math.log(how.temperature / _CHI_TAU)
+    apart = temperature - math.log(_CHI_TAU)
     return {**found, "chi-square": 1.0, "chi-square warmer": max(apart, 0.0), "chi-square colder": max(-apart, 0.0)}
 
 
@@ -321,7 +334,7 @@ class Finished(NamedTuple):
     Examples
     --------
     >>> from drrho.advice import Finished, Intervention, Knowledge
-    >>> known = Knowledge(4096, 0.93, 0.0, 0.0)
+    >>> known = Knowledge(4096, 0.93, 0.0, 0.0, 0.4)
     >>> one = Finished("strong, clean", Intervention(1.0, 0.125, "kl"), known, 0.9, twin=0.15, score=0.17, error=0.005)
     >>> round(one.gain, 2)
     2.0
@@ -421,7 +434,7 @@ class Advisor:
     --------
     >>> from drrho.advice import Advisor, Intervention, Knowledge
     >>> advisor = Advisor({"steer": 0.3, "unrecognized": 0.7}, {"steer": 0.5, "select": 1.0})
-    >>> known = {"a": Knowledge(4096, 0.57, 0.38, 0.0)}
+    >>> known = {"a": Knowledge(4096, 0.57, 0.38, 0.0, 0.46)}
     >>> print(advisor.advise(known, [Intervention(1.0, 0.125, "kl")], twin=0.03, level=-0.5))
     a, c 1, tau 0.125, kl: +2.8 points (+0.6 to +6.2)
     """

@@ -38,7 +38,7 @@ def features(n, d=16, seed=0, noise=0.25):
 
 
 def known(accuracy=0.9, unrecognized=0.1):
-    return Knowledge(4096, accuracy, unrecognized, 0.0)
+    return Knowledge(4096, accuracy, unrecognized, 0.0, 0.46)
 
 
 def trainings(groups=6, seed=0, error=1e-3):
@@ -138,6 +138,14 @@ def test_a_kind_of_intervention_that_no_other_group_has_is_not_predicted():
         Advisor.fitted(rows[:1])
 
 
+def test_the_spread_is_that_of_all_margins():
+    image, text = features(256)
+    similarity = torch.nn.functional.normalize(image, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    margins = (similarity - similarity.diagonal()[:, None])[~torch.eye(256, dtype=torch.bool)]
+    # Of batches of 128, which have half of the negatives.
+    assert knowledge(image, text).spread == pytest.approx(margins.std().item(), rel=0.02)
+
+
 def test_intervals_hold_what_is_of_the_same_kind():
     rng = np.random.default_rng(0)
     _, finished = trainings(groups=40)
@@ -154,13 +162,13 @@ def test_intervals_hold_what_is_of_the_same_kind():
 
 
 def test_the_advice_is_the_largest_gain_or_none():
-    gains = {"steer": 0.2, "unsteered level": -0.5}
+    gains = {"steer": 0.2, "lead": 0.5}
     advisor = Advisor(gains, {"steer": 0.1, "select": 0.1})
     menu = [Intervention(c, 0.14, "kl") for c in (0.5, 1.0)]
-    early = advisor.advise({"a": known()}, menu, twin=0.1, level=-1.0)
+    early = advisor.advise({"a": known(0.8)}, menu, twin=0.1, level=-1.0)
     assert early.recommended is not None
     assert early.recommended.how.coefficient == 1.0
-    late = advisor.advise({"a": known()}, menu, twin=0.5, level=2.0)
+    late = advisor.advise({"a": known(0.8)}, menu, twin=0.5, level=5.0)
     assert (late.recommended, str(late)) == (None, "do not steer")
     assert [each.points for each in late.predictions] == sorted(
         (each.points for each in late.predictions), reverse=True

@@ -31,9 +31,9 @@ from ..models.config import CONFIG_FILE
 from ..models.export import export_model
 from ..models.sources import register_models
 from ..reference.advice import (
-    MENU,
     Fitted,
     cached_sample,
+    menu_of,
     read_fitted,
     sample_features,
     scale_by,
@@ -295,7 +295,7 @@ def advise(options: Advise) -> None:
         advice = Advice.ranked(
             fitted.advisor.predict(name, how, own, twin, level)
             for name, own in judged.items()
-            for how in MENU
+            for how in menu_of(own)
             if how.cost <= options.most_cost and (not how.selects or own.level - level >= fitted.select_level)
         )
         console.print("\n".join(_gain_lines(advice)))

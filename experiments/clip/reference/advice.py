@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drrho.advice import Advisor, Intervention, log_odds
+from drrho.advice import Advisor, Intervention, Knowledge, log_odds
 
 from ..catalog.catalog import Catalog
 from ..data.batch import Tensors
@@ -24,17 +24,22 @@ from .cache import CachedReference
 
 #: Written by ``python -m experiments.benchmarks.advice`` from the results of the studies.
 FITTED = Path(__file__).with_name("advice.json")
-#: What is advised on, for each reference: settings that the studies have tried.
-MENU = (
-    Intervention(1.0, 0.125, "kl"),
-    Intervention(0.5, 0.15, "kl"),
-    Intervention(1.0, 0.025, "chi-square"),
-    Intervention(1.0, 0.05, "chi-square"),
+# What is advised on: settings that the studies have tried, with temperatures in units of a reference's spread.
+_MENU = (
+    Intervention(1.0, 0.3, "kl"),
+    Intervention(0.5, 0.35, "kl"),
+    Intervention(1.0, 0.055, "chi-square"),
+    Intervention(1.0, 0.11, "chi-square"),
     Intervention(select="jest", candidates=5),
     Intervention(select="jest-top-k", candidates=5),
-    Intervention(1.0, 0.15, "kl", "jest", 5),
+    Intervention(1.0, 0.35, "kl", "jest", 5),
 )
 _BATCH = 256
+
+
+def menu_of(reference: Knowledge) -> list[Intervention]:
+    """Return what is advised on under a reference."""
+    return [how._replace(temperature=float(f"{how.temperature * reference.spread:.2g}")) for how in _MENU]
 
 
 class Scale(NamedTuple):

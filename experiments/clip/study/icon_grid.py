@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import product
 
 from ..cli.options import Data, Train
-from ..cli.presets import of_embedded_pairs
+from ..cli.presets import PRESETS, of_embedded_pairs
 from ..training.options import CheckpointPolicy, Loss, Selection
 from .cells import Cell, Tuned, TunedKey, captions_label, reference_cell
 from .settings import DIVERGENCE, TWIN, Setting
@@ -93,6 +93,9 @@ REFERENCES: dict[str, Train] = {
     # Of 478,000 pairs seen, a model of glyph-small's size knows no more than the equal one.
     STRONG: _reference("glyph-tiny", 12, 1e-3),
 }
+#: A reference whose towers have seen no icon: `icons.public_towers` makes them of two public models.
+PUBLIC = "icons-public"
+REFERENCES[PUBLIC] = replace(PRESETS["icon-public"], keeping=CheckpointPolicy(checkpoint_minutes=5.0))
 
 
 def _cell(
@@ -165,10 +168,18 @@ def budgets(tuned: Tuned) -> Iterator[Cell]:
 
 def reference_quality(tuned: Tuned) -> Iterator[Cell]:
     """Yield the steered methods under weaker references, at two budgets."""
-    weaker = [name for name in REFERENCES if name != STRONG]
+    weaker = [name for name in REFERENCES if name not in (STRONG, PUBLIC)]
     steered = [method for method in MAIN if method != TWIN]
     for seed, passes, reference, method in product(FEWER_SEEDS, PASSES[:2], weaker, steered):
         yield from _cell(tuned, method, passes, seed, reference=reference)
+
+
+def public(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the steered methods with a constant coefficient under the public reference, at two budgets."""
+    steered = [method for method in MAIN if method not in (TWIN, SCHEDULED)]
+    for passes, seeds in ((PASSES[1], FEWER_SEEDS), (PASSES[0], SEEDS)):
+        for seed, method in product(seeds, steered):
+            yield from _cell(tuned, method, passes, seed, reference=PUBLIC)
 
 
 def noise(tuned: Tuned) -> Iterator[Cell]:
@@ -189,11 +200,13 @@ STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "icon-headline": headline,
     "icon-tuning-more": tuning_more,
     "icon-budgets": budgets,
-    "icon-references": references,
     "icon-reference-quality": reference_quality,
     "icon-noise": noise,
     "icon-headline-more": headline_more,
     "icon-tuning-rivals": tuning_rivals,
     "icon-rivals": rivals,
+    "icon-public": public,
+    # Those that steer are trained before. The public one needs its towers, so that it comes last.
+    "icon-references": references,
 }
 TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals")

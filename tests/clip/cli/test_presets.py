@@ -8,7 +8,7 @@ import pytest
 
 from drrho.running import published_final_gamma
 from experiments.clip.cli.parser import as_settings, load_config, save_config
-from experiments.clip.cli.presets import EMBEDDED, PRESETS
+from experiments.clip.cli.presets import PRESETS, is_of_embedded_pairs
 from experiments.clip.errors import UserError
 from experiments.clip.run import parse
 
@@ -70,7 +70,7 @@ def test_presets_of_published_recipes_want_the_users_data():
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_for_its_own_pairs_and_for_no_others(name):
     words = ["train", "--preset", name]
-    if name.startswith(EMBEDDED):
+    if is_of_embedded_pairs(name):
         assert parse(words) == PRESETS[name]
         with pytest.raises(UserError, match=f"--preset {name} has the settings of the embedded pairs"):
             parse([*words, "--catalog", "c"])

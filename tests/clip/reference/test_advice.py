@@ -10,16 +10,16 @@ from drrho.advice import Knowledge, log_odds, predictors
 from experiments.clip.catalog.catalog import make_catalog
 from experiments.clip.distributed import ONE_PROCESS
 from experiments.clip.errors import UserError
-from experiments.clip.reference.advice import MENU, cached_sample, read_fitted, sample_features, scale_by
+from experiments.clip.reference.advice import cached_sample, menu_of, read_fitted, sample_features, scale_by
 from experiments.clip.reference.cache import cache_features, open_features
 from tests.clip.tars import write_tar
 
-STRONG = Knowledge(4096, 0.93, 0.003, 0.0)
+STRONG = Knowledge(4096, 0.93, 0.003, 0.0, 0.46)
 
 
 def test_the_shipped_fit_knows_every_predictor_of_the_menu():
     fitted = read_fitted()
-    assert {name for how in MENU for name in predictors(how, STRONG, 0.0)} <= fitted.advisor.weights.keys()
+    assert {name for how in menu_of(STRONG) for name in predictors(how, STRONG, 0.0)} <= fitted.advisor.weights.keys()
     assert all(0 < half < 2 for half in fitted.advisor.half_widths.values())
     pairs, levels = np.array(fitted.curve).T
     assert (np.diff(pairs) > 0).all()
@@ -29,16 +29,24 @@ def test_the_shipped_fit_knows_every_predictor_of_the_menu():
 
 def test_the_shipped_fit_says_what_the_study_found():
     """A strong reference helps, more where captions are wrong; one that the target overtakes costs points."""
-    fitted = read_fitted()
+    fitted, how = read_fitted(), menu_of(STRONG)[0]  # the published coefficient
 
     def points(own, twin):
-        how = MENU[0]  # the published coefficient
         return fitted.advisor.predict("", how, own, twin, fitted.scale.level(twin)).points
 
-    weak = Knowledge(4096, 0.63, 0.004, 0.0)
-    swapped = Knowledge(4096, 0.57, 0.384, 0.0)
+    weak = Knowledge(4096, 0.63, 0.004, 0.0, 0.46)
+    swapped = Knowledge(4096, 0.57, 0.384, 0.0, 0.46)
     assert points(STRONG, 0.148) > 0 > points(weak, 0.148)
-    assert fitted.advisor.log_odds(MENU[0], swapped, 1.0) > fitted.advisor.log_odds(MENU[0], STRONG, 1.0) + 0.2
+    assert fitted.advisor.log_odds(how, swapped, 1.0) > fitted.advisor.log_odds(how, STRONG, 1.0) + 0.2
+
+
+def test_temperatures_on_the_menu_are_in_units_of_the_spread():
+    narrow = STRONG._replace(spread=0.046)
+    assert [10 * each.temperature for each in menu_of(narrow)] == pytest.approx(
+        [each.temperature for each in menu_of(STRONG)], rel=0.06
+    )
+    own = [predictors(how, reference, 0.0) for reference in (narrow, STRONG) for how in menu_of(reference)[:1]]
+    assert own[0] == pytest.approx(own[1], abs=0.05)
 
 
 def test_the_scale_goes_through_two_scores_and_has_a_given_slope_through_one():
