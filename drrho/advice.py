@@ -81,17 +81,23 @@ def told_apart(image: Tensor, text: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _compared(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return, for each pair, whether it is told apart, the share of other captions below its own, and of those that
-    equal it; and the margins ``[b, b - 1]``.
+    """Compare the pairs of a batch.
+
+    Returns
+    -------
+    Tensors ``[b]``: whether a pair is told apart, the share of other captions below its own, the share of other pairs
+    whose caption equals it, and the variance of the image's similarities with captions that do not.
     """
     image, text = (normalize(each.float(), dim=1) for each in (image, text))
     similarity, equal = image @ text.T, text @ text.T > 1 - _SAME
     equal.fill_diagonal_(True)
     own, others = similarity.diagonal()[:, None], ~equal
-    below = ((similarity < own) & others).sum(1) / others.sum(1).clamp(min=1)
+    count = others.sum(1).clamp(min=1)
+    below = ((similarity < own) & others).sum(1) / count
     best = similarity.masked_fill(equal, -math.inf).max(1).values
-    margins = (similarity - own)[~torch.eye(len(image), dtype=torch.bool, device=image.device)]
-    return best < own[:, 0], below, (equal.sum(1) - 1) / max(1, len(image) - 1), margins
+    mean = similarity.masked_fill(equal, 0).sum(1) / count
+    variance = (similarity - mean[:, None]).masked_fill(equal, 0).square().sum(1) / count
+    return best < own[:, 0], below, (equal.sum(1) - 1) / max(1, len(image) - 1), variance
 
 
 class Knowledge(NamedTuple):
@@ -109,8 +115,9 @@ class Knowledge(NamedTuple):
     duplicates : float
         Share of negatives that have the same caption as the pair.
     spread : float
-        Standard deviation of the margins ``r_ij - r_ii``, j != i, of cosines: the unit in which temperatures of steered
-        risks are compared.
+        Standard deviation of the cosines ``r_ij``, j != i, of an image i with the captions of other pairs, pooled over
+        images: the unit in which temperatures of steered risks are compared. What all negatives of an anchor have in
+        common, such as ``r_ii``, does not change their weights.
 
     Examples
     --------
@@ -168,9 +175,9 @@ def knowledge(image: Tensor, text: Tensor, *, seed: int = 0) -> Knowledge:
     count = len(image) // BATCH * BATCH
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(image))[:count])
     parts = [_compared(image[some], text[some]) for some in order.split(BATCH)]
-    told, below, equal, margins = (torch.cat(each).double() for each in zip(*parts, strict=True))
+    told, below, equal, variance = (torch.cat(each).double() for each in zip(*parts, strict=True))
     lower = (below < 0.5).double().mean().item()
-    return Knowledge(count, told.mean().item(), min(1.0, 2 * lower), equal.mean().item(), margins.std().item())
+    return Knowledge(count, told.mean().item(), min(1.0, 2 * lower), equal.mean().item(), variance.mean().sqrt().item())
 
 
 def with_least_unrecognized(references: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
@@ -277,7 +284,8 @@ class Intervention(NamedTuple):
 
 
 # Temperatures at which bases are measured, in units of the reference's spread; the distance to them counts in log.
-_KL_TAU, _CHI_TAU, _CANDIDATES = 0.3, 0.055, 5
+_KL_TAU, _CHI_TAU, _CANDIDATES = 0.4, 0.1, 5
+_LEAD = 0.7  # difference of levels from which on more counts little
 _EXPONENT = 0.6  # of the unrecognized share: the first wrong captions cost most
 
 
@@ -285,8 +293,8 @@ def predictors(how: Intervention, reference: Knowledge, level: float) -> dict[st
     """Return the predictors of the gain in log odds, by name; ``level`` is that of the unsteered run at the end.
 
     By how much a reference is ahead counts less and less, in either direction: its lead is the hyperbolic tangent of
-    the difference of levels, in the natural logarithm of odds. Wrong captions make a lead count for more. Temperatures
-    count in units of the spread of the reference's margins.
+    the difference of levels over 0.7. Wrong captions make a lead count for more. Temperatures count in units of the
+    spread of the reference's similarities.
     """
     noise = reference.unrecognized**_EXPONENT
     if how.selects:
@@ -299,7 +307,7 @@ def predictors(how: Intervention, reference: Knowledge, level: float) -> dict[st
             "select, unrecognized": noise,
             "select, unrecognized, candidates": noise * fewer,
         }
-    lead = math.tanh(reference.level - level)
+    lead = math.tanh((reference.level - level) / _LEAD)
     temperature = math.log(how.temperature / max(reference.spread, _LEAST))
     found = {
         "steer": 1.0,

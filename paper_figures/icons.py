@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.clip.study.grid import NEAR
-from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, REFERENCES, RIVALS, STRONG, STUDIES
+from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, PUBLIC, REFERENCES, RIVALS, STRONG, STUDIES
 from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS
 from experiments.clip.study.results import Row
@@ -22,6 +22,7 @@ from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, V
 TABLE = HERE.parent / RESULTS / "icons.csv"
 COLORS = dict(zip(MAIN, (ORANGE, VERMILION, BLUE, GREEN), strict=True))
 _NATURAL = {"captions": "natural"}
+_STUDY_UNDER = {STRONG: "icon-headline", PUBLIC: "icon-public"}
 PAGE_OF_ICONS = HERE.parent / "experiments" / "clip" / "icons" / "README.md"
 BEGIN, END = "<!-- study: written by paper_figures/icons.py -->", "<!-- end of study -->"
 
@@ -78,7 +79,7 @@ def draw_references(axes: Axes, results: Results) -> bool:
     for method in MAIN:
         points = []
         for reference in REFERENCES:
-            study = "icon-headline" if reference == "icons-strong" else "icon-reference-quality"
+            study = _STUDY_UNDER.get(reference, "icon-reference-quality")
             found = results.find(study, method=method, reference=reference, setting=f"passes={PASSES[0]}", **_NATURAL)
             if found and (own := _own_score(results, reference)) is not None:
                 points.append((own, interval(values(found))))
@@ -156,16 +157,27 @@ _STEERED = {"drrho": "DRRho-CLIP", DIVERGENCE: "DRRho-CLIP, chi-square,"}
 _WITHOUT = {TWIN: "its twin without reference, FastCLIP v1", "openclip": "OpenCLIP"}
 
 
-def _cells(find: Callable[[str], Seeds], above_reference: Callable[[str], str]) -> dict[str, str]:
+def _cells(
+    find: Callable[[str], Seeds], above_reference: Callable[[str], str], under_public: Callable[[str], _UnderPublic]
+) -> dict[str, str]:
     """Return what is measured of each claim, given a method's trainings and what it has above its reference."""
-    found = {}
+    found: dict[str, str] = {}
     for method, name in _STEERED.items():
         for other, words in _WITHOUT.items():
             ours, theirs = paired(find(method), find(other))
             measured = _with_limits(*interval(ours - theirs)) + f", {len(ours)} seeds" if len(ours) > 1 else _MISSING
             found[f"{name} above {words}"] = measured
         found[f"{name} above its reference"] = above_reference(method)
+        public = f"{name.removesuffix(',')}, under the public reference, above "
+        found[f"{public}its twin"], found[f"{public}that reference"] = under_public(method)
     return found
+
+
+class _UnderPublic(NamedTuple):
+    """What a method has above its twin, and above the reference of public models."""
+
+    above_twin: str
+    above_reference: str
 
 
 _MISSING = "not measured yet"
@@ -184,7 +196,7 @@ def _on_glyphs(results: Results) -> dict[str, str]:
     def find(method: str) -> Seeds:
         return results.find(headline_of(method), method=method, captions="clean")
 
-    return _cells(find, above)
+    return _cells(find, above, lambda method: _UnderPublic("no such reference", "no such reference"))
 
 
 def _on_icons(results: Results, passes: int) -> dict[str, str]:
@@ -197,7 +209,15 @@ def _on_icons(results: Results, passes: int) -> dict[str, str]:
     def find(method: str) -> Seeds:
         return _at(results, method, passes)
 
-    return _cells(find, above)
+    def under_public(method: str) -> _UnderPublic:
+        found = results.find("icon-public", method=method, setting=f"passes={passes}", **_NATURAL)
+        score, (ours, twin) = _own_score(results, PUBLIC), paired(found, find(TWIN))
+        if len(ours) < 2 or score is None:
+            return _UnderPublic(_MISSING, _MISSING)
+        seeds = f", {len(ours)} seeds"
+        return _UnderPublic(*(_with_limits(*interval(ours - other)) + seeds for other in (twin, score)))
+
+    return _cells(find, above, under_public)
 
 
 def _at(results: Results, method: str, passes: int) -> Seeds:

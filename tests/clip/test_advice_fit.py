@@ -24,7 +24,7 @@ from experiments.benchmarks.advice import (
 )
 from experiments.clip.reference.advice import FITTED
 
-KNOWN = Knowledge(4096, 0.9, 0.1, 0.0, 0.46)
+KNOWN = Knowledge(4096, 0.9, 0.1, 0.0, 0.25)
 
 
 @pytest.fixture(scope="module")

@@ -41,12 +41,12 @@ PRESETS: dict[str, Train] = {
         validations=6,
         weights="float16",
     ),
-    # Both tuned alike on the validation split: README.md beside this file says what was tried.
+    # Both tuned alike on the validation split: the README.md of the trainer says what was tried.
     f"{EMBEDDED}steered": Train(model=_GLYPHS.model, **of_embedded_pairs(epochs=9), out=Path("outputs/glyph-steered")),
     f"{EMBEDDED}unsteered": Train(
         model=_GLYPHS.model,
         loss=Loss(method="fastclip", temperature=0.2),
-        **of_embedded_pairs(epochs=9, lr=1e-3),
+        **of_embedded_pairs(epochs=9),
         out=Path("outputs/glyph-unsteered"),
     ),
 }

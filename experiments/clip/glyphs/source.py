@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,8 @@ PIXELS = 32
 SMALL_FACES = ("dejavusans", "dejavusansmono", "dejavuserif", "stixgeneral")
 #: The scores of a validation.
 METRICS = ("naming_top1", "naming_top5")
+#: Held within a cache while pairs are drawn, or counted.
+LOCK = ".lock"
 GLYPH_BATCH = 512  # glyphs that go through the reference at a time
 
 LoadPairs = Callable[[Manifest, str, Clip], PreparedPairs]  # decodes a split for a model
@@ -92,7 +93,8 @@ def load_pairs(manifest: Manifest, split: str, clip: Clip) -> PreparedPairs:
 
 def glyph_features(reference: Clip, manifest: Manifest, cache: Path) -> CachedReference:
     """Return the reference's features of the training pairs, after computing those that are missing."""
-    catalog = catalog_of(manifest, ("train",), cache / f"catalog-{manifest.fingerprint[:12]}")
+    with locked(cache / LOCK):
+        catalog = catalog_of(manifest, ("train",), cache / f"catalog-{manifest.fingerprint[:12]}")
     return features_of(reference, catalog, cache)
 
 
@@ -107,7 +109,8 @@ def catalog_of(
 def features_of(reference: Clip, catalog: Catalog, cache: Path) -> CachedReference:
     """Return a model's features of a catalog of small pictures, kept within ``cache``, computing what is missing."""
     folder = cache / f"features-{catalog.fingerprint[:12]}-{reference.fingerprint[:12]}"
-    return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH, workers=spare_cores())
+    with locked(cache / f".{folder.name}.lock"):  # runs that start together share them, and wait for no others
+        return reference_features(folder, reference, catalog, batch_size=GLYPH_BATCH, workers=spare_cores())
 
 
 def cache_features(data: Data, reference: Clip, prepare_pairs: Callable[[Data], Manifest] = prepare) -> CachedReference:
@@ -145,12 +148,12 @@ def open_drawn(
 ) -> TrainingData:
     """Open pairs that the program draws: ``prepare_pairs`` does so, ``evaluate_pairs`` scores a model."""
     # Runs that start together share what one of them has prepared.
-    with ranks.leader_first(), locked(options.data.cache / ".lock") if ranks.leads else nullcontext():
-        manifest = prepare_pairs(options.data)
-        if reference is not None:
-            reference.model.to(ranks.device)
+    with ranks.leader_first():
+        with locked(options.data.cache / LOCK):
+            manifest = prepare_pairs(options.data)
         features = None
         if reference is not None:
+            reference.model.to(ranks.device)
             first = glyph_features(reference, manifest, options.data.cache)
             cached = partial(glyph_features, manifest=manifest, cache=options.data.cache)
             features = with_others(options, first, reference, ranks, cached)

@@ -26,13 +26,13 @@ from .cache import CachedReference
 FITTED = Path(__file__).with_name("advice.json")
 # What is advised on: settings that the studies have tried, with temperatures in units of a reference's spread.
 _MENU = (
-    Intervention(1.0, 0.3, "kl"),
-    Intervention(0.5, 0.35, "kl"),
-    Intervention(1.0, 0.055, "chi-square"),
-    Intervention(1.0, 0.11, "chi-square"),
+    Intervention(1.0, 0.5, "kl"),
+    Intervention(0.5, 0.6, "kl"),
+    Intervention(1.0, 0.1, "chi-square"),
+    Intervention(1.0, 0.2, "chi-square"),
     Intervention(select="jest", candidates=5),
     Intervention(select="jest-top-k", candidates=5),
-    Intervention(1.0, 0.35, "kl", "jest", 5),
+    Intervention(1.0, 0.6, "kl", "jest", 5),
 )
 _BATCH = 256
 

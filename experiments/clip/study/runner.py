@@ -38,7 +38,7 @@ from ..distributed import joined_ranks
 from ..errors import PROGRAM, Interrupted, UserError
 from ..glyphs.dataset import Manifest
 from ..glyphs.evaluation import Evaluation
-from ..glyphs.source import load_pairs, share
+from ..glyphs.source import LOCK, load_pairs, share
 from ..glyphs.stream import PreparedPairs
 from ..io.files import claimed, ensure_writable, locked
 from ..models.clip import Clip
@@ -287,7 +287,7 @@ class _StudyRunner:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _prepared(self, data: Data) -> Manifest:
-        with locked(self._cache / ".lock"):
+        with locked(self._cache / LOCK):
             return self._pairs.prepare(data)
 
     def _manifest(self, data: Data) -> Manifest:

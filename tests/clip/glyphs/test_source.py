@@ -1,5 +1,8 @@
 """The embedded pairs that a run trains on."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -36,3 +39,17 @@ def test_a_smaller_share_of_the_pairs_is_part_of_a_larger(glyph_cache, reference
 def test_the_command_says_that_it_reuses_what_is_there(glyph_cache, capsys):
     run_prepare(Prepare(data=Data("swapped", "small", glyph_cache)))
     assert "reusing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_the_features_of_its_own_reference_alone(glyph_cache, reference, tmp_path):
+    """Another process computes those of another reference on the same pairs."""
+    manifest = prepare(Data("swapped", "small", glyph_cache))
+    glyph_features(reference, manifest, tmp_path)
+    (own,) = tmp_path.glob(".features-*.lock")
+    other = own.with_name(own.name.replace(reference.fingerprint[:12], "another"))
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold, other], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout.readline() == "1\n"
+        assert other != own and len(glyph_features(reference, manifest, tmp_path)) == 150
+        process.communicate("\n")

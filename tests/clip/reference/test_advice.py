@@ -14,7 +14,7 @@ from experiments.clip.reference.advice import cached_sample, menu_of, read_fitte
 from experiments.clip.reference.cache import cache_features, open_features
 from tests.clip.tars import write_tar
 
-STRONG = Knowledge(4096, 0.93, 0.003, 0.0, 0.46)
+STRONG = Knowledge(4096, 0.93, 0.003, 0.0, 0.25)
 
 
 def test_the_shipped_fit_knows_every_predictor_of_the_menu():
@@ -34,14 +34,14 @@ def test_the_shipped_fit_says_what_the_study_found():
     def points(own, twin):
         return fitted.advisor.predict("", how, own, twin, fitted.scale.level(twin)).points
 
-    weak = Knowledge(4096, 0.63, 0.004, 0.0, 0.46)
-    swapped = Knowledge(4096, 0.57, 0.384, 0.0, 0.46)
+    weak = Knowledge(4096, 0.63, 0.004, 0.0, 0.25)
+    swapped = Knowledge(4096, 0.57, 0.384, 0.0, 0.25)
     assert points(STRONG, 0.148) > 0 > points(weak, 0.148)
     assert fitted.advisor.log_odds(how, swapped, 1.0) > fitted.advisor.log_odds(how, STRONG, 1.0) + 0.2
 
 
 def test_temperatures_on_the_menu_are_in_units_of_the_spread():
-    narrow = STRONG._replace(spread=0.046)
+    narrow = STRONG._replace(spread=0.025)
     assert [10 * each.temperature for each in menu_of(narrow)] == pytest.approx(
         [each.temperature for each in menu_of(STRONG)], rel=0.06
     )
