@@ -54,6 +54,8 @@ SETTINGS |= {
         for each in _over(Loss(method="openclip"), "distill", (0.5, 2.0))
     ),
 }
+#: What is tried under the public reference, whose similarities have less than half of the others' spread.
+PUBLIC_SETTINGS = _over(_STEERED, "temperature", (0.03, 0.07))
 #: The steered method with the scheduled coefficient, at the settings of the twin.
 SCHEDULED = "drrho-scheduled"
 #: What is compared first, and at other budgets, under other references and noise.
@@ -103,8 +105,9 @@ def _cell(
 ) -> Iterator[Cell]:
     """Yield a training of a tuned method, once it is tuned."""
     of = TWIN if method == SCHEDULED else method
-    own = _reference_of(SETTINGS[of][0], STRONG)
-    found = tuned.get(TunedKey(_tuning_of(of), captions_label(ICONS), of, own))
+    own = PUBLIC if reference == PUBLIC else _reference_of(SETTINGS[of][0], STRONG)
+    study = "icon-tuning-public" if reference == PUBLIC else _tuning_of(of)
+    found = tuned.get(TunedKey(study, captions_label(ICONS), of, own))
     if found is not None:
         if method == SCHEDULED:
             found = found._replace(loss=replace(found.loss, method="drrho", coefficient="scheduled"))
@@ -143,6 +146,12 @@ def tuning_rivals(_: Tuned) -> Iterator[Cell]:
     return _tuning(RIVALS)
 
 
+def tuning_public(_: Tuned) -> Iterator[Cell]:
+    """Yield the settings of the steered method under the public reference."""
+    for setting in PUBLIC_SETTINGS:
+        yield Cell("drrho", _train("glyph-tiny", PASSES[0], setting), setting.name, PUBLIC)
+
+
 def references(_: Tuned) -> Iterator[Cell]:
     """Return the references."""
     return (reference_cell(name, train) for name, train in REFERENCES.items())
@@ -175,7 +184,7 @@ def reference_quality(tuned: Tuned) -> Iterator[Cell]:
 
 
 def public(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the steered method under the public reference, at two budgets."""
+    """Yield the steered method under the public reference, for which it is tuned, at two budgets."""
     for passes, seeds in ((PASSES[1], FEWER_SEEDS), (PASSES[0], SEEDS)):
         for seed in seeds:
             yield from _cell(tuned, "drrho", passes, seed, reference=PUBLIC)
@@ -204,8 +213,9 @@ STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
     "icon-headline-more": headline_more,
     "icon-tuning-rivals": tuning_rivals,
     "icon-rivals": rivals,
+    "icon-tuning-public": tuning_public,
     "icon-public": public,
     # Those that steer are trained before. The public one needs its towers, so that it comes last.
     "icon-references": references,
 }
-TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals")
+TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals", "icon-tuning-public")

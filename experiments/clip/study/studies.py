@@ -23,6 +23,8 @@ TUNING_STUDIES_OF = {"glyphs": grid.TUNING_STUDIES, "icons": icon_grid.TUNING_ST
 
 def tried_settings(key: TunedKey) -> tuple[Setting, ...]:
     """Return what a tuning study tries."""
+    if key.study == "icon-tuning-public":
+        return icon_grid.PUBLIC_SETTINGS
     if key.study in icon_grid.TUNING_STUDIES:
         return icon_grid.SETTINGS.get(key.method, ())
     return settings_of(key.method, key.reference)
