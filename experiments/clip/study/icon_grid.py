@@ -54,8 +54,12 @@ SETTINGS |= {
         for each in _over(Loss(method="openclip"), "distill", (0.5, 2.0))
     ),
 }
-#: What is tried under the public reference, whose similarities have less than half of the others' spread.
-PUBLIC_SETTINGS = _over(_STEERED, "temperature", (0.03, 0.07))
+#: What is tried under the public reference, whose similarities have less than half of the others' spread: two settings
+#: more than elsewhere, added when four had been seen.
+PUBLIC_SETTINGS = (
+    *_over(_STEERED, "temperature", (0.03, 0.07)),
+    *_over(replace(_STEERED, temperature=0.07), "coefficient", (2.0,)),
+)
 #: The steered method with the scheduled coefficient, at the settings of the twin.
 SCHEDULED = "drrho-scheduled"
 #: What is compared first, and at other budgets, under other references and noise.
