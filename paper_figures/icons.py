@@ -168,8 +168,8 @@ def _cells(
             measured = _with_limits(*interval(ours - theirs)) + f", {len(ours)} seeds" if len(ours) > 1 else _MISSING
             found[f"{name} above {words}"] = measured
         found[f"{name} above its reference"] = above_reference(method)
-        public = f"{name.removesuffix(',')}, under the public reference, above "
-        found[f"{public}its twin"], found[f"{public}that reference"] = under_public(method)
+    public, above = "DRRho-CLIP, under the public reference, above", under_public("drrho")
+    found |= {f"{public} its twin": above.above_twin, f"{public} that reference": above.above_reference}
     return found
 
 
