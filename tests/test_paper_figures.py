@@ -463,7 +463,8 @@ def test_a_coefficient_that_costs_points_is_said_to(study):
             values(study.need("scheduled", method=each, reference=under, setting=f"epochs={epochs}"))
             for each, under in ((method, reference), ("fastclip-v1", ""))
         )
-        assert found.gain.mean == pytest.approx(np.mean(own[:3] - twin[:3])) and found.seeds == 3
+        seeds = 6 if epochs in (5, 10) and reference in ("equal", "shipped") else 3
+        assert found.gain.mean == pytest.approx(np.mean(own[:seeds] - twin[:seeds])) and found.seeds == seeds
     loses = scheduled.Gain(interval(np.array([-1.1, -0.9, -1.0])), 13.0, 3)
     assert claims._gain_in_words(loses) == "-1.00 points [-1.25, -0.75], 3 seeds, twin 13.0 %"
 

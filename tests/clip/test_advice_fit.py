@@ -9,6 +9,7 @@ from drrho.advice import Advisor, Finished, Intervention, Knowledge, Prediction
 from experiments.benchmarks import advice
 from experiments.benchmarks.advice import (
     FOLDER,
+    ICONS,
     REFERENCES,
     STUDY,
     Cell,
@@ -29,7 +30,8 @@ KNOWN = Knowledge(4096, 0.9, 0.1, 0.0, 0.25)
 
 @pytest.fixture(scope="module")
 def cells():
-    return cells_of(read_rows(STUDY), json.loads(REFERENCES.read_text()))
+    references = json.loads(REFERENCES.read_text())
+    return [each for path in (STUDY, ICONS) for each in cells_of(read_rows(path), references)]
 
 
 def cell(gain, reference="a", error=0.001):
@@ -90,7 +92,7 @@ def test_gains_are_those_of_the_rows(cells):
 
     expected = 100 * (mean("drrho", "0.002", "0.125") - mean("fastclip-v1", "0.001", "0.1"))
     assert own.finished.gain == pytest.approx(expected)
-    assert len({each.finished.group for each in cells}) == 7
+    assert len({each.finished.group for each in cells}) == 9
 
 
 def test_a_verdict_counts_regret_signs_and_losses(monkeypatch):
