@@ -56,7 +56,7 @@ PRESETS: dict[str, Train] = {
 PRESETS["icon-public"] = Train(
     model="icon-public",
     pretrained=Path("cache/public-towers.safetensors"),
-    inputs=ModelInputs(image_mean=(0.498,) * 3, image_std=(0.502,) * 3),
+    inputs=ModelInputs(image_mean=(0.498, 0.498, 0.498), image_std=(0.502, 0.502, 0.502)),
     lock=("image", "text"),
     unlocked_text_groups=1,
     split="reference",
