@@ -17,7 +17,7 @@ from experiments.clip.training.options import Optimization
 #: Transformers that open_clip_train does not take for one, because "vit" is not in their names.
 UNNAMED = (
     "glyph-",
-    "icon-",
+    "icon-base",
     "EVA0",
     "PE-Core-",
     "nllb-clip-",
