@@ -13,7 +13,7 @@ PORTABLE := $(patsubst %,tests/test_%.py,risk risk_oracles risk_regressions opti
 
 FIGURES := glyph_demo linear_models theory weak_to_strong scaling data_efficiency captions variance scheduled icons table1 claims phase_diagram
 
-.PHONY: demo quick check test test-integrations test-lowest lint types fast-library fast-trainer figures notebooks linear phase docs bench-core bench-contrastive bench-clip gpu chaos clean
+.PHONY: demo quick check test test-integrations test-lowest lint types fast-library fast-trainer figures notebooks linear phase docs bench-core bench-contrastive bench-clip gpu gpu-study chaos clean
 
 demo: $(READY)
 	$(BIN)/python experiments/clip/run.py
@@ -121,14 +121,19 @@ bench-clip: $(READY)
 	$(BIN)/python experiments/benchmarks/throughput.py
 	$(BIN)/python experiments/benchmarks/validation_memory.py
 
-# Everything that is measured on a GPU, by the machine's own Python where its torch sees one: nothing is installed.
-# `make gpu GPU="--only core --packages FOLDER"` passes options on.
+# On a GPU, by the machine's own Python where its torch sees one: nothing is installed, and what is missing comes by
+# PYTHONPATH. `make gpu` measures everything; `make gpu GPU="--only core --packages FOLDER"` passes options on.
+# `make gpu-study` trains what is left of the large grid on icons; given again, it goes on.
 SEES_GPU := -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+STUDY ?= --seconds 400
 
-gpu:
+gpu: PROGRAM = -m experiments.benchmarks.gpu $(GPU)
+gpu-study: PROGRAM = experiments/clip/run.py study --data icons --large $(STUDY)
+
+gpu gpu-study:
 	@for python in $(PYTHON) $(BIN)/python; do \
-	  if $$python $(SEES_GPU) 2>/dev/null; then exec env PYTHONPATH=.:$$PYTHONPATH $$python -m experiments.benchmarks.gpu $(GPU); fi; \
-	done; echo "make gpu: neither $(PYTHON) nor $(BIN)/python has a torch that sees a GPU" >&2; exit 2
+	  if $$python $(SEES_GPU) 2>/dev/null; then exec env PYTHONPATH=.:$$PYTHONPATH $$python $(PROGRAM); fi; \
+	done; echo "make $@: neither $(PYTHON) nor $(BIN)/python has a torch that sees a GPU" >&2; exit 2
 
 # Given again after an interruption, it goes on with the trials that are left.
 chaos: $(READY)

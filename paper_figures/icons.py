@@ -1,9 +1,11 @@
-"""Draw the study on icons: methods at one budget, budgets, and references of three qualities."""
+"""Draw the study on icons: methods at one budget, budgets, and references of three qualities, at either scale."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,31 +13,38 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.clip.study.grid import NEAR
-from experiments.clip.study.icon_grid import MAIN, MORE, PASSES, PUBLIC, REFERENCES, RIVALS, STRONG, STUDIES
+from experiments.clip.study.icon_grid import CORE, GPU, GPU_STUDIES, MAIN, MORE, PUBLIC, RIVALS, STUDIES, Scale
 from experiments.clip.study.intervals import interval
-from experiments.clip.study.options import RESULTS
+from experiments.clip.study.options import RESULTS, TABLES
 from experiments.clip.study.results import Row
 from experiments.clip.study.settings import DIVERGENCE, TWIN
 from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, Seeds, headline_of, paired, values
-from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, panel, program
+from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, panel, program, save, styled
 
-TABLE = HERE.parent / RESULTS / "icons.csv"
+TABLE, LARGE = (HERE.parent / RESULTS / TABLES[grid] for grid in ("icons", "icons-large"))
 COLORS = dict(zip(MAIN, (ORANGE, VERMILION, BLUE, GREEN), strict=True))
 _NATURAL = {"captions": "natural"}
-_STUDY_UNDER = {STRONG: "icon-headline", PUBLIC: "icon-public"}
 PAGE_OF_ICONS = HERE.parent / "experiments" / "clip" / "icons" / "README.md"
 BEGIN, END = "<!-- study: written by paper_figures/icons.py -->", "<!-- end of study -->"
 
 
-def draw_methods(axes: Axes, results: Results) -> bool:
+def scale_of(results: Results) -> Scale:
+    """Return the scale of a table; raise `NotMeasured` if it has nothing of either."""
+    for scale in (CORE, GPU):
+        if results.study(scale.study("headline")):
+            return scale
+    raise NotMeasured(CORE.study("headline"), "three seeds of a method on icons")
+
+
+def draw_methods(axes: Axes, results: Results, scale: Scale) -> bool:
     """Draw every method's accuracy at the budget of the headline; raise `NotMeasured` if none is there."""
     rows = []
-    for study, methods in (("icon-headline", MAIN), ("icon-headline-more", MORE), ("icon-rivals", RIVALS)):
+    for study, methods in (("headline", MAIN), ("headline-more", MORE), ("rivals", RIVALS)):
         for method in methods:
-            if found := results.find(study, method=method, **_NATURAL):
+            if found := results.find(scale.study(study), method=method, **_NATURAL):
                 rows.append((method, interval(values(found))))
     if not rows:
-        raise NotMeasured("icon-headline", "three seeds of a method on icons")
+        raise NotMeasured(scale.study("headline"), "three seeds of a method on icons")
     rows.sort(key=lambda row: row[1].mean)
     for place, (method, found) in enumerate(rows):
         color = GRAY if method in (*UNSTEERED, "neuclip") else BLUE
@@ -47,13 +56,13 @@ def draw_methods(axes: Axes, results: Results) -> bool:
     return True
 
 
-def draw_budgets(axes: Axes, results: Results) -> bool:
+def draw_budgets(axes: Axes, results: Results, scale: Scale) -> bool:
     """Draw the main methods' accuracy against the pairs seen, and return whether there are two budgets."""
     drawn = False
     for method in MAIN:
         points = []
-        for passes in PASSES:
-            if found := _at(results, method, passes):
+        for passes in scale.passes:
+            if found := _at(results, scale, method, passes):
                 seen = float(next(iter(found.values()))["samples_trained"])
                 points.append((seen, interval(values(found))))
         if len(points) > 1:
@@ -67,24 +76,25 @@ def draw_budgets(axes: Axes, results: Results) -> bool:
     return drawn
 
 
-def _own_score(results: Results, reference: str) -> float | None:
+def _own_score(results: Results, scale: Scale, reference: str) -> float | None:
     """Return what a reference itself has, if it is measured."""
-    rows = [row for row in results.study("icon-references") if row["setting"] == reference]
+    rows = [row for row in results.study(scale.study("references")) if row["setting"] == reference]
     return 100 * float(rows[0]["test_top1"]) if rows else None
 
 
-def draw_references(axes: Axes, results: Results) -> bool:
+def draw_references(axes: Axes, results: Results, scale: Scale) -> bool:
     """Draw the steered methods' accuracy against their reference's; return whether two references are there."""
     drawn = False
     for method in MAIN:
         points = []
-        for reference in REFERENCES:
-            study = _STUDY_UNDER.get(reference, "icon-reference-quality")
-            found = results.find(study, method=method, reference=reference, setting=f"passes={PASSES[0]}", **_NATURAL)
-            if found and (own := _own_score(results, reference)) is not None:
+        for reference in (*scale.references, *([PUBLIC] if scale is CORE else [])):
+            study = scale.study({scale.strong: "headline", PUBLIC: "public"}.get(reference, "reference-quality"))
+            setting = f"passes={scale.passes[0]}"
+            found = results.find(study, method=method, reference=reference, setting=setting, **_NATURAL)
+            if found and (own := _own_score(results, scale, reference)) is not None:
                 points.append((own, interval(values(found))))
         if method == TWIN:
-            if found := results.find("icon-headline", method=TWIN, **_NATURAL):
+            if found := results.find(scale.study("headline"), method=TWIN, **_NATURAL):
                 axes.axhline(values(found).mean(), color=COLORS[TWIN], linestyle=":", label=NAMES[TWIN])
         elif len(points) > 1:
             drawn = True
@@ -106,43 +116,49 @@ def draw_references(axes: Axes, results: Results) -> bool:
 def draw(results: Results) -> Figure:
     """Return the figure: a panel for each part that is measured."""
     parts = ((draw_methods, "methods"), (draw_budgets, "budgets"), (draw_references, "references"))
-    measured = [part for part in parts if part[0](Figure().subplots(), results)]
+    scale = scale_of(results)
+    measured = [part for part in parts if part[0](Figure().subplots(), results, scale)]
     figure = Figure(figsize=(PAGE if len(measured) > 1 else COLUMN, 2.5), layout="constrained")
     axes = figure.subplots(1, len(measured), squeeze=False)[0]
     for letter, (part, title), one in zip("abc", measured, axes, strict=False):
-        part(one, results)
+        part(one, results, scale)
         panel(one, letter, title)
     return figure
 
 
 def table(results: Results) -> str:
     """Return the accuracies as a Markdown table: a line for each method at each budget under each reference."""
+    scale = scale_of(results)
     columns = ("method", "reference", "pairs seen", "seeds", "naming top-1, %", "above the twin, points")
     columns += ("above its reference, points",)
     lines = [columns, ("---",) * len(columns)]
-    rows = {name: results.study(name) for name in STUDIES if "tuning" not in name}
+    rows = {name: results.study(name) for name in (STUDIES if scale is CORE else GPU_STUDIES) if "tuning" not in name}
+    twins = [row for own in rows.values() for row in own if row["method"] == TWIN and row["fraction"] == "1"]
     for study, own in rows.items():
         for labels in dict.fromkeys(map(_labels_of, own)):
             trainings = {int(row["seed"]): row for row in own if _labels_of(row) == labels}
-            twin = {int(row["seed"]): row for each in rows.values() for row in each if _is_twin(row, labels)}
             name = NAMES[labels.method] + (f", {labels.captions}" if labels.captions != "natural" else "")
-            name += f" ({labels.setting})" if study == "icon-references" else ""
-            seen = f"{float(trainings[min(trainings)]['samples_trained']):,.0f}"
+            name += f" ({labels.setting})" if study == scale.study("references") else ""
+            name += "" if labels.fraction == "1" else f", on {100 * float(labels.fraction):g} % of the pairs"
+            seen = float(trainings[min(trainings)]["samples_trained"])
+            twin = {int(row["seed"]): row for row in twins if _is_twin(row, labels, seen)}
             found = interval(values(trainings))
             spread = f" [{found.low:.2f}, {found.high:.2f}]" if len(trainings) > 1 else ""
             gain = "" if labels.method == TWIN else _gain(trainings, twin)
-            score = _own_score(results, labels.reference)
+            score = _own_score(results, scale, labels.reference)
             above = "" if score is None or len(trainings) < 2 else _with_limits(*interval(values(trainings) - score))
-            lines.append((name, labels.reference, seen, str(len(trainings)), f"{found.mean:.2f}{spread}", gain, above))
+            line = (name, labels.reference, f"{seen:,.0f}", str(len(trainings)), f"{found.mean:.2f}{spread}", gain)
+            lines.append((*line, above))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def claims(glyphs: Results, icons: Results) -> str:
     """Return the main claims as a Markdown table with a column for each data set and budget."""
+    scale = scale_of(icons)
     columns = [_Column("glyphs, clean captions", _on_glyphs(glyphs))]
-    for passes in PASSES:
-        if seen := _seen(icons, passes):
-            columns.append(_Column(f"icons, {seen:,.0f} pairs seen", _on_icons(icons, passes)))
+    for passes in scale.passes:
+        if seen := _seen(icons, scale, passes):
+            columns.append(_Column(f"icons, {seen:,.0f} pairs seen", _on_icons(icons, scale, passes)))
     lines = [("claim, points of naming top-1", *(each.title for each in columns)), ("---",) * (len(columns) + 1)]
     lines += [(claim, *(each.cells[claim] for each in columns)) for claim in columns[0].cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -180,7 +196,7 @@ class _UnderPublic(NamedTuple):
     above_reference: str
 
 
-_MISSING = "not measured yet"
+_MISSING, _NONE = "not measured yet", "no such reference"
 
 
 def _on_glyphs(results: Results) -> dict[str, str]:
@@ -196,22 +212,24 @@ def _on_glyphs(results: Results) -> dict[str, str]:
     def find(method: str) -> Seeds:
         return results.find(headline_of(method), method=method, captions="clean")
 
-    return _cells(find, above, lambda method: _UnderPublic("no such reference", "no such reference"))
+    return _cells(find, above, lambda method: _UnderPublic(_NONE, _NONE))
 
 
-def _on_icons(results: Results, passes: int) -> dict[str, str]:
+def _on_icons(results: Results, scale: Scale, passes: int) -> dict[str, str]:
     def above(method: str) -> str:
-        found, score = find(method), _own_score(results, STRONG)
+        found, score = find(method), _own_score(results, scale, scale.strong)
         if not found or score is None:
             return _MISSING
         return f"{_with_limits(*interval(values(found) - score))}, {len(found)} seeds"
 
     def find(method: str) -> Seeds:
-        return _at(results, method, passes)
+        return _at(results, scale, method, passes)
 
     def under_public(method: str) -> _UnderPublic:
-        found = results.find("icon-public", method=method, setting=f"passes={passes}", **_NATURAL)
-        score, (ours, twin) = _own_score(results, PUBLIC), paired(found, find(TWIN))
+        if scale is not CORE:
+            return _UnderPublic(_NONE, _NONE)
+        found = results.find(scale.study("public"), method=method, setting=f"passes={passes}", **_NATURAL)
+        score, (ours, twin) = _own_score(results, scale, PUBLIC), paired(found, find(TWIN))
         if len(ours) < 2 or score is None:
             return _UnderPublic(_MISSING, _MISSING)
         seeds = f", {len(ours)} seeds"
@@ -220,16 +238,15 @@ def _on_icons(results: Results, passes: int) -> dict[str, str]:
     return _cells(find, above, under_public)
 
 
-def _at(results: Results, method: str, passes: int) -> Seeds:
+def _at(results: Results, scale: Scale, method: str, passes: int) -> Seeds:
     """Return a method's trainings at a budget, under the strong reference if it has one."""
-    more = "icon-headline-more" if method in MORE else "icon-headline"
-    study = more if passes == PASSES[0] else "icon-budgets"
+    study = scale.study(("headline" if passes == scale.passes[0] else "budgets") + "-more" * (method in MORE))
     return results.find(study, method=method, setting=f"passes={passes}", **_NATURAL)
 
 
-def _seen(results: Results, passes: int) -> float | None:
+def _seen(results: Results, scale: Scale, passes: int) -> float | None:
     """Return how many pairs a budget is, where the twin is measured there."""
-    found = _at(results, TWIN, passes)
+    found = _at(results, scale, TWIN, passes)
     return float(next(iter(found.values()))["samples_trained"]) if found else None
 
 
@@ -238,14 +255,16 @@ class _Labels(NamedTuple):
     reference: str
     captions: str
     setting: str
+    fraction: str
 
 
 def _labels_of(row: Row) -> _Labels:
     return _Labels(*(row[key] for key in _Labels._fields))
 
 
-def _is_twin(row: Row, labels: _Labels) -> bool:
-    return _labels_of(row) == labels._replace(method=TWIN, reference="")
+def _is_twin(row: Row, labels: _Labels, seen: float) -> bool:
+    """Return whether a row of the twin saw such captions, and as many pairs but for rounding a share of them."""
+    return row["captions"] == labels.captions and math.isclose(float(row["samples_trained"]), seen, rel_tol=1e-3)
 
 
 def _gain(trainings: Seeds, twin: Seeds) -> str:
@@ -262,16 +281,24 @@ def _with_limits(mean: float, low: float, high: float) -> str:
 
 
 def main() -> int:
-    """Draw the figure, and write the table into the page of the icons where it is committed."""
+    """Draw the figures, and write the tables into the page of the icons where they are committed."""
     status = program("icons", draw, TABLE)
     if status == 0:
         text = PAGE_OF_ICONS.read_text()
         before, _, rest = text.partition(BEGIN)
         _, _, after = rest.partition(END)
-        icons = Results(TABLE)
-        both = f"{claims(Results(), icons)}\n\nAll that is measured on icons:\n\n{table(icons)}"
+        parts = [_tables(TABLE)]
+        if LARGE.exists():
+            save(styled(lambda: draw(Results(LARGE))), HERE, "icons_large")
+            parts.append("At the scale of a GPU (`run.py study --data icons --large`):\n\n" + _tables(LARGE))
+        both = "\n\n".join(parts)
         PAGE_OF_ICONS.write_text(f"{before}{BEGIN}\n{both}\n{END}{after}")
     return status
+
+
+def _tables(path: Path) -> str:
+    icons = Results(path)
+    return f"{claims(Results(), icons)}\n\nAll that is measured on icons:\n\n{table(icons)}"
 
 
 if __name__ == "__main__":

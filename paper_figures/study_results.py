@@ -19,7 +19,9 @@ from experiments.clip.study.tuned import read_tuned
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = Path(__file__).parents[1] / "experiments" / "clip" / "study" / "results" / "study.csv"
-COMMAND = "python experiments/clip/run.py study --only"
+_PROGRAM = "python experiments/clip/run.py study"
+COMMAND = f"{_PROGRAM} --only"  # of studies on glyphs
+_GRID: dict[str, str] = {"icon": " --data icons", "gpu": " --data icons --large"}  # by how a study's name begins
 FEWEST = len(FEWER_SEEDS)  # seeds, of all that is compared
 TOP1 = "test_top1"
 
@@ -67,10 +69,11 @@ REFERENCES = {"weak": "weak (glyph-micro)", "equal": "equal (glyph-tiny)", "ship
 
 
 class NotMeasured(Exception):
-    """Results that a study has not yet; the message names the command that measures them."""
+    """Results that a study, or several of one grid, has not yet; the message names the command that measures them."""
 
     def __init__(self, study: str, what: str) -> None:
-        super().__init__(f"not measured yet: {what}; run {COMMAND} {study}")
+        grid = _GRID.get(study.partition("-")[0], "")
+        super().__init__(f"not measured yet: {what}; run {_PROGRAM}{grid} --only {study}")
 
 
 class Curve(NamedTuple):

@@ -469,11 +469,11 @@ def test_a_coefficient_that_costs_points_is_said_to(study):
     assert claims._gain_in_words(loses) == "-1.00 points [-1.25, -0.75], 3 seeds, twin 13.0 %"
 
 
-def icon_table(path, names):
+def icon_table(path, names, tunings=icon_grid.TUNING_STUDIES):
     """Write a table of the study on icons in which the steered methods have 2 %, the others 1 %."""
     keys = {
         TunedKey(cells[0].study, "natural", cells[0].cell.method, cells[0].cell.reference)
-        for _, cells in groupby(planned_trainings(icon_grid.TUNING_STUDIES, {}), key=lambda each: each.cell.method)
+        for _, cells in groupby(planned_trainings(tunings, {}), key=lambda each: each.cell.method)
         for cells in (list(cells),)
     }
     tuned = {key: Winner(icon_grid.SETTINGS[key.method][0], "", 0.0) for key in keys}
@@ -484,9 +484,9 @@ def icon_table(path, names):
         for each in planned_trainings(names, read_tuned(path)):
             cell = each.cell
             score = (0.02 if cell.train.loss.needs_reference else 0.01) * (1 + 0.01 * cell.train.seed)
-            seen = 79_593 * cell.train.optimization.epochs
+            seen = round(79_593 * cell.train.fraction) * cell.train.optimization.epochs
             row = dict.fromkeys(FIELDS, "0") | {"study": each.study, "hash": each.hash}
-            row |= {"captions": captions_label(cell.train.data)}
+            row |= {"captions": captions_label(cell.train.data), "fraction": f"{cell.train.fraction:g}"}
             row |= {"method": cell.method, "reference": cell.reference, "seed": cell.train.seed}
             writer.writerow(row | {"setting": cell.setting, "test_top1": score, "samples_trained": seen})
     return Results(path)
@@ -514,7 +514,27 @@ def test_the_figure_of_icons_has_what_is_measured(tmp_path):
     cells = {row.split(" | ")[0]: row.split(" | ")[2:] for row in rows}
     assert cells["| DRRho-CLIP above its twin without reference, FastCLIP v1"][0] == "+1.03 [+1.01, +1.05], 5 seeds"
     assert cells["| DRRho-CLIP above its reference"][0] == "+1.06 [+1.02, +1.10], 5 seeds"
-    assert cells["| DRRho-CLIP above OpenCLIP"][1:] == ["not measured yet", "not measured yet |"]
+    assert cells["| DRRho-CLIP above OpenCLIP"][1:] == [
+        "+1.02 [+1.00, +1.04], 3 seeds",
+        "+1.02 [+1.00, +1.04], 3 seeds |",
+    ]
+    (half,) = [line for line in lines if line.startswith("| DRRho-CLIP, on 50 % of the pairs |")]
+    assert "| 477,552 | 3 |" in half and "2.0 times" in half  # beside the twin that saw as many, of all pairs
     (tmp_path / "icons.csv").unlink()
-    with pytest.raises(NotMeasured, match="icon-headline"):
+    with pytest.raises(NotMeasured, match=r"run\.py study --data icons --only icon-headline"):
         icons.draw(Results(tmp_path / "icons.csv"))
+
+
+@pytest.mark.slow
+def test_the_same_figure_and_tables_at_the_scale_of_a_gpu(tmp_path):
+    studies, tunings = icon_grid.GPU_STUDIES, icon_grid.GPU_TUNING_STUDIES
+    large = icon_table(tmp_path / "icons_large.csv", [name for name in studies if "tuning" not in name], tunings)
+    drawn = style.styled(lambda: icons.draw(large))
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["(a) methods", "(b) budgets", "(c) references"]
+    assert "| DRRho-CLIP | gpu-strong | 10,028,718 | 3 |" in icons.table(large)
+    head, _, *rows = icons.claims(Results(), large).splitlines()
+    assert head.endswith("| icons, 10,028,718 pairs seen |")
+    assert rows[-1].endswith(3 * "| no such reference " + "|")
+    (tmp_path / "icons_large.csv").write_text("")
+    with pytest.raises(NotMeasured, match="study --data icons --large --only gpu-icon-headline"):
+        icons.draw_methods(drawn.axes[0], Results(tmp_path / "icons_large.csv"), icon_grid.GPU)

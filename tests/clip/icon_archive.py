@@ -28,3 +28,21 @@ def write_archive(path, sets, version="1.2.3"):
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return path
+
+
+def small_archive(path):
+    """Write one whose sets are of all splits, among them what must be left out for every reason."""
+    names = [f"thing-{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh"]
+    circle = '<circle cx="9" cy="9" r="{size}"/>'
+    sets = {
+        "one": icon_set([*names, *(f"{name}-filled" for name in names)]),
+        "two": icon_set([*names, "7"], author="Two", body=circle),
+        "three": icon_set(names[:40], author="Three", body=circle.replace("9", "12"), spdx="CC-BY-4.0"),
+        "four": icon_set(names[:30], author="Four", body=SQUARE.replace("M2", "M9"), categories={"Letters": names[:3]}),
+        "same": icon_set(names[30:42], author="Five", body=circle),
+        "five": icon_set(names[:8], author="Nine", body=circle.replace("9", "15")),
+        "none": icon_set(names[:5], author="Six", body='<path fill="#fff" d="M0 0h9v9z"/>'),
+        "hostile": icon_set(names[:3], author="Seven", body='<image href="/etc/passwd"/>'),
+        "closed": icon_set(names[:5], author="Eight", spdx="CC-BY-NC-4.0"),
+    }
+    return write_archive(path, sets)

@@ -28,7 +28,9 @@ class Prepare:
 
     data: Data = field(default_factory=Data)
     source: Annotated[Path | None, OnlyWith("--data icons", lambda options: options.data.kind == "icons")] = None
-    """The archive that `npm pack @iconify/json` writes; by default npm fetches it."""
+    """The archive that `npm pack @iconify/json` writes, or one of --pack; by default npm fetches it."""
+    pack: Annotated[Path | None, OnlyWith("--data icons", lambda options: options.data.kind == "icons")] = None
+    """Draw nothing: write to this file, of 40 MB, all that is needed of the archive to draw the pairs elsewhere."""
 
 
 @dataclass(frozen=True)

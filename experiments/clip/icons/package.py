@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import lzma
 import math
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, printable
-from ..io.files import sync
+from ..io.files import sync, write_atomically
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 #: SPDX names of the licences whose icons may be drawn, changed and passed on under any terms, where their authors are
@@ -23,6 +28,11 @@ LICENSES = frozenset(
     ("Apache-2.0", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "MPL-2.0", "OFL-1.1", "Unlicense")
 )
 _MOST_BYTES = 1 << 28  # of one file of the package
+_PIECE = 1 << 20
+_MEMBERS = r"package/(?:package|collections|json/[\w-]+)\.json"
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # what JSON of another form leads to
+_DAMAGED = (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+_SIZES = ("left", "top", "width", "height")
 
 
 class Icon(NamedTuple):
@@ -46,7 +56,7 @@ class IconSet(NamedTuple):
 
 
 def fetch(folder: Path, source: Path | None = None) -> Path:
-    """Return the package's archive: ``source``, or the one in ``folder``, which npm fetches if it is not there.
+    """Return the package's archive: ``source``, or the one in ``folder``, whole or packed, else as npm fetches it.
 
     Raises
     ------
@@ -57,9 +67,10 @@ def fetch(folder: Path, source: Path | None = None) -> Path:
         if not source.is_file():
             raise UserError(f"--source {source} is not a file: give the archive that `npm pack {PACKAGE}` writes")
         return source
-    path = folder / f"iconify-json-{VERSION}.tgz"
-    if path.is_file():
-        return path
+    path, packed = (folder / f"iconify-json-{VERSION}{ending}" for ending in (".tgz", ".tar.xz"))
+    for found in (path, packed):
+        if found.is_file():
+            return found
     remedy = f"run `npm pack {PACKAGE}@{VERSION}` where there is a network, and give its file as --source"
     npm = shutil.which("npm")
     if npm is None:
@@ -86,7 +97,7 @@ def read_package(path: Path) -> tuple[str, list[IconSet], dict[str, int]]:
         If the file is not the archive of such a package.
     """
     refused: dict[str, int] = {}
-    members = read_members(path, r"package/(?:package|collections|json/[\w-]+)\.json", PACKAGE)
+    members = read_members(path, _MEMBERS, PACKAGE)
     try:
         version = str(members["package/package.json"]["version"])
         sets = []
@@ -96,9 +107,47 @@ def read_package(path: Path) -> tuple[str, list[IconSet], dict[str, int]]:
                 sets.append(_icon_set(prefix, license, about, members[f"package/json/{prefix}.json"]))
             else:
                 refused[license] = refused.get(license, 0) + int(about["total"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise _another(path, PACKAGE, error) from error
     return version, sets, refused
+
+
+def write_packed(path: Path, archive: Path, is_drawn: Callable[[str, str], bool]) -> None:
+    """Write an archive of what `read_package` reads, without the drawings of icons that ``is_drawn`` denies.
+
+    It is asked for the prefix of a set and the name of an icon. Equal archives give equal files.
+
+    Raises
+    ------
+    UserError
+        If ``archive`` is not the archive of such a package.
+    """
+    members = read_members(archive, _MEMBERS, PACKAGE)
+    try:
+        kept = {name: members[f"package/{name}.json"] for name in ("package", "collections")}
+        for prefix, about in sorted(kept["collections"].items()):
+            if about.get("license", {}).get("spdx") in LICENSES:
+                kept[f"json/{prefix}"] = _packed(members[f"package/json/{prefix}.json"], partial(is_drawn, prefix))
+    except _MALFORMED as error:
+        raise _another(archive, PACKAGE, error) from error
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as packed:
+        for name, content in kept.items():
+            text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(text)
+            packed.addfile(member, io.BytesIO(text))
+    write_atomically(path, lzma.compress(data.getbuffer(), preset=9))
+
+
+def _packed(content: Mapping[str, Any], is_drawn: Callable[[str], bool]) -> dict[str, Any]:
+    """Return what is read of a set's file."""
+    visible = {name: icon for name, icon in content["icons"].items() if not icon.get("hidden")}
+    icons = {
+        name: {key: icon[key] for key in _SIZES if key in icon} | {"body": icon["body"] if is_drawn(name) else ""}
+        for name, icon in visible.items()
+    }
+    return {key: content[key] for key in (*_SIZES, "categories") if key in content} | {"icons": icons}
 
 
 def read_members(path: Path, wanted: str, package: str) -> dict[str, Any]:
@@ -111,10 +160,10 @@ def read_members(path: Path, wanted: str, package: str) -> dict[str, Any]:
     """
     try:
         return dict(_members(path, wanted))
+    except (*_MALFORMED, RecursionError, *_DAMAGED) as error:
+        raise _another(path, package, error) from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): fetch it again") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EOFError, tarfile.TarError) as error:
-        raise _another(path, package, error) from error
 
 
 def _another(path: Path, package: str, error: Exception) -> UserError:
@@ -122,7 +171,7 @@ def _another(path: Path, package: str, error: Exception) -> UserError:
 
 
 def _members(path: Path, wanted: str) -> Iterator[tuple[str, Any]]:
-    with tarfile.open(path, "r:gz") as archive:
+    with tarfile.open(path) as archive:
         for member in archive:
             if member.isfile() and re.fullmatch(wanted, member.name):
                 if member.size > _MOST_BYTES:
@@ -130,6 +179,10 @@ def _members(path: Path, wanted: str) -> Iterator[tuple[str, Any]]:
                 file = archive.extractfile(member)
                 assert file is not None
                 yield member.name, json.loads(file.read())
+        # The checksum of what is compressed comes last, after the end of what it holds.
+        assert archive.fileobj is not None
+        while archive.fileobj.read(_PIECE):
+            pass
 
 
 def _icon_set(prefix: str, license: str, about: Mapping[str, Any], content: Mapping[str, Any]) -> IconSet:
@@ -157,8 +210,7 @@ def _icon_set(prefix: str, license: str, about: Mapping[str, Any], content: Mapp
 def _document(icon: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Return a whole SVG document of an icon's body, its current color black; empty for an icon without a size."""
     left, top, width, height = (
-        float(icon.get(key, content.get(key, otherwise)))
-        for key, otherwise in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+        float(icon.get(key, content.get(key, otherwise))) for key, otherwise in zip(_SIZES, (0, 0, 16, 16), strict=True)
     )
     if not (0 < width < math.inf and 0 < height < math.inf):
         return ""

@@ -17,9 +17,10 @@ from ..glyphs import source as glyphs
 from ..glyphs.dataset import GlyphPair, Manifest, open_dataset, read_samples, write_dataset
 from ..glyphs.drawing import swapped
 from ..glyphs.tasks import png_of
+from ..io.files import ensure_writable
 from .captions import caption, style_of
 from .options import Prepare
-from .package import LICENSES, IconSet, fetch, read_package
+from .package import LICENSES, IconSet, fetch, read_package, write_packed
 from .rendering import RULE, Renders, fault
 from .splits import SHARES, drawing_splits, family_of, kind_of, split_of
 
@@ -43,6 +44,8 @@ def run_prepare(options: Prepare) -> None:
     """Draw the pairs that the options name and write their shards, unless they are there."""
     if options.data.kind == "glyphs":
         glyphs.prepare(options.data)
+    elif options.pack is not None:
+        pack(options.pack, fetch(options.data.cache, options.source))
     else:
         prepare(options.data, options.source)
 
@@ -93,6 +96,18 @@ def prepare(data: Data, archive: Path | None = None) -> Manifest:
     console.print(f"data       wrote {total} icons to {folder} ({sizes})")
     console.print("left out   " + ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()))
     return manifest
+
+
+def pack(path: Path, archive: Path) -> None:
+    """Write an archive from which the same pairs are drawn: without the icons that have no place in a split."""
+    ensure_writable(path.parent)
+    with console.status(f"packing {path}, which takes minutes"):
+        sets = read_package(archive)[1]
+        kept = {(each.meta["set"], each.meta["icon"]) for each in _candidates(sets, False, Counter())}
+        # Why one is left out is said by its drawing.
+        kept |= {(icons.prefix, icon.name) for icons in sets for icon in icons.icons if fault(icon.svg)}
+        write_packed(path, archive, lambda prefix, name: (prefix, name) in kept)
+    console.print(f"data       wrote {path}, {path.stat().st_size / 1e6:.1f} MB, for --source")
 
 
 def _with_swapped_names(natural: Manifest, folder: Path, share: float) -> Manifest:

@@ -1,4 +1,4 @@
-"""What `run.py study --data icons` runs: the same questions on natural pairs, as data.
+"""What `run.py study --data icons` runs: the same questions on natural pairs, as data, at the scale of a core or a GPU.
 
 Budgets are counted in passes over the 79,593 training icons. Every method has four settings to be tuned with at the
 smallest, one seed each, by naming top-1 on the validation split; steered ones under the strong reference. Other
@@ -8,23 +8,19 @@ coefficient is tried at the settings that its twin was tuned to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..cli.options import Data, Train
 from ..cli.presets import PRESETS, of_embedded_pairs
-from ..training.options import CheckpointPolicy, Loss, Selection
+from ..training.options import CheckpointPolicy, Execution, Loss, Selection
 from .cells import Cell, Tuned, TunedKey, captions_label, reference_cell
 from .settings import DIVERGENCE, TWIN, Setting
 
-BATCH = 128
 SEEDS = range(1, 6)  # seed 0 is for tuning, and is not counted
 FEWER_SEEDS = SEEDS[:3]
-PASSES = (2, 6, 12)  # the budgets: 159,000, 478,000 and 955,000 pairs seen
 NOISE = (0.2, 0.4)
-STRONG = "icons-strong"
-ICONS = Data(kind="icons", pixels=32)
 _RATES = (1e-3, 2e-3)
 
 
@@ -33,9 +29,11 @@ def _over(loss: Loss, option: str, values: Iterable[float]) -> tuple[Setting, ..
 
 
 _STEERED = Loss(method="drrho")
+_LEARNED = Loss(method="fastclip", temperature=0.1, temperature_scheme="global")
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     "openclip": tuple(Setting(Loss(method="openclip"), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     TWIN: _over(Loss(method="fastclip"), "temperature", (0.07, 0.14)),
+    "fastclip-v3": _over(_LEARNED, "rho", (0.5, 2.0)),
     "fastclip-chi-square": _over(Loss(method="fastclip", divergence="chi-square"), "temperature", (0.05, 0.1)),
     "drrho": _over(_STEERED, "temperature", (0.07, 0.14)),
     "drrho-adaptive": _over(replace(_STEERED, coefficient="adaptive"), "temperature", (0.07, 0.14)),
@@ -43,7 +41,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
 }
 _NETWORK = {"normalizer": "network", "normalizer_steps": 5, "final_gamma": 0.1}
 # Newer methods: the reference's hard mask of negatives, normalizers that a network predicts, without and with steering,
-# the target's own average as its reference, and a selection of pairs with distillation.
+# the target's own average as its reference, a selection of pairs with distillation, and distillation alone and steered.
 SETTINGS |= {
     "gist": tuple(Setting(Loss(method="gist"), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     "neuclip": _over(Loss(method="fastclip", **_NETWORK), "temperature", (0.07, 0.14)),
@@ -53,6 +51,8 @@ SETTINGS |= {
         each._replace(selection=Selection("jest", candidates=2))
         for each in _over(Loss(method="openclip"), "distill", (0.5, 2.0))
     ),
+    "distillation": _over(Loss(method="openclip"), "distill", (0.5, 2.0)),
+    "drrho-distillation": _over(replace(_STEERED, temperature=0.07), "distill", (0.5, 2.0)),
 }
 #: What is tried under the public reference, whose similarities have less than half of the others' spread: two settings
 #: more than elsewhere, added when four had been seen.
@@ -64,63 +64,190 @@ PUBLIC_SETTINGS = (
 SCHEDULED = "drrho-scheduled"
 #: What is compared first, and at other budgets, under other references and noise.
 MAIN = (TWIN, "drrho", SCHEDULED, DIVERGENCE)
-MORE = ("openclip", "drrho-adaptive", "fastclip-chi-square")
-RIVALS = ("gist", "neuclip", "drrho-neuclip", "drrho-self", "aced")
-_TUNING_OF: dict[str, str] = {
-    **{method: "icon-tuning-more" for method in MORE},
-    **{method: "icon-tuning-rivals" for method in RIVALS},
-}
+MORE = ("openclip", "fastclip-v3", "drrho-adaptive", "fastclip-chi-square")
+#: Of these, what is compared at other budgets too: methods without a reference.
+_UNSTEERED = ("openclip", "fastclip-v3")
+RIVALS = ("gist", "neuclip", "drrho-neuclip", "drrho-self", "aced", "distillation", "drrho-distillation")
+
+Study = Callable[[Tuned], Iterable[Cell]]
 
 
-def _train(model: str, passes: int, setting: Setting, seed: int = 0, noise: float = 0.0) -> Train:
-    """Return a training of so many passes over all pairs, counted in backward passes."""
-    return Train(
-        model=model,
-        data=replace(ICONS, swapped=noise),
-        loss=setting.loss,
-        selection=setting.selection,
-        **of_embedded_pairs(
-            epochs=passes * setting.selection.scored_per_pair, batch_size=BATCH, lr=setting.lr, warmup=50
-        ),
-        seed=seed,
-        keeping=CheckpointPolicy(checkpoint_minutes=5.0),
-        validations=min(4, passes),
-    )
+@dataclass(frozen=True)
+class Scale:
+    """The grid with one size of pictures, model and budgets.
+
+    Attributes
+    ----------
+    name : str
+        What the names of its studies begin with.
+    references : mapping
+        Model, passes and learning rate of the references, from the weakest by what they know of held-out icons.
+    strong : str
+        The reference of all studies but those of other references.
+    execution : Execution or None
+        Device and precision, where they are not those of all trainings on the embedded pairs.
+    """
+
+    name: str
+    model: str
+    pixels: int
+    batch_size: int
+    passes: tuple[int, ...]
+    references: Mapping[str, tuple[str, int, float]]
+    strong: str
+    execution: Execution | None = None
+
+    @property
+    def data(self) -> Data:
+        """Its pairs."""
+        return Data(kind="icons", pixels=self.pixels)
+
+    def study(self, name: str) -> str:
+        """Return what one of its studies is called."""
+        return f"{self.name}-{name}"
+
+    def tuning_of(self, method: str) -> str:
+        """Return the study that tunes a method."""
+        more = "-more" if method in MORE else "-rivals" if method in RIVALS else ""
+        return self.study(f"tuning{more}")
+
+    def train(self, model: str, passes: int, setting: Setting, seed: int = 0, noise: float = 0.0) -> Train:
+        """Return a training of so many passes over all pairs, counted in backward passes."""
+        on_core = Train(
+            model=model,
+            data=replace(self.data, swapped=noise),
+            loss=setting.loss,
+            selection=setting.selection,
+            **of_embedded_pairs(
+                epochs=passes * setting.selection.scored_per_pair, batch_size=self.batch_size, lr=setting.lr, warmup=50
+            ),
+            seed=seed,
+            keeping=CheckpointPolicy(checkpoint_minutes=5.0),
+            validations=min(4, passes),
+        )
+        return on_core if self.execution is None else replace(on_core, execution=self.execution)
+
+    def trained_references(self) -> dict[str, Train]:
+        """Return the trainings of its references, on the other pool of pairs."""
+        return {
+            name: replace(self.train(model, passes, Setting(Loss(method="openclip"), lr)), split="reference")
+            for name, (model, passes, lr) in self.references.items()
+        }
+
+    def tuning(self, methods: Iterable[str]) -> Iterator[Cell]:
+        """Yield settings at the smallest budget, one seed each."""
+        for method in methods:
+            for setting in SETTINGS[method]:
+                train = self.train(self.model, self.passes[0], setting)
+                yield Cell(method, train, setting.name, _reference_of(setting, self.strong))
+
+    def cell(
+        self, tuned: Tuned, method: str, passes: int, seed: int, *, noise: float = 0.0, reference: str = ""
+    ) -> Iterator[Cell]:
+        """Yield a training of a tuned method, once it is tuned; under the strong reference if no other is named."""
+        of = TWIN if method == SCHEDULED else method
+        key = TunedKey(self.tuning_of(of), captions_label(self.data), of, _reference_of(SETTINGS[of][0], self.strong))
+        if reference == PUBLIC:
+            key = key._replace(study="icon-tuning-public", reference=PUBLIC)
+        found = tuned.get(key)
+        if found is not None:
+            if method == SCHEDULED:
+                found = found._replace(loss=replace(found.loss, method="drrho", coefficient="scheduled"))
+            train = self.train(self.model, passes, found, seed, noise)
+            yield Cell(method, train, f"passes={passes}", _reference_of(found, reference or self.strong))
+
+    def headline(self, methods: Iterable[str], seeds: Iterable[int], passes: Iterable[int]) -> Study:
+        """Return the study of tuned methods at some budgets."""
+
+        def cells(tuned: Tuned) -> Iterator[Cell]:
+            for count, seed, method in product(passes, seeds, methods):
+                yield from self.cell(tuned, method, count, seed)
+
+        return cells
+
+    def reference_quality(self, tuned: Tuned) -> Iterator[Cell]:
+        """Yield the steered methods under weaker references, at two budgets."""
+        weaker = [name for name in self.references if name != self.strong]
+        steered = [method for method in MAIN if method != TWIN]
+        for seed, passes, reference, method in product(FEWER_SEEDS, self.passes[:2], weaker, steered):
+            yield from self.cell(tuned, method, passes, seed, reference=reference)
+
+    def noise(self, tuned: Tuned) -> Iterator[Cell]:
+        """Yield the same methods where a share of the training icons have each other's names."""
+        for seed, share, method in product(FEWER_SEEDS, reversed(NOISE), MAIN):
+            yield from self.cell(tuned, method, self.passes[0], seed, noise=share)
+
+    def half(self, tuned: Tuned) -> Iterator[Cell]:
+        """Yield the steered methods on half of the pairs, each seen twice as often as at the middle budget."""
+        passes = self.passes[1]
+        for seed, method in product(FEWER_SEEDS, ("drrho", DIVERGENCE)):
+            for cell in self.cell(tuned, method, 2 * passes, seed):
+                yield replace(cell, train=replace(cell.train, fraction=0.5))
+
+    def studies(self) -> dict[str, Study]:
+        """Return its studies by name, in the order in which they run; a training in several is run once."""
+        smallest, larger = self.passes[:1], self.passes[1:]
+        return {
+            self.study("tuning"): lambda _: self.tuning(method for method in MAIN if method != SCHEDULED),
+            self.study("headline"): self.headline(MAIN, SEEDS, smallest),
+            self.study("tuning-more"): lambda _: self.tuning(MORE),
+            self.study("budgets"): self.headline(MAIN, FEWER_SEEDS, larger),
+            self.study("reference-quality"): self.reference_quality,
+            self.study("noise"): self.noise,
+            self.study("headline-more"): self.headline(MORE, SEEDS, smallest),
+            self.study("budgets-more"): self.headline(_UNSTEERED, FEWER_SEEDS, larger),
+            self.study("half"): self.half,
+            self.study("tuning-rivals"): lambda _: self.tuning(RIVALS),
+            self.study("rivals"): self.headline(RIVALS, FEWER_SEEDS, smallest),
+        }
 
 
-def _reference(model: str, passes: int, lr: float = 2e-3) -> Train:
-    return replace(_train(model, passes, Setting(Loss(method="openclip"), lr)), split="reference")
-
-
-# By what they know of held-out icons, from the weakest.
-REFERENCES: dict[str, Train] = {
-    "icons-weak": _reference("glyph-micro", 2),
-    "icons-equal": _reference("glyph-tiny", 4),
-    # Of 478,000 pairs seen, a model of glyph-small's size knows no more than the equal one.
-    STRONG: _reference("glyph-tiny", 12, 1e-3),
-}
+#: 159,000, 478,000 and 955,000 pairs seen.
+CORE = Scale(
+    name="icon",
+    model="glyph-tiny",
+    pixels=32,
+    batch_size=128,
+    passes=(2, 6, 12),
+    references={
+        "icons-weak": ("glyph-micro", 2, 2e-3),
+        "icons-equal": ("glyph-tiny", 4, 2e-3),
+        # Of 478,000 pairs seen, a model of glyph-small's size knows no more than the equal one.
+        "icons-strong": ("glyph-tiny", 12, 1e-3),
+    },
+    strong="icons-strong",
+)
+#: 955,000, 3.2 and 10 million pairs seen by a model of 13.6 million parameters, which takes 75 times the operations of
+#: the other's, of pictures with four times the pixels: a span of 4,700 times the computation with both.
+GPU = Scale(
+    name="gpu-icon",
+    model="icon-large",
+    pixels=64,
+    batch_size=1024,
+    passes=(12, 40, 126),
+    references={
+        "gpu-weak": ("icon-base", 12, 2e-3),
+        "gpu-equal": ("icon-large", 12, 2e-3),
+        "gpu-strong": ("icon-large", 40, 1e-3),
+    },
+    strong="gpu-strong",
+    execution=Execution(device="cuda", precision="bfloat16"),
+)
 #: A reference whose towers have seen no icon: `icons.public_towers` makes them of two public models.
 PUBLIC = "icons-public"
-REFERENCES[PUBLIC] = replace(PRESETS["icon-public"], keeping=CheckpointPolicy(checkpoint_minutes=5.0))
 
 
-def _cell(
-    tuned: Tuned, method: str, passes: int, seed: int, *, noise: float = 0.0, reference: str = STRONG
-) -> Iterator[Cell]:
-    """Yield a training of a tuned method, once it is tuned."""
-    of = TWIN if method == SCHEDULED else method
-    own = PUBLIC if reference == PUBLIC else _reference_of(SETTINGS[of][0], STRONG)
-    study = "icon-tuning-public" if reference == PUBLIC else _tuning_of(of)
-    found = tuned.get(TunedKey(study, captions_label(ICONS), of, own))
-    if found is not None:
-        if method == SCHEDULED:
-            found = found._replace(loss=replace(found.loss, method="drrho", coefficient="scheduled"))
-        train = _train("glyph-tiny", passes, found, seed, noise)
-        yield Cell(method, train, f"passes={passes}", _reference_of(found, reference))
+def tuning_public(_: Tuned) -> Iterator[Cell]:
+    """Yield the settings of the steered method under the public reference."""
+    for setting in PUBLIC_SETTINGS:
+        yield Cell("drrho", CORE.train(CORE.model, CORE.passes[0], setting), setting.name, PUBLIC)
 
 
-def _tuning_of(method: str) -> str:
-    return _TUNING_OF.get(method, "icon-tuning")
+def public(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the steered method under the public reference, for which it is tuned, at two budgets."""
+    for passes, seeds in ((CORE.passes[1], FEWER_SEEDS), (CORE.passes[0], SEEDS)):
+        for seed in seeds:
+            yield from CORE.cell(tuned, "drrho", passes, seed, reference=PUBLIC)
 
 
 def _reference_of(setting: Setting, reference: str) -> str:
@@ -128,98 +255,20 @@ def _reference_of(setting: Setting, reference: str) -> str:
     return reference if setting.loss.needs_reference or setting.selection.is_on else ""
 
 
-def _tuning(methods: Iterable[str]) -> Iterator[Cell]:
-    """Yield settings at the smallest budget, one seed each."""
-    for method in methods:
-        for setting in SETTINGS[method]:
-            yield Cell(method, _train("glyph-tiny", PASSES[0], setting), setting.name, _reference_of(setting, STRONG))
+def _of(references: Mapping[str, Train]) -> Study:
+    return lambda _: (reference_cell(name, train) for name, train in references.items())
 
 
-def tuning(_: Tuned) -> Iterator[Cell]:
-    """Yield the settings of the main methods."""
-    return _tuning(method for method in MAIN if method != SCHEDULED)
-
-
-def tuning_more(_: Tuned) -> Iterator[Cell]:
-    """Yield the settings of the other methods."""
-    return _tuning(MORE)
-
-
-def tuning_rivals(_: Tuned) -> Iterator[Cell]:
-    """Yield the settings of the newer methods."""
-    return _tuning(RIVALS)
-
-
-def tuning_public(_: Tuned) -> Iterator[Cell]:
-    """Yield the settings of the steered method under the public reference."""
-    for setting in PUBLIC_SETTINGS:
-        yield Cell("drrho", _train("glyph-tiny", PASSES[0], setting), setting.name, PUBLIC)
-
-
-def references(_: Tuned) -> Iterator[Cell]:
-    """Return the references."""
-    return (reference_cell(name, train) for name, train in REFERENCES.items())
-
-
-def headline(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the main methods at the budget at which they were tuned, five seeds each."""
-    for seed, method in product(SEEDS, MAIN):
-        yield from _cell(tuned, method, PASSES[0], seed)
-
-
-def headline_more(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the other methods, tuned, five seeds each."""
-    for seed, method in product(SEEDS, MORE):
-        yield from _cell(tuned, method, PASSES[0], seed)
-
-
-def budgets(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the main methods at larger budgets."""
-    for passes, seed, method in product(PASSES[1:], FEWER_SEEDS, MAIN):
-        yield from _cell(tuned, method, passes, seed)
-
-
-def reference_quality(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the steered methods under weaker references, at two budgets."""
-    weaker = [name for name in REFERENCES if name not in (STRONG, PUBLIC)]
-    steered = [method for method in MAIN if method != TWIN]
-    for seed, passes, reference, method in product(FEWER_SEEDS, PASSES[:2], weaker, steered):
-        yield from _cell(tuned, method, passes, seed, reference=reference)
-
-
-def public(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the steered method under the public reference, for which it is tuned, at two budgets."""
-    for passes, seeds in ((PASSES[1], FEWER_SEEDS), (PASSES[0], SEEDS)):
-        for seed in seeds:
-            yield from _cell(tuned, "drrho", passes, seed, reference=PUBLIC)
-
-
-def noise(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the same methods where a share of the training icons have each other's names."""
-    for seed, share, method in product(FEWER_SEEDS, reversed(NOISE), MAIN):
-        yield from _cell(tuned, method, PASSES[0], seed, noise=share)
-
-
-def rivals(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the newer methods, tuned, beside the headline's."""
-    for seed, method in product(FEWER_SEEDS, RIVALS):
-        yield from _cell(tuned, method, PASSES[0], seed)
-
-
-#: In the order in which they run; a training in several is run once.
-STUDIES: dict[str, Callable[[Tuned], Iterable[Cell]]] = {
-    "icon-tuning": tuning,
-    "icon-headline": headline,
-    "icon-tuning-more": tuning_more,
-    "icon-budgets": budgets,
-    "icon-reference-quality": reference_quality,
-    "icon-noise": noise,
-    "icon-headline-more": headline_more,
-    "icon-tuning-rivals": tuning_rivals,
-    "icon-rivals": rivals,
+_KEPT = CheckpointPolicy(checkpoint_minutes=5.0)
+REFERENCES = CORE.trained_references() | {PUBLIC: replace(PRESETS["icon-public"], keeping=_KEPT)}
+GPU_REFERENCES = GPU.trained_references()
+STUDIES: dict[str, Study] = {
+    **CORE.studies(),
     "icon-tuning-public": tuning_public,
     "icon-public": public,
     # Those that steer are trained before. The public one needs its towers, so that it comes last.
-    "icon-references": references,
+    "icon-references": _of(REFERENCES),
 }
+GPU_STUDIES: dict[str, Study] = {**GPU.studies(), "gpu-icon-references": _of(GPU_REFERENCES)}
 TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals", "icon-tuning-public")
+GPU_TUNING_STUDIES = tuple(GPU.study(name) for name in ("tuning", "tuning-more", "tuning-rivals"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,8 @@ from ..errors import UserError
 from ..ranges import OnlyWith, PositiveOrInfinite
 
 RESULTS = Path("experiments/clip/study/results")
-_TABLES: dict[DataName, str] = {"glyphs": "study.csv", "icons": "icons.csv"}
+Grid = Literal["glyphs", "icons", "icons-large"]
+TABLES: dict[Grid, str] = {"glyphs": "study.csv", "icons": "icons.csv", "icons-large": "icons_large.csv"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Study:
 
     results: Path | None = None
     """Table with a line for each finished training; beside it, NAME_curves.csv has one for each validation, and
-    NAME_tuned.json the settings that tuning found best. By default study.csv, or icons.csv, in study/results."""
+    NAME_tuned.json the settings that tuning found best. By default study.csv, icons.csv or, with --large,
+    icons_large.csv in study/results."""
     out: Path = Path("outputs/study")
     """Folder of references, of trainings under way and of what is claimed by a process."""
     cache: Path = Path("cache")
@@ -46,10 +48,18 @@ class Study:
     kind: Annotated[DataName, tyro.conf.arg(name="data")] = "glyphs"
     """The pairs: characters of the shipped fonts, or icons, as in `prepare`."""
 
+    large: Annotated[bool, OnlyWith("--data icons", lambda study: study.kind == "icons")] = False
+    """The grid that is meant for a GPU: a larger model of pictures of 64 x 64, up to 10 million pairs seen."""
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that the options name."""
+        return "icons-large" if self.large else self.kind
+
     @property
     def table(self) -> Path:
         """The table of results."""
-        return RESULTS / _TABLES[self.kind] if self.results is None else self.results
+        return RESULTS / TABLES[self.grid] if self.results is None else self.results
 
     def check_together(self) -> None:
         """Refuse options that contradict each other."""

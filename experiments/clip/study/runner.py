@@ -69,9 +69,9 @@ Stop = Callable[[], int]  # the number of the signal that asks to stop, 0 if non
 
 def run(options: Study) -> None:
     """Run what is left, say what is left, or check one training."""
-    if unknown := [name for name in options.only if name not in STUDIES_OF[options.kind]]:
-        known = ", ".join(STUDIES_OF[options.kind])
-        raise UserError(f"--only {unknown[0]} is no study of --data {options.kind}: choose of {known}")
+    if unknown := [name for name in options.only if name not in STUDIES_OF[options.grid]]:
+        known, large = ", ".join(STUDIES_OF[options.grid]), " --large" * options.large
+        raise UserError(f"--only {unknown[0]} is no study of --data {options.kind}{large}: choose of {known}")
     runner = _StudyRunner(options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # processes share the cores, and sums add up alike on any number of them
@@ -89,13 +89,13 @@ def run(options: Study) -> None:
 class _StudyRunner:
     def __init__(self, options: Study) -> None:
         self._results, self._out, self._cache = options.table, options.out, options.cache
-        self._studies, self._pairs = STUDIES_OF[options.kind], embedded_pairs(options.kind)
-        self._names, self._kept = options.only or tuple(self._studies), REFERENCE_STUDY_OF[options.kind]
+        self._studies, self._pairs = STUDIES_OF[options.grid], embedded_pairs(options.kind)
+        self._names, self._kept = options.only or tuple(self._studies), REFERENCE_STUDY_OF[options.grid]
         self._plan(tuned_by_now(self._results))
         if not self._trainings:
             raise UserError(
                 f"--only {' '.join(self._names)} uses tuned settings, of which {self._results} has none yet: run "
-                f"`{PROGRAM} study --only {' '.join(TUNING_STUDIES_OF[options.kind])}` first"
+                f"`{PROGRAM} study --only {' '.join(TUNING_STUDIES_OF[options.grid])}` first"
             )
         self._load = PairsInMemory()
         self._manifests = cache(self._prepared)

@@ -7,7 +7,7 @@ import pytest
 from icon_archive import SQUARE, icon_set, write_archive
 
 from experiments.clip.errors import UserError
-from experiments.clip.icons.package import fetch, read_package
+from experiments.clip.icons.package import fetch, read_package, write_packed
 from experiments.clip.icons.rendering import fault
 
 
@@ -35,7 +35,7 @@ def test_an_icon_without_a_size_is_no_document(width, tmp_path):
     assert [fault(icon.svg) for icon in one.icons] == ["without a size", ""]
 
 
-@pytest.mark.parametrize("data", [b"", b"no archive", b"\x1f\x8b\x08\x00"], ids=len)
+@pytest.mark.parametrize("data", [b"", b"no archive", b"\x1f\x8b\x08\x00", b"\xfd7zXZ\x00\x00\x04"], ids=len)
 def test_another_file_is_refused_by_name(data, tmp_path):
     (tmp_path / "icons.tgz").write_bytes(data)
     with pytest.raises(UserError, match=r"icons\.tgz is not the archive of @iconify/json"):
@@ -52,6 +52,31 @@ def test_an_archive_that_lacks_a_set_or_is_cut_short_is_refused(tmp_path):
     write_archive(path, {"one": (about, {"icons": {"a": {}}})})
     with pytest.raises(UserError, match="KeyError"):
         read_package(path)
+
+
+def test_a_packed_archive_that_is_cut_short_or_damaged_is_refused(tmp_path):
+    archive = write_archive(tmp_path / "icons.tgz", {"one": icon_set([str(number) for number in range(99)])})
+    path = tmp_path / "icons.tar.xz"
+    write_packed(path, archive, lambda prefix, name: prefix == "one" and name != "7")
+    _, (one,), _ = read_package(path)
+    assert [icon.name for icon in one.icons if "<path" not in icon.svg] == ["7"]
+    assert_refused_where_damaged(path, "icons.tar.xz")
+
+
+def test_a_byte_that_changed_in_the_archive_is_noticed(tmp_path):
+    sets = {"one": icon_set([str(number) for number in range(99)])}
+    assert_refused_where_damaged(write_archive(tmp_path / "icons.tgz", sets), "icons.tgz")
+
+
+def assert_refused_where_damaged(path, name):
+    whole = path.read_bytes()
+    assert read_package(path)
+    first = 30 if name.endswith("tgz") else 0  # the header of gzip, a time and a name, is under no checksum
+    for place in range(first, len(whole), max(1, len(whole) // 60)):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"{name} is not the archive of @iconify/json"):
+                read_package(path)
 
 
 def test_where_the_archive_comes_from(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from icon_archive import icon_set, write_archive
 from experiments.clip.cli.options import Data
 from experiments.clip.errors import UserError
 from experiments.clip.glyphs.dataset import read_samples, verify
+from experiments.clip.icons.package import VERSION
 from experiments.clip.icons.source import prepare
 from experiments.clip.run import main
 
@@ -97,3 +98,22 @@ def test_the_command_makes_them_and_refuses_what_has_no_part_in_glyphs(archive, 
     assert (tmp_path / "icons-16-full" / "manifest.json").is_file()
     assert main(words) == 2
     assert "it is for --data icons" in capsys.readouterr().err
+
+
+def test_a_packed_archive_gives_the_same_data_set(archive, manifest, tmp_path, capsys):
+    packed = tmp_path / "packed" / f"iconify-json-{VERSION}.tar.xz"
+    words = ["prepare", "--data", "icons", "--pixels", "16"]
+    assert main([*words, "--source", str(archive), "--pack", str(packed)]) == 0
+    assert f"wrote {packed}, 0.0 MB, for --source" in " ".join(capsys.readouterr().out.split())
+    elsewhere = prepare(Data(kind="icons", cache=packed.parent, pixels=16))  # found where npm would have put it
+    assert elsewhere.fingerprint == manifest.fingerprint
+    for name in ("left_out.json", "ATTRIBUTION.md"):
+        assert (elsewhere.folder / name).read_bytes() == (manifest.folder / name).read_bytes()
+    again = tmp_path / "again.tar.xz"
+    assert main([*words, "--source", str(packed), "--pack", str(again)]) == 0
+    assert again.read_bytes() == packed.read_bytes()
+
+
+def test_only_icons_are_packed(tmp_path, capsys):
+    assert main(["prepare", "--pack", str(tmp_path / "packed.tar.xz")]) == 2
+    assert "--pack" in capsys.readouterr().err

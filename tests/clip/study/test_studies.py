@@ -19,8 +19,9 @@ from experiments.clip.study.studies import (
 
 
 def test_no_name_is_that_of_two_studies_or_references():
-    assert len(STUDIES) == len(grid.STUDIES) + len(icon_grid.STUDIES)
-    assert len(REFERENCES) == len(grid.REFERENCES) + len(icon_grid.REFERENCES)
+    assert len(STUDIES) == len(grid.STUDIES) + len(icon_grid.STUDIES) + len(icon_grid.GPU_STUDIES)
+    references = grid.REFERENCES, icon_grid.REFERENCES, icon_grid.GPU_REFERENCES
+    assert len(REFERENCES) == sum(map(len, references))
     for kind, studies in STUDIES_OF.items():
         assert set(TUNING_STUDIES_OF[kind]) <= set(studies)
         assert REFERENCE_STUDY_OF[kind] in studies
@@ -29,6 +30,7 @@ def test_no_name_is_that_of_two_studies_or_references():
 def test_settings_are_those_of_the_tuning_study():
     assert tried_settings(TunedKey("tuning", "clean", "drrho")) == SETTINGS["drrho"]
     assert tried_settings(TunedKey("icon-tuning", "natural", "drrho", "icons-strong")) == icon_grid.SETTINGS["drrho"]
+    assert tried_settings(TunedKey("gpu-icon-tuning", "natural", "drrho", "gpu-strong")) == icon_grid.SETTINGS["drrho"]
     assert tried_settings(TunedKey("icon-tuning", "natural", "no method")) == ()
 
 
