@@ -221,7 +221,7 @@ class ScheduledCoefficient(MovingCoefficient):
     def observe(self, image: Tensor, text: Tensor, *, reference: Features, group: Group = None) -> None:
         """Measure on held-out pairs what target and reference know; over ranks it is the mean of what each finds.
 
-        Features that are not finite change nothing.
+        Features that are not finite change nothing; if no others were observed before, c is 0 until they are.
 
         Parameters
         ----------
@@ -245,7 +245,8 @@ class ScheduledCoefficient(MovingCoefficient):
                 dist.all_reduce(found, group=group)
                 found = found / dist.get_world_size(group)
             before = self.moments.to(found.device)
-            self.moments = torch.cat([before[:2], torch.where(torch.isfinite(found).all(), found, before[2:])])
+            kept = torch.nan_to_num(before[2:])  # of a reference that is not known to know anything
+            self.moments = torch.cat([before[:2], torch.where(torch.isfinite(found).all(), found, kept)])
             self._has_observed = True
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

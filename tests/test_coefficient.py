@@ -246,6 +246,15 @@ def test_a_scheduled_coefficient_has_a_state_and_asks_for_held_out_pairs():
     assert isinstance(found, torch.Tensor) and found.item() == again.value and wrong.isnan()
 
 
+def test_until_finite_pairs_are_observed_the_scheduled_coefficient_is_0():
+    own, guide = knowing(64, 2.0), knowing(64, 0.5, seed=1)
+    coefficient = ScheduledCoefficient()
+    coefficient.observe(own[0] * math.nan, own[1], reference=guide)
+    assert coefficient.update(*own, reference=guide) == 0
+    coefficient.observe(*own, reference=guide)
+    assert coefficient.value == scheduled(own, guide).value > 0
+
+
 def _on_a_rank(rank, counts, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/start", rank=rank, world_size=len(counts))
     own, guide = knowing(40, 2.0), knowing(40, 0.5, seed=1)

@@ -30,8 +30,11 @@ LICENSES = frozenset(
 _MOST_BYTES = 1 << 28  # of one file of the package
 _PIECE = 1 << 20
 _MEMBERS = r"package/(?:package|collections|json/[\w-]+)\.json"
+# Takes 1.5 % less than the preset does of 64 MB at a time, and 256 MB to read.
+_FOR_TEXT = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 28, "lc": 4, "lp": 0, "pb": 0}]
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # what JSON of another form leads to
 _DAMAGED = (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+_OF_A_SET = ("name", "total", "author", "license", "category")
 _SIZES = ("left", "top", "width", "height")
 
 
@@ -125,6 +128,10 @@ def write_packed(path: Path, archive: Path, is_drawn: Callable[[str, str], bool]
     members = read_members(archive, _MEMBERS, PACKAGE)
     try:
         kept = {name: members[f"package/{name}.json"] for name in ("package", "collections")}
+        kept["collections"] = {
+            prefix: {key: about[key] for key in _OF_A_SET if key in about}
+            for prefix, about in kept["collections"].items()
+        }
         for prefix, about in sorted(kept["collections"].items()):
             if about.get("license", {}).get("spdx") in LICENSES:
                 kept[f"json/{prefix}"] = _packed(members[f"package/json/{prefix}.json"], partial(is_drawn, prefix))
@@ -137,17 +144,22 @@ def write_packed(path: Path, archive: Path, is_drawn: Callable[[str, str], bool]
             member = tarfile.TarInfo(f"package/{name}.json")
             member.size = len(text)
             packed.addfile(member, io.BytesIO(text))
-    write_atomically(path, lzma.compress(data.getbuffer(), preset=9))
+    write_atomically(path, lzma.compress(data.getbuffer(), format=lzma.FORMAT_XZ, filters=_FOR_TEXT))
 
 
 def _packed(content: Mapping[str, Any], is_drawn: Callable[[str], bool]) -> dict[str, Any]:
     """Return what is read of a set's file."""
-    visible = {name: icon for name, icon in content["icons"].items() if not icon.get("hidden")}
-    icons = {
-        name: {key: icon[key] for key in _SIZES if key in icon} | {"body": icon["body"] if is_drawn(name) else ""}
-        for name, icon in visible.items()
+    kept = {key: content[key] for key in _SIZES if key in content}
+    kept["categories"] = {
+        category: [name for name in names if is_drawn(name)]
+        for category, names in content.get("categories", {}).items()
     }
-    return {key: content[key] for key in (*_SIZES, "categories") if key in content} | {"icons": icons}
+    kept["icons"] = {
+        name: {key: icon[key] for key in _SIZES if key in icon} | {"body": icon["body"] if is_drawn(name) else ""}
+        for name, icon in content["icons"].items()
+        if not icon.get("hidden")
+    }
+    return kept
 
 
 def read_members(path: Path, wanted: str, package: str) -> dict[str, Any]:

@@ -28,6 +28,11 @@ def _over(loss: Loss, option: str, values: Iterable[float]) -> tuple[Setting, ..
     return tuple(Setting(replace(loss, **{option: value}), lr, tried=(option,)) for value in values for lr in _RATES)
 
 
+def _selecting(settings: Iterable[Setting]) -> tuple[Setting, ...]:
+    """Return the settings where the reference chooses one pair in two."""
+    return tuple(each._replace(selection=Selection("jest", candidates=2)) for each in settings)
+
+
 _STEERED = Loss(method="drrho")
 _LEARNED = Loss(method="fastclip", temperature=0.1, temperature_scheme="global")
 SETTINGS: dict[str, tuple[Setting, ...]] = {
@@ -41,16 +46,15 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
 }
 _NETWORK = {"normalizer": "network", "normalizer_steps": 5, "final_gamma": 0.1}
 # Newer methods: the reference's hard mask of negatives, normalizers that a network predicts, without and with steering,
-# the target's own average as its reference, a selection of pairs with distillation, and distillation alone and steered.
+# the target's own average as its reference, distillation with a selection of pairs, alone and steered, and steering with
+# that selection.
 SETTINGS |= {
     "gist": tuple(Setting(Loss(method="gist"), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     "neuclip": _over(Loss(method="fastclip", **_NETWORK), "temperature", (0.07, 0.14)),
     "drrho-neuclip": _over(replace(_STEERED, **_NETWORK), "temperature", (0.07, 0.14)),
     "drrho-self": _over(replace(_STEERED, temperature=0.14, self_reference=0.99), "coefficient", (0.25, 0.5)),
-    "aced": tuple(
-        each._replace(selection=Selection("jest", candidates=2))
-        for each in _over(Loss(method="openclip"), "distill", (0.5, 2.0))
-    ),
+    "aced": _selecting(_over(Loss(method="openclip"), "distill", (0.5, 2.0))),
+    "jest-drrho": _selecting(_over(_STEERED, "temperature", (0.07, 0.14))),
     "distillation": _over(Loss(method="openclip"), "distill", (0.5, 2.0)),
     "drrho-distillation": _over(replace(_STEERED, temperature=0.07), "distill", (0.5, 2.0)),
 }
@@ -67,7 +71,7 @@ MAIN = (TWIN, "drrho", SCHEDULED, DIVERGENCE)
 MORE = ("openclip", "fastclip-v3", "drrho-adaptive", "fastclip-chi-square")
 #: Of these, what is compared at other budgets too: methods without a reference.
 _UNSTEERED = ("openclip", "fastclip-v3")
-RIVALS = ("gist", "neuclip", "drrho-neuclip", "drrho-self", "aced", "distillation", "drrho-distillation")
+RIVALS = ("aced", "jest-drrho", "gist", "distillation", "drrho-distillation", "drrho-neuclip", "neuclip", "drrho-self")
 
 Study = Callable[[Tuned], Iterable[Cell]]
 

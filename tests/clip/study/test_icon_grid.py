@@ -60,7 +60,7 @@ def test_every_method_is_tuned_over_as_many_settings_at_the_smallest_budget(scal
     assert len(cells) == 4 * len(SETTINGS) + (len(PUBLIC_SETTINGS) if scale is CORE else 0)
     assert {(cell.train.seed, cell.train.split) for cell in cells} == {(0, "train")}
     # Equal in backward passes: of a selection's candidates, half are trained on.
-    passes = {cell.method == "aced": cell.train.optimization.epochs for cell in cells}
+    passes = {cell.train.selection.is_on: cell.train.optimization.epochs for cell in cells}
     assert passes == {True: 2 * scale.passes[0], False: scale.passes[0]}
 
 
