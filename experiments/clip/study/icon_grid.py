@@ -46,8 +46,8 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
 }
 _NETWORK = {"normalizer": "network", "normalizer_steps": 5, "final_gamma": 0.1}
 # Newer methods: the reference's hard mask of negatives, normalizers that a network predicts, without and with steering,
-# the target's own average as its reference, distillation with a selection of pairs, alone and steered, and steering with
-# that selection.
+# the target's own average as its reference, distillation with a selection of pairs, alone and steered, and that
+# selection with steering.
 SETTINGS |= {
     "gist": tuple(Setting(Loss(method="gist"), lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     "neuclip": _over(Loss(method="fastclip", **_NETWORK), "temperature", (0.07, 0.14)),
