@@ -18,6 +18,7 @@ from experiments.clip.training.options import Optimization
 UNNAMED = (
     "glyph-",
     "icon-base",
+    "icon-large",
     "EVA0",
     "PE-Core-",
     "nllb-clip-",
