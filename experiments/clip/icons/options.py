@@ -32,6 +32,12 @@ class Prepare:
     pack: Annotated[Path | None, OnlyWith("--data icons", lambda options: options.data.kind == "icons")] = None
     """Draw nothing: write to this file, of 40 MB, all that is needed of the archive to draw the pairs elsewhere."""
 
+    def check_together(self) -> None:
+        """Refuse what a packed archive does not depend on."""
+        if self.pack is not None:
+            for name in ("pixels", "size", "swapped"):
+                refuse_if_given(self.data, name, "drawing: leave out --pack")
+
 
 @dataclass(frozen=True)
 class IconTasks:

@@ -102,7 +102,7 @@ def test_the_command_makes_them_and_refuses_what_has_no_part_in_glyphs(archive, 
 
 def test_a_packed_archive_gives_the_same_data_set(archive, manifest, tmp_path, capsys):
     packed = tmp_path / "packed" / f"iconify-json-{VERSION}.tar.xz"
-    words = ["prepare", "--data", "icons", "--pixels", "16"]
+    words = ["prepare", "--data", "icons"]
     assert main([*words, "--source", str(archive), "--pack", str(packed)]) == 0
     assert f"wrote {packed}, 0.0 MB, for --source" in " ".join(capsys.readouterr().out.split())
     elsewhere = prepare(Data(kind="icons", cache=packed.parent, pixels=16))  # found where npm would have put it
@@ -115,5 +115,9 @@ def test_a_packed_archive_gives_the_same_data_set(archive, manifest, tmp_path, c
 
 
 def test_only_icons_are_packed(tmp_path, capsys):
-    assert main(["prepare", "--pack", str(tmp_path / "packed.tar.xz")]) == 2
+    pack = ["prepare", "--pack", str(tmp_path / "packed.tar.xz")]
+    assert main(pack) == 2
     assert "--pack" in capsys.readouterr().err
+    for words in (["--pixels", "32"], ["--size", "small"], ["--swapped", "0.2"]):
+        assert main([*pack, "--data", "icons", *words]) == 2
+        assert f"{words[0]} {words[1]} has no part" in capsys.readouterr().err
