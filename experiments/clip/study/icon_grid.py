@@ -239,6 +239,8 @@ GPU = Scale(
 )
 #: A reference whose towers have seen no icon: `icons.public_towers` makes them of two public models.
 PUBLIC = "icons-public"
+#: The same, of which the other pool of icons trains all layers, and not the heads alone.
+FINE_TUNED = "icons-fine-tuned"
 
 
 def tuning_public(_: Tuned) -> Iterator[Cell]:
@@ -254,6 +256,12 @@ def public(tuned: Tuned) -> Iterator[Cell]:
             yield from CORE.cell(tuned, "drrho", passes, seed, reference=PUBLIC)
 
 
+def fine_tuned(tuned: Tuned) -> Iterator[Cell]:
+    """Yield the steered method under the fine-tuned one, as it was tuned under the strong one, at all budgets."""
+    for passes, seed in product(CORE.passes, FEWER_SEEDS):
+        yield from CORE.cell(tuned, "drrho", passes, seed, reference=FINE_TUNED)
+
+
 def _reference_of(setting: Setting, reference: str) -> str:
     """Return the reference where a setting has a part for one."""
     return reference if setting.loss.needs_reference or setting.selection.is_on else ""
@@ -264,13 +272,18 @@ def _of(references: Mapping[str, Train]) -> Study:
 
 
 _KEPT = CheckpointPolicy(checkpoint_minutes=5.0)
-REFERENCES = CORE.trained_references() | {PUBLIC: replace(PRESETS["icon-public"], keeping=_KEPT)}
+_LOCKED = replace(PRESETS["icon-public"], keeping=_KEPT)
+REFERENCES = CORE.trained_references() | {
+    PUBLIC: _LOCKED,
+    FINE_TUNED: replace(_LOCKED, lock=(), unlocked_text_groups=None),
+}
 GPU_REFERENCES = GPU.trained_references()
 STUDIES: dict[str, Study] = {
     **CORE.studies(),
     "icon-tuning-public": tuning_public,
     "icon-public": public,
-    # Those that steer are trained before. The public one needs its towers, so that it comes last.
+    "icon-fine-tuned": fine_tuned,
+    # Those that steer are trained before. Two need the towers of public models, so that they come last.
     "icon-references": _of(REFERENCES),
 }
 GPU_STUDIES: dict[str, Study] = {**GPU.studies(), "gpu-icon-references": _of(GPU_REFERENCES)}

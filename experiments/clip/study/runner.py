@@ -44,7 +44,7 @@ from ..io.files import claimed, ensure_writable, locked
 from ..models.clip import Clip
 from ..models.config import CONFIG_FILE
 from ..models.export import export_model
-from ..signals import asked, noted
+from ..signals import asked
 from ..training.checkpoint import latest_checkpoint
 from .cells import Cell, Tuned, reference_cell
 from .options import Study
@@ -106,26 +106,25 @@ class _StudyRunner:
         ensure_writable(self._results.parent)
         self._remove_finished_folders()
         end, waits = time.monotonic() + seconds, False
-        with noted():
 
-            def stop() -> int:
-                return asked() or (_TIME_OVER if time.monotonic() > end else 0)
+        def stop() -> int:
+            return asked() or (_TIME_OVER if time.monotonic() > end else 0)
 
-            try:
-                while left := self._left():
-                    _raise_if_stopped(stop)
-                    if any(self._take(each, stop) for each in left):
-                        waits = False
-                        continue
-                    if not waits:
-                        console.print(f"study      waiting for the {len(left)} that other processes have")
-                    waits = True
-                    time.sleep(1.0)
-            except Interrupted as interruption:
-                if interruption.signal != _TIME_OVER:
-                    raise
-                console.print(f"study      the {seconds:g} seconds are over, {len(self._left())} trainings left")
-                return
+        try:
+            while left := self._left():
+                _raise_if_stopped(stop)
+                if any(self._take(each, stop) for each in left):
+                    waits = False
+                    continue
+                if not waits:
+                    console.print(f"study      waiting for the {len(left)} that other processes have")
+                waits = True
+                time.sleep(1.0)
+        except Interrupted as interruption:
+            if interruption.signal != _TIME_OVER:
+                raise
+            console.print(f"study      the {seconds:g} seconds are over, {len(self._left())} trainings left")
+            return
         console.print(f"study      nothing is left of {len(self._trainings)} trainings: {self._results}")
 
     def outlook(self) -> Table:
@@ -161,7 +160,7 @@ class _StudyRunner:
         each = random.Random(seed).choice(done)
         console.print(f"check      {each}, chosen by --seed {seed}")
         ensure_writable(self._out)
-        with noted(), tempfile.TemporaryDirectory(prefix="check-", dir=self._out) as folder:
+        with tempfile.TemporaryDirectory(prefix="check-", dir=self._out) as folder:
             while not self._ensure_reference(each.cell, asked):
                 _raise_if_stopped(asked)
                 time.sleep(1.0)

@@ -13,6 +13,7 @@ from experiments.clip.run import main
 from experiments.clip.study.cells import TunedKey
 from experiments.clip.study.icon_grid import (
     CORE,
+    FINE_TUNED,
     GPU,
     GPU_REFERENCES,
     GPU_STUDIES,
@@ -134,6 +135,19 @@ def test_the_public_reference_has_a_tuning_of_its_own():
     assert tried_settings(key) == PUBLIC_SETTINGS
 
 
+def test_the_fine_tuned_reference_differs_from_the_public_one_in_what_learns_alone():
+    locked, free = REFERENCES[PUBLIC], REFERENCES[FINE_TUNED]
+    assert locked.lock == ("image", "text") and free.lock == ()
+    assert dataclasses.replace(locked, lock=(), unlocked_text_groups=None) == free
+    cells = [*STUDIES["icon-fine-tuned"](TUNED)]
+    assert {(cell.method, cell.reference) for cell in cells} == {("drrho", FINE_TUNED)}
+    assert {cell.train.loss for cell in cells} == {SETTINGS["drrho"][0].loss}  # as tuned under the strong one
+    twins = {(cell.train.optimization.epochs, cell.train.seed) for cell in STUDIES["icon-budgets"](TUNED)}
+    assert {
+        (cell.train.optimization.epochs, cell.train.seed) for cell in cells if cell.train.optimization.epochs > 2
+    } == twins
+
+
 @at_both_scales
 def test_trainings_are_valid_and_those_of_several_studies_are_one(scale, studies, tunings, references):
     tuned = tuned_at(scale)
@@ -147,6 +161,6 @@ def test_trainings_are_valid_and_those_of_several_studies_are_one(scale, studies
             check_options(train)
     assert {train.split for train in references.values()} == {"reference"}
     quality = [cell for cell in studies[f"{scale.name}-reference-quality"](tuned)]
-    assert {cell.reference for cell in quality} == set(references) - {scale.strong, PUBLIC}
+    assert {cell.reference for cell in quality} == set(references) - {scale.strong, PUBLIC, FINE_TUNED}
     noisy = {cell_hash(cell) for cell in studies[f"{scale.name}-noise"](tuned)}
     assert not noisy & {cell_hash(cell) for cell in studies[f"{scale.name}-headline"](tuned)}

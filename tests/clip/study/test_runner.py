@@ -168,6 +168,25 @@ def test_a_signal_or_the_end_of_its_time_keeps_the_state(glyph_cache, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["_train", "_row"])
+def test_a_signal_beside_training_ends_the_study_at_once(part, finished, tmp_path, small_grid, monkeypatch, capsys):
+    """While pairs are prepared, or a finished training is scored: no step will ask whether a signal came."""
+    place, after = Place(tmp_path, finished.cache), []
+
+    def signaled(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        after.append("went on")
+
+    monkeypatch.setattr(runner._StudyRunner, part, signaled)
+    assert place.here("--only", "methods") == os.EX_TEMPFAIL
+    assert "stopped by SIGTERM; what was finished is kept; resume with" in capsys.readouterr().err
+    assert not after
+    monkeypatch.undo()
+    assert place.here("--only", "methods") == 0
+    assert ("from its checkpoint" in capsys.readouterr().out) == (part == "_row")
+
+
+@pytest.mark.slow
 def test_a_torn_line_is_mended(copied, finished, small_grid, capsys):
     text = copied.results.read_text()
     copied.results.write_text(text[:-30])
