@@ -14,7 +14,7 @@ import torch
 
 from experiments.benchmarks.gpu.__main__ import main
 from experiments.benchmarks.gpu.agreement import Check, agree, relative
-from experiments.benchmarks.gpu.crew import outcomes
+from experiments.benchmarks.gpu.crew import LATE, outcomes
 from experiments.benchmarks.gpu.page import page, records_in
 from experiments.benchmarks.gpu.parts import PARTS
 from experiments.benchmarks.gpu.programs import call, run_until
@@ -169,11 +169,13 @@ def test_page_has_aims_failures_and_the_tables_of_every_part(record):
     record.row("A table", risk="CVaR", note="RuntimeError: x | y")
     record.aim("a time", 3.0, 2.0, unit="x")
     record.fail("a case", "it is wrong")
+    record.fail("another", f"{LATE} 9 s")
     record.end(FINISHED)
     text = page(records_in(record.path.parent))
     for line in (
         "| core | a time | 3 | <= 2 x | NO |",
         "| a case | it is wrong |",
+        "| core | finished | 1 | 1 |",
         "| risk | ms | note |",
         "| KL | 1.25 |  |",
         "| CVaR |  | RuntimeError: x / y |",

@@ -16,6 +16,8 @@ from experiments.benchmarks.measure import explain
 Task = TypeVar("Task")
 _SPAWN = multiprocessing.get_context("spawn")
 _PATIENCE = 10.0  # seconds for a process to end
+#: What the reason begins with where a task has got no answer in time.
+LATE = "not done within"
 # After an error of the driver, every later call of the process fails too.
 _BROKEN = ("CUDA error", "CUDA driver", "device-side assert", "illegal memory access")
 
@@ -79,9 +81,8 @@ def outcomes(work: Callable[[Task], Any], tasks: Sequence[Task], workers: int, s
     finally:
         for worker in crew:
             worker.end()
-    late = f"not done within {seconds:.0f} s"
     for task in [worker.task for worker in crew] + waiting[::-1]:
-        yield Outcome(task, None, late)
+        yield Outcome(task, None, f"{LATE} {seconds:.0f} s")
 
 
 def _go_on(crew: list[_Worker], worker: _Worker, is_sound: bool, work: Any, waiting: list[Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.gpu.crew import LATE
 from experiments.benchmarks.gpu.parts import PARTS
 from experiments.benchmarks.gpu.record import Record
 from experiments.benchmarks.measure import table
@@ -37,10 +38,12 @@ def page(records: Sequence[dict[str, Any]]) -> str:
 def _summary(kept: dict[str, Any]) -> dict[str, Any]:
     provenance = kept["provenance"]
     versions = provenance["versions"]
+    late = sum(each["problem"].startswith(LATE) for each in kept["failures"])
     return {
         "part": kept["part"],
         "state": kept["state"] + (f": {kept['reason']}" if kept["reason"] else ""),
-        "failures": len(kept["failures"]),
+        "wrong": len(kept["failures"]) - late,
+        "not in time": late,
         "seconds": kept["seconds"],
         "machine": f"{provenance['gpu']}; {provenance['machine']}",
         "date": provenance["date"],

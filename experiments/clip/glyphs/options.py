@@ -14,7 +14,7 @@ class Demo:
     """Train a steered model and its unsteered twin, evaluate both and the reference, write a report."""
 
     quick: bool = False
-    """A small run, of two minutes on 2 cores: a smaller model and batch, and 3 epochs instead of 12."""
+    """A small run, of two minutes on 2 cores: a smaller model and batch, and 2 epochs instead of 9."""
     captions: Captions = "swapped"
     """What the training captions say: the names, a random half of each name's words, or 40 % exchanged."""
     cache: Path = Path("cache")
