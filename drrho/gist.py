@@ -38,7 +38,8 @@ def guided_info_nce(
     Parameters
     ----------
     own, reference : (Tensor, Tensor)
-        Unit features ``[b, d]`` and ``[b, e]`` of images and texts, of the target and of the guide.
+        Unit features ``[b, d]`` and ``[b, e]`` of images and texts, of the target and of the guide. They are compared in
+        float32 or wider, also under autocast.
     temperature : float or Tensor
         tau, positive, in units of similarity.
     counts : sequence of int, optional
@@ -71,17 +72,20 @@ def guided_info_nce(
         if group is not None:
             raise ValueError("counts must say how many rows each rank of group has, got None")
         counts = [len(own[0])]
-    guides = gathered_together(reference, counts, group)
-    parts = []
-    for anchor, other in ((0, 1), (1, 0)):
-        candidates = gathered_with_gradient(own[other], counts, group)
-        parts.append(
-            _one_way(
-                own[anchor] @ candidates.T / temperature, reference[anchor] @ guides[other].T, first_row(counts, group)
-            )
-        )
-    loss, left_out = (torch.stack(each).sum() for each in zip(*parts, strict=True))
-    return Guided(loss / (2 * sum(counts)), left_out)
+    with torch.autocast(own[0].device.type, enabled=False):
+        own, reference = _widened(own), _widened(reference)
+        guides = gathered_together(reference, counts, group)
+        parts = []
+        for anchor, other in ((0, 1), (1, 0)):
+            logits = own[anchor] @ gathered_with_gradient(own[other], counts, group).T / temperature
+            parts.append(_one_way(logits, reference[anchor] @ guides[other].T, first_row(counts, group)))
+        loss, left_out = (torch.stack(each).sum() for each in zip(*parts, strict=True))
+        return Guided(loss / (2 * sum(counts)), left_out)
+
+
+def _widened(features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    image, text = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in features)
+    return image, text
 
 
 def _one_way(logits: Tensor, similar: Tensor, first: int) -> tuple[Tensor, Tensor]:  # [b, n], [b, n]

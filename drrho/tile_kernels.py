@@ -111,7 +111,8 @@ def sum_tile(
     rate = tl.load(row_rate_ptr + first_row * row_stride)
     done = (row_stride == 0) & (column_stride == 0) & (rate == tl.load(column_rate_ptr))
     if done:
-        base = tl.max(x) * (rate * LOG2E)
+        highest = tl.max(x)  # of a block that holds nothing but an excluded positive, -inf
+        base = tl.where(highest == -float("inf"), 0.0, highest) * (rate * LOG2E)
         e, moments = _exponentials(x * (rate * LOG2E) - base)
         by_row, row_moment = tl.sum(e, 1), tl.sum(moments, 1)
         by_column, column_moment = tl.sum(e, 0), tl.sum(moments, 0)

@@ -71,7 +71,7 @@ def check(exact, found, size, tau):
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("include_positive", [False, True])
 @pytest.mark.parametrize("individual", [False, True])
-@pytest.mark.parametrize("pairs", [2, 3, 77, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [2, 3, 65, 77, pytest.param(300, marks=pytest.mark.slow)])
 def test_kernels_are_the_plain_form(pairs, individual, include_positive, steered, tau):
     image, text, reference, factor = problem(pairs, steered, individual)
     taus = tuple(tau * part for part in factor) if individual else tau

@@ -41,6 +41,16 @@ def test_a_guide_that_finds_every_pair_closest_leaves_infonce():
     assert found.left_out.item() == 0
 
 
+def test_half_features_are_compared_in_float32_also_under_autocast():
+    own, guide = (tuple(part.to(torch.bfloat16) for part in unit(2, 9, 5, seed=seed)) for seed in (0, 1))
+    wide = [tuple(part.float() for part in each) for each in (own, guide)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = guided_info_nce(own, guide, 0.05)
+    expected = guided_info_nce(*wide, 0.05)
+    assert found.part.dtype == torch.float32
+    assert torch.equal(found.part, expected.part) and torch.equal(found.left_out, expected.left_out)
+
+
 def test_other_numbers_of_pairs_and_ranks_without_counts_are_refused(tmp_path):
     own, guide = tuple(unit(2, 7, 8)), tuple(unit(2, 6, 8))
     with pytest.raises(ValueError, match="own and reference must hold the same pairs, got 6, 7 rows"):

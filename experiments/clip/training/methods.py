@@ -220,7 +220,8 @@ class SigLIP(_Stateless):
 
     def loss(self, own: Features, batch: BatchIndex, head: Head, epoch: int, reference: Features | None) -> MethodLoss:
         """Return the sigmoid loss of the batch of all ranks; each rank compares its images with all texts."""
-        part = sigmoid_loss(*own, head, batch.counts, self._group)
+        with torch.autocast(own[0].device.type, enabled=False):
+            part = sigmoid_loss(*own, head, batch.counts, self._group)
         total = part.detach().clone()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
@@ -237,6 +238,7 @@ def sigmoid_loss(image: Tensor, text: Tensor, head: Head, counts: Sequence[int],
     Of n ranks, ``counts`` are the rows of each, b of them together; the parts of all add up to the loss.
     """
     rank = 0 if group is None else dist.get_rank(group)
+    image, text = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (image, text))
     rows = gathered_with_gradient(text, counts, group).split(list(counts))
 
     def against(texts: Tensor, *, own: bool) -> Tensor:

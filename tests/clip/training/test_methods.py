@@ -127,6 +127,23 @@ def test_only_what_the_loss_depends_on_learns(name):
     assert model.logit_bias.requires_grad == (name == "siglip")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_no_loss_depends_on_autocast(name):
+    """The towers run under it; similarities of bfloat16 would move every gradient by percents."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(4, 48, 16, generator=generator), dim=-1)
+    found = []
+    for on in (False, True):
+        method = METHODS[name].from_options(Loss(method=name, temperature=0.05), Context(48, 1, 0.05))
+        own, guide = [part.clone().requires_grad_() for part in features[:2]], tuple(features[2:])
+        head = Head(torch.tensor(20.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True))
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = method.loss(tuple(own), BatchIndex.gathered(torch.arange(48)), head, 0, guide)
+        loss.value.backward()
+        found.append((loss.value.detach(), *(part.grad for part in own)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_gist_learns_the_models_temperature_and_logs_the_share_that_is_left_out():
     own, guide = (
         tuple(torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=generator, dtype=torch.float64), dim=-1))
