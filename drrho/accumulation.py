@@ -115,7 +115,7 @@ def accumulate(
         return result
 
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "cpu"}
-    buffers, generators, outputs = _buffers(model), [], []
+    buffers, versions, generators, outputs = _buffers(model), _versions(model), [], []
     with torch.no_grad():
         for chunk in chunks:
             generators.append(_generators(devices))
@@ -128,7 +128,7 @@ def accumulate(
     _backward_of_loss(result, gradient_scale)
 
     after = _buffers(model), _generators(devices)
-    changed = _changed(model, buffers)
+    changed = _changed(model, buffers, versions)
     cotangents = zip(*(_cut(feature, size) for feature, size in zip(features, sizes, strict=True)), strict=True)
     try:
         _set_buffers(changed, buffers)
@@ -246,16 +246,34 @@ def _buffers(model: nn.Module) -> list[Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def _changed(model: nn.Module, values: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the buffers that differ from earlier values, None for others; values are read once.
+def _versions(model: nn.Module) -> list[int]:
+    return [buffer._version for buffer in model.buffers()]
 
-    The others must not be written, since a graph of the caller may hold them.
+
+def _changed(model: nn.Module, values: Sequence[Tensor], versions: Sequence[int]) -> list[Tensor | None]:
+    """Return the buffers that differ from earlier values, None for others; values are read once, where they may differ.
+
+    The others must not be written, since a graph of the caller may hold them. Masks and other constants, which are no
+    part of a model's state, are compared only if an operation of Python's has written them: then a model that has
+    nothing else does not wait for its device.
     """
     buffers = list(model.buffers())
-    if not buffers:
-        return []
-    differ = [(buffer != value).any().to(buffers[0].device) for buffer, value in zip(buffers, values, strict=True)]
-    return [buffer if flag else None for buffer, flag in zip(buffers, torch.stack(differ).tolist(), strict=True)]
+    constant = {
+        id(module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+    }
+    found: list[Tensor | None] = [None] * len(buffers)
+    doubtful = [
+        k
+        for k, (buffer, version) in enumerate(zip(buffers, versions, strict=True))
+        if id(buffer) not in constant or buffer._version != version
+    ]
+    if doubtful:
+        differ = [(buffers[k] != values[k]).any().to(buffers[doubtful[0]].device) for k in doubtful]
+        for k, flag in zip(doubtful, torch.stack(differ).tolist(), strict=True):
+            found[k] = buffers[k] if flag else None
+    return found
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ def guided_info_nce(
     Parameters
     ----------
     own, reference : (Tensor, Tensor)
-        Unit features ``[b, d]`` and ``[b, e]`` of images and texts, of the target and of the guide. They are compared in
-        float32 or wider, also under autocast.
+        Unit features ``[b, d]`` and ``[b, e]`` of images and texts, of the target and of the guide. They are compared
+        in float32 or wider, also under autocast.
     temperature : float or Tensor
         tau, positive, in units of similarity.
     counts : sequence of int, optional

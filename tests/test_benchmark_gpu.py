@@ -14,11 +14,14 @@ import torch
 
 from experiments.benchmarks.gpu.__main__ import main
 from experiments.benchmarks.gpu.agreement import Check, agree, relative
+from experiments.benchmarks.gpu.cases import DIVERGENCES, FORMS, Setting
+from experiments.benchmarks.gpu.correct import LENGTHS, risk_units
 from experiments.benchmarks.gpu.crew import LATE, outcomes
 from experiments.benchmarks.gpu.page import page, records_in
 from experiments.benchmarks.gpu.parts import PARTS
 from experiments.benchmarks.gpu.programs import call, run_until
 from experiments.benchmarks.gpu.record import FINISHED, Record
+from experiments.benchmarks.gpu.suite import outcomes_in
 from experiments.benchmarks.gpu.trace import read
 from experiments.benchmarks.measure import provenance
 
@@ -86,7 +89,7 @@ def test_every_part_has_the_function_that_measures_it():
     for part in PARTS.values():
         module, _, function = part.run.partition(":")
         assert callable(getattr(import_module(f"experiments.benchmarks.gpu.{module}"), function))
-        assert part.seconds <= 125
+        assert part.seconds < 120
 
 
 @pytest.mark.slow
@@ -183,6 +186,40 @@ def test_page_has_aims_failures_and_the_tables_of_every_part(record):
     ):
         assert line in text
     assert page([]) == page(records_in(Path("nowhere")))
+
+
+@pytest.mark.parametrize("processes", [[], ["--numprocesses", "2"]], ids=["one process", "two"])
+def test_outcomes_of_tests_are_read_from_what_pytest_prints(processes, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', ['a b', 'FAILED', 'c'])\ndef test_right(x): assert x\n"
+        "def test_wrong(): assert False\n"
+        "@pytest.mark.skip(reason='of it')\ndef test_left_out(): pass\n"
+        "@pytest.fixture\ndef broken(): raise RuntimeError\n"
+        "def test_broken(broken): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *processes, "tests"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120).stdout
+    counts, failed = outcomes_in(printed)
+    assert counts == {"tests": 6, "failures": 1, "errors": 1, "skipped": 1}
+    assert sorted(failed) == [f"tests/test_some.py::test_{name}" for name in ("broken", "wrong")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_are_checked_on_short_rows_first_and_then_with_other_numbers(device, tmp_path):
+    units = risk_units(Setting(device, device == "cpu", tmp_path))
+    risks = [unit.subject for unit in units if unit.kind == "risk"]
+    assert len(set(risks)) == len(risks) > 100
+    names, forms, dtypes, lengths = (set(each) for each in zip(*risks, strict=True))
+    assert names == set(DIVERGENCES) and forms == set(FORMS)
+    kinds = [(name, form.split()[0], dtype, length) for name, form, dtype, length in risks]
+    first = len(set(kinds))
+    assert len(set(kinds[:first])) == first  # every kernel once, before any again
+    for part in (kinds[:first], kinds[first:]):
+        assert [length for *_, length in part] == sorted((length for *_, length in part), key=LENGTHS.index)
+    assert "bfloat16" in dtypes or device == "cpu"
+    assert lengths == ({*LENGTHS} if device == "cuda" else {LENGTHS[0]})
 
 
 def test_file_that_cannot_be_read_is_no_record(record):

@@ -26,14 +26,18 @@ class _Failed(threading.local):
     """A number in the memory of the host, which kernels set where a row is not solved: one for each thread."""
 
     @functools.cached_property
+    def _both(self) -> Tensor:  # at once, since nothing may be allocated while a graph is captured
+        return torch.zeros(8, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+
+    @property
     def flag(self) -> Tensor:
         """The number, ``[1]``."""
-        return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+        return self._both[:1]
 
-    @functools.cached_property
+    @property
     def unread(self) -> Tensor:
-        """A number that nobody reads, so that a graph is captured with kernels that are compiled already."""
-        return torch.zeros_like(self.flag, pin_memory=self.flag.is_pinned())
+        """A number that nobody reads, as far in memory as kernels that are compiled already take it to be: 16 bytes."""
+        return self._both[4:5]
 
     @functools.cached_property
     def seen(self) -> np.ndarray:

@@ -33,8 +33,9 @@ class Setting(NamedTuple):
     scratch: Path
 
 
-#: Packages that the trainer needs beside torch.
-TRAINER = ("open_clip", "tyro", "rich", "braceexpand", "ftfy", "safetensors")
+#: Packages that the trainer needs beside torch, and more that the glyphs are drawn with.
+TRAINER = ("open_clip", "tyro", "rich", "braceexpand", "ftfy", "safetensors", "xxhash", "fsspec", "webdataset", "PIL")
+GLYPHS = (*TRAINER, "matplotlib", "fontTools")
 
 #: A risk of losses ``[..., n]``.
 Risk = Callable[..., RobustRisk]

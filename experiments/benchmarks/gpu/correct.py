@@ -35,6 +35,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 #: shapes are solved by the same kernel in a dtype, and bfloat16, which is read as float32 is, has one.
 SHAPES = {(7,): 1, (3, 5, 257): 2, (64, 1024): 3, (2, 40_000): 2, (100_003,): 1, (10**6,): 2}
 WITH_BASE = (64, 1024)
+LENGTHS, _SHORT = ("short rows", "long rows"), 1024  # losses
 _SMALL = 4000  # losses, at most, in a dry run
 # Solved by torch operations, of which the host waits for each pass: ten processes at once would take too long.
 _USERS, _USERS_MOST = "a user's", 10**5
@@ -53,7 +54,8 @@ _REFUSED = ("NaN", "infinite", "radius < 0", "radius NaN", "integers", "no losse
 class Unit(NamedTuple):
     """What one process checks at a time: a kind of check, by name of the work, with what it is about.
 
-    One divergence and form is one unit: its kernels are then compiled once, by one process.
+    One divergence, form and dtype, over short rows or long ones, is one unit: it has kernels of its own, which one
+    process compiles, but for those of equal forms with other numbers.
     """
 
     kind: str
@@ -69,9 +71,12 @@ def run_risks(setting: Setting, record: Record) -> None:
 
 def run_losses(setting: Setting, record: Record) -> None:
     """Check the contrastive risk and, where what they need is there, the training methods."""
-    _run(loss_units(setting), setting, record)
+    units = [Unit("contrastive", (name,), setting.device, setting.small) for name in correct_losses.DIVERGENCES]
     if missing := missing_packages(*TRAINER):
         record.text("Count", f"The training methods were left out: they need {missing[0]}, see --packages.")
+    else:
+        record.attempt("names of the methods", lambda: units.extend(method_units(setting)))
+    _run(units, setting, record)
 
 
 def _run(units: list[Unit], setting: Setting, record: Record) -> None:
@@ -108,21 +113,35 @@ def _keep_worst(row: dict[str, Any], check: Check) -> None:
 
 
 def risk_units(setting: Setting) -> list[Unit]:
-    """Return the units of the risks, those that take longest first."""
+    """Return the units of the risks, in the order of what would be missed most if time ran out.
+
+    A ball, a penalty and a hybrid of every divergence come before others of the same kind, whose kernels are then
+    compiled already; short rows come before long ones.
+    """
     place = (setting.device, setting.small)
     risks = [
-        Unit("risk", (name, form), *place) for name, divergence in DIVERGENCES.items() for form in forms_of(divergence)
+        Unit("risk", (name, form, dtype_name(dtype), length), *place)
+        for length in LENGTHS
+        for name, divergence in DIVERGENCES.items()
+        for form in forms_of(divergence)
+        for dtype in DTYPES
+        if shapes_of(name, dtype, length, setting.small)
     ]
-    return risks + [Unit("refusal", (name,), *place) for name in ("KL", "chi-square", "CVaR .1", "a user's")]
+    refusals = [Unit("refusal", (name,), *place) for name in ("KL", "chi-square", "CVaR .1", "a user's")]
+    seen: set[tuple[str, ...]] = set()
+    first, others = [], []
+    for unit in risks:
+        name, form, *rest = unit.subject
+        kind = (name, form.split()[0], *rest)
+        (others if kind in seen else first).append(unit)
+        seen.add(kind)
+    length_of = {unit: LENGTHS.index(unit.subject[-1]) for unit in risks}
+    return [*refusals, *sorted(first, key=length_of.__getitem__), *sorted(others, key=length_of.__getitem__)]
 
 
-def loss_units(setting: Setting) -> list[Unit]:
-    """Return the units of the losses that are trained with."""
-    place = (setting.device, setting.small)
-    found = [Unit("contrastive", (name,), *place) for name in correct_losses.DIVERGENCES]
-    if not missing_packages(*TRAINER):
-        found += [Unit("method", (name,), *place) for name in correct_methods.names(setting.small)]
-    return found
+def method_units(setting: Setting) -> list[Unit]:
+    """Return the units of the training methods."""
+    return [Unit("method", (name,), setting.device, setting.small) for name in correct_methods.names(setting.small)]
 
 
 def work(unit: Unit) -> list[Check]:
@@ -135,15 +154,20 @@ def shapes(small: bool) -> list[tuple[int, ...]]:
     return [shape for shape in SHAPES if not small or math.prod(shape) <= _SMALL]
 
 
-def risk_checks(divergence: str, form: str, device: str, small: bool) -> Iterator[Check]:
-    """Compare one risk over shapes and dtypes, and with base weights."""
-    for shape in shapes(small):
-        if divergence == _USERS and math.prod(shape) > _USERS_MOST:
-            continue
-        for dtype in DTYPES[: SHAPES[shape]]:
-            yield risk_check(divergence, form, drawn(shape, dtype, "cpu"), None, device)
-    shape = (3, 257) if small else WITH_BASE
-    for dtype in DTYPES[:2]:
+def shapes_of(divergence: str, dtype: torch.dtype, length: str, small: bool) -> list[tuple[int, ...]]:
+    """Return the shapes to check of a divergence in a dtype, of short rows or of long ones."""
+    found = [shape for shape in shapes(small) if (shape[-1] > _SHORT) == (length == LENGTHS[1])]
+    most = _USERS_MOST if divergence == _USERS else math.inf
+    return [shape for shape in found if math.prod(shape) <= most and dtype in DTYPES[: SHAPES[shape]]]
+
+
+def risk_checks(divergence: str, form: str, dtype_name: str, length: str, device: str, small: bool) -> Iterator[Check]:
+    """Compare one risk in a dtype over shapes, and with base weights."""
+    dtype = getattr(torch, dtype_name)
+    for shape in shapes_of(divergence, dtype, length, small):
+        yield risk_check(divergence, form, drawn(shape, dtype, "cpu"), None, device)
+    if length == LENGTHS[0] and dtype in DTYPES[:2]:
+        shape = (3, 257) if small else WITH_BASE
         base = torch.softmax(drawn(shape, torch.float64, "cpu", seed=1) / 4, -1)
         yield risk_check(divergence, form, drawn(shape, dtype, "cpu"), base, device)
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.benchmarks.gpu.cases import TRAINER, Setting, missing_packages
+from experiments.benchmarks.gpu.cases import GLYPHS, TRAINER, Setting, missing_packages
 from experiments.benchmarks.gpu.record import FINISHED, LEFT_OUT, Record
 from experiments.benchmarks.measure import provenance
 
@@ -44,16 +44,16 @@ PARTS = {
         "Correct: losses and methods against the CPU in float64", 115, "correct:run_losses", at_once=True
     ),
     "core": Part("The risks", 110, "core:run"),
-    "calls": Part("A call of a risk", 90, "calls:run"),
+    "calls": Part("A call of a risk", 115, "calls:run"),
     "contrastive": Part("The contrastive risk", 110, "contrastive:run"),
     "train-b32": Part("Training beside open_clip_train, ViT-B/32", 115, "race:run", TRAINER),
     "train-b16": Part("Training beside open_clip_train, ViT-B/16", 115, "race:run", TRAINER),
-    "demo": Part("The demo", 118, "demo:run", (*TRAINER, "matplotlib")),
+    "demo": Part("The demo", 118, "demo:run", GLYPHS),
     "profile-towers": Part("A step of ViT-B/32", 100, "profiling:run_towers", TRAINER),
-    "profile-glyphs": Part("A step of the demo", 100, "profiling:run_glyphs", (*TRAINER, "matplotlib")),
+    "profile-glyphs": Part("A step of the demo", 100, "profiling:run_glyphs", GLYPHS),
     "train-drrho": Part("Training with a reference's cached features", 115, "race:run", TRAINER),
     "train-jpeg": Part("Training from JPEG shards", 118, "race:run", TRAINER),
-    "train-compile": Part("Training, compiled", 125, "race:run", TRAINER),
+    "train-compile": Part("Training, compiled", 118, "race:run", TRAINER),
     "nccl": Part("A group of ranks", 110, "ranks:run", at_once=True),
     "tests": Part("The tests that need CUDA", 110, "suite:run", ("pytest", "hypothesis", "mpmath"), at_once=True),
 }

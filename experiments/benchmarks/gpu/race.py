@@ -69,7 +69,7 @@ PLANS = {
     "train-b16": Plan("ViT-B-16", 512, 40, (OPENCLIP, THEIRS), {OPENCLIP: (THEIRS, 1.03)}),
     "train-drrho": Plan("ViT-B-16", 512, 40, (DRRHO, OPENCLIP), {DRRHO: (OPENCLIP, 0.99)}),
     "train-compile": Plan(
-        *("ViT-B-32", 1024, 28, (OPENCLIP, THEIRS), {OPENCLIP: (THEIRS, 1.0)}),
+        *("ViT-B-32", 1024, 24, (OPENCLIP, THEIRS), {OPENCLIP: (THEIRS, 1.0)}),
         **{"compile": True, "rounds": 1, "patience": 58.0},
     ),
     "train-jpeg": Plan(

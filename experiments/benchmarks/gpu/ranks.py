@@ -92,7 +92,10 @@ def work(place: Place) -> list[Check]:
     try:
         found = list(ranks_library.checks(device))
         if not missing_packages(*TRAINER):
-            found += trainings(place, device)
+            try:
+                found.extend(trainings(place, device))
+            except Exception as error:  # the library's checks are done, and kept
+                found.append(Check("training", "start", "", "start", problem=explain(error)))
     finally:
         dist.destroy_process_group()
     return found

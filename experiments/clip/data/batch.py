@@ -46,10 +46,12 @@ class Batch(NamedTuple):
     reference_inputs: tuple[Tensor, ...] | None = None
     size: int = 0
 
-    def rows(self, rows: Tensor) -> Batch:
-        """Return the pairs in rows ``rows`` ``[k]`` of the batch, in that order; ``skipped`` stays the same."""
-        chosen = self.of_each(lambda part: part[rows.to(part.device)])
-        return chosen._replace(index=self.index[rows.to(self.index.device)], size=0)
+    def rows(self, rows: Tensor, on_host: Tensor) -> Batch:
+        """Return the pairs in rows ``rows`` ``[k]`` of the batch, in that order; ``skipped`` stays the same.
+
+        They are given where the inputs are, and on the host, where the indices are.
+        """
+        return self.of_each(lambda part: part[rows])._replace(index=self.index[on_host], size=0)
 
     def of_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with each tensor changed that is an input of a model; the indices stay on the host."""

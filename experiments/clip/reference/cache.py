@@ -132,7 +132,8 @@ class CachedReference:
         if absent.any():
             raise UserError(f"the reference features of sample {numbers[absent][0]} are missing: {_AGAIN}")
         both = torch.from_numpy(found).view(self._dtype)
-        return both[:, 0], both[:, 1]
+        # Pinned memory keeps strides, and what is not contiguous is copied to a device by way of other memory.
+        return both[:, 0].contiguous(), both[:, 1].contiguous()
 
     def first(self, count: int) -> Tensors:
         """Return the features of the first ``count`` samples of the first file that have features, in float32."""

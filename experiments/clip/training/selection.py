@@ -91,7 +91,7 @@ class Selector:
         if is_wrong.numpy()[0]:
             return None
         learnability = partial(self._learnability, rows, target, of_reference)
-        return Chosen(candidates.rows(on_host), (reference[0][rows], reference[1][rows]), learnability)
+        return Chosen(candidates.rows(rows, on_host), (reference[0][rows], reference[1][rows]), learnability)
 
     def _rows(self, step: int, size: int, target: PairFeatures, of_reference: PairFeatures) -> Tensor:
         """Return the chosen among this rank's rows."""

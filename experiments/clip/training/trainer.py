@@ -75,7 +75,7 @@ class Wishes(NamedTuple):
 
 
 class Trainer:
-    """Trains a model in place; a run that is interrupted resumes and, on one machine, ends at the same bits.
+    """Trains a model in place; a run that is interrupted resumes and, on one kind of CPU, ends at the same bits.
 
     Parameters
     ----------

@@ -11,7 +11,8 @@ def test_rows_of_a_batch_belong_together(has_reference):
     index = torch.arange(10, 16)
     image, text = index.float().view(6, 1, 1, 1).expand(6, 3, 2, 2), index.view(6, 1)
     inputs = (image[:, 0] / 2, text * 2) if has_reference else None
-    part = Batch(image, text, index, {"cut off": 2}, inputs).rows(torch.tensor([4, 0, 4]))
+    rows = torch.tensor([4, 0, 4])
+    part = Batch(image, text, index, {"cut off": 2}, inputs).rows(rows, rows)
     assert part.index.tolist() == part.text[:, 0].tolist() == part.image[:, 2, 1, 1].tolist() == [14, 10, 14]
     assert part.skipped == {"cut off": 2}
     if has_reference:

@@ -66,7 +66,8 @@ def test_a_batch_has_the_inputs_of_each_and_its_features_have_the_mean_similarit
     seconds = second.encode_image(batch.image), second.encode_tokens(batch.text)
     expected = (firsts[0] @ firsts[1].T + seconds[0] @ seconds[1].T) / 2
     assert torch.allclose(image @ text.T, expected, rtol=0, atol=2e-3)
-    halves = batch.rows(torch.tensor([3, 1])).reference_inputs
+    rows = torch.tensor([3, 1])
+    halves = batch.rows(rows, rows).reference_inputs
     assert all(torch.equal(part, whole[[3, 1]]) for part, whole in zip(halves, batch.reference_inputs, strict=True))
     assert [len(part) for part in several.empty_inputs()] == [0] * 4
 
