@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from drrho.divergences import ChiSquare, Divergence
+from drrho.divergences import KL, ChiSquare, Divergence
 from drrho.moments import as_pair
 from drrho.reference import excess_losses
 from drrho.risk import constrained_risk
@@ -244,9 +244,9 @@ class CalibratedRho:
         Share of bootstrap samples whose robust risk at rho is at least the mean.
     normal : float
         ``z^2 / 2``, the limit for many samples and divergences with ``phi''(1) = 1``.
-    guaranteed : float
+    guaranteed : float or None
         ``n log(2 N / delta) / (n - 1)``, at which `drrho.bounds.drrho_certificate` holds with this confidence for the
-        chi-square ball and for every sample size.
+        balls of chi-square and KL and for every sample size; None for others, of which nothing is proven.
 
     Examples
     --------
@@ -260,7 +260,7 @@ class CalibratedRho:
     rho: float
     coverage: float
     normal: float
-    guaranteed: float
+    guaranteed: float | None
     n: int
     confidence: float
 
@@ -268,14 +268,14 @@ class CalibratedRho:
         return self.rho
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"rho for which F_rho covers the expected loss with confidence {self.confidence:.6g}, n = {self.n}",
-                f"  {self.rho:>12.6g}  [asymptotic] by the bootstrap, of whose samples it covers {self.coverage:.6g}",
-                f"  {self.normal:>12.6g}  [asymptotic] for nearly normal means, z^2 / 2",
-                f"  {self.guaranteed:>12.6g}  [guarantee] with the additive term of drrho_certificate",
-            ]
-        )
+        lines = [
+            f"rho for which F_rho covers the expected loss with confidence {self.confidence:.6g}, n = {self.n}",
+            f"  {self.rho:>12.6g}  [asymptotic] by the bootstrap, of whose samples it covers {self.coverage:.6g}",
+            f"  {self.normal:>12.6g}  [asymptotic] for nearly normal means, z^2 / 2",
+        ]
+        if self.guaranteed is not None:
+            lines.append(f"  {self.guaranteed:>12.6g}  [guarantee] with the additive term of drrho_certificate")
+        return "\n".join(lines)
 
 
 def calibrated_rho(
@@ -304,7 +304,7 @@ def calibrated_rho(
     confidence : float
         In [0.5, 1).
     divergence : Divergence
-        By default `ChiSquare`; `KL` and others have rhos of their own for heavy tails.
+        By default `ChiSquare`; `KL` and others have rhos of their own for heavy tails. It must have a radius.
     models, log_models
         N of ``guaranteed``, as for `drrho.bounds.empirical_bernstein`.
     replicates, seed : int
@@ -334,9 +334,11 @@ def calibrated_rho(
     union = ModelClass.of(models, log_models)
     if operator.index(replicates) < 2:
         raise ValueError(f"replicates must be >= 2, got {replicates}: it is the number of bootstrap samples")
+    chosen = ChiSquare() if divergence is None else divergence
+    if not chosen.has_radius:
+        raise ValueError(f"divergence must have balls of more than one radius, got {chosen!r}: it has no rho")
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
     base, mean = torch.from_numpy(counts / n), row.mean()
-    chosen = ChiSquare() if divergence is None else divergence
     repeated = row.expand(replicates, n)
 
     def coverage(rho: float) -> float:
@@ -357,7 +359,9 @@ def calibrated_rho(
         rho=high,
         coverage=coverage(high),
         normal=quantile**2 / 2,
-        guaranteed=level(math.log(2) + union.log_count, n, 1 - confidence).rho,
+        guaranteed=level(math.log(2) + union.log_count, n, 1 - confidence).rho
+        if isinstance(chosen, ChiSquare | KL)
+        else None,
         n=n,
         confidence=confidence,
     )

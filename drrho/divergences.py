@@ -49,6 +49,9 @@ def _gauss(points: int) -> tuple[tuple[float, float], ...]:
 _RULES = ((0.002, _gauss(3)), (0.03, _gauss(5)), (SERIES_BELOW, _gauss(7)))
 
 
+_FUNCTIONS = ("phi", "conjugate", "conjugate_gradient", "cressie_read_order", "tail_fraction")
+
+
 class Divergence(ABC):
     """The protocol of a phi-divergence; all methods act elementwise on tensors.
 
@@ -78,6 +81,19 @@ class Divergence(ABC):
     #: Whether the penalty's weights are ``q exp((losses - threshold) / strength)``, whose normalizer is a mean that
     #: can be estimated over minibatches.
     has_exponential_weights: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Refuse a class with another phi than that of the library's divergence from which it is derived."""
+        super().__init_subclass__(**options)
+        if cls.__module__ == __name__:
+            return
+        parent = next(base for base in cls.__mro__ if base.__module__ == __name__)
+        changed = [name for name in _FUNCTIONS if getattr(cls, name) is not getattr(parent, name)]
+        if changed and parent is not Divergence:
+            raise TypeError(
+                f"{cls.__name__} must not change {changed[0]} of {parent.__name__}, whose closed forms it would inherit: "
+                "derive it from drrho.Divergence"
+            )
 
     @property
     def cressie_read_order(self) -> float | None:

@@ -21,6 +21,7 @@ from drrho.statements import (
     ModelClass,
     Status,
     ValueRange,
+    as_flag,
     as_number,
     as_sample_size,
     level,
@@ -293,6 +294,7 @@ def excess_over_best(
     0.0138
     """
     length = as_number(loss_range, "loss_range", "is the length of an interval that holds all losses")
+    reference = as_flag(reference, "reference")
     bound = oracle_inequality(
         n=n,
         value_range=2 * length if reference else length,

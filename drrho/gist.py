@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drrho.contrastive import check_pairs, checked_reference, temperature_of
 from drrho.ranks import Group, first_row, gathered_together, gathered_with_gradient
+from drrho.validation import Checks
 
 __all__ = ["guided_info_nce"]
 
@@ -48,7 +50,8 @@ def guided_info_nce(
     Raises
     ------
     ValueError
-        If target and guide have features of other numbers of pairs, or a group comes without counts.
+        If target and guide have features of other numbers of pairs, features are not finite, the temperature is not
+        positive, or a group comes without counts.
 
     Notes
     -----
@@ -72,12 +75,19 @@ def guided_info_nce(
         if group is not None:
             raise ValueError("counts must say how many rows each rank of group has, got None")
         counts = [len(own[0])]
+    checks = Checks()
+    check_pairs(*own, "own[0]", "own[1]", checks, alone=group is None)
+    reference = checked_reference(reference, len(own[0]), checks, alone=group is None)
+    tau = temperature_of(temperature, own[0], checks)
+    if tau.ndim:
+        raise ValueError(f"temperature must be a single number, got {list(tau.shape)}")
+    (tau,) = checks.close(tau)
     with torch.autocast(own[0].device.type, enabled=False):
         own, reference = _widened(own), _widened(reference)
         guides = gathered_together(reference, counts, group)
         parts = []
         for anchor, other in ((0, 1), (1, 0)):
-            logits = own[anchor] @ gathered_with_gradient(own[other], counts, group).T / temperature
+            logits = own[anchor] @ gathered_with_gradient(own[other], counts, group).T / tau
             parts.append(_one_way(logits, reference[anchor] @ guides[other].T, first_row(counts, group)))
         loss, left_out = (torch.stack(each).sum() for each in zip(*parts, strict=True))
         return Guided(loss / (2 * sum(counts)), left_out)

@@ -41,7 +41,8 @@ def mixed_references(references: Sequence[TensorPair], weights: Sequence[float] 
     Raises
     ------
     ValueError
-        Without a reference, or if there is another number of weights.
+        Without a reference, if there is another number of weights, or if weights on the CPU are negative or do not add
+        up to 1.
 
     Examples
     --------
@@ -59,6 +60,9 @@ def mixed_references(references: Sequence[TensorPair], weights: Sequence[float] 
     given = torch.as_tensor([1 / count] * count if weights is None else weights, dtype=torch.float64)
     if given.shape != (count,):
         raise ValueError(f"weights must have one entry for each of the {count} references, got {list(given.shape)}")
+    # On another device they are those of a `ReferenceMixture`, and to read them would wait for it.
+    if given.device.type == "cpu" and not (bool((given >= 0).all()) and abs(float(given.sum()) - 1) <= 1e-5):
+        raise ValueError(f"weights must not be negative and must add up to 1, got {given.tolist()}")
     roots = given.sqrt().to(references[0][0]).unbind()
     image, text = (
         torch.cat([root * each[side] for root, each in zip(roots, references, strict=True)], 1) for side in (0, 1)

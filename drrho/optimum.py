@@ -86,6 +86,24 @@ def _solution(fields: Sequence[Tensor] | None) -> Solution:
     return Solution(*fields)
 
 
+def _refuse_untold(ctx, beside_weights: bool) -> None:
+    """Refuse derivatives of the weights and multipliers that the formulas below do not have: never a silent zero."""
+    if torch.compiler.is_compiling():
+        return
+    _, of_radius, _, of_alpha, *_ = ctx.needs_input_grad
+    divergence: Divergence = ctx.problem.divergence
+    if of_alpha:
+        raise RuntimeError(
+            "only the value is differentiable in alpha, and once: derivatives of weights and multipliers in it are not "
+            "implemented; detach alpha"
+        )
+    if divergence.has_kinks and divergence.has_radius and (of_radius or beside_weights):
+        raise RuntimeError(
+            f"of {divergence} only the value is differentiable in the radius, and the multipliers in nothing: detach "
+            "them, or take a smooth divergence"
+        )
+
+
 class _Derivatives:
     """The common part of the functions below, which map their inputs to the fields of `Solution`."""
 
@@ -150,6 +168,7 @@ class _Derivatives:
             to_strength = torch.where(both == 0, 0.0, -both * response.distance)
             to_alpha = both * response.alpha_slope
         if any(grad is not None for grad in (by_weights, by_threshold, by_strength, by_distance)):
+            _refuse_untold(ctx, any(grad is not None for grad in (by_threshold, by_strength, by_distance)))
             losses, radius, strength = response.pull_back(by_weights, by_threshold, by_strength, by_distance)
             to_losses, to_radius = _sum(to_losses, losses), _sum(to_radius, radius)
             to_strength = _sum(to_strength, strength)
@@ -268,6 +287,9 @@ class TransformableOptimum(_Derivatives, torch.autograd.Function):
             d_value = d_value - response.distance * strength
         if alpha is not None:
             d_value = d_value + response.alpha_slope * alpha
+            dp, d_threshold, d_strength, d_distance = (
+                torch.full_like(part, torch.nan) for part in (dp, d_threshold, d_strength, d_distance)
+            )
         # Not implemented, and forward mode cannot know whether it is wanted: never a silent zero.
         d_alpha_slope = torch.full_like(d_value, torch.nan)
         return d_value, dp, d_value - d_mean, d_threshold, d_strength, None, d_distance, d_alpha_slope, None

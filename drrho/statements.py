@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, SupportsFloat, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +100,13 @@ def page_end(assumptions: tuple[str, ...], source: str) -> list[str]:
     return [*(f"  assumes: {assumption}" for assumption in assumptions), f"  source: {source}"]
 
 
+def as_flag(value: object, name: str) -> bool:
+    """Return a flag, which nothing else is taken for: a guarantee depends on it."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 @dataclass(frozen=True)
 class ModelClass:
     """The class of a union bound: N models, or pairs of them, and the distance of the class from them.
@@ -122,6 +130,8 @@ class ModelClass:
         """Check the arguments and describe the class in words."""
         if models is not None and log_models is not None:
             raise ValueError(f"give models or log_models, not both: got models={models} and log_models={log_models}")
+        if reference_independent is not None:
+            reference_independent = as_flag(reference_independent, "reference_independent")
         resolution = as_number(resolution, "resolution", "is the sup-norm distance to the cover", inclusive=True)
         if log_models is not None:
             log_models = as_number(log_models, "log_models", "is the log of the number of models", inclusive=True)

@@ -178,7 +178,8 @@ def refuse(refused: Tensor, values: Tensor, message: str) -> None:
     A compiled graph asserts instead. Where `checks_are_deferred` nothing happens: the caller makes the result NaN.
     """
     if torch.compiler.is_compiling():
-        torch._assert_async(~refused.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+        constant = message.partition(", got")[0]  # a graph cannot put the value in
+        torch._assert_async(~refused.any(), constant)  # pyright: ignore[reportPrivateImportUsage]
     elif not checks_are_deferred() and bool(refused.any()):
         raise ValueError(message.format(values[refused].flatten()[0].item()))
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from drrho import KL, ChiSquare, constrained_risk
+from drrho import KL, ChiSquare, CressieRead, CVaR, TotalVariation, constrained_risk
 from drrho.bounds import rho_scales
 from drrho.choosing import calibrated_rho, choose_coefficient, choose_rho, cross_fitted, folds_of
 
@@ -189,3 +189,14 @@ def test_weights_count_as_repetitions():
         assert getattr(weighted, field) == pytest.approx(getattr(repeated, field), rel=1e-12)
     with pytest.raises(ValueError, match="sample_weight must hold 20 numbers"):
         choose_rho(list(own), lambda rho, train, test: own[rho][test], 20, sample_weight=-counts)
+
+
+def test_no_rho_is_guaranteed_for_a_divergence_of_which_nothing_is_proven():
+    losses = np.random.default_rng(0).exponential(size=60)
+    for divergence in (ChiSquare(), KL()):
+        assert "[guarantee]" in str(calibrated_rho(losses, divergence=divergence, replicates=99))
+    for divergence in (TotalVariation(), CressieRead(1.5)):
+        calibrated = calibrated_rho(losses, divergence=divergence, replicates=99)
+        assert calibrated.guaranteed is None and "[guarantee]" not in str(calibrated)
+    with pytest.raises(ValueError, match="divergence must have balls of more than one radius"):
+        calibrated_rho(losses, divergence=CVaR(0.1))

@@ -288,3 +288,20 @@ def test_a_divergence_needs_all_three_functions():
 
     with pytest.raises(TypeError, match="conjugate"):
         Incomplete()
+
+
+@pytest.mark.parametrize("kind", [KL, ChiSquare, TotalVariation, CressieRead, CVaR, CappedKL])
+def test_a_class_with_another_phi_than_its_parent_is_refused(kind):
+    """It would inherit closed forms, kernels and the order of the parent, and get the parent's risk."""
+
+    def doubled(self, t):
+        return 2 * kind.phi(self, t)
+
+    with pytest.raises(TypeError, match=rf"Doubled must not change phi of {kind.__name__}.*drrho.Divergence"):
+        type("Doubled", (kind,), {"phi": doubled})
+    same = type("Same", (kind,), {"__doc__": "Nothing else."})
+    with pytest.raises(TypeError, match=f"Bent must not change conjugate of Same|of {kind.__name__}"):
+        type("Bent", (same,), {"conjugate": doubled})
+    mixin = type("Mixin", (), {"phi": doubled})
+    with pytest.raises(TypeError, match="must not change phi"):
+        type("Mixed", (mixin, kind), {})

@@ -86,3 +86,16 @@ def test_ranks_have_parts_of_one_loss_and_its_gradient(tmp_path):
     assert sum(answer["left_out"].item() for answer in answers) == whole.left_out.item()
     for name, part in zip(("image", "text"), own, strict=True):
         assert torch.allclose(torch.cat([answer[name] for answer in answers]), part.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1, float("nan"), torch.tensor(0.0)])
+def test_temperatures_and_features_out_of_range_are_refused(temperature):
+    own, guide = tuple(unit(2, 7, 8)), tuple(unit(2, 7, 4, seed=1))
+    with pytest.raises(ValueError, match="temperature must be finite and > 0"):
+        guided_info_nce(own, guide, temperature)
+    wrong = guide[0].clone()
+    wrong[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"reference\[0\] and reference\[1\] must be finite"):
+        guided_info_nce(own, (wrong, guide[1]), 0.1)
+    with pytest.raises(TypeError, match=r"own\[0\] must have a floating dtype"):
+        guided_info_nce((own[0].long(), own[1]), guide, 0.1)

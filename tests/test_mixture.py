@@ -1,5 +1,7 @@
 """Several references: their mixtures against sums of similarities, learned weights against an independent optimizer."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -185,3 +187,10 @@ def test_a_list_of_two_tensors_is_one_pair():
     for options in ({}, {"divergence": ChiSquare()}):
         steps = [contrastive_risk(image, text, 0.1, reference=reference, **options) for reference in (guide, [*guide])]
         assert torch.equal(steps[0].value, steps[1].value)
+
+
+@pytest.mark.parametrize("weights", [[1.5, -0.5], [1.0, 1.0], [math.nan, 1.0]])
+def test_weights_that_are_no_shares_are_refused(weights):
+    features = torch.nn.functional.normalize(torch.randn(2, 2, 5, 8), dim=-1)
+    with pytest.raises(ValueError, match="weights must not be negative and must add up to 1"):
+        mixed_references([tuple(each) for each in features], weights)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from problems import tensor, value_tolerance
 
-from drrho import KL, ChiSquare, CVaR, constrained_risk, drrho_risk, penalized_risk
+from drrho import KL, ChiSquare, CressieRead, CVaR, Divergence, constrained_risk, drrho_risk, penalized_risk
 
 BALLS = {"kl": (KL(), oracles.kl_ball), "chi2": (ChiSquare(), oracles.chi_square_ball)}
 every_ball = pytest.mark.parametrize("name", BALLS)
@@ -222,3 +222,46 @@ def test_radius_far_below_what_a_conic_solver_resolves():
                 expected.premium,
                 1e-11 * expected.premium,
             )
+
+
+@pytest.mark.parametrize(
+    "order, share, strength", [(-50, 1e-8, 0.1), (-12, 1e-24, 0.1), (0, 1e-300, 0.1), (-1, 1e-300, 0.1)]
+)
+def test_a_penalty_below_order_zero_where_the_maximum_has_hardly_any_weight(order, share, strength):
+    """Against the concave maximum over the weight of the larger loss; it was minus infinity, with an infinite gap."""
+    from scipy.optimize import minimize_scalar
+
+    def phi(t):
+        if order == 0:
+            return t - 1 - math.log(t)
+        return (math.exp(order * math.log(t)) - order * t + order - 1) / (order * (order - 1))
+
+    def value(x):
+        return x - strength * ((1 - share) * phi((1 - x) / (1 - share)) + share * phi(x / share))
+
+    best = minimize_scalar(lambda x: -value(x), bounds=(1e-6, 0.999), method="bounded", options={"xatol": 1e-12})
+    risk = penalized_risk([0.0, 1.0], CressieRead(order), strength, base_weights=[1 - share, share])
+    close(risk.value, -best.fun, 1e-10)
+    assert abs(risk.gap) <= 1e-10
+
+
+def test_the_maximum_without_a_price_is_refused_where_phi_is_infinite_there():
+    class Bounded(Divergence):
+        """(t - 1)^2 / 2 on [0, 1.5]."""
+
+        def phi(self, t):
+            return torch.where((t < 0) | (t > 1.5 * (1 + 1e-14)), torch.inf, (t - 1) ** 2 / 2)
+
+        def conjugate_gradient(self, s):
+            return (1 + s).clamp(0, 1.5)
+
+        def conjugate(self, s):
+            t = self.conjugate_gradient(s)
+            return t * s - (t - 1) ** 2 / 2
+
+    losses = [0.0, 1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match=r"strength must be > 0 .* its phi is infinite at 4"):
+        penalized_risk(losses, Bounded(), 0)
+    close(penalized_risk(losses, Bounded(), 1e-12).value, 2.125, 1e-9)
+    close(penalized_risk([1.0, 1.0, 3.0, 3.0, 3.0], Bounded(), 1e-12).value, 2.8, 1e-9)
+    assert penalized_risk([2.0, 2.0], Bounded(), 0).value == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from drrho.bounds import better_than_reference, drrho_certificate, empirical_bernstein
+from drrho.efficiency import excess_over_best
 from drrho.statements import ModelClass, Sample, Status, compared, guarantee, level, range_length, right_side
 
 RNG = np.random.default_rng(0)
@@ -85,3 +86,21 @@ def test_the_terms_of_a_statement_sum_to_its_value():
     printed = str(bound)
     assert printed.startswith("[guarantee] R <= mean + B L/n = 0.75 with probability >= 1 - 0.1")
     assert "assumes: the reference was fixed" in printed and printed.endswith("source: a book")
+
+
+@pytest.mark.parametrize("given", [0, 1, "no", None, torch.tensor(False)])
+def test_a_flag_on_which_a_guarantee_depends_is_true_or_false(given):
+    """What is merely falsy counted as True, and made the union half as large as it had to be."""
+    losses, reference = np.linspace(0, 1, 50), np.linspace(0, 0.5, 50)
+    options = {"value_range": 2.0, "models": 10}
+    error = ValueError if given is None else TypeError
+    with pytest.raises(error, match="reference_independent must be True or False"):
+        drrho_certificate(losses, reference, reference_independent=given, **options)
+    values = [
+        drrho_certificate(losses, reference, reference_independent=flag, **options).value
+        for flag in (False, np.False_, True, np.True_)
+    ]
+    assert values[0] == values[1] > values[2] == values[3]
+    if given is not None:
+        with pytest.raises(TypeError, match="reference must be True or False"):
+            excess_over_best(n=100, loss_range=1.0, standard_deviation=0.1, models=10, reference=given)

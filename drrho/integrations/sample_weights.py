@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from drrho.divergences import Divergence
 from drrho.integrations.steering import Steering
-from drrho.validation import ArrayLike
+from drrho.validation import ArrayLike, as_row
 
 __all__ = ["drrho_weights"]
 
@@ -45,6 +44,9 @@ def drrho_weights(
     >>> drrho_weights([2.0, 2.0, 2.0], [0.1, 1.0, 4.0], KL(), strength=1.0).round(3)
     array([2.103, 0.855, 0.043])
     """
-    rows = torch.as_tensor(np.asarray(losses, dtype=np.float64))
-    step = Steering(divergence, group=None, **risk)(rows, np.asarray(reference_losses, dtype=np.float64))
-    return len(rows) * step.weights.numpy()
+    row, reference = (
+        as_row(values, name).detach().cpu().double()
+        for values, name in ((losses, "losses"), (reference_losses, "reference_losses"))
+    )
+    step = Steering(divergence, group=None, **risk)(row, reference.numpy())
+    return len(row) * step.weights.numpy()

@@ -281,7 +281,8 @@ def _primal_and_dual(
 def _is_uncertified(span: np.ndarray, numbers: list[np.ndarray]) -> np.ndarray:
     """Return which answers their own certificate does not hold to."""
     premium, gap = numbers[1], numbers[4]
-    return ~(np.abs(gap) <= _ALLOWED * np.abs(premium) + _ROUNDING * span + _LEAST)
+    allowed = _ALLOWED * np.abs(premium) + _ROUNDING * span + _LEAST
+    return ~((np.abs(gap) <= allowed) & np.isfinite(allowed))
 
 
 def _refuse_uncertified(bound: Bound, numbers: list[np.ndarray], failed: np.ndarray) -> NoReturn:
@@ -292,7 +293,7 @@ def _refuse_uncertified(bound: Bound, numbers: list[np.ndarray], failed: np.ndar
         f"no certified risk of {bound.divergence} at {name} {given[failed][0]:.6g}: threshold "
         f"{threshold[failed][0]:.6g} and strength {strength[failed][0]:.6g} leave a gap of {gap[failed][0]:.3g} to "
         f"weights of premium {premium[failed][0]:.6g} and D {distance[failed][0]:.6g}; phi must be strictly "
-        "convex, and conjugate and conjugate_gradient must belong to it"
+        "convex with its minimum 0 at 1, and conjugate and conjugate_gradient must belong to it"
     )
 
 

@@ -41,7 +41,7 @@ static int solve(int kind, Row *row, double order, double alpha, const double *r
     if (status != OK) return status;
     double gap = isinf(answer.strength) ? 0 : answer.dual - answer.gain;
     double allowed = (row->single ? 1e-7 : 1e-9) * fabs(answer.gain) + 64 * DBL_EPSILON * row->range;
-    if (!(fabs(gap) <= allowed)) return DECLINED;
+    if (!(fabs(gap) <= allowed) || isinf(allowed)) return DECLINED;
     /* Weak duality forbids a negative gap: it is rounding, of D where large terms cancel, and may be had smaller. */
     double size = row->range + scale * fabs(row->top);
     if (gap < -4 * (row->single ? FLT_EPSILON : DBL_EPSILON) * size) return DECLINED;

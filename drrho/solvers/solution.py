@@ -12,7 +12,7 @@ from drrho.solvers.algorithms import algorithm_of
 from drrho.solvers.certificate import Bound, certified
 from drrho.solvers.device import dispatch
 from drrho.solvers.dual import Found
-from drrho.solvers.ends import ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
+from drrho.solvers.ends import Maximizer, ends_of_ball, ends_of_penalty, least_divergent_maximizer, with_ends
 from drrho.solvers.generic import generic_ball, generic_penalty
 from drrho.solvers.problem import (
     REFUSED,
@@ -156,6 +156,19 @@ def _iterated(
     return priced
 
 
+def _refuse_unpriced(divergence: Divergence, unpriced: np.ndarray, maximizer: Maximizer) -> None:
+    """Refuse the maximum as the risk without a price of D, where phi is infinite at its ratio: D forbids it still."""
+    if divergence.cressie_read_order is not None or divergence.tail_fraction is not None or not unpriced.any():
+        return
+    tilt = maximizer.above[unpriced]
+    infinite = ~np.isfinite(divergence.phi_of_tilt(torch.from_numpy(tilt)).numpy())
+    if infinite.any():
+        raise ValueError(
+            f"strength must be > 0 for {divergence}, got 0: its phi is infinite at {1 + tilt[infinite][0]:.6g}, the "
+            "ratio of weights on the maximal losses alone"
+        )
+
+
 def _one_bound(
     rows: Rows, span: np.ndarray, radius: np.ndarray | None, strength: np.ndarray | None, divergence: Divergence
 ) -> Solution:
@@ -169,6 +182,7 @@ def _one_bound(
         with np.errstate(over="ignore"):
             bound, solver = Bound(divergence, strength / rows.scale, strength), algorithm.penalty
         ends = ends_of_penalty(span, bound.parameter, maximizer)
+        _refuse_unpriced(divergence, (bound.parameter == 0) & (span > 0), maximizer)
     chosen = ends.open
     found = None
     if some(chosen):

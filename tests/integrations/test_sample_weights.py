@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from families import EVERY
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -70,3 +71,14 @@ def test_what_cannot_be_weighed_is_refused():
         drrho_weights([1.0], [0.0], KL(), strength=1.0)
     with pytest.raises(ValueError, match="give radius, strength"):
         drrho_weights([1.0, 2.0], [0.0, 0.0], KL())
+    with pytest.raises(ValueError, match=r"losses must have shape \[n\].*got \[2, 3\]"):
+        drrho_weights(np.ones((2, 3)), np.ones((2, 3)), KL(), strength=1.0)
+    with pytest.raises(TypeError, match="losses"):
+        drrho_weights(["1", "2"], [0.0, 0.0], KL(), strength=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_a_graph_and_of_half_precision_are_weighed(dtype):
+    losses = torch.tensor([2.0, 2.0, 2.0], dtype=dtype, requires_grad=True)
+    weights = drrho_weights(losses, torch.tensor([0.125, 1.0, 4.0], dtype=dtype), KL(), strength=1.0)
+    assert np.allclose(weights, drrho_weights([2.0, 2.0, 2.0], [0.125, 1.0, 4.0], KL(), strength=1.0), rtol=1e-6)

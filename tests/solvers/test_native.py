@@ -320,14 +320,6 @@ def test_orders_one_and_two_are_kl_and_chi_square(order):
     assert torch.equal(constrained_risk(z, CressieRead(order), 0.1).weights, constrained_risk(z, same, 0.1).weights)
 
 
-def test_a_subclass_is_not_taken_for_its_parent():
-    class Doubled(KL):
-        def phi(self, t):
-            return 2 * super().phi(t)
-
-    assert algorithm_of(Doubled()).kernel is None
-
-
 @pytest.mark.slow
 @some_risks
 def test_rows_are_independent_of_threads_layout_and_neighbors(solve):
