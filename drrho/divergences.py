@@ -91,8 +91,8 @@ class Divergence(ABC):
         changed = [name for name in _FUNCTIONS if getattr(cls, name) is not getattr(parent, name)]
         if changed and parent is not Divergence:
             raise TypeError(
-                f"{cls.__name__} must not change {changed[0]} of {parent.__name__}, whose closed forms it would inherit: "
-                "derive it from drrho.Divergence"
+                f"{cls.__name__} must not change {changed[0]} of {parent.__name__}, whose closed forms it would "
+                "inherit: derive it from drrho.Divergence"
             )
 
     @property

@@ -7,6 +7,7 @@ From a checkout ``python experiments/clip/run.py [COMMAND]``; installed ``drrho-
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
 
     2 for what the user can mend, 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
-    again = printable(" ".join([COMMAND, *arguments]))
+    again = printable(f"{COMMAND} {shlex.join(arguments)}")
     with handled(again):
         return _run(arguments, again)
 

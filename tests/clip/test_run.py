@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from experiments.clip.cli import commands
 from experiments.clip.cli.presets import PRESETS
 from experiments.clip.io.files import write_atomically
 from experiments.clip.run import main, parse
@@ -259,3 +261,12 @@ def test_a_job_at_the_end_of_its_time_writes_its_state_and_is_queued_again(glyph
     assert latest_checkpoint(out / "checkpoints") is not None
     assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames n1", "requeue 77"]
     assert "back into the queue" in output
+
+
+def test_the_command_that_resumes_can_be_pasted(tmp_path, monkeypatch, capsys):
+    """Names with spaces, and patterns that a shell would expand, are quoted."""
+    monkeypatch.setattr(commands, "catalog", lambda options: os.kill(os.getpid(), signal.SIGTERM))
+    words = ["catalog", "my data/{0..9}.tar", "*.csv", "--out", f"{tmp_path}/o (2)"]
+    assert main(words) == os.EX_TEMPFAIL
+    _, _, again = capsys.readouterr().err.strip().partition("resume with: ")
+    assert shlex.split(again)[-len(words) :] == words

@@ -174,6 +174,11 @@ def make_catalog(
     if not image_keys or not caption_keys or not all((*image_keys, *caption_keys)):
         raise UserError(f"images {list(image_keys)} and captions {list(caption_keys)} must each have a type of member")
     ensure_writable(folder)
+    if "json" in caption_keys and any(source.kind == TarPattern.kind for source in parsed):
+        raise UserError(
+            "--caption-key json would take whole documents for captions: name the field with the caption, like "
+            "json:caption"
+        )
     jobs = list(jobs_of(parsed, folder, tuple(image_keys), caption_keys, run_pipe_commands, subset, checksums))
     journal = Journal(folder)
     todo = [job for _, job in jobs if isinstance(job, ScanJob) and job.name not in journal.done]

@@ -72,7 +72,7 @@ def _pipe_output(source: str, folder: Path, run_pipe_commands: bool) -> str:
     command = source.removeprefix(PIPE)
     if not run_pipe_commands:
         raise UserError(
-            f"the data {source!r} would run a shell command: allow it with run_pipe_commands, or name files"
+            f"the data {source!r} would run a shell command: allow it by --run-pipe-commands, or name files"
         )
     path = folder / "pipes" / f"{digest_of(command.encode())[:24]}.tar"
     if not path.exists():

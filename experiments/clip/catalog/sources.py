@@ -274,6 +274,11 @@ def _text_rows(table: Table) -> Iterator[tuple[str, list[Caption]]]:
             start = line = 2
             for following in reader:
                 if row:
+                    if any(map(str.strip, row[len(names) :])) and row != [_END]:
+                        raise UserError(
+                            f"line {start} of the table {table.path} has {len(row)} fields, its header {len(names)}: "
+                            f"put quotes around captions with {separator!r} in them"
+                        )
                     image, *captions = (row[place] if place < len(row) else None for place in places)
                     yield image or "", list[Caption](captions)
                 row, start, line = following, line, reader.line_num + 2

@@ -58,6 +58,7 @@ from .sources import (
 )
 from .terminal import console, progress_bar
 
+_SHOWN = 5  # damaged shards
 _CANNOT_TELL = (
     "cannot tell: give --expected PERCENT, what the unsteered run is expected to reach, or plan a longer run, whose "
     "probe is longer"
@@ -412,6 +413,10 @@ def catalog(options: MakeCatalog) -> None:
     console.print(f"catalog    {len(made)} pairs in {len(made.shards)} shards: {made.folder}")
     for reason, count in made.left_out.items():
         console.print(f"left out   {count} for {reason}")
+    for line in made.damaged[:_SHOWN]:
+        console.print(f"damaged    {line}")
+    if len(made.damaged) > _SHOWN:
+        console.print(f"damaged    {len(made.damaged) - _SHOWN} more shards")
     incomplete = sum(made.left_out.get(reason, 0) for reason in ("no image", "no caption", "URL"))
     if incomplete > len(made) and (hint := made.hint()):
         console.print(f"left out   more than there is: {hint}", markup=False)

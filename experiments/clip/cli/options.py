@@ -535,8 +535,8 @@ class Plan:
     """Say what a run would take: parameters, operations, memory of a rank by part, disk, time."""
 
     train: Train = field(default_factory=Train)
-    samples: Annotated[int, Positive] = 23_635
-    """Pairs of the training data."""
+    samples: Annotated[int | None, Positive] = None
+    """Pairs of the training data; by default those of --catalog, or else the 23,635 that are embedded."""
     ranks: Annotated[int, Positive] = 1
     """Processes, one per device."""
     teraflops: Annotated[float, Positive] = 312.0
@@ -546,7 +546,7 @@ class Plan:
     reference_width: Annotated[int, Positive] = 512
     """Width of the reference's features, where the run has a reference."""
     shards: Annotated[int | None, AtLeast(1)] = None
-    """Tar files of the training data; by default one for each 10,000 pairs."""
+    """Tar files of the training data; by default those of --catalog, or one for each 10,000 pairs."""
     pair_kilobytes: Annotated[float, Positive] = 35.0
     """Mean size of a pair in them, 1000 bytes (DataComp's pool: 450 TB of 12.8 billion)."""
     writing_gigabytes: Annotated[float, Positive] = 1.0

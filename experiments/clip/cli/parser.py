@@ -100,8 +100,9 @@ def _refusal(event: object, kind: type) -> str:
             word = event.tokens[0].partition("=")[0]
             return f"Unrecognized options: {', '.join(event.tokens)}{nearest(word, sorted(_flags(kind)), 1)}"
         case InvalidChoice():
-            name, hint = event.argument.display_name(), nearest(str(event.value), event.choices, 1)
-            return f"{name} must be one of {', '.join(event.choices)}, got {event.value!r}{hint}"
+            choices = [choice for choice in event.choices if choice != "None"]  # which is to leave the option out
+            name, hint = event.argument.display_name(), nearest(str(event.value), choices, 1)
+            return f"{name} must be one of {', '.join(choices)}, got {event.value!r}{hint}"
         case InstantiationFailure() if event.argument is not None:
             message = event.message.splitlines()[0]
             if found := _NO_KIND.fullmatch(message):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from drrho.tiles import KERNEL_TILE, ROWS, TILE
 
+from ..catalog.catalog import open_catalog
 from ..io.workers import AHEAD, usual_workers
 from ..training.options import Execution, TowerPrecision
 from .building import input_options
@@ -21,11 +22,14 @@ from .traffic import Exchange, Reading, Saving, exchanges, reading, saving
 
 _FLOAT = 4  # bytes
 _PAIRS_OF_A_SHARD = 10_000  # img2dataset's
+_EMBEDDED_PAIRS = 23_635
 
 
 class Planned(NamedTuple):
     """What a run takes: of its devices, of the network, and of the storage for data and for a checkpoint."""
 
+    samples: int
+    shards: int
     estimate: Estimate
     messages: list[Exchange]
     data: Reading
@@ -35,11 +39,14 @@ class Planned(NamedTuple):
 def run(options: Plan) -> None:
     """Print what a run would take."""
     found = planned(options)
-    console.print("\n".join([*described(found.estimate), *described_traffic(*found[1:])]))
+    size = f"pairs             {found.samples:,} in {found.shards:,} shards"
+    traffic = described_traffic(found.messages, found.data, found.checkpoint)
+    console.print("\n".join([size, *described(found.estimate), *traffic]))
 
 
 def planned(options: Plan) -> Planned:
     """Return what a run would take."""
+    samples, shards = _size_of_data(options)
     train, precision = as_on_a_gpu(options.train)
     loss, execution = train.loss, train.execution
     precision = execution.precision or "bfloat16"
@@ -58,8 +65,8 @@ def planned(options: Plan) -> Planned:
     reference_width = references * options.reference_width
     estimate = estimated(
         cost,
-        samples=options.samples,
-        samples_seen=(train.shards.epoch_samples or options.samples) * train.optimization.epochs,
+        samples=samples,
+        samples_seen=(train.shards.epoch_samples or samples) * train.optimization.epochs,
         batch_size=train.optimization.batch_size,
         scored_per_pair=train.selection.scored_per_pair,
         accumulation=train.optimization.accumulation,
@@ -86,14 +93,25 @@ def planned(options: Plan) -> Planned:
     )
     data = reading(
         pairs_per_second=estimate.pairs_per_second,
-        samples=options.samples,
-        shards=options.shards or -(-options.samples // _PAIRS_OF_A_SHARD),
+        samples=samples,
+        shards=shards,
         sample_bytes=1e3 * options.pair_kilobytes,
         ranks=options.ranks,
         cached_features=train.needs_reference and train.shards.reference_features is not None,
     )
     checkpoint = saving(estimate.checkpoint, options.ranks, 1e9 * options.writing_gigabytes)
-    return Planned(estimate, messages, data, checkpoint)
+    return Planned(samples, shards, estimate, messages, data, checkpoint)
+
+
+def _size_of_data(options: Plan) -> tuple[int, int]:
+    """Return the numbers of pairs and of shards: those given, of the catalog, or of the embedded pairs."""
+    samples, shards, catalog = options.samples, options.shards, options.train.shards.catalog
+    if catalog is not None:
+        found = open_catalog(catalog, verify=False)
+        if samples is None:
+            samples, shards = len(found), shards or len(found.shards)
+    samples = samples or _EMBEDDED_PAIRS
+    return samples, shards or -(-samples // _PAIRS_OF_A_SHARD)
 
 
 def as_on_a_gpu(train: Train) -> tuple[Train, TowerPrecision]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,7 +229,7 @@ class _Shown:
     def step(self, step: int, total: int, log: Record) -> None:
         """Show how many steps are done, and the loss."""
         self._at = f"step {step} of {total}"
-        self._advance(step, total, f"loss {log.get('loss', nan):.4f}")
+        self._advance(step, total, f"loss {log['loss']:.4f}" if "loss" in log else "")
 
     def validate(self) -> Record:
         """Return the scores of the model as it stands, and print them: a line for each task."""

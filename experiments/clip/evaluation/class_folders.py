@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from timm.data.imagenet_info import ImageNetInfo
@@ -19,6 +20,8 @@ from .task_files import (
     opened,
     prompt_templates,
 )
+
+_OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2", "ppm", "pgm")
 
 
 def holds_class_folders(folder: Path) -> bool:
@@ -59,18 +62,36 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images(path: Path, folder: Path) -> tuple[str, ...]:
-    suffixes = {f".{suffix}" for suffix in IMAGES}
-    try:
-        found = sorted(each.name for each in path.iterdir() if each.suffix.lower() in suffixes and each.is_file())
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): copy it again") from error
-    found = [name for name in found if not name.startswith(".")]
-    if not found:
+    """Return the images of a class, those in folders of its folder too, as torchvision's ImageFolder takes them."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for name in _files(path):
+        suffix = PurePath(name).suffix.lower().removeprefix(".")
+        if suffix in IMAGES or suffix in _OTHER_IMAGES:
+            found[suffix in IMAGES].append(name)
+    if found[False]:
+        raise UserError(
+            f"{path} holds {len(found[False])} images that are not JPEG, PNG or WebP, such as {found[False][0]}: "
+            "convert them"
+        )
+    if not any(PurePath(name).parent == PurePath() for name in found[True]):
         raise UserError(
             f"{path} holds no JPEG, PNG or WebP image: {folder} is read as a folder with a folder of images for each "
             "class; name such a folder, or a task in CLIP_benchmark's layout"
         )
-    return tuple(found)
+    return tuple(found[True])
+
+
+def _files(path: Path) -> list[str]:
+    """Return the files of a folder and of those in it, relative to it; what begins with a dot is passed over."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): copy it again") from error
+
+    found: list[str] = []
+    for place, folders, files in os.walk(path, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.relpath(os.path.join(place, name), path) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _imagenet_names(names: Sequence[str]) -> list[str] | None:

@@ -25,6 +25,11 @@ _ABANDONED_SECONDS = 3600.0
 # Errors that stay however long one waits. All others, such as EIO, ESTALE and ETIMEDOUT of network file systems, may
 # be temporary.
 _FINAL_TYPES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
+# Errors of writing that more space would not mend.
+_NOT_OF_SPACE = {
+    getattr(errno, name)
+    for name in ("EEXIST", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOENT")
+}
 _FINAL_NUMBERS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP")}
 
 
@@ -52,9 +57,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         attempts = "" if is_final(error) else f" after {len(WAITS) + 1} attempts"
-        raise UserError(
-            f"cannot write {path}{attempts} ({error.strerror}): free space or choose another folder"
-        ) from error
+        remedy = "choose another folder" if error.errno in _NOT_OF_SPACE else "free space or choose another folder"
+        raise UserError(f"cannot write {path}{attempts} ({error.strerror}): {remedy}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -263,7 +263,7 @@ class Optimization:
 
     epochs: Annotated[int, AtLeast(1)] = 32
     """Passes over the training pairs."""
-    batch_size: Annotated[int, AtLeast(2, "a negative")] = 512
+    batch_size: Annotated[int, AtLeast(2, "an anchor needs a negative")] = 512
     """Pairs trained on per step over all ranks, at most: an epoch is cut into batches of equal size up to one."""
     accumulation: Annotated[int, AtLeast(1)] = 1
     """Parts of a rank's batch that go through the towers one after the other; the loss still sees all of the batch."""

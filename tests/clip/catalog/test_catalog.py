@@ -101,7 +101,7 @@ def test_sources_are_numbered_in_order(tmp_path):
         ("data/..", r"has no file that ends in .tar: name folders in it, like data/../data, or all shards"),
         ("", "a source has no name"),
         ("data/00000.tar::data/0000*.tar", "00000.tar is listed twice: list it once and give its source a weight"),
-        ("pipe:touch pwned", r"would run a shell command: allow it with run_pipe_commands"),
+        ("pipe:touch pwned", r"would run a shell command: allow it by --run-pipe-commands"),
         ("nosuchprotocol://x.tar", "install the package that reads it"),
         ("synthetic:many", "must be synthetic:SAMPLES"),
         ("absent.csv", r"cannot read .*absent.csv \(No such file"),

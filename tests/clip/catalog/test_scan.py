@@ -187,6 +187,28 @@ def test_damaged_tables(tmp_path, monkeypatch):
         make_catalog(str(tmp_path / "t.parquet"), tmp_path / "catalog")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_row_with_more_fields_than_the_header_is_refused(separator, tmp_path):
+    """A caption that holds the separator without quotes: each would be cut off there."""
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
+    table = tmp_path / "t.csv"
+    lines = [["filepath", "title"], ["a.png", '"a dog"', "", ""], ["a.png", f'"a{separator} b"'], ["a.png", "a", " b"]]
+    table.write_text("\n".join(separator.join(line) for line in lines[:3]) + "\n")
+    assert [caption for _, caption in everything(make_catalog(table, tmp_path / "one"))] == ["a dog", f"a{separator} b"]
+    table.write_text("\n".join(separator.join(line) for line in lines) + "\n")
+    with pytest.raises(UserError, match=r"line 4 of the table .*t.csv has 3 fields, its header 2: put quotes around"):
+        make_catalog(table, tmp_path / "two")
+
+
+def test_a_document_is_no_caption(shards, tmp_path):
+    with pytest.raises(UserError, match=r"--caption-key json would take whole documents.* json:caption"):
+        make_catalog([str(path) for path in shards], tmp_path / "catalog", caption_key=("txt", "json"))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
+    (tmp_path / "t.csv").write_text("path,json\na.png,words\n")
+    catalog = make_catalog(Table(str(tmp_path / "t.csv"), "path", ("json",)), tmp_path / "catalog", caption_key="json")
+    assert [caption for _, caption in everything(catalog)] == ["words"]  # a column may be called so
+
+
 def test_a_field_of_a_table_may_be_long(tmp_path):
     (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "t.csv").write_text(f"filepath,html,title\na.png,{'x' * 500_000},one\na.png,x,{'y' * 200_000}\n")

@@ -38,6 +38,18 @@ def test_a_catalog_says_what_it_holds(tmp_path, capsys):
     assert "none.tar" in capsys.readouterr().err
 
 
+def test_damaged_shards_are_named_the_first_of_them(tmp_path, capsys):
+    for number in range(8):
+        path = write_tar(tmp_path / f"{number}.tar", [*pair(2 * number), *pair(2 * number + 1)])
+        if number:
+            path.write_bytes(path.read_bytes()[:-10_000])
+    assert main(["catalog", str(tmp_path / "*.tar"), "--out", str(tmp_path / "catalog"), "--workers", "0"]) == 0
+    output = capsys.readouterr().out
+    assert "7 for damaged shard" in output
+    assert all(f"damaged    {tmp_path}/{number}.tar: " in output for number in range(1, 6))
+    assert "damaged    2 more shards" in output and "6.tar" not in output
+
+
 def test_sources_are_joined_on_the_command_line_and_tables_name_their_columns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_tar(tmp_path / "shards/0.tar", pair(0))

@@ -82,6 +82,7 @@ def test_a_configuration_that_is_none_is_refused(content, message, tmp_path):
         (["train", "--epochs", "many"], "--epochs: .*'many'"),
         (["train", "--temperature", "warm"], "--temperature needs FLOAT or auto, got 'warm'"),
         (["train", "--method", "clip"], "--method must be one of openclip, siglip, .*, got 'clip'"),
+        (["train", "--precision", "amp"], "--precision must be one of (float32|float16|bfloat16|, )+, got 'amp'"),
         (["evaluate"], "Missing: MODEL|Missing: .*"),
         (["study", "--seed", "3"], "--seed 3 has no part in this run: it is for --check"),
     ],

@@ -1,6 +1,7 @@
 """The plan of a run against what a small run takes."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -121,3 +122,17 @@ def test_the_command_prints_it_and_refuses(capsys):
     options = parse(["plan", "--preset", "glyph-unsteered"])
     assert options.train.loss.method == "fastclip"
     assert dataclasses.is_dataclass(options.train)
+
+
+def test_a_plan_of_a_catalog_has_its_pairs_and_shards(tmp_path, capsys):
+    make_catalog(["synthetic:900:16", "synthetic:124:16"], tmp_path / "catalog")
+    words = ["plan", "--catalog", str(tmp_path / "catalog"), "--model", "glyph-micro", "--method", "openclip"]
+    words += ["--batch-size", "16", "--epochs", "2"]
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert "1,024 in 2 shards" in output and re.search(r"steps +128\n", output)
+    assert main([*words, "--samples", "3200"]) == 0
+    assert "3,200 in 1 shards" in capsys.readouterr().out
+    words[2] = str(tmp_path / "absent")
+    assert main(words) == 2
+    assert "absent" in capsys.readouterr().err

@@ -91,3 +91,21 @@ def test_damage_is_refused_by_name(damage, message, reference, tmp_path):
     damage(folder)
     with pytest.raises(UserError, match=message):
         evaluate(reference, folder)
+
+
+def test_images_in_folders_of_a_class_are_its_images_as_torchvision_takes_them(tmp_path):
+    folder = folders(tmp_path / "data", ["a", "b"])
+    folders(folder / "a", ["more", ".thumbnails"])
+    folders(folder / "a" / "more", ["still"])
+    (folder / "b" / "link").symlink_to(folder / "a" / "more", target_is_directory=True)
+    (task,) = open_tasks([folder])
+    shutil.rmtree(folder / "a" / ".thumbnails")
+    paths = {(str(shard.path / name), shard.label) for shard in task.shards for name in shard.files}
+    assert paths == set(ImageFolder(folder).samples) and len(paths) == 6
+
+
+def test_images_that_are_not_decoded_are_not_passed_over(tmp_path):
+    folder = folders(tmp_path / "data", ["a", "b"])
+    (folder / "b" / "1.TIFF").write_bytes(b"II*")
+    with pytest.raises(UserError, match=r"b holds 1 images that are not JPEG, PNG or WebP, such as 1.TIFF: convert"):
+        open_tasks([folder])
