@@ -72,6 +72,11 @@ def _listed(types: Counter[str]) -> str:
 
 def _about_images(types: Counter[str]) -> str:
     own = [kind for kind in types if kind.rpartition(".")[2] in _IMAGES]
+    if len(own) > 1 and all("." in kind for kind in types):
+        return (
+            f"the name of a sample ends at the first dot, and what follows is a type, here {printable(own[0][:40])} and "
+            f"{printable(own[1][:40])}: name the members so that their only dot stands before {own[0].rpartition('.')[2]}"
+        )
     if own:
         return f"its images may be --image-key {printable(own[0][:40])} (its first members: {_listed(types)})"
     if other := [kind for kind in types if kind.rpartition(".")[2] in _OTHER_IMAGES]:

@@ -24,6 +24,10 @@ JSON = json.dumps({"url": "x", "width": 3, "caption_en": "c"}).encode()
         ([("a.png", IMAGE), ("a.json", b"{")], r"--caption-key names the members that are captions \(its first memb"),
         ([("a.png", IMAGE), ("a.cls", b"1")], r"--caption-key names the members that are captions .*\.png 1, \.cls 1"),
         ([("a.left.png", IMAGE), ("a.txt", b"c")], r"its images may be --image-key left.png \(its first members"),
+        (
+            [(f"a.{number}.{kind}", IMAGE) for number in range(3) for kind in ("png", "txt")],
+            r"the name of a sample ends at the first dot.* here 0.png and 1.png: name the members so that their only dot",
+        ),
         ([("a.gif", b"x"), ("a.txt", b"c")], r"images are JPEG, PNG or WebP, not gif"),
         ([("a.bin", b"x"), ("a.txt", b"c")], r"--image-key names the members that are images"),
         ([("a.png", IMAGE), ("b.png", IMAGE), ("a.txt", b"c"), ("b.txt", b"c")], "must follow each other, as tar --so"),
@@ -34,7 +38,7 @@ JSON = json.dumps({"url": "x", "width": 3, "caption_en": "c"}).encode()
         ([("a_1.png", IMAGE), ("a_2.txt", b"c")], "a_1 and a_2 are two samples: image and caption must have one name"),
         ([("plain", IMAGE)], "check --image-key, --caption-key and files"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_layout_that_gives_no_sample_is_refused_with_a_hint(tmp_path, members, hint):
     path = write_tar(tmp_path / "x.tar", members)
