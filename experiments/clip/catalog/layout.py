@@ -73,9 +73,10 @@ def _listed(types: Counter[str]) -> str:
 def _about_images(types: Counter[str]) -> str:
     own = [kind for kind in types if kind.rpartition(".")[2] in _IMAGES]
     if len(own) > 1 and all("." in kind for kind in types):
+        first, second = (printable(kind[:40]) for kind in own[:2])
         return (
-            f"the name of a sample ends at the first dot, and what follows is a type, here {printable(own[0][:40])} and "
-            f"{printable(own[1][:40])}: name the members so that their only dot stands before {own[0].rpartition('.')[2]}"
+            f"the name of a sample ends at the first dot, and what follows is a type, here {first} and {second}: name "
+            f"the members so that their only dot stands before {own[0].rpartition('.')[2]}"
         )
     if own:
         return f"its images may be --image-key {printable(own[0][:40])} (its first members: {_listed(types)})"

@@ -26,7 +26,7 @@ JSON = json.dumps({"url": "x", "width": 3, "caption_en": "c"}).encode()
         ([("a.left.png", IMAGE), ("a.txt", b"c")], r"its images may be --image-key left.png \(its first members"),
         (
             [(f"a.{number}.{kind}", IMAGE) for number in range(3) for kind in ("png", "txt")],
-            r"the name of a sample ends at the first dot.* here 0.png and 1.png: name the members so that their only dot",
+            r"the name of a sample ends at the first dot.* here 0.png and 1.png: name the members so",
         ),
         ([("a.gif", b"x"), ("a.txt", b"c")], r"images are JPEG, PNG or WebP, not gif"),
         ([("a.bin", b"x"), ("a.txt", b"c")], r"--image-key names the members that are images"),
