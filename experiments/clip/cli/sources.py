@@ -43,6 +43,7 @@ from .terminal import console, progress_bar
 #: What stands before the names of the scores of held-out pairs.
 HELD_OUT = "held_out"
 VALIDATION_BATCH = 64
+_TRIED_PAIRS = 16  # held-out pairs that are read before the first step
 _HELD_OUT_PAIRS = 512  # that a scheduled coefficient is measured on
 
 
@@ -111,7 +112,19 @@ def open_validation(tasks: Sequence[Path], val_data: Path | None, ranks: Ranks =
     opened = ranks.run_on_all_or_fail(lambda: open_tasks(tasks))
     if val_data is not None and any(task.name == HELD_OUT for task in opened):
         raise UserError(f"--tasks has a folder called {HELD_OUT}, as the scores of --val-data are: rename it")
-    return Validation(opened, None if val_data is None else open_shared_catalog(val_data, ranks))
+    if val_data is None:
+        return Validation(opened, None)
+    held_out = open_shared_catalog(val_data, ranks)
+
+    def try_some() -> None:
+        if not first_pairs(held_out, _TRIED_PAIRS):
+            raise UserError(
+                f"none of the first {min(_TRIED_PAIRS, len(held_out))} pairs of --val-data {val_data} can be used: "
+                "make its catalog again, from images that are there"
+            )
+
+    ranks.run_on_all_or_fail(try_some)
+    return Validation(opened, held_out)
 
 
 def open_shared_catalog(

@@ -134,7 +134,7 @@ def _scores(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in lost.items())
         raise UserError(
             f"{sum(lost.values())} of the {total} held-out pairs cannot be used ({reasons}): correct the data, or "
-            f"raise the limit of {skip_limit:g}"
+            f"raise --skip-limit {skip_limit:g}"
         )
     image, text = (part[used] for part in features)
     numbers = torch.arange(samples, device=image.device)

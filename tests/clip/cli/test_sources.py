@@ -310,3 +310,11 @@ def test_a_server_without_ranges_is_refused_at_the_start_unless_shards_are_read_
         index = [index for batch in data.stream.batches(0, 0) for index in batch.index.tolist()]
         data.stream.close()
     assert sorted(index) == list(range(30))
+
+
+def test_held_out_pairs_without_an_image_are_refused_before_any_work(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("filepath,title\n" + "".join(f"C:\\images\\{number}.png,a picture\n" for number in range(30)))
+    make_catalog(table, tmp_path / "catalog")
+    with pytest.raises(UserError, match=r"none of the first 16 pairs of --val-data .*catalog can be used"):
+        open_validation((), tmp_path / "catalog")
