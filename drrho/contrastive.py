@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from drrho.divergences import KL, Divergence
+from drrho.divergences import KL, Divergence, check_divergence
 from drrho.negatives import WorstCase, excess_pair_losses, robust_anchors
 from drrho.ranks import Group, mean_over_ranks, row_counts
 from drrho.reference import excess_losses
@@ -181,6 +181,7 @@ def contrastive_risk(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+    check_divergence(divergence)
     if log_step is not None and not (gamma == 1.0 and divergence.has_exponential_weights and abs(log_step) < math.inf):
         raise ValueError(f"log_step must be finite and stand alone, for KL, got {log_step} with gamma={gamma}")
     for number, name in ((eps, "eps"), (rho, "rho")):

@@ -50,7 +50,7 @@ except ImportError as error:
     raise ImportError("drrho.convex needs cvxpy: pip install drrho[convex]") from error
 
 from drrho.conic import Formulation, conjugate_expression, divergence_expression
-from drrho.divergences import Divergence
+from drrho.divergences import Divergence, check_divergence
 from drrho.validation import ArrayLike, as_base_weights, as_losses
 
 #: The value of an option that is passed to a solver.
@@ -190,7 +190,7 @@ def robust_risk(
     row = _vector(losses, "losses", "one row [n]: ask for rows one by one, or constrained_risk for all at once")
     bound = _nonnegative(radius, "radius", "it bounds D(p || q)")
     price = _nonnegative(strength, "strength", "it is the price of D(p || q)")
-    _check_divergence(divergence)
+    check_divergence(divergence)
     if bound is None and price is None and divergence.has_radius:
         raise ValueError(f"give radius, strength or both: {divergence!r} needs one of them")
     base = _base(base_weights, len(row))
@@ -515,7 +515,7 @@ def _ball_or_penalty(
     strength: SupportsFloat | None,
     n: int,
 ) -> tuple[float | None, float | None]:
-    _check_divergence(divergence)
+    check_divergence(divergence)
     given = sum(value is not None for value in (radius, rho, strength))
     if given > 1 or (given == 0 and divergence.has_radius):
         raise ValueError(
@@ -529,11 +529,6 @@ def _ball_or_penalty(
     if price == 0 and divergence.has_radius:
         raise ValueError("strength must be > 0, got 0: for the maximum give a radius that no distribution exceeds")
     return bound, price
-
-
-def _check_divergence(divergence: Divergence) -> None:
-    if not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
 
 
 # Solving -------------------------------------------------------------------------------------------------------------

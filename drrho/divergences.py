@@ -220,6 +220,12 @@ class Divergence(ABC):
         return (ties * self.phi(1 / ties) + off).numpy()
 
 
+def check_divergence(divergence: object) -> None:
+    """Raise a `TypeError` for what is no divergence, such as its name or class."""
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
+
+
 @dataclass(frozen=True)
 class CressieRead(Divergence):
     """Power divergence of order k: ``phi(t) = (t^k - k t + k - 1) / (k (k - 1))``, with its limits at k = 0 and 1.

@@ -12,7 +12,7 @@ import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from drrho.choosing import Rows, choose_rho
-from drrho.divergences import ChiSquare, Divergence
+from drrho.divergences import ChiSquare, Divergence, check_divergence
 from drrho.minimize import LinearFit, minimize_risk
 from drrho.pointwise import Array, Hinge, Logistic, PointLoss, Squared
 from drrho.validation import ArrayLike
@@ -187,8 +187,7 @@ class _LinearModel(BaseEstimator):
     ) -> None:
         """Fit coefficients to targets ``[n, k]``; folds of ``cv`` are made by the labels ``[n]``."""
         divergence = ChiSquare() if self.divergence is None else self.divergence
-        if not isinstance(divergence, Divergence):
-            raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
+        check_divergence(divergence)
         for value, name in ((self.l2, "l2"), (self.tol, "tol"), (self.max_iter, "max_iter")):
             if not 0 <= value < np.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")

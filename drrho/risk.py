@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drrho.divergences import Divergence
+from drrho.divergences import Divergence, check_divergence
 from drrho.optimum import dtype_read, optimum
 from drrho.ranks import Group
 from drrho.reference import excess_losses
@@ -254,6 +254,7 @@ def drrho_risk(
     >>> round(risk.value.item(), 4), [round(weight, 3) for weight in risk.weights.tolist()]
     (0.8579, [0.462, 0.414, 0.124])
     """
+    check_divergence(divergence)
     if (rho is None) == (radius is None) and (rho is not None or divergence.has_radius):
         raise ValueError(f"give exactly one of rho (radius * n) and radius, got rho={rho} and radius={radius}")
     excess = excess_losses(losses, reference_losses)
@@ -296,8 +297,7 @@ def _risk(
     dtype: torch.dtype,
 ) -> RobustRisk:
     """Solve in ``dtype``, or where that is not needed as they are, and answer in the losses' own, at least float32."""
-    if not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
+    check_divergence(divergence)
     shape, n = losses.shape[:-1], losses.shape[-1]
     problem, precise = Problem(divergence, group), dtype
     narrow = dtype_read(losses, problem)

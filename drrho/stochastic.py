@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drrho.divergences import KL, Divergence
+from drrho.divergences import KL, Divergence, check_divergence
 from drrho.risk import penalized_risk
 from drrho.running import adaptive_log_rates, moving_average
 from drrho.validation import ArrayLike, as_losses, as_parameter, refuse
@@ -123,6 +123,7 @@ def dual_losses(
     >>> (threshold - risk.threshold).abs().item() < 0.05, (log_strength.exp() - risk.strength).abs().item() < 0.05
     (True, True)
     """
+    check_divergence(divergence)
     z = as_losses(losses, "losses")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     eta = _per_row(threshold, "threshold", "is the dual variable of sum p = 1", z)

@@ -14,7 +14,20 @@ import torch
 from families import ORDERS, POWERS, SMOOTH
 from problems import tensor
 
-from drrho import KL, CappedKL, ChiSquare, CressieRead, CVaR, Divergence, TotalVariation
+from drrho import (
+    KL,
+    CappedKL,
+    ChiSquare,
+    CressieRead,
+    CVaR,
+    Divergence,
+    TotalVariation,
+    constrained_risk,
+    drrho_risk,
+    penalized_risk,
+)
+from drrho.contrastive import contrastive_risk
+from drrho.stochastic import dual_losses
 
 LIBRARY = (
     {"kl": KL(), "chi2": ChiSquare(), "cvar 0.3": CVaR(0.3), "cvar 1": CVaR(1.0), "tv": TotalVariation()}
@@ -305,3 +318,19 @@ def test_a_class_with_another_phi_than_its_parent_is_refused(kind):
     mixin = type("Mixin", (), {"phi": doubled})
     with pytest.raises(TypeError, match="must not change phi"):
         type("Mixed", (mixin, kind), {})
+
+
+@pytest.mark.parametrize("divergence", ["KL", KL, None, 2.0])
+def test_what_is_no_divergence_is_refused_by_every_function_that_takes_one(divergence):
+    z, features = torch.rand(4), torch.eye(3)
+    calls = (
+        lambda: constrained_risk(z, divergence, 0.1),
+        lambda: penalized_risk(z, divergence, 0.1),
+        lambda: drrho_risk(z, z, divergence),
+        lambda: drrho_risk(z, z, divergence, rho=1.0),
+        lambda: contrastive_risk(features, features, 0.1, divergence=divergence),
+        lambda: dual_losses(z, divergence, 0.0, 1.0),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"divergence must be a Divergence such as KL\(\) or ChiSquare\(\), got"):
+            call()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from drrho.accumulation import accumulate
-from drrho.divergences import Divergence
+from drrho.divergences import Divergence, check_divergence
 from drrho.integrations.reference_losses import ReferenceLosses
 from drrho.ranks import Group
 from drrho.reference import excess_losses
@@ -87,8 +87,7 @@ class Steering:
         coefficient: float = 1.0,
         group: Group | Literal["all"] = "all",
     ) -> None:
-        if not isinstance(divergence, Divergence):
-            raise TypeError(f"divergence must be a Divergence such as KL() or ChiSquare(), got {divergence!r}")
+        check_divergence(divergence)
         every = {"radius": radius, "strength": strength, "rho": rho}
         given = {name: value for name, value in every.items() if value is not None}
         for name, value in given.items():
