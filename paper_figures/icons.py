@@ -13,7 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.clip.study.grid import NEAR
-from experiments.clip.study.icon_grid import CORE, GPU, GPU_STUDIES, MAIN, MORE, PUBLIC, RIVALS, STUDIES, Scale
+from experiments.clip.study.icon_grid import (
+    CORE,
+    FINE_TUNED,
+    GPU,
+    GPU_STUDIES,
+    MAIN,
+    MORE,
+    PUBLIC,
+    RIVALS,
+    STUDIES,
+    Scale,
+)
 from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS, TABLES
 from experiments.clip.study.results import Row
@@ -24,6 +35,8 @@ from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, V
 TABLE, LARGE = (HERE.parent / RESULTS / TABLES[grid] for grid in ("icons", "icons-large"))
 COLORS = dict(zip(MAIN, (ORANGE, VERMILION, BLUE, GREEN), strict=True))
 _NATURAL = {"captions": "natural"}
+#: References made of public models, the studies that steer by them, and what the claims call them.
+_PUBLIC = {PUBLIC: ("public", "the public reference"), FINE_TUNED: ("fine-tuned", "the public reference, fine-tuned")}
 PAGE_OF_ICONS = HERE.parent / "experiments" / "clip" / "icons" / "README.md"
 BEGIN, END = "<!-- study: written by paper_figures/icons.py -->", "<!-- end of study -->"
 
@@ -87,8 +100,9 @@ def draw_references(axes: Axes, results: Results, scale: Scale) -> bool:
     drawn = False
     for method in MAIN:
         points = []
-        for reference in (*scale.references, *([PUBLIC] if scale is CORE else [])):
-            study = scale.study({scale.strong: "headline", PUBLIC: "public"}.get(reference, "reference-quality"))
+        for reference in (*scale.references, *(_PUBLIC if scale is CORE else [])):
+            of_public = {name: study for name, (study, _) in _PUBLIC.items()}
+            study = scale.study(({scale.strong: "headline"} | of_public).get(reference, "reference-quality"))
             setting = f"passes={scale.passes[0]}"
             found = results.find(study, method=method, reference=reference, setting=setting, **_NATURAL)
             if found and (own := _own_score(results, scale, reference)) is not None:
@@ -184,13 +198,14 @@ def _cells(
             measured = _with_limits(*interval(ours - theirs)) + f", {len(ours)} seeds" if len(ours) > 1 else _MISSING
             found[f"{name} above {words}"] = measured
         found[f"{name} above its reference"] = above_reference(method)
-    public, above = "DRRho-CLIP, under the public reference, above", under_public("drrho")
-    found |= {f"{public} its twin": above.above_twin, f"{public} that reference": above.above_reference}
+    for reference, (_, words) in _PUBLIC.items():
+        public, above = f"DRRho-CLIP, under {words}, above", under_public(reference)
+        found |= {f"{public} its twin": above.above_twin, f"{public} that reference": above.above_reference}
     return found
 
 
 class _UnderPublic(NamedTuple):
-    """What a method has above its twin, and above the reference of public models."""
+    """What the steered method has above its twin, and above a reference of public models."""
 
     above_twin: str
     above_reference: str
@@ -212,7 +227,7 @@ def _on_glyphs(results: Results) -> dict[str, str]:
     def find(method: str) -> Seeds:
         return results.find(headline_of(method), method=method, captions="clean")
 
-    return _cells(find, above, lambda method: _UnderPublic(_NONE, _NONE))
+    return _cells(find, above, lambda reference: _UnderPublic(_NONE, _NONE))
 
 
 def _on_icons(results: Results, scale: Scale, passes: int) -> dict[str, str]:
@@ -225,11 +240,12 @@ def _on_icons(results: Results, scale: Scale, passes: int) -> dict[str, str]:
     def find(method: str) -> Seeds:
         return _at(results, scale, method, passes)
 
-    def under_public(method: str) -> _UnderPublic:
+    def under_public(reference: str) -> _UnderPublic:
         if scale is not CORE:
             return _UnderPublic(_NONE, _NONE)
-        found = results.find(scale.study("public"), method=method, setting=f"passes={passes}", **_NATURAL)
-        score, (ours, twin) = _own_score(results, scale, PUBLIC), paired(found, find(TWIN))
+        study = scale.study(_PUBLIC[reference][0])
+        found = results.find(study, method="drrho", setting=f"passes={passes}", **_NATURAL)
+        score, (ours, twin) = _own_score(results, scale, reference), paired(found, find(TWIN))
         if len(ours) < 2 or score is None:
             return _UnderPublic(_MISSING, _MISSING)
         seeds = f", {len(ours)} seeds"
