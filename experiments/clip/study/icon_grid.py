@@ -151,8 +151,8 @@ class Scale:
         """Yield a training of a tuned method, once it is tuned; under the strong reference if no other is named."""
         of = TWIN if method == SCHEDULED else method
         key = TunedKey(self.tuning_of(of), captions_label(self.data), of, _reference_of(SETTINGS[of][0], self.strong))
-        if reference == PUBLIC:
-            key = key._replace(study="icon-tuning-public", reference=PUBLIC)
+        if reference in TUNED_FOR:
+            key = key._replace(study=TUNED_FOR[reference], reference=reference)
         found = tuned.get(key)
         if found is not None:
             if method == SCHEDULED:
@@ -242,6 +242,8 @@ PUBLIC = "icons-public"
 #: The same, of which the other pool of icons trains all layers, and not the heads alone, for one pass and not two: that
 #: takes a core three times as long.
 FINE_TUNED = "icons-fine-tuned"
+#: References for which the steered method is tuned, and the studies that do it.
+TUNED_FOR = {PUBLIC: "icon-tuning-public", FINE_TUNED: "icon-tuning-fine-tuned"}
 
 
 def tuning_public(_: Tuned) -> Iterator[Cell]:
@@ -257,8 +259,14 @@ def public(tuned: Tuned) -> Iterator[Cell]:
             yield from CORE.cell(tuned, "drrho", passes, seed, reference=PUBLIC)
 
 
+def tuning_fine_tuned(_: Tuned) -> Iterator[Cell]:
+    """Yield the same four settings under the fine-tuned reference as under the strong one."""
+    for setting in SETTINGS["drrho"]:
+        yield Cell("drrho", CORE.train(CORE.model, CORE.passes[0], setting), setting.name, FINE_TUNED)
+
+
 def fine_tuned(tuned: Tuned) -> Iterator[Cell]:
-    """Yield the steered method under the fine-tuned one, as it was tuned under the strong one, at all budgets."""
+    """Yield the steered method under the fine-tuned reference, for which it is tuned, at all budgets."""
     for passes, seed in product(CORE.passes, FEWER_SEEDS):
         yield from CORE.cell(tuned, "drrho", passes, seed, reference=FINE_TUNED)
 
@@ -285,10 +293,11 @@ STUDIES: dict[str, Study] = {
     **CORE.studies(),
     "icon-tuning-public": tuning_public,
     "icon-public": public,
+    "icon-tuning-fine-tuned": tuning_fine_tuned,
     "icon-fine-tuned": fine_tuned,
     # Those that steer are trained before. Two need the towers of public models, so that they come last.
     "icon-references": _of(REFERENCES),
 }
 GPU_STUDIES: dict[str, Study] = {**GPU.studies(), "gpu-icon-references": _of(GPU_REFERENCES)}
-TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals", "icon-tuning-public")
+TUNING_STUDIES = ("icon-tuning", "icon-tuning-more", "icon-tuning-rivals", *TUNED_FOR.values())
 GPU_TUNING_STUDIES = tuple(GPU.study(name) for name in ("tuning", "tuning-more", "tuning-rivals"))

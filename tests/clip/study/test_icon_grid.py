@@ -45,7 +45,10 @@ def tuned_at(scale: Scale):
         TunedKey(f"{scale.name}-tuning{more.get(method, '')}", "natural", method, reference): settings[0]
         for method, settings in SETTINGS.items()
         for reference in ("", scale.strong)
-    } | {TunedKey("icon-tuning-public", "natural", "drrho", PUBLIC): PUBLIC_SETTINGS[0]}
+    } | {
+        TunedKey("icon-tuning-public", "natural", "drrho", PUBLIC): PUBLIC_SETTINGS[0],
+        TunedKey("icon-tuning-fine-tuned", "natural", "drrho", FINE_TUNED): SETTINGS["drrho"][2],
+    }
 
 
 TUNED = tuned_at(CORE)
@@ -58,7 +61,8 @@ def test_every_method_is_tuned_over_as_many_settings_at_the_smallest_budget(scal
     assert {len(settings) for settings in SETTINGS.values()} == {4}
     assert set(SETTINGS) | {SCHEDULED} == {*MAIN, *MORE, *RIVALS}
     cells = [each.cell for each in planned_trainings(tunings, {})]
-    assert len(cells) == 4 * len(SETTINGS) + (len(PUBLIC_SETTINGS) if scale is CORE else 0)
+    of_public = len(PUBLIC_SETTINGS) + len(SETTINGS["drrho"]) if scale is CORE else 0
+    assert len(cells) == 4 * len(SETTINGS) + of_public
     assert {(cell.train.seed, cell.train.split) for cell in cells} == {(0, "train")}
     # Equal in backward passes: of a selection's candidates, half are trained on.
     passes = {cell.train.selection.is_on: cell.train.optimization.epochs for cell in cells}
@@ -141,7 +145,7 @@ def test_all_layers_of_the_fine_tuned_reference_learn():
     assert (free.model, free.pretrained, free.split) == (locked.model, locked.pretrained, locked.split)
     cells = [*STUDIES["icon-fine-tuned"](TUNED)]
     assert {(cell.method, cell.reference) for cell in cells} == {("drrho", FINE_TUNED)}
-    assert {cell.train.loss for cell in cells} == {SETTINGS["drrho"][0].loss}  # as tuned under the strong one
+    assert {cell.train.loss for cell in cells} == {SETTINGS["drrho"][2].loss}  # as it was tuned for it
     twins = {(cell.train.optimization.epochs, cell.train.seed) for cell in STUDIES["icon-budgets"](TUNED)}
     assert {
         (cell.train.optimization.epochs, cell.train.seed) for cell in cells if cell.train.optimization.epochs > 2
