@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,17 @@ from experiments.clip.study.intervals import interval
 from experiments.clip.study.options import RESULTS, TABLES
 from experiments.clip.study.results import Row
 from experiments.clip.study.settings import DIVERGENCE, TWIN
-from paper_figures.study_results import NAMES, UNSTEERED, NotMeasured, Results, Seeds, headline_of, paired, values
+from paper_figures.study_results import (
+    NAMES,
+    UNSTEERED,
+    Array,
+    NotMeasured,
+    Results,
+    Seeds,
+    headline_of,
+    paired,
+    values,
+)
 from paper_figures.style import BLUE, COLUMN, GRAY, GREEN, HERE, ORANGE, PAGE, VERMILION, panel, program, save, styled
 
 TABLE, LARGE = (HERE.parent / RESULTS / TABLES[grid] for grid in ("icons", "icons-large"))
@@ -84,7 +94,12 @@ def draw_budgets(axes: Axes, results: Results, scale: Scale) -> bool:
             errors = [[each.mean - each.low for _, each in points], [each.high - each.mean for _, each in points]]
             axes.errorbar(seen, means, errors, fmt="o-", color=COLORS[method], capsize=2, label=NAMES[method])
     axes.set(xscale="log", xlabel="pairs seen", ylabel="naming top-1, %")
+    budgets = [seen for passes in scale.passes if (seen := _seen(results, scale, passes))]
+    axes.set_xticks(budgets, [f"{seen / 1000:,.0f}k" for seen in budgets])
+    axes.minorticks_off()
     if drawn:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, low + 1.6 * (high - low))  # the legend is above the lines
         axes.legend(loc="upper left")
     return drawn
 
@@ -96,35 +111,40 @@ def _own_score(results: Results, scale: Scale, reference: str) -> float | None:
 
 
 def draw_references(axes: Axes, results: Results, scale: Scale) -> bool:
-    """Draw the steered methods' accuracy against their reference's; return whether two references are there."""
+    """Draw the steered methods' accuracy against their reference's; return whether two references are there.
+
+    Those that were trained on icons are joined by a line; crosses are those of public models.
+    """
+    of_public = {name: scale.study(study) for name, (study, _) in _PUBLIC.items()} if scale is CORE else {}
     drawn = False
     for method in MAIN:
-        points = []
-        for reference in (*scale.references, *(_PUBLIC if scale is CORE else [])):
-            of_public = {name: study for name, (study, _) in _PUBLIC.items()}
-            study = scale.study(({scale.strong: "headline"} | of_public).get(reference, "reference-quality"))
-            setting = f"passes={scale.passes[0]}"
-            found = results.find(study, method=method, reference=reference, setting=setting, **_NATURAL)
-            if found and (own := _own_score(results, scale, reference)) is not None:
-                points.append((own, interval(values(found))))
         if method == TWIN:
             if found := results.find(scale.study("headline"), method=TWIN, **_NATURAL):
                 axes.axhline(values(found).mean(), color=COLORS[TWIN], linestyle=":", label=NAMES[TWIN])
-        elif len(points) > 1:
+            continue
+        studies = {name: scale.study("reference-quality") for name in scale.references}
+        studies[scale.strong] = scale.study("headline")
+        points = _against_reference(results, scale, method, studies)
+        style = {"color": COLORS[method], "capsize": 2}
+        if len(points) > 1:
             drawn = True
-            means = np.array([each.mean for _, each in points])
-            errors = [[each.mean - each.low for _, each in points], [each.high - each.mean for _, each in points]]
-            axes.errorbar(
-                [own for own, _ in points],
-                means,
-                errors,
-                fmt="o-",
-                color=COLORS[method],
-                capsize=2,
-                label=NAMES[method],
-            )
+            axes.errorbar(*points.T, fmt="o-", label=NAMES[method], **style)
+            if len(points := _against_reference(results, scale, method, of_public)):
+                axes.errorbar(*points.T, fmt="x", **style)
     axes.set(xlabel="the reference's own top-1, %", ylabel="the target's, %")
     return drawn
+
+
+def _against_reference(results: Results, scale: Scale, method: str, studies: Mapping[str, str]) -> Array:
+    """Return the references' own scores, a method's under them, and half-widths of its intervals, ``[points, 3]``."""
+    points = []
+    for reference, study in studies.items():
+        labels = {"method": method, "reference": reference, "setting": f"passes={scale.passes[0]}", **_NATURAL}
+        found, own = results.find(study, **labels), _own_score(results, scale, reference)
+        if len(found) > 1 and own is not None:
+            mean, _, high = interval(values(found))
+            points.append((own, mean, high - mean))
+    return np.array(points)
 
 
 def draw(results: Results) -> Figure:
