@@ -25,6 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -255,6 +256,8 @@ class CressieRead(Divergence):
     order: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.order, Real) or isinstance(self.order, bool):
+            raise TypeError(f"order must be a number, got {self.order!r}")
         if not math.isfinite(self.order):
             raise ValueError(f"order must be a finite number, got {self.order}")
         object.__setattr__(self, "order", float(self.order))
@@ -489,6 +492,8 @@ class _Capped(Divergence):
     def __post_init__(self) -> None:
         alpha, message = self.alpha, "alpha must lie in (0, 1], got {}: it is the fraction of losses in the tail"
         if not isinstance(alpha, Tensor):
+            if not isinstance(alpha, Real) or isinstance(alpha, bool):
+                raise TypeError(f"alpha must be a number or a tensor, got {alpha!r}")
             if not 0 < alpha <= 1:
                 raise ValueError(message.format(alpha))
         elif values_are_readable():  # otherwise the solver, which sees values, refuses them

@@ -89,7 +89,13 @@ def robust_risk_bound(
     >>> round(robust_risk_bound(losses, CVaR(0.25), value_range=(0, 1)).value, 3)
     0.326
     """
-    if (radius is None) == (strength is None) and not (isinstance(divergence, CVaR) and strength is None):
+    if isinstance(divergence, CVaR):
+        if radius is not None or strength is not None:
+            raise ValueError(
+                f"radius and strength must be left out for {divergence}, which has neither, got radius={radius} and "
+                f"strength={strength}"
+            )
+    elif (radius is None) == (strength is None):
         raise ValueError(f"give one of radius and strength, got radius={radius} and strength={strength}")
     sample, union = compared(losses, reference_losses, reference_independent, models, log_models, resolution)
     length = range_length(value_range, sample)

@@ -334,3 +334,13 @@ def test_what_is_no_divergence_is_refused_by_every_function_that_takes_one(diver
     for call in calls:
         with pytest.raises(TypeError, match=r"divergence must be a Divergence such as KL\(\) or ChiSquare\(\), got"):
             call()
+
+
+@pytest.mark.parametrize("given", ["a", None, True, [0.5]])
+def test_orders_and_fractions_that_are_no_numbers_are_refused(given):
+    with pytest.raises(TypeError, match="order must be a number, got"):
+        CressieRead(given)
+    for kind in (CVaR, CappedKL):
+        with pytest.raises(TypeError, match="alpha must be a number or a tensor, got"):
+            kind(given)
+    assert CVaR(np.float32(0.5)) == CVaR(0.5) and CressieRead(np.int64(2)) == CressieRead(2)

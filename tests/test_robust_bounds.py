@@ -172,6 +172,10 @@ def test_many_models_and_few_losses_give_the_end_of_the_range():
         ),
         (lambda: robust_risk_bound(LOSSES, KL(), value_range=1), "give one of radius and strength, got radius=None"),
         (lambda: robust_risk_bound(LOSSES, KL(), radius=-1.0, value_range=1), "radius"),
+        (
+            lambda: robust_risk_bound(LOSSES, CVaR(0.5), strength=1.0, value_range=1),
+            r"radius and strength must be left out for CVaR\(alpha=0.5\), .* got radius=None and strength=1.0",
+        ),
         (lambda: robust_risk_bound(LOSSES, KL(), radius=1.0, value_range=1, delta=2.0), "delta must be in"),
     ],
 )

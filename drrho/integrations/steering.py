@@ -88,6 +88,8 @@ class Steering:
         group: Group | Literal["all"] = "all",
     ) -> None:
         check_divergence(divergence)
+        if isinstance(group, str) and group != "all":
+            raise ValueError(f"group must be 'all', a process group or None, got {group!r}")
         every = {"radius": radius, "strength": strength, "rho": rho}
         given = {name: value for name, value in every.items() if value is not None}
         for name, value in given.items():

@@ -149,6 +149,7 @@ def test_exactly_one_source_of_reference_losses():
         (KL(), {"strength": -1.0}, "strength must be finite and >= 0, got -1.0"),
         (KL(), {"radius": NAN}, "radius must be finite and >= 0, got nan"),
         (CVaR(0.5), {"coefficient": NAN}, "coefficient must be finite, got nan"),
+        (CVaR(0.5), {"group": "world"}, "group must be 'all', a process group or None, got 'world'"),
     ],
 )
 def test_one_risk_is_asked_for(divergence, arguments, message):
