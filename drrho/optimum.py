@@ -86,22 +86,9 @@ def _solution(fields: Sequence[Tensor] | None) -> Solution:
     return Solution(*fields)
 
 
-def _refuse_untold(ctx, beside_weights: bool) -> None:
-    """Refuse derivatives of the weights and multipliers that the formulas below do not have: never a silent zero."""
-    if torch.compiler.is_compiling():
-        return
-    _, of_radius, _, of_alpha, *_ = ctx.needs_input_grad
-    divergence: Divergence = ctx.problem.divergence
-    if of_alpha:
-        raise RuntimeError(
-            "only the value is differentiable in alpha, and once: derivatives of weights and multipliers in it are not "
-            "implemented; detach alpha"
-        )
-    if divergence.has_kinks and divergence.has_radius and (of_radius or beside_weights):
-        raise RuntimeError(
-            f"of {divergence} only the value is differentiable in the radius, and the multipliers in nothing: detach "
-            "them, or take a smooth divergence"
-        )
+def _jumps(problem: Problem) -> bool:
+    """Whether weights and multipliers jump with the radius, so that the formulas below do not hold for them."""
+    return problem.divergence.has_kinks and problem.divergence.has_radius
 
 
 class _Derivatives:
@@ -168,10 +155,19 @@ class _Derivatives:
             to_strength = torch.where(both == 0, 0.0, -both * response.distance)
             to_alpha = both * response.alpha_slope
         if any(grad is not None for grad in (by_weights, by_threshold, by_strength, by_distance)):
-            _refuse_untold(ctx, any(grad is not None for grad in (by_threshold, by_strength, by_distance)))
+            beside = any(grad is not None for grad in (by_threshold, by_strength, by_distance))
+            if beside and _jumps(ctx.problem) and not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"of {ctx.problem.divergence} only value and weights are differentiable: detach the multipliers, "
+                    "or take a smooth divergence"
+                )
             losses, radius, strength = response.pull_back(by_weights, by_threshold, by_strength, by_distance)
             to_losses, to_radius = _sum(to_losses, losses), _sum(to_radius, radius)
             to_strength = _sum(to_strength, strength)
+            # Not implemented, and what else is wanted may be: never a silent zero.
+            if _jumps(ctx.problem):
+                to_radius = torch.full_like(to_radius, torch.nan)
+            to_alpha = torch.full_like(radius, torch.nan)
         pulled = (to_losses, to_radius, to_strength, to_alpha)
         return [grad if needed else None for grad, needed in zip(pulled, ctx.needs_input_grad, strict=False)]
 

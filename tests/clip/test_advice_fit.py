@@ -92,7 +92,7 @@ def test_gains_are_those_of_the_rows(cells):
 
     expected = 100 * (mean("drrho", "0.002", "0.125") - mean("fastclip-v1", "0.001", "0.1"))
     assert own.finished.gain == pytest.approx(expected)
-    assert len({each.finished.group for each in cells}) == 9
+    assert len({each.finished.group for each in cells}) == 11
 
 
 def test_a_verdict_counts_regret_signs_and_losses(monkeypatch):

@@ -106,10 +106,9 @@ def planned(options: Plan) -> Planned:
 def _size_of_data(options: Plan) -> tuple[int, int]:
     """Return the numbers of pairs and of shards: those given, of the catalog, or of the embedded pairs."""
     samples, shards, catalog = options.samples, options.shards, options.train.shards.catalog
-    if catalog is not None:
+    if catalog is not None and samples is None:  # of one that is not made yet, --samples says how many
         found = open_catalog(catalog, verify=False)
-        if samples is None:
-            samples, shards = len(found), shards or len(found.shards)
+        samples, shards = len(found), shards or len(found.shards)
     samples = samples or _EMBEDDED_PAIRS
     return samples, shards or -(-samples // _PAIRS_OF_A_SHARD)
 

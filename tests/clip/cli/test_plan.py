@@ -136,3 +136,4 @@ def test_a_plan_of_a_catalog_has_its_pairs_and_shards(tmp_path, capsys):
     words[2] = str(tmp_path / "absent")
     assert main(words) == 2
     assert "absent" in capsys.readouterr().err
+    assert main([*words, "--samples", "3200"]) == 0  # of a catalog that is not made yet
