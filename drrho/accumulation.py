@@ -247,7 +247,11 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 
 
 def _versions(model: nn.Module) -> list[int]:
-    return [buffer._version for buffer in model.buffers()]
+    return [_version(buffer) for buffer in model.buffers()]
+
+
+def _version(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version  # of tensors of inference mode, none is counted
 
 
 def _changed(model: nn.Module, values: Sequence[Tensor], versions: Sequence[int]) -> list[Tensor | None]:
@@ -267,7 +271,7 @@ def _changed(model: nn.Module, values: Sequence[Tensor], versions: Sequence[int]
     doubtful = [
         k
         for k, (buffer, version) in enumerate(zip(buffers, versions, strict=True))
-        if id(buffer) not in constant or buffer._version != version
+        if id(buffer) not in constant or version < 0 or buffer._version != version
     ]
     if doubtful:
         differ = [(buffers[k] != values[k]).any().to(buffers[doubtful[0]].device) for k in doubtful]

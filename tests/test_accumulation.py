@@ -241,6 +241,31 @@ def test_the_replay_sees_the_buffers_of_the_first_pass():
         assert torch.equal(one, other)
 
 
+class Counting(torch.nn.Module):
+    """A layer that depends on a buffer which is no part of its state, beside a constant, and writes the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(1.0, 5.0, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64), persistent=False)
+
+    def forward(self, x):
+        self.seen += len(x)
+        return x * self.weight * self.mask * self.seen.clone()
+
+
+def test_buffers_beside_the_state_are_compared_where_they_were_written():
+    data, models = torch.rand(6, 4, dtype=torch.float64).split(2), (Counting(), Counting())
+    with torch.inference_mode():  # a buffer of a part that is never trained; its writes are not counted
+        frozen = torch.zeros(2)
+    models[1].register_buffer("frozen", frozen, persistent=False)
+    torch.cat([models[0](part) for part in data]).square().sum().backward()
+    accumulate(lambda part: (models[1](part),), data, lambda x: x.square().sum(), model=models[1])
+    close(taken(models[1]), taken(models[0]))
+    assert models[1].seen == models[0].seen == 6
+
+
 def test_graphs_of_the_caller_stay_whole():
     model = clip()
     batch = pairs()
